@@ -1,0 +1,254 @@
+// Package api is the HTTP face: it reads requests, chooses the status, and turns every
+// error into a problem (problem.go has the one table). What a log is and how it gets to
+// viewers is not decided here.
+//
+// Two rules come from EventSource. The stream answers transient trouble with 200 and
+// holds the viewer, or breaks it off, since any other status ends an EventSource for
+// good. And it ends a response cleanly only where the log has ended.
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	"github.com/labstack/echo/v4/middleware"
+
+	"gapless/api/model"
+	"gapless/sse"
+	"gapless/store"
+)
+
+// Config bounds what requests may ask for.
+type Config struct {
+	// ChunkMax bounds the line that a chunk makes in a stream, in bytes. 64 KiB, because
+	// two common clients stop at longer lines by default.
+	ChunkMax int
+	// BodyMax bounds a body that is read whole, in bytes.
+	BodyMax int64
+	// BatchMax bounds the chunks of one array, which are appended in one script call,
+	// during which Redis serves nobody else.
+	BatchMax int
+	// Answers bounds how many answers of the model are under way on this node.
+	Answers int
+	// Hosts are names by which a browser may call this server, beside localhost and IP
+	// addresses. Nil: any, for servers that listen on other addresses than loopback.
+	Hosts []string
+	// Patience is how long a stream waits for Redis before it answers with a status:
+	// later it cannot say 204 any more.
+	Patience time.Duration
+
+	WriteTimeout time.Duration
+	Logger       *slog.Logger
+}
+
+// DefaultConfig is what the flags start from.
+func DefaultConfig() Config {
+	return Config{
+		ChunkMax: 64 << 10, BodyMax: 8 << 20, BatchMax: 10_000, Answers: 256,
+		Hosts: []string{}, Patience: 500 * time.Millisecond, WriteTimeout: 2 * time.Minute,
+		Logger: slog.New(slog.DiscardHandler),
+	}
+}
+
+// Validate reports every mistake at once.
+func (c Config) Validate() error {
+	if least := 2 * store.Overhead; c.ChunkMax < least {
+		return fmt.Errorf("-chunk-max: %d bytes is less than %d", c.ChunkMax, least)
+	}
+	return nil
+}
+
+// Logs is what the calls need of the store. The methods' contracts are store.Store's.
+type Logs interface {
+	Append(ctx context.Context, session, epoch string, chunks []store.Chunk) (store.Appended, error)
+	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
+	Create(ctx context.Context, session string) (store.Bounds, bool, error)
+	Describe(ctx context.Context, session string) (store.Bounds, error)
+	Delete(ctx context.Context, session string) error
+	Ping(ctx context.Context) error
+}
+
+// API answers requests. It owns the answers of the model that are under way.
+type API struct {
+	cfg   Config
+	logs  Logs
+	hub   *sse.Hub
+	model model.Model
+	log   *slog.Logger
+	echo  *echo.Echo
+
+	places  chan struct{} // one for each answer under way
+	answers sync.WaitGroup
+	// draining ends first: not ready any more. ending ends uploads and answers.
+	draining, ending context.Context
+	drain, end       context.CancelFunc
+}
+
+// New wires the calls. files is the page, contract the text of openapi.yaml.
+func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte) *API {
+	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), places: make(chan struct{}, cfg.Answers)}
+	a.draining, a.drain = context.WithCancel(context.Background())
+	a.ending, a.end = context.WithCancel(context.Background())
+
+	e := a.echo
+	e.HideBanner, e.HidePort = true, true
+	e.IPExtractor = echo.ExtractIPDirect()
+	e.HTTPErrorHandler = a.problem
+	e.Pre(a.checkHost, a.checkOrigin())
+	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{LogErrorFunc: func(_ echo.Context, err error, stack []byte) error {
+		a.log.Error("panic in a request", slog.Any("err", err), slog.String("stack", string(stack)))
+		return err
+	}}))
+
+	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
+	e.GET("/readyz", a.ready)
+	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
+	a.page(files)
+
+	v1 := e.Group("/v1/sessions")
+	v1.POST("", a.createSession)
+	one := v1.Group("/:id", checkID)
+	one.GET("", a.describeSession)
+	one.DELETE("", a.deleteSession)
+	one.POST("/chunks", a.appendChunks)
+	one.GET("/chunks", a.readChunks)
+	one.GET("/stream", a.stream)
+	one.POST("/messages", a.ask)
+	return a
+}
+
+// ServeHTTP implements http.Handler.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.echo.ServeHTTP(w, r) }
+
+// Drain says at /readyz that this node wants no more requests.
+func (a *API) Drain() { a.drain() }
+
+// End ends uploads with what they have stored, and answers with a failed chunk.
+func (a *API) End() {
+	a.drain()
+	a.end()
+}
+
+// Wait waits, until ctx ends, for the answers that are under way.
+func (a *API) Wait(ctx context.Context) {
+	done := make(chan struct{})
+	go func() { a.answers.Wait(); close(done) }() // ends with the last answer, which End ends
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+func (a *API) ready(c echo.Context) error {
+	if a.draining.Err() != nil {
+		return errDraining
+	}
+	ctx, cancel := context.WithTimeout(c.Request().Context(), time.Second)
+	defer cancel()
+	if err := a.logs.Ping(ctx); err != nil {
+		return fmt.Errorf("%w: %w", store.ErrAway, err)
+	}
+	return c.JSON(http.StatusOK, map[string]string{"status": "ready"})
+}
+
+// page serves the page and its parts under the strictest policy that lets it work.
+func (a *API) page(files fs.FS) {
+	server := http.FileServerFS(files)
+	h := func(c echo.Context) error {
+		h := c.Response().Header()
+		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
+			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Referrer-Policy", "no-referrer") // the session's id is in the page's address
+		h.Set("Cache-Control", "no-cache")
+		server.ServeHTTP(c.Response(), c.Request())
+		return nil
+	}
+	a.echo.GET("/", h)
+	names, err := fs.Glob(files, "*.*")
+	if err != nil {
+		panic(err) // the pattern is a constant
+	}
+	for _, name := range names {
+		a.echo.GET("/"+name, h)
+	}
+}
+
+// checkHost keeps a web page from reaching a loopback server through a name of its own
+// that it points here (DNS rebinding): no page can choose to be called by an address.
+func (a *API) checkHost(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if a.cfg.Hosts == nil {
+			return next(c)
+		}
+		host := c.Request().Host
+		if h, _, err := net.SplitHostPort(host); err == nil {
+			host = h
+		}
+		host = strings.ToLower(strings.TrimSuffix(host, "."))
+		if host == "localhost" || strings.HasSuffix(host, ".localhost") || net.ParseIP(strings.Trim(host, "[]")) != nil || slices.Contains(a.cfg.Hosts, host) {
+			return next(c)
+		}
+		return &Problem{Status: http.StatusMisdirectedRequest, Code: "host_not_allowed", Member: "Host",
+			Detail: fmt.Sprintf("this server is not called %q: name it with -hosts if it is", host)}
+	}
+}
+
+// checkOrigin refuses what another site's page sends in a browser's name.
+func (a *API) checkOrigin() echo.MiddlewareFunc {
+	protection := http.NewCrossOriginProtection()
+	return func(next echo.HandlerFunc) echo.HandlerFunc {
+		return func(c echo.Context) error {
+			if err := protection.Check(c.Request()); err != nil {
+				return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
+					Detail: "a page of another origin may not change anything here"}
+			}
+			return next(c)
+		}
+	}
+}
+
+const idRule = "an id is 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -"
+
+func validID(id string) bool {
+	if len(id) < 1 || len(id) > 128 {
+		return false
+	}
+	for _, b := range []byte(id) {
+		if (b < 'a' || b > 'z') && (b < 'A' || b > 'Z') && (b < '0' || b > '9') && !strings.ContainsRune("._~-", rune(b)) {
+			return false
+		}
+	}
+	return true
+}
+
+func checkID(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		id := c.Param("id")
+		if c.Request().URL.RawPath != "" { // then the router matched the escaped path
+			if plain, err := url.PathUnescape(id); err == nil {
+				id = plain
+			}
+		}
+		if !validID(id) {
+			return &Problem{Status: http.StatusBadRequest, Code: "invalid_session_id", Member: "id", Limit: 128, Detail: idRule}
+		}
+		c.Set("id", id)
+		return next(c)
+	}
+}
+
+func session(c echo.Context) string { return c.Get("id").(string) }
+
+var errDraining = errors.New("draining")

@@ -1,0 +1,113 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+
+	"github.com/labstack/echo/v4"
+
+	"gapless/store"
+)
+
+// Problem is an error as a client sees it (RFC 9457).
+type Problem struct {
+	Title   string  `json:"title"`
+	Status  int     `json:"status"`
+	Detail  string  `json:"detail"`
+	Code    string  `json:"code"`                // stable: programs may rely on it
+	Member  string  `json:"member,omitzero"`     // what of the request is wrong: a JSON pointer, a parameter or a header
+	Limit   int     `json:"limit,omitzero"`      // what was passed
+	Chunk   *int    `json:"chunk,omitempty"`     // which chunk of the body, from 0
+	Message string  `json:"message_id,omitzero"` // which message
+	Stored  *Stored `json:"stored,omitempty"`    // what a body that failed in its middle has stored
+
+	retryAfter int // seconds
+}
+
+func (p *Problem) Error() string { return p.Code + ": " + p.Detail }
+
+// Stored is what an append has stored.
+type Stored struct {
+	Epoch string `json:"epoch"`
+	First int64  `json:"first_seq"`
+	Last  int64  `json:"last_seq"`
+	Count int    `json:"count"`
+}
+
+// problemOf is the one table from errors to what clients are told.
+func problemOf(err error) *Problem {
+	if p, ok := errors.AsType[*Problem](err); ok {
+		return p
+	}
+	if e, ok := errors.AsType[*store.ChunkError](err); ok {
+		p := &Problem{Status: http.StatusBadRequest, Code: e.Code, Member: e.Member, Limit: e.Limit, Detail: e.Detail}
+		if e.Code == "chunk_too_large" {
+			p.Status = http.StatusRequestEntityTooLarge
+		}
+		return p
+	}
+	if e, ok := errors.AsType[*store.MessageEndedError](err); ok {
+		return &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Chunk: &e.Index, Detail: e.Error() + ": begin a message with another id"}
+	}
+	if e, ok := errors.AsType[*echo.HTTPError](err); ok {
+		switch e.Code {
+		case http.StatusNotFound:
+			return &Problem{Status: e.Code, Code: "not_found", Detail: "there is no such path: /openapi.yaml names all that there are"}
+		case http.StatusMethodNotAllowed:
+			return &Problem{Status: e.Code, Code: "method_not_allowed", Detail: "this path has no such method: the Allow header names those that it has"}
+		}
+	}
+	if e, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return &Problem{Status: http.StatusRequestEntityTooLarge, Code: "body_too_large", Limit: int(e.Limit),
+			Detail: fmt.Sprintf("the body is larger than %d bytes: send it in several requests, or as application/x-ndjson", e.Limit)}
+	}
+	for _, row := range []struct {
+		err error
+		p   Problem
+	}{
+		{errDraining, Problem{Status: http.StatusServiceUnavailable, Code: "draining", Detail: "this node is shutting down: ask another, or again soon", retryAfter: 1}},
+		{store.ErrNotFound, Problem{Status: http.StatusNotFound, Code: "session_not_found", Detail: "there is no such session"}},
+		{store.ErrSessionEnded, Problem{Status: http.StatusConflict, Code: "session_ended", Detail: "the session has ended: nothing can be appended to it"}},
+		{store.ErrSessionDeleted, Problem{Status: http.StatusConflict, Code: "session_deleted", Detail: "the session was deleted while this upload was under way"}},
+		{store.ErrAway, Problem{Status: http.StatusServiceUnavailable, Code: "redis_away", Detail: "Redis cannot be reached: nothing was stored, try again", retryAfter: 1}},
+		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not answer: it may or may not have been stored, read the log before you repeat it"}},
+		{context.Canceled, Problem{Status: 499, Code: "client_gone", Detail: "the client went away"}},
+	} {
+		if errors.Is(err, row.err) {
+			return &row.p
+		}
+	}
+	return &Problem{Status: http.StatusInternalServerError, Code: "internal", Detail: "something went wrong that should not: the server's log says what"}
+}
+
+// problem answers an error. It implements echo.HTTPErrorHandler.
+func (a *API) problem(err error, c echo.Context) {
+	p := *problemOf(err)
+	if p.Title = http.StatusText(p.Status); p.Title == "" {
+		p.Title = "Client Gone"
+	}
+	if p.Status == http.StatusInternalServerError {
+		a.log.Error("request failed", slog.String("method", c.Request().Method), slog.String("route", c.Path()), slog.Any("err", err))
+	}
+	if c.Response().Committed {
+		return
+	}
+	body, err := json.Marshal(&p)
+	if err != nil {
+		panic(err) // a flat struct of text and numbers
+	}
+	if p.retryAfter > 0 {
+		c.Response().Header().Set("Retry-After", strconv.Itoa(p.retryAfter))
+	}
+	if c.Request().Method == http.MethodHead {
+		body = nil
+	}
+	if err := c.Blob(p.Status, "application/problem+json", body); err != nil {
+		a.log.Debug("problem not delivered", slog.Any("err", err))
+	}
+}

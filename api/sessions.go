@@ -1,0 +1,129 @@
+package api
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/google/uuid"
+	"github.com/labstack/echo/v4"
+
+	"gapless/store"
+)
+
+// sessionJSON is a session as clients see it.
+type sessionJSON struct {
+	ID        string    `json:"id"`
+	Epoch     string    `json:"epoch"`
+	First     int64     `json:"first_seq"`
+	Last      int64     `json:"last_seq"`
+	Ended     bool      `json:"ended"`
+	CreatedAt time.Time `json:"created_at"`
+	UpdatedAt time.Time `json:"updated_at"`
+	Viewers   int       `json:"viewers"` // on this node
+}
+
+func (a *API) sessionJSON(id string, b store.Bounds) sessionJSON {
+	return sessionJSON{id, b.Epoch, b.First, b.Last, b.Ended, b.CreatedAt, b.UpdatedAt, a.hub.Viewers(id)}
+}
+
+func (a *API) createSession(c echo.Context) error {
+	body, err := a.readBody(c)
+	if err != nil {
+		return err
+	}
+	var id string
+	if len(body) > 0 {
+		if err := checkJSON(c); err != nil {
+			return err
+		}
+		members, err := readStrings(body, "id")
+		if err != nil {
+			return err
+		}
+		id = members["id"]
+		if _, given := members["id"]; given && !validID(id) {
+			return &Problem{Status: http.StatusBadRequest, Code: "invalid_session_id", Member: "/id", Limit: 128, Detail: idRule}
+		}
+	}
+	if id == "" {
+		made, err := uuid.NewV7()
+		if err != nil {
+			return err
+		}
+		id = made.String()
+	}
+	b, created, err := a.logs.Create(c.Request().Context(), id)
+	if err != nil {
+		return err
+	}
+	status := http.StatusOK
+	if created {
+		status = http.StatusCreated
+	}
+	c.Response().Header().Set("Location", "/v1/sessions/"+id)
+	return c.JSON(status, a.sessionJSON(id, b))
+}
+
+func (a *API) describeSession(c echo.Context) error {
+	b, err := a.logs.Describe(c.Request().Context(), session(c))
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusOK, a.sessionJSON(session(c), b))
+}
+
+func (a *API) deleteSession(c echo.Context) error {
+	if err := a.logs.Delete(c.Request().Context(), session(c)); err != nil {
+		return err
+	}
+	return c.NoContent(http.StatusNoContent)
+}
+
+// readBody reads a bounded body whole.
+func (a *API) readBody(c echo.Context) ([]byte, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(c.Response().Writer, c.Request().Body, a.cfg.BodyMax))
+	if err != nil {
+		if _, large := errors.AsType[*http.MaxBytesError](err); large {
+			return nil, err
+		}
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off"}
+	}
+	return body, nil
+}
+
+// readStrings reads an object whose members are all strings, and all named.
+func readStrings(body []byte, names ...string) (map[string]string, error) {
+	object := jsontext.Value(body)
+	if !object.IsValid() || object.Kind() != '{' {
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be one JSON object, in UTF-8, with no name twice"}
+	}
+	members, dec := map[string]string{}, jsontext.NewDecoder(newReader(body))
+	for {
+		tok, err := dec.ReadToken()
+		if err != nil { // the object has ended: it was found valid
+			return members, nil
+		}
+		if tok.Kind() != '"' {
+			continue
+		}
+		name := tok.String()
+		known := false
+		for _, n := range names {
+			known = known || n == name
+		}
+		if !known {
+			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "there is no member " + name + " in this call"}
+		}
+		if dec.PeekKind() != '"' {
+			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "member " + name + " must be a string"}
+		}
+		value, err := dec.ReadToken()
+		if err != nil {
+			return nil, err
+		}
+		members[name] = value.String()
+	}
+}

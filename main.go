@@ -1,0 +1,239 @@
+// Gapless streams AI answers to browsers by Server-Sent Events and never loses, doubles
+// or reorders a chunk. See README.md.
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"gapless/api"
+	"gapless/api/model"
+	"gapless/sse"
+	"gapless/store"
+	"gapless/web"
+)
+
+//go:embed openapi.yaml
+var contract []byte
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	cfg, err := parse(os.Args[1:], os.LookupEnv)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return
+	case err != nil:
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
+	}
+	if err := run(ctx, cfg); err != nil {
+		cfg.log.Error("gapless ends", slog.Any("err", err))
+		os.Exit(1)
+	}
+}
+
+// config is what flags and environment say.
+type config struct {
+	listen string
+	drain  time.Duration
+	store  store.Config
+	sse    sse.Config
+	api    api.Config
+	model  model.Model
+	log    *slog.Logger
+}
+
+// parse reads flags, and for those that are not given their environment variables, and
+// reports all mistakes together.
+func parse(args []string, env func(string) (string, bool)) (config, error) {
+	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig()}
+	host, _ := os.Hostname()
+	var hosts, modelName, logFormat string
+	var level slog.Level
+
+	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
+	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on")
+	fs.StringVar(&hosts, "hosts", "", "`names` by which browsers may call a server on loopback, beside localhost and addresses; commas between")
+	fs.StringVar(&cfg.sse.Node, "node", host, "this node's `name`, as viewers and logs are told it")
+	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a stop may take: viewers are sent to other nodes spread over it")
+
+	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://… or rediss://…, or embedded: in this process, in memory, for one node")
+	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use")
+	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
+	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "which end of the list foreign producers push to: oldest-first (RPUSH) or newest-first (LPUSH)")
+
+	fs.DurationVar(&cfg.sse.Heartbeat, "heartbeat", cfg.sse.Heartbeat, "longest silence on a stream")
+	fs.DurationVar(&cfg.sse.Reconcile, "reconcile", cfg.sse.Reconcile, "how often a watched log is read even if nothing is announced: the longest delay of a chunk while Redis serves")
+	fs.DurationVar(&cfg.sse.Linger, "linger", cfg.sse.Linger, "how long a log stays in memory after its last viewer left")
+	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer's socket may take nothing")
+	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
+	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
+	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "longest line that a chunk may make in a stream, in `bytes`")
+
+	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo")
+	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
+	fs.StringVar(&logFormat, "log-format", "text", "text or json")
+	fs.Usage = func() {
+		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
+		fs.PrintDefaults()
+	}
+
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return cfg, err
+		}
+		return cfg, fmt.Errorf("%w (-help shows all flags)", err)
+	}
+	var errs []error
+	if fs.NArg() > 0 {
+		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only", fs.Arg(0)))
+	}
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	fs.VisitAll(func(f *flag.Flag) {
+		name := "GAPLESS_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if value, ok := env(name); ok && !given[f.Name] {
+			if err := f.Value.Set(value); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %q: %w", name, value, err))
+			}
+		}
+	})
+
+	var handler slog.Handler
+	switch logFormat {
+	case "text":
+		handler = slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})
+	case "json":
+		handler = slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level})
+	default:
+		errs = append(errs, fmt.Errorf("-log-format: %q is neither text nor json", logFormat))
+	}
+	if len(errs) == 0 {
+		cfg.log = slog.New(handler)
+	}
+	if modelName != "demo" {
+		errs = append(errs, fmt.Errorf("-model: %q: there is only demo", modelName))
+	}
+	if cfg.drain < 0 {
+		errs = append(errs, fmt.Errorf("-drain: %v is less than nothing", cfg.drain))
+	}
+	address, _, err := net.SplitHostPort(cfg.listen)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("-listen: %w", err))
+	}
+	switch ip := net.ParseIP(address); {
+	case hosts != "":
+		cfg.api.Hosts = strings.Split(strings.ToLower(hosts), ",")
+	case address != "localhost" && (ip == nil || !ip.IsLoopback()):
+		cfg.api.Hosts = nil // reachable by more names than can be known here
+	}
+	cfg.model = model.NewDemo()
+	cfg.api.WriteTimeout = cfg.sse.WriteTimeout
+	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger = cfg.log, cfg.log, cfg.log
+	errs = append(errs, cfg.store.Validate(), cfg.sse.Validate(), cfg.api.Validate())
+	return cfg, errors.Join(errs...)
+}
+
+// run serves until ctx ends, and then stops in the order that loses nothing: not ready,
+// viewers, requests, store.
+func run(ctx context.Context, cfg config) error {
+	listener, err := net.Listen("tcp", cfg.listen)
+	if err != nil {
+		return fmt.Errorf("listen on %s (-listen): %w", cfg.listen, err)
+	}
+	logs, err := store.Open(cfg.store)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	defer logs.Close()
+	hub := sse.NewHub(cfg.sse, logs)
+	defer hub.Close()
+	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract)
+	server := &http.Server{
+		Handler:           handler,
+		ConnContext:       sse.WithConn,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
+	}
+	if cfg.store.Redis == store.Embedded {
+		cfg.log.Warn("redis is embedded: in this process's memory, for one node, gone when it stops; -redis redis://… keeps logs and serves many nodes")
+	}
+	cfg.log.Info("gapless serves", slog.String("page", "http://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))
+
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }() // ended by Shutdown or Close; waited for below
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve: %w", err)
+	case <-ctx.Done():
+	}
+	return drain(cfg, handler, hub, server, failed)
+}
+
+// drain ends everything within the drain time. Viewers leave spread over its first part;
+// what is under way may finish; then uploads are told to go elsewhere, and answers of
+// the model end as failed.
+func drain(cfg config, handler *api.API, hub *sse.Hub, server *http.Server, failed <-chan error) error {
+	cfg.log.Info("gapless drains", slog.Duration("within", cfg.drain))
+	begun := time.Now()
+	until := func(percent time.Duration) (context.Context, context.CancelFunc) {
+		return context.WithDeadline(context.Background(), begun.Add(cfg.drain*percent/100))
+	}
+	handler.Drain()
+	hub.Drain(cfg.drain * 60 / 100)
+
+	soft, cancel := until(80)
+	defer cancel()
+	handler.Wait(soft)
+	_ = server.Shutdown(soft)
+
+	hard, cancel := until(95)
+	defer cancel()
+	handler.End()
+	handler.Wait(hard)
+	err := server.Shutdown(hard)
+	if err != nil {
+		cfg.log.Warn("requests were broken off: the drain time is over", slog.Any("err", err))
+		err = server.Close()
+	}
+	<-failed
+	cfg.log.Info("gapless has drained", slog.Duration("took", time.Since(begun)))
+	return err
+}
+
+// bytesVar is a flag for an amount of bytes, such as 64KiB.
+func bytesVar(fs *flag.FlagSet, p *int, name, usage string) {
+	fs.Var((*byteSize)(p), name, usage)
+}
+
+type byteSize int
+
+func (b *byteSize) String() string {
+	return strings.ReplaceAll(humanize.IBytes(uint64(max(*b, 0))), " ", "")
+}
+
+func (b *byteSize) Set(text string) error {
+	n, err := humanize.ParseBytes(text)
+	if err != nil || n > 1<<40 {
+		return fmt.Errorf("an amount of bytes is a number and KiB, MiB or GiB, up to 1024GiB")
+	}
+	*b = byteSize(n)
+	return nil
+}

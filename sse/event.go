@@ -1,0 +1,87 @@
+package sse
+
+import (
+	"encoding/json"
+	"strconv"
+
+	"gapless/store"
+)
+
+// The wire (https://html.spec.whatwg.org/multipage/server-sent-events.html), as clients
+// were found to read it:
+//
+//   - Chunks are unnamed events, so that onmessage sees every number.
+//   - data is one line of JSON, behind "data: " with its space: clients remove one.
+//   - id is the last line of an event: a widely used client counts an id as soon as its
+//     line is whole, and would skip a chunk that was cut behind it. No event has an id
+//     without data, which browsers treat in three ways.
+//   - A response begins with a comment, into which falls what WebKit kept of a former
+//     response that was cut in the middle of an event.
+//   - A heartbeat is a comment without a blank line behind it: with one, some clients
+//     hand out an empty message.
+const heartbeat = ":\n"
+
+// appendEvent appends chunk number seq as an event, and says whether it ends a message or the log.
+func appendEvent(b []byte, seq int64, element string) (event []byte, ends bool) {
+	b = append(b, "data: "...)
+	start := len(b)
+	b = store.AppendElement(b, seq, element)
+	ends = store.Ends(b[start:])
+	b = append(b, "\nid: "...)
+	b = strconv.AppendInt(b, seq, 10)
+	return append(b, "\n\n"...), ends
+}
+
+// welcome is the first event of a response. It repeats the cursor as its id, so that a
+// connection that breaks before the first chunk costs nothing.
+type welcome struct {
+	Type       string `json:"type"`
+	Session    string `json:"session"`
+	Epoch      string `json:"epoch"`
+	First      int64  `json:"first_seq"`
+	Last       int64  `json:"last_seq"`
+	Cursor     int64  `json:"cursor"`
+	Node       string `json:"node"`
+	Connection string `json:"connection"`
+}
+
+// reset moves the cursor where chunks that a viewer has, or waits for, are no longer to
+// be had: it forgets what it has and takes what follows.
+type reset struct {
+	Type   string `json:"type"`
+	Reason string `json:"reason"`
+	Cursor int64  `json:"cursor"`
+	First  int64  `json:"first_seq"`
+	Last   int64  `json:"last_seq"`
+}
+
+// Reasons of a reset.
+const (
+	resetTrimmed = "trimmed" // older than what is kept
+	resetAhead   = "ahead"   // the log is shorter than the cursor
+	resetEpoch   = "epoch"   // another log
+	resetUnknown = "unknown" // the id was no number
+	resetDeleted = "deleted" // the session was deleted
+)
+
+// appendNamed appends an event of ours. retry, in ms, stands inside its block; 0: none.
+func appendNamed(b []byte, name string, data any, retry int, id int64) []byte {
+	text, err := json.Marshal(data)
+	if err != nil {
+		panic(err) // flat structs of text and numbers
+	}
+	b = append(append(append(b, "event: "...), name...), "\ndata: "...)
+	b = append(append(b, text...), '\n')
+	if retry > 0 {
+		b = appendRetry(b, retry)
+	}
+	b = append(b, "id: "...)
+	b = strconv.AppendInt(b, id, 10)
+	return append(b, "\n\n"...)
+}
+
+func appendRetry(b []byte, ms int) []byte {
+	b = append(b, "retry: "...)
+	b = strconv.AppendInt(b, int64(ms), 10)
+	return append(b, '\n')
+}

@@ -1,0 +1,263 @@
+package sse
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+
+	"gapless/store"
+)
+
+// Hub owns the feeds of a node, the workers that read for them, and the clock that
+// says when they have to. Its viewers are owned by whoever asked for them.
+type Hub struct {
+	cfg  Config
+	data Log
+	log  *slog.Logger
+
+	ctx  context.Context // ends reads under way
+	quit context.CancelFunc
+	wg   sync.WaitGroup // workers and the clock
+
+	// Drain closes drain; a viewer then leaves by itself within spread.
+	drain  chan struct{}
+	spread time.Duration
+
+	pages     singleflight.Group
+	pageReads chan struct{} // a place for each read of pages under way
+
+	// mu is taken before a feed's mutex, never after it.
+	mu      sync.Mutex
+	feeds   map[string]*feed
+	viewers sync.WaitGroup
+
+	share atomic.Int64 // how many bytes of events one feed may keep now
+
+	// line is the feeds that wait for a worker, each once. Its mutex may be taken under a feed's.
+	line struct {
+		sync.Mutex
+		feeds   []*feed
+		workers int
+		closed  bool
+	}
+}
+
+// NewHub starts the hub's clock. Close stops it.
+func NewHub(cfg Config, data Log) *Hub {
+	h := &Hub{
+		cfg: cfg, data: data, log: cfg.Logger, drain: make(chan struct{}), feeds: map[string]*feed{},
+		pageReads: make(chan struct{}, max(cfg.Reads, 1)),
+	}
+	h.share.Store(int64(cfg.Window))
+	h.ctx, h.quit = context.WithCancel(context.Background())
+	h.wg.Go(h.clock) // ended by Close
+	return h
+}
+
+// Drain sends the viewers away one by one, spread evenly over the given time, so that
+// the nodes that they go to are not met by all of them at once. It returns when the
+// last has left. New ones are sent away at once.
+func (h *Hub) Drain(over time.Duration) {
+	h.mu.Lock()
+	if !h.draining() {
+		h.spread = over
+		close(h.drain)
+	}
+	h.mu.Unlock()
+	h.viewers.Wait()
+}
+
+// Close drains at once, then stops all that the hub runs.
+func (h *Hub) Close() {
+	h.Drain(0)
+	h.quit()
+	h.line.Lock()
+	h.line.closed = true
+	h.line.Unlock()
+	h.mu.Lock()
+	feeds := h.feeds
+	h.feeds = nil
+	h.mu.Unlock()
+	for _, f := range feeds {
+		f.close()
+	}
+	h.wg.Wait()
+}
+
+// Viewers is how many viewers a session has on this node.
+func (h *Hub) Viewers(session string) int {
+	h.mu.Lock()
+	f := h.feeds[session]
+	h.mu.Unlock()
+	if f == nil {
+		return 0
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.viewers
+}
+
+// divide shares the memory of the node among the feeds. mu is held.
+func (h *Hub) divide() {
+	h.share.Store(int64(min(h.cfg.Window, h.cfg.WindowTotal/max(len(h.feeds), 1))))
+}
+
+// enter finds or begins the feed of a session, and counts a viewer in; leave counts it
+// out. While the hub drains, nobody enters.
+func (h *Hub) enter(session string) (f *feed, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.draining() {
+		return nil, false
+	}
+	f = h.feeds[session]
+	if f == nil {
+		f = newFeed(h, session)
+		h.feeds[session] = f
+		h.divide()
+		h.wg.Go(f.listen) // a write to Redis, which may take its time
+	}
+	f.mu.Lock()
+	f.viewers++
+	f.mu.Unlock()
+	h.viewers.Add(1)
+	return f, true
+}
+
+func (h *Hub) leave(f *feed) {
+	f.mu.Lock()
+	f.viewers--
+	f.idle = time.Now()
+	f.mu.Unlock()
+	h.viewers.Done()
+}
+
+func (h *Hub) draining() bool {
+	select {
+	case <-h.drain:
+		return true
+	default:
+		return false
+	}
+}
+
+// enqueue has f read by a worker. f.mu is held, and f is not in line.
+func (h *Hub) enqueue(f *feed) {
+	h.line.Lock()
+	defer h.line.Unlock()
+	if h.line.closed {
+		return
+	}
+	h.line.feeds = append(h.line.feeds, f)
+	if h.line.workers < max(h.cfg.Reads, 1) {
+		h.line.workers++
+		h.wg.Go(h.work) // ends when nobody is in line
+	}
+}
+
+func (h *Hub) work() {
+	for {
+		h.line.Lock()
+		if len(h.line.feeds) == 0 || h.line.closed {
+			h.line.workers--
+			h.line.Unlock()
+			return
+		}
+		f := h.line.feeds[0]
+		h.line.feeds[0] = nil
+		h.line.feeds = h.line.feeds[1:]
+		h.line.Unlock()
+		f.read(h.ctx)
+	}
+}
+
+// clock has each feed read its log once per reconcile interval, and lets go of feeds
+// that nobody has viewed for a while.
+func (h *Hub) clock() {
+	tick := time.NewTicker(max(h.cfg.Reconcile/8, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-h.ctx.Done():
+			return
+		}
+		now := time.Now()
+		h.mu.Lock()
+		feeds := make([]*feed, 0, len(h.feeds))
+		for _, f := range h.feeds {
+			feeds = append(feeds, f)
+		}
+		h.mu.Unlock()
+		for _, f := range feeds {
+			f.mu.Lock()
+			idle := f.viewers == 0 && now.Sub(f.idle) >= h.cfg.Linger
+			if !idle && now.Sub(f.readAt) >= h.cfg.Reconcile*3/4 { // ticks and the read itself make up the rest
+				f.ask()
+			}
+			f.mu.Unlock()
+			if idle {
+				h.forget(f)
+			}
+		}
+	}
+}
+
+// forget lets go of a feed, unless a viewer has come meanwhile.
+func (h *Hub) forget(f *feed) {
+	h.mu.Lock()
+	f.mu.Lock()
+	idle := f.viewers == 0 && h.feeds[f.session] == f
+	f.mu.Unlock()
+	if idle {
+		delete(h.feeds, f.session)
+		h.divide()
+		h.wg.Go(f.close) // a write to Redis, which may take its time
+	}
+	h.mu.Unlock()
+}
+
+// page reads chunks that no window has any more. Viewers that want the same at the
+// same time share one read and its events.
+func (h *Hub) page(session, epoch string, from int64, bytes int) (*page, error) {
+	v, err, _ := h.pages.Do(fmt.Sprint(session, " ", epoch, " ", from, " ", bytes), func() (any, error) {
+		select {
+		case h.pageReads <- struct{}{}:
+			defer func() { <-h.pageReads }()
+		case <-h.ctx.Done():
+			return nil, h.ctx.Err()
+		}
+		p, err := h.data.Read(h.ctx, session, from, bytes, all)
+		if err != nil {
+			return nil, err
+		}
+		events := &page{Bounds: p.Bounds, memory: newMemory(p.From)}
+		for _, element := range p.Elements {
+			events.append(element, 1<<30)
+		}
+		return events, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return v.(*page), nil
+}
+
+// page is older chunks as events.
+type page struct {
+	store.Bounds
+	memory
+}
+
+func (p *page) base() int64 { return p.First - 1 }
+
+// all asks for as many chunks as the bytes allow.
+const all = 1 << 30
+
+func jitter(d time.Duration) time.Duration { return d*3/4 + rand.N(d/2+1) }

@@ -1,0 +1,124 @@
+// Package sse delivers logs to viewers by Server-Sent Events.
+//
+// A viewer is a cursor over a log and nothing else. There is one question, "what comes
+// after my cursor?", and it is answered from the window of the session's feed, or, when
+// the cursor is older than the window, from the history list. "History first, then
+// live" does not occur, so there is no moment between the two in which a chunk could
+// be lost.
+//
+//	Redis ── Pub/Sub, a hint ──▶ feed ── publishes immutable windows ──▶ viewer ──▶ socket
+//	  └───── reads, the truth ───▶┘ └─────────── pages of older chunks ─────▲
+//
+// A hub has a feed for each session that somebody on this node watches. The feed is
+// the only writer of the window: it takes a live chunk when that chunk is certainly the
+// next one, and on any doubt reads the log (feed.go). Viewers load the window without a
+// lock, and a viewer that has all of it waits for the very window to be replaced
+// (window.go). Chunks are encoded when they enter a window, once a node.
+//
+// Nothing queues for a viewer. A slow one blocks in its own socket write, under a
+// deadline that only a socket which takes nothing can reach; by the time it comes back
+// it takes all that is new in one piece, or pages through the history if the window has
+// moved on.
+//
+// What cannot be assumed: that a live chunk arrives, or arrives once, or in order; that
+// the log in Redis is still the one that was read a moment ago (then there is a new
+// epoch, and viewers get a reset); that a response which ends was read to its end.
+package sse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"gapless/store"
+)
+
+// Log is what delivery needs of the store. Its methods' contracts are store.Store's.
+type Log interface {
+	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
+	Renew(ctx context.Context, session, epoch string, last int64) error
+	Listen(session string, l store.Listener) (stop func())
+}
+
+// Config tunes delivery. No value of it changes which chunks a viewer gets.
+type Config struct {
+	// Node names this node in welcome events.
+	Node string
+	// Heartbeat is the longest silence on a connection. 15 s is well below the idle
+	// time-outs of common proxies, 30 s and more.
+	Heartbeat time.Duration
+	// Reconcile is how long a feed goes without reading the log. It bounds the delay of
+	// a chunk whose every announcement was lost.
+	Reconcile time.Duration
+	// Window is how many bytes of events a feed keeps; WindowTotal bounds all of them.
+	Window, WindowTotal int
+	// WriteTimeout is how long a viewer's socket may take nothing at all.
+	WriteTimeout time.Duration
+	// Linger is how long a feed outlives its last viewer: a reload finds it warm.
+	Linger time.Duration
+	// Reads is how many reads of Redis are under way at once, at most, for feeds, and as
+	// many for viewers: after a restart of Redis every feed has to read its log.
+	Reads int
+
+	Logger *slog.Logger
+}
+
+// DefaultConfig is what the flags start from.
+func DefaultConfig() Config {
+	return Config{
+		Heartbeat:    15 * time.Second,
+		Reconcile:    2 * time.Second,
+		Window:       256 << 10,
+		WindowTotal:  256 << 20,
+		WriteTimeout: 2 * time.Minute,
+		Linger:       10 * time.Second,
+		Reads:        16,
+		Logger:       slog.New(slog.DiscardHandler),
+	}
+}
+
+// Validate reports every mistake at once.
+func (c Config) Validate() error {
+	var errs []error
+	for _, d := range []struct {
+		flag  string
+		value time.Duration
+		least time.Duration
+	}{
+		{"-heartbeat", c.Heartbeat, 10 * time.Millisecond},
+		{"-reconcile", c.Reconcile, 10 * time.Millisecond},
+		{"-write-timeout", c.WriteTimeout, 10 * time.Millisecond},
+		{"-linger", c.Linger, 0},
+	} {
+		if d.value < d.least {
+			errs = append(errs, fmt.Errorf("%s: %v is less than %v", d.flag, d.value, d.least))
+		}
+	}
+	for _, n := range []struct {
+		flag  string
+		value int
+	}{{"-window", c.Window}, {"-window-total", c.WindowTotal}} {
+		if n.value < 0 {
+			errs = append(errs, fmt.Errorf("%s: %d bytes is less than nothing", n.flag, n.value))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Cause names why a response ended. Every one ends for exactly one cause.
+type Cause string
+
+const (
+	Ended    Cause = "ended"    // the log has ended, and the viewer has all of it
+	Done     Cause = "done"     // until=done was met
+	Deleted  Cause = "deleted"  // the session was deleted
+	Gone     Cause = "gone"     // the client went away
+	Slow     Cause = "slow"     // the socket took nothing for the write timeout
+	Shutdown Cause = "shutdown" // this node drains
+)
+
+// Clean says whether a response that ended for this cause is ended as HTTP ends one,
+// or aborted. Several clients take a clean end for the end of the answer.
+func (c Cause) Clean() bool { return c == Ended || c == Done || c == Deleted }

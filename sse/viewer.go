@@ -1,0 +1,282 @@
+package sse
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+)
+
+// Ask is what a viewer wants.
+type Ask struct {
+	Session    string
+	Connection string // names this connection in logs, and to the client
+	Cursor     int64  // the last number that it has; Latest: whatever is the last one now
+	Unknown    bool   // it came with an id that is no number: from the start, by a reset
+	UntilDone  bool   // its response ends behind the next chunk that ends a message or the log
+}
+
+// Latest is the cursor of a viewer that wants nothing of what is there already.
+const Latest = -1
+
+// Viewer is one SSE connection: a cursor over a log. It runs in the goroutine of
+// whoever calls its methods, and has none of its own.
+type Viewer struct {
+	Ask
+	hub    *Hub
+	feed   *feed
+	epoch  string // of the log that the cursor is in; empty: none yet, and the cursor is what was asked for
+	joined bool   // the cursor was compared with the log
+	ticket uint64 // a window must rest on this read to decide that the cursor is ahead
+
+	old      *page // older chunks, while the cursor is among them
+	oldBytes int   // how large the next page is to be
+	oldAt    time.Time
+}
+
+// A page is small for a viewer that takes long over it, since it keeps all of it in
+// memory meanwhile, and grows for one that is quick.
+const (
+	leastPage = segmentSize
+	firstPage = 4 * segmentSize
+	mostPage  = 64 * segmentSize
+	quickPage = 250 * time.Millisecond
+)
+
+// ErrDraining says that this node takes no viewers any more.
+var ErrDraining = errors.New("this node is draining")
+
+// View begins to view. Close must be called.
+func (h *Hub) View(a Ask) (*Viewer, error) {
+	f, ok := h.enter(a.Session)
+	if !ok {
+		return nil, ErrDraining
+	}
+	return &Viewer{Ask: a, hub: h, feed: f, oldBytes: firstPage}, nil
+}
+
+// Close lets go of the feed.
+func (v *Viewer) Close() { v.hub.leave(v.feed) }
+
+// LogValue implements slog.LogValuer.
+func (v *Viewer) LogValue() slog.Value {
+	return slog.GroupValue(slog.String("session", v.Session), slog.String("connection", v.Connection), slog.Int64("cursor", v.Cursor))
+}
+
+// Over waits, for as long as patience, until the log is known, and says whether there
+// is nothing to view and never will be: the log has ended or was deleted, and the
+// cursor has all of it. It returns false when patience ends first.
+func (v *Viewer) Over(ctx context.Context, patience time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		w := v.feed.window.Load()
+		if w.known() && (v.Cursor <= w.Last || w.read >= v.doubtOnce()) {
+			return w.Deleted || w.Ended && !v.Unknown && (v.Cursor == w.Last || v.Cursor == Latest)
+		}
+		select {
+		case <-w.next:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// doubtOnce has the log read once more for this viewer, whose cursor is beyond what
+// this node knows: it may come from a node that is ahead of this one.
+func (v *Viewer) doubtOnce() uint64 {
+	if v.ticket == 0 {
+		v.ticket = v.feed.doubt()
+	}
+	return v.ticket
+}
+
+// step is what a viewer is to be given next.
+type step struct {
+	events []byte
+	cursor int64         // the viewer's, when the events are written
+	end    Cause         // nothing more comes behind the events
+	fetch  bool          // what comes next is no longer in the window
+	pause  time.Duration // nothing now: look again by then
+}
+
+// next decides, without waiting, what window w means for this viewer. An empty step:
+// nothing, wait for the next window.
+func (v *Viewer) next(w *window) step {
+	if !w.known() {
+		return step{}
+	}
+	var events []byte
+	cursor := v.Cursor
+	if !v.joined {
+		// The cursor of a node that is ahead of this one is not ahead of the log.
+		if v.Cursor > w.Last && w.read < v.doubtOnce() {
+			return step{}
+		}
+		if cursor == Latest {
+			cursor = w.Last
+		}
+		events = appendNamed(events, "welcome", welcome{
+			Type: "welcome", Session: v.Session, Epoch: w.Epoch, First: w.First, Last: w.Last,
+			Cursor: cursor, Node: v.hub.cfg.Node, Connection: v.Connection,
+		}, retry(), cursor)
+		if w.Deleted {
+			return step{events: events, cursor: cursor, end: Deleted}
+		}
+	}
+	if reason, to := v.misplaced(w, cursor); reason != "" {
+		cursor = to
+		events = appendNamed(events, "reset", reset{Type: "reset", Reason: reason, Cursor: cursor, First: w.First, Last: w.Last}, 0, cursor)
+		if reason == resetDeleted {
+			return step{events: events, cursor: cursor, end: Deleted}
+		}
+	}
+	v.joined, v.epoch = true, w.Epoch
+	if len(events) > 0 {
+		return step{events: events, cursor: cursor}
+	}
+	if cursor == w.Last {
+		if w.Ended {
+			return step{cursor: cursor, end: Ended}
+		}
+		return step{cursor: cursor}
+	}
+	s, ok := v.take(&w.memory, cursor, w.Last)
+	if !ok && v.old != nil && v.old.Epoch == w.Epoch {
+		s, ok = v.take(&v.old.memory, cursor, w.Last)
+		ok = ok && len(s.events) > 0
+	}
+	if !ok {
+		return step{cursor: cursor, fetch: true}
+	}
+	return s
+}
+
+// take is the events behind cursor, up to last, that memory has.
+func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
+	events, cursor, stopped, ok := m.after(cursor, last, v.UntilDone)
+	s := step{events: events, cursor: cursor}
+	if stopped {
+		s.end = Done
+	}
+	return s, ok
+}
+
+// fetch reads the page behind the cursor, which window w no longer has.
+func (v *Viewer) fetch(w *window) step {
+	if v.old != nil && time.Since(v.oldAt) < quickPage {
+		v.oldBytes = min(2*v.oldBytes, mostPage)
+	} else if v.old != nil {
+		v.oldBytes = leastPage
+	}
+	p, err := v.hub.page(v.Session, w.Epoch, v.Cursor+1, v.oldBytes)
+	switch {
+	case err != nil:
+		return step{cursor: v.Cursor, pause: jitter(awayPause)}
+	case p.Epoch != w.Epoch: // the feed does not know yet, and will tell by a window
+		v.feed.doubt()
+		return step{cursor: v.Cursor, pause: v.hub.cfg.Reconcile}
+	case p.base() > v.Cursor: // trimmed since the feed has read
+		to := p.base()
+		return step{cursor: to, events: appendNamed(nil, "reset", reset{
+			Type: "reset", Reason: resetTrimmed, Cursor: to, First: p.First, Last: p.Last}, 0, to)}
+	}
+	v.old, v.oldAt = p, time.Now()
+	s, ok := v.take(&p.memory, v.Cursor, w.Last)
+	if !ok || len(s.events) == 0 { // the log is shorter than the feed knows
+		v.feed.doubt()
+		return step{cursor: v.Cursor, pause: v.hub.cfg.Reconcile}
+	}
+	return s
+}
+
+// awayPause is how long a viewer waits before it asks a Redis that did not answer again.
+const awayPause = 500 * time.Millisecond
+
+// misplaced says why, if so, what follows the cursor is not what window w has behind
+// it, and where the cursor has to go.
+func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
+	start := w.base()
+	switch {
+	case !v.joined && v.Unknown:
+		return resetUnknown, start
+	case v.joined && w.Deleted:
+		return resetDeleted, w.Last
+	case w.absent() && (cursor > 0 || v.epoch != ""):
+		return resetAhead, 0
+	case v.epoch != "" && v.epoch != w.Epoch,
+		// Numbers up to Former were other chunks. But who has the end of an ended log has the end.
+		!v.joined && cursor > 0 && cursor <= w.Former && !(w.Ended && cursor == w.Last):
+		return resetEpoch, start
+	case cursor > w.Last:
+		return resetAhead, start
+	case cursor < start:
+		return resetTrimmed, start
+	}
+	return "", cursor
+}
+
+// Serve gives the viewer all there is, and then what comes, until the response has to
+// end, and says why. ctx is the request's.
+func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
+	if w.write([]byte(heartbeat)) != nil {
+		return w.cause()
+	}
+	beat := time.NewTimer(v.hub.cfg.Heartbeat)
+	defer beat.Stop()
+	drain, leave := v.hub.drain, (<-chan time.Time)(nil)
+	for {
+		window := v.feed.window.Load()
+		s := v.next(window)
+		if s.fetch {
+			s = v.fetch(window)
+		}
+		more, pause := (<-chan struct{})(window.next), (<-chan time.Time)(nil)
+		if len(s.events) > 0 {
+			if w.write(s.events) != nil {
+				return w.cause()
+			}
+			v.Cursor, more = s.cursor, ready
+		}
+		if s.end != "" {
+			return s.end
+		}
+		if s.pause > 0 {
+			pause = time.After(s.pause)
+		}
+		select { // with more ready, it still notices in time that it must go
+		case <-more:
+		case <-pause:
+		case <-beat.C:
+			quiet := time.Since(w.wrote)
+			if quiet >= v.hub.cfg.Heartbeat {
+				if w.write([]byte(heartbeat)) != nil {
+					return w.cause()
+				}
+				quiet = 0
+			}
+			beat.Reset(v.hub.cfg.Heartbeat - quiet)
+		case <-drain:
+			drain = nil
+			leave = time.After(rand.N(v.hub.spread + 1))
+		case <-leave:
+			if !v.joined { // so that it comes back all the same
+				_ = w.write(appendRetry(nil, retry()))
+			}
+			return Shutdown
+		case <-ctx.Done():
+			return Gone
+		}
+	}
+}
+
+// ready is a window that is there already.
+var ready = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+// retry is after how many ms a client shall come back: not all of them at once.
+func retry() int { return 1000 + rand.IntN(2000) }

@@ -1,0 +1,55 @@
+package store
+
+import (
+	"context"
+	"fmt"
+)
+
+// Create makes a session, and says whether it was made now. A deleted one is made
+// anew: with another epoch, and numbers that go on.
+func (s *Store) Create(ctx context.Context, session string) (b Bounds, created bool, err error) {
+	return s.session(ctx, session, "create")
+}
+
+// Describe answers a session's bounds. ErrNotFound: there is none, or it was deleted.
+func (s *Store) Describe(ctx context.Context, session string) (Bounds, error) {
+	p, err := s.Read(ctx, session, 1, 0, 0)
+	if err != nil {
+		return Bounds{}, err
+	}
+	if p.Epoch == "" || p.Deleted {
+		return Bounds{}, ErrNotFound
+	}
+	return p.Bounds, nil
+}
+
+// Delete removes the log and leaves a tombstone. ErrNotFound: there never was one.
+func (s *Store) Delete(ctx context.Context, session string) error {
+	_, _, err := s.session(ctx, session, "delete")
+	return err
+}
+
+// Renew ends an epoch in which numbers up to last were given out, because the log in
+// Redis is found not to be the one that they came from: what is in the list is
+// numbered from there on, in a new epoch. Where the epoch has ended already, nothing
+// changes, so of several nodes that notice, one does it.
+func (s *Store) Renew(ctx context.Context, session, epoch string, last int64) error {
+	_, _, err := s.session(ctx, session, "renew", epoch, last)
+	return err
+}
+
+func (s *Store) session(ctx context.Context, session, what string, args ...any) (Bounds, bool, error) {
+	reply, err := s.run(ctx, scriptSession, session, append([]any{what}, args...)...)
+	if err != nil {
+		return Bounds{}, false, fmt.Errorf("%s session %s: %w", what, session, err)
+	}
+	r := fields(reply)
+	if r.status() == "absent" {
+		return Bounds{}, false, ErrNotFound
+	}
+	b := r.bounds()
+	if r.err != nil {
+		return b, false, fmt.Errorf("%s session %s: %w", what, session, r.err)
+	}
+	return b, r.status() == "ok", nil
+}

@@ -1,0 +1,14 @@
+// Package web holds the page and the JavaScript client, as they are served.
+//
+// There is no build step: what is in this folder is what a browser gets. The page works
+// under a Content-Security-Policy that allows nothing but files and connections of its
+// own origin, so there is no inline script and no inline style in it.
+package web
+
+import "embed"
+
+// Files holds the page: index.html, for "/", and the files that it names, which lie
+// beside it ("/app.js", "/style.css", ...).
+//
+//go:embed index.html app.js follow.js style.css favicon.svg
+var Files embed.FS
