@@ -116,15 +116,15 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
 	a.page(files)
 
-	v1 := e.Group("/v1/sessions")
-	v1.POST("", a.createSession)
-	one := v1.Group("/:id", checkID)
-	one.GET("", a.describeSession)
-	one.DELETE("", a.deleteSession)
-	one.POST("/chunks", a.appendChunks)
-	one.GET("/chunks", a.readChunks)
-	one.GET("/stream", a.stream)
-	one.POST("/messages", a.ask)
+	// Each route has its own check: a group's would answer every other method with 404.
+	const all, one = "/v1/sessions", "/v1/sessions/:id"
+	e.POST(all, a.createSession)
+	e.GET(one, a.describeSession, checkID)
+	e.DELETE(one, a.deleteSession, checkID)
+	e.POST(one+"/chunks", a.appendChunks, checkID)
+	e.GET(one+"/chunks", a.readChunks, checkID)
+	e.GET(one+"/stream", a.stream, checkID)
+	e.POST(one+"/messages", a.ask, checkID)
 	return a
 }
 

@@ -76,6 +76,9 @@ func (a *API) appendJSON(c echo.Context, fill store.Fill, closes bool) error {
 	if closes {
 		chunks = append(chunks, store.NewChunk(store.TypeEnd, "", "", ""))
 	}
+	if len(chunks) == 0 {
+		return a.appendNothing(c)
+	}
 	if err := u.append(c.Request().Context(), chunks); err != nil {
 		return err
 	}
@@ -257,7 +260,16 @@ func (a *API) appendNothing(c echo.Context) error {
 	return c.JSON(http.StatusCreated, Stored{Epoch: b.Epoch, First: b.Last + 1, Last: b.Last})
 }
 
-// readChunks answers a page of the log.
+// reading is err of a read: one whose answer was lost changed nothing, and may be repeated.
+func reading(err error) error {
+	if store.Away(err) {
+		return fmt.Errorf("%w: %w", store.ErrAway, err)
+	}
+	return err
+}
+
+// readChunks answers a page of the log: the elements as they are, and the number of the
+// first, since those of foreign producers do not say theirs.
 func (a *API) readChunks(c echo.Context) error {
 	const most, bytesMost = 1000, 4 << 20
 	after, err := parseNumber(c.QueryParam("after"))
@@ -272,12 +284,12 @@ func (a *API) readChunks(c echo.Context) error {
 	}
 	p, err := a.logs.Read(c.Request().Context(), session(c), after+1, bytesMost, limit)
 	if err != nil {
-		return err
+		return reading(err)
 	}
 	if p.Epoch == "" || p.Deleted {
 		return store.ErrNotFound
 	}
-	b := fmt.Appendf(nil, `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended)
+	b := fmt.Appendf(nil, `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"from_seq":%d,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended, p.From)
 	for i, element := range p.Elements {
 		if i > 0 {
 			b = append(b, ',')

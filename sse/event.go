@@ -50,7 +50,8 @@ type welcome struct {
 type reset struct {
 	Type   string `json:"type"`
 	Reason string `json:"reason"`
-	Cursor int64  `json:"cursor"`
+	Epoch  string `json:"epoch"`  // of what follows
+	Cursor int64  `json:"cursor"` // the one that is given up; the new one is the event's id
 	First  int64  `json:"first_seq"`
 	Last   int64  `json:"last_seq"`
 }
@@ -63,6 +64,11 @@ const (
 	resetUnknown = "unknown" // the id was no number
 	resetDeleted = "deleted" // the session was deleted
 )
+
+// appendReset appends the reset that moves a cursor.
+func appendReset(b []byte, reason string, from, to int64, log store.Bounds) []byte {
+	return appendNamed(b, "reset", reset{"reset", reason, log.Epoch, from, log.First, log.Last}, 0, to)
+}
 
 // appendNamed appends an event of ours. retry, in ms, stands inside its block; 0: none.
 func appendNamed(b []byte, name string, data any, retry int, id int64) []byte {

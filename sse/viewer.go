@@ -126,8 +126,8 @@ func (v *Viewer) next(w *window) step {
 		}
 	}
 	if reason, to := v.misplaced(w, cursor); reason != "" {
+		events = appendReset(events, reason, cursor, to, w.Bounds)
 		cursor = to
-		events = appendNamed(events, "reset", reset{Type: "reset", Reason: reason, Cursor: cursor, First: w.First, Last: w.Last}, 0, cursor)
 		if reason == resetDeleted {
 			return step{events: events, cursor: cursor, end: Deleted}
 		}
@@ -179,8 +179,7 @@ func (v *Viewer) fetch(w *window) step {
 		return step{cursor: v.Cursor, pause: v.hub.cfg.Reconcile}
 	case p.base() > v.Cursor: // trimmed since the feed has read
 		to := p.base()
-		return step{cursor: to, events: appendNamed(nil, "reset", reset{
-			Type: "reset", Reason: resetTrimmed, Cursor: to, First: p.First, Last: p.Last}, 0, to)}
+		return step{cursor: to, events: appendReset(nil, resetTrimmed, v.Cursor, to, p.Bounds)}
 	}
 	v.old, v.oldAt = p, time.Now()
 	s, ok := v.take(&p.memory, v.Cursor, w.Last)

@@ -38,6 +38,8 @@ import (
 type Config struct {
 	// Redis is "embedded" (in this process, in memory) or a redis:// or rediss:// URL.
 	Redis string
+	// Dial makes the connections to Redis, if not nil.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// HistoryTTL is how long a list is kept after its last use. A day: an answer is
 	// read again the next morning, hardly ever later.
 	HistoryTTL time.Duration
@@ -171,17 +173,19 @@ func Open(cfg Config) (*Store, error) {
 		text = luaLog + text
 		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
 	}
-	opt := &redis.Options{}
-	if cfg.Redis == Embedded {
-		embedded := openEmbedded()
-		opt.Dialer = embedded.dial
-		s.closers = append(s.closers, embedded.close)
-	} else {
+	opt := &redis.Options{Addr: "127.0.0.1:0"} // of nobody: the embedded one has none
+	switch {
+	case cfg.Redis != Embedded:
 		var err error
 		if opt, err = redis.ParseURL(cfg.Redis); err != nil {
 			return nil, fmt.Errorf("parse redis URL: %w", err)
 		}
+	case cfg.Dial == nil:
+		embedded := openEmbedded()
+		cfg.Dial = embedded.dial
+		s.closers = append(s.closers, embedded.close)
 	}
+	opt.Dialer = cfg.Dial
 	// Nothing is repeated behind our back: an append that is sent twice is stored twice.
 	opt.MaxRetries = -1
 	opt.DialerRetries = 1

@@ -1,0 +1,331 @@
+package sse
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/alicebob/miniredis/v2"
+	"github.com/redis/go-redis/v9"
+	"pgregory.net/rapid"
+
+	"gapless/store"
+)
+
+// lossy is a real store whose Pub/Sub can be made to lose everything.
+type lossy struct {
+	*store.Store
+	deaf     atomic.Bool
+	listener store.Listener
+}
+
+func (l *lossy) Listen(session string, listener store.Listener) func() {
+	l.listener = listener
+	return l.Store.Listen(session, l)
+}
+
+func (l *lossy) Live(payload string) {
+	if !l.deaf.Load() {
+		l.listener.Live(payload)
+	}
+}
+func (l *lossy) Resync() { l.listener.Resync() }
+
+// world is a hub on the real scripts, in a Redis that a test lays its own hands on.
+type world struct {
+	t     *testing.T
+	redis *redis.Client
+	logs  *lossy
+	hub   *Hub
+	made  int // chunks, so that no two are alike
+	close func()
+}
+
+func newWorld(t *testing.T) *world {
+	m := miniredis.NewMiniRedis()
+	m.ClockTTL(true)
+	cfg := store.DefaultConfig()
+	dial := func(context.Context, string, string) (net.Conn, error) { return m.Dial() }
+	cfg.Dial, cfg.HistoryMax, cfg.Listeners = dial, 15, 1
+	s, err := store.Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{t: t, redis: redis.NewClient(&redis.Options{Addr: "127.0.0.1:0", Dialer: dial, Protocol: 2}), logs: &lossy{Store: s}}
+	w.hub = NewHub(testConfig(), w.logs)
+	w.close = func() {
+		w.hub.Close()
+		s.Close()
+		_ = w.redis.Close()
+		m.Close()
+	}
+	return w
+}
+
+func (w *world) list() []string {
+	l, err := w.redis.LRange(w.t.Context(), "chat:history:s", 0, -1).Result()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return l
+}
+
+func (w *world) push(n int) {
+	for range n {
+		w.made++
+		w.redis.RPush(w.t.Context(), "chat:history:s", fmt.Sprintf(`{"content":"foreign %d"}`, w.made))
+	}
+}
+
+func (w *world) append(n int) {
+	for range n {
+		w.made++
+		if _, err := w.logs.Append(w.t.Context(), "s", "", []store.Chunk{store.NewChunk("delta", "", "", fmt.Sprint("c", w.made))}); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
+
+// saved is what a replica has that lags behind.
+type saved struct {
+	list []any
+	hash map[string]string
+}
+
+func (w *world) save() saved {
+	s := saved{hash: w.redis.HGetAll(w.t.Context(), "chat:session:s").Val()}
+	for _, e := range w.list() {
+		s.list = append(s.list, e)
+	}
+	return s
+}
+
+func (w *world) restore(s saved) {
+	w.redis.Del(w.t.Context(), "chat:history:s", "chat:session:s")
+	if len(s.list) > 0 {
+		w.redis.RPush(w.t.Context(), "chat:history:s", s.list...)
+	}
+	if len(s.hash) > 0 {
+		w.redis.HSet(w.t.Context(), "chat:session:s", s.hash)
+	}
+}
+
+// show compares what a client shows with the log as it is.
+func (w *world) show(c *watcher) error {
+	list := w.list()
+	page, err := w.logs.Read(w.t.Context(), "s", 1, 0, 0)
+	if err != nil {
+		return err
+	}
+	if err := c.take(c.events()); err != nil {
+		return err
+	}
+	if c.epoch != page.Epoch && len(c.resets) == 0 && c.epoch != "" {
+		return fmt.Errorf("it was told epoch %s, and no reset: the log's is %s", c.epoch, page.Epoch)
+	}
+	return c.check(page.First, list)
+}
+
+// settle lets the feed find out whatever it was not told.
+func (w *world) settle() {
+	time.Sleep(2 * w.hub.cfg.Reconcile)
+	synctest.Wait()
+}
+
+// hands are what other hands do to a log.
+var hands = map[string]func(w *world){
+	"flushed": func(w *world) { w.redis.FlushAll(w.t.Context()) },
+	"expired": func(w *world) { w.redis.Del(w.t.Context(), "chat:history:s") },
+	"replaced by a longer one": func(w *world) {
+		n := len(w.list())
+		w.redis.Del(w.t.Context(), "chat:history:s")
+		w.push(n + 3)
+	},
+	"replaced by one as long": func(w *world) {
+		n := len(w.list())
+		w.redis.Del(w.t.Context(), "chat:history:s")
+		w.push(n)
+	},
+	"cut at its tail": func(w *world) { w.redis.LTrim(w.t.Context(), "chat:history:s", 0, -3) },
+	"cut at its tail and regrown": func(w *world) {
+		w.redis.LTrim(w.t.Context(), "chat:history:s", 0, -3)
+		w.push(2)
+	},
+	"cut at its head": func(w *world) { w.redis.LTrim(w.t.Context(), "chat:history:s", 2, -1) },
+	"edited in the middle of what was read": func(w *world) {
+		w.redis.LSet(w.t.Context(), "chat:history:s", -1, `{"content":"edited"}`)
+	},
+}
+
+// Promises: Said aloud; Unique. Each way in which a log can be another one, while a
+// viewer is live: a reset, and then the log as it is.
+func TestFeed_logIsRewritten_viewersAreReset(t *testing.T) {
+	for name, rewrite := range hands {
+		for _, deaf := range []bool{false, true} {
+			for _, regrow := range []string{"nothing", "appended", "pushed"} {
+				t.Run(fmt.Sprintf("%s/deaf=%t/%s", name, deaf, regrow), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						w := newWorld(t)
+						defer w.close()
+						w.append(6)
+						v := watch(t, w.hub, Ask{Session: "s"})
+						defer v.leave()
+						w.settle()
+						if err := w.show(v); err != nil {
+							t.Fatal(err)
+						}
+						w.logs.deaf.Store(deaf)
+						rewrite(w)
+						switch regrow {
+						case "appended":
+							w.append(9)
+						case "pushed":
+							w.push(9)
+						}
+						time.Sleep(3 * time.Second)
+						synctest.Wait()
+						if err := w.show(v); err != nil {
+							t.Fatal(err)
+						}
+						if name != "expired" && len(v.resets) != 1 {
+							t.Fatalf("resets: %v", v.resets)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// A failover to a replica that lags: list and hash are those of a while ago, with the
+// same epoch, and may have regrown past what viewers have.
+func TestFeed_failoverLosesTheTail_viewersAreReset(t *testing.T) {
+	for _, regrown := range []int{0, 1, 4, 5, 9} {
+		t.Run(fmt.Sprint("regrown by ", regrown), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				defer w.close()
+				w.append(3)
+				replica := w.save()
+				v := watch(t, w.hub, Ask{Session: "s"})
+				defer v.leave()
+				w.settle()
+				w.append(4)
+				synctest.Wait()
+				w.logs.deaf.Store(true) // the connection to the old master is gone
+				w.restore(replica)
+				w.append(regrown)
+				w.logs.deaf.Store(false)
+				w.logs.Resync() // and then there is one to the new one
+				time.Sleep(3 * time.Second)
+				synctest.Wait()
+				if err := w.show(v); err != nil {
+					t.Fatal(err)
+				}
+				if len(v.resets) != 1 {
+					t.Fatalf("resets: %v", v.resets)
+				}
+				// And one that comes back with a cursor of the lost tail is told at once.
+				back := watch(t, w.hub, Ask{Session: "s", Cursor: 7})
+				defer back.leave()
+				synctest.Wait()
+				if err := w.show(back); err != nil {
+					t.Fatal(err)
+				}
+				if len(back.resets) != 1 {
+					t.Fatalf("resets of one that comes back: %v", back.resets)
+				}
+			})
+		})
+	}
+}
+
+// Whatever is done to a log, and in whatever order: once it settles, every viewer shows
+// the log as it is, live ones and those that come back with the cursor that they have.
+func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
+	names := []string{"append", "push", "deaf", "hear", "wait", "come back", "delete"}
+	for name := range hands {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	rapid.Check(t, func(rt *rapid.T) {
+		steps := rapid.SliceOfN(rapid.SampledFrom(names), 1, 15).Draw(rt, "steps")
+		waits := rapid.SliceOfN(rapid.SampledFrom([]time.Duration{0, time.Millisecond, time.Second, 5 * time.Second}), len(steps), len(steps)).Draw(rt, "waits")
+		var failure error
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			defer w.close()
+			live := watch(t, w.hub, Ask{Session: "s"})
+			back := watch(t, w.hub, Ask{Session: "s"})
+			flushed := false // since back was last connected
+			over := false    // deleted: the viewers' responses have ended
+			for i, step := range steps {
+				switch step {
+				case "append":
+					w.append(3)
+				case "push":
+					w.push(2)
+				case "deaf", "hear":
+					w.logs.deaf.Store(step == "deaf")
+				case "wait":
+					time.Sleep(waits[i])
+				case "delete":
+					if i < len(steps)-1 {
+						continue // only as the last step: it ends the viewers
+					}
+					w.settle()
+					over = w.logs.Delete(t.Context(), "s") == nil
+				case "come back":
+					before := back
+					before.leave()
+					if err := before.take(before.events()); err != nil {
+						failure = err
+					}
+					back = watch(t, w.hub, Ask{Session: "s", Cursor: before.cursor})
+					back.screen = before.screen
+					back.seen = 0
+					epoch := back.epoch
+					synctest.Wait()
+					time.Sleep(time.Millisecond)
+					if err := back.take(back.events()); err != nil {
+						failure = err
+					}
+					if epoch != "" && back.epoch != epoch && len(back.resets) == len(before.resets) && flushed {
+						// The one exception of promise 8: nothing but the epoch tells. A page begins anew.
+						back.leave()
+						back = watch(t, w.hub, Ask{Session: "s"})
+					}
+					flushed = false
+				default:
+					hands[step](w)
+					flushed = flushed || step == "flushed"
+				}
+				synctest.Wait()
+			}
+			w.settle()
+			w.logs.deaf.Store(false)
+			w.settle()
+			for name, v := range map[string]*watcher{"live": live, "back": back} {
+				if over {
+					if cause := <-v.done; cause != Deleted {
+						failure = fmt.Errorf("%s: ended by %s", name, cause)
+					}
+					continue
+				}
+				if err := w.show(v); err != nil && failure == nil {
+					failure = fmt.Errorf("%s: %w", name, err)
+				}
+				v.leave()
+			}
+		})
+		if failure != nil {
+			rt.Fatalf("%s: %v", strings.Join(steps, ", "), failure)
+		}
+	})
+}

@@ -1,0 +1,206 @@
+package sse
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"gapless/store"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// event is one parsed event.
+type event struct {
+	name, id, data string
+}
+
+// parse reads a stream as the standard says an EventSource does, and the rest that is
+// no whole event.
+func parse(stream []byte) (events []event, rest []byte) {
+	for {
+		block, after, ok := bytes.Cut(stream, []byte("\n\n"))
+		if !ok {
+			return events, stream
+		}
+		stream = after
+		var e event
+		var data []string
+		for line := range strings.SplitSeq(string(block), "\n") {
+			field, value, _ := strings.Cut(line, ":")
+			value = strings.TrimPrefix(value, " ")
+			switch field {
+			case "event":
+				e.name = value
+			case "data":
+				data = append(data, value)
+			case "id":
+				e.id = value
+			}
+		}
+		if data != nil {
+			e.data = strings.Join(data, "\n")
+			events = append(events, e)
+		}
+	}
+}
+
+// screen is a client that keeps what it is given, as a page would.
+type screen struct {
+	cursor int64    // the last number
+	chunks []string // since the last reset
+	first  int64    // the number of chunks[0]
+	resets []string
+	epoch  string
+	seen   int // events parsed so far
+}
+
+// take looks at events that came on one connection, and says what is wrong with them.
+func (s *screen) take(events []event) error {
+	for ; s.seen < len(events); s.seen++ {
+		e := events[s.seen]
+		id, err := strconv.ParseInt(e.id, 10, 64)
+		if err != nil {
+			return fmt.Errorf("event %+v has no number", e)
+		}
+		switch e.name {
+		case "welcome":
+			var w welcome
+			if err := json.Unmarshal([]byte(e.data), &w); err != nil {
+				return err
+			}
+			s.epoch, s.cursor = w.Epoch, id
+			if len(s.chunks) == 0 {
+				s.first = id + 1
+			}
+		case "reset":
+			var r reset
+			if err := json.Unmarshal([]byte(e.data), &r); err != nil {
+				return err
+			}
+			if r.Cursor != s.cursor {
+				return fmt.Errorf("reset gives up cursor %d, and it is %d", r.Cursor, s.cursor)
+			}
+			s.resets, s.epoch = append(s.resets, r.Reason), r.Epoch
+			s.cursor, s.first, s.chunks = id, id+1, nil
+		case "":
+			if id != s.cursor+1 {
+				return fmt.Errorf("chunk %d came behind %d", id, s.cursor)
+			}
+			s.cursor, s.chunks = id, append(s.chunks, e.data)
+		default:
+			return fmt.Errorf("unknown event %q", e.name)
+		}
+	}
+	return nil
+}
+
+// sink is a response that takes what it is given.
+type sink struct {
+	mu     sync.Mutex
+	header http.Header
+	body   []byte
+	status int
+	fail   error
+}
+
+func (s *sink) Header() http.Header {
+	if s.header == nil {
+		s.header = http.Header{}
+	}
+	return s.header
+}
+func (s *sink) WriteHeader(status int) { s.status = status }
+func (s *sink) Flush()                 {}
+func (s *sink) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fail != nil {
+		return 0, s.fail
+	}
+	s.body = append(s.body, p...)
+	return len(p), nil
+}
+func (s *sink) SetWriteDeadline(time.Time) error { return nil }
+
+func (s *sink) bytes() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return bytes.Clone(s.body)
+}
+
+func (s *sink) events() []event {
+	events, _ := parse(s.bytes())
+	return events
+}
+
+// watcher is a viewer that runs.
+type watcher struct {
+	*sink
+	screen
+	cut  context.CancelFunc
+	done chan Cause // gets the cause when the response has ended
+}
+
+// watch has a viewer of the hub run until cut, and close or the end of the log.
+func watch(t testing.TB, h *Hub, a Ask) *watcher {
+	t.Helper()
+	v, err := h.View(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cut := context.WithCancel(context.Background())
+	w := &watcher{sink: &sink{}, cut: cut, done: make(chan Cause, 1)}
+	r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
+	out := NewWriter(w.sink, r, time.Minute)
+	go func() {
+		defer v.Close()
+		w.done <- v.Serve(ctx, out)
+	}()
+	return w
+}
+
+// leave cuts the viewer off and waits for it.
+func (w *watcher) leave() Cause {
+	w.cut()
+	return <-w.done
+}
+
+// check takes what came, and compares the screen with a log.
+func (w *watcher) check(first int64, elements []string) error {
+	if err := w.take(w.events()); err != nil {
+		return err
+	}
+	want := make([]string, 0, len(elements))
+	for i, e := range elements {
+		if seq := first + int64(i); seq >= w.first {
+			want = append(want, string(store.AppendElement(nil, seq, e)))
+		}
+	}
+	kept := w.chunks // without those that the log does not keep any more
+	if gone := first - w.first; gone > 0 {
+		kept = kept[min(gone, int64(len(kept))):]
+	}
+	if got := strings.Join(kept, "\n"); got != strings.Join(want, "\n") {
+		return fmt.Errorf("the viewer has, from %d on:\n%s\nthe log, from %d on:\n%s", w.first, got, first, strings.Join(want, "\n"))
+	}
+	if len(elements) > 0 && w.first > first && len(w.chunks) > 0 && len(w.resets) == 0 {
+		return fmt.Errorf("the viewer began at %d, and the log at %d", w.first, first)
+	}
+	return nil
+}
+
+func testConfig() Config {
+	c := DefaultConfig()
+	c.Node = "test"
+	return c
+}
