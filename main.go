@@ -143,7 +143,6 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		cfg.api.Hosts = nil // reachable by more names than can be known here
 	}
 	cfg.model = model.NewDemo()
-	cfg.api.WriteTimeout = cfg.sse.WriteTimeout
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger = cfg.log, cfg.log, cfg.log
 	errs = append(errs, cfg.store.Validate(), cfg.sse.Validate(), cfg.api.Validate())
 	return cfg, errors.Join(errs...)

@@ -48,15 +48,14 @@ type Config struct {
 	// later it cannot say 204 any more.
 	Patience time.Duration
 
-	WriteTimeout time.Duration
-	Logger       *slog.Logger
+	Logger *slog.Logger
 }
 
 // DefaultConfig is what the flags start from.
 func DefaultConfig() Config {
 	return Config{
 		ChunkMax: 64 << 10, BodyMax: 8 << 20, BatchMax: 10_000, Answers: 256,
-		Hosts: []string{}, Patience: 500 * time.Millisecond, WriteTimeout: 2 * time.Minute,
+		Hosts: []string{}, Patience: 500 * time.Millisecond,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }
@@ -71,7 +70,7 @@ func (c Config) Validate() error {
 
 // Logs is what the calls need of the store. The methods' contracts are store.Store's.
 type Logs interface {
-	Append(ctx context.Context, session, epoch string, chunks []store.Chunk) (store.Appended, error)
+	Append(ctx context.Context, session string, after int64, chunks []store.Chunk) (store.Appended, error)
 	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
 	Create(ctx context.Context, session string) (store.Bounds, bool, error)
 	Describe(ctx context.Context, session string) (store.Bounds, error)

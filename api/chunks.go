@@ -143,7 +143,7 @@ func (u *upload) append(ctx context.Context, chunks []store.Chunk) error {
 		return nil
 	}
 	// A client that goes away does not leave us in doubt about what was stored.
-	done, err := u.api.logs.Append(context.WithoutCancel(ctx), u.session, u.stored.Epoch, chunks)
+	done, err := u.api.logs.Append(context.WithoutCancel(ctx), u.session, u.stored.Last, chunks)
 	if err != nil {
 		return err
 	}
@@ -260,14 +260,6 @@ func (a *API) appendNothing(c echo.Context) error {
 	return c.JSON(http.StatusCreated, Stored{Epoch: b.Epoch, First: b.Last + 1, Last: b.Last})
 }
 
-// reading is err of a read: one whose answer was lost changed nothing, and may be repeated.
-func reading(err error) error {
-	if store.Away(err) {
-		return fmt.Errorf("%w: %w", store.ErrAway, err)
-	}
-	return err
-}
-
 // readChunks answers a page of the log: the elements as they are, and the number of the
 // first, since those of foreign producers do not say theirs.
 func (a *API) readChunks(c echo.Context) error {
@@ -284,7 +276,7 @@ func (a *API) readChunks(c echo.Context) error {
 	}
 	p, err := a.logs.Read(c.Request().Context(), session(c), after+1, bytesMost, limit)
 	if err != nil {
-		return reading(err)
+		return err
 	}
 	if p.Epoch == "" || p.Deleted {
 		return store.ErrNotFound

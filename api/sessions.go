@@ -70,7 +70,7 @@ func (a *API) createSession(c echo.Context) error {
 func (a *API) describeSession(c echo.Context) error {
 	b, err := a.logs.Describe(c.Request().Context(), session(c))
 	if err != nil {
-		return reading(err)
+		return err
 	}
 	return c.JSON(http.StatusOK, a.sessionJSON(session(c), b))
 }

@@ -26,7 +26,7 @@ func (a *API) stream(c echo.Context) error {
 
 	v, err := a.hub.View(view)
 	if errors.Is(err, sse.ErrDraining) {
-		return sse.NewWriter(c.Response().Writer, r, a.cfg.WriteTimeout).Refuse()
+		return a.hub.NewWriter(c.Response().Writer, r).Refuse()
 	}
 	if err != nil {
 		return err
@@ -36,7 +36,7 @@ func (a *API) stream(c echo.Context) error {
 		return c.NoContent(http.StatusNoContent)
 	}
 	a.log.LogAttrs(r.Context(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
-	w := sse.NewWriter(c.Response().Writer, r, a.cfg.WriteTimeout)
+	w := a.hub.NewWriter(c.Response().Writer, r)
 	cause := v.Serve(r.Context(), w)
 	a.log.LogAttrs(r.Context(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
 	return w.End(cause)

@@ -34,12 +34,14 @@ type feed struct {
 	window  atomic.Pointer[window] // published by whoever holds mu
 
 	mu      sync.Mutex
-	reads   uint64 // reads that have begun
-	trust   uint64 // live chunks are taken when the window rests on this read or a later one
-	pending bool   // a read is wanted that has not begun
-	busy    bool   // a read is queued or under way
-	want    int64  // the highest number announced and not yet seen
-	suspect int64  // a number under which something else was announced than the window has
+	reads   uint64    // reads that have begun
+	trust   uint64    // live chunks are taken when the window rests on this read or a later one
+	pending bool      // a read is wanted that has not begun
+	busy    bool      // a read is queued or under way
+	want    int64     // the highest number announced and not yet seen
+	given   int64     // the highest number given out in former epochs
+	short   time.Time // since when the list lacks what was taken live
+	suspect int64     // a number under which something else was announced than the window has
 	retry   time.Duration
 	timer   *time.Timer // runs ask after retry
 	readAt  time.Time   // when the last read ended, or the feed began
@@ -88,9 +90,6 @@ func (f *feed) close() {
 	}
 }
 
-// limit is how many bytes of events this feed may keep now.
-func (f *feed) limit() int { return int(f.hub.share.Load()) }
-
 // publish replaces the window and wakes whoever waits on the old one. mu is held.
 func (f *feed) publish(w *window) {
 	close(f.window.Swap(w).next)
@@ -101,6 +100,11 @@ func (f *feed) Resync() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.trust = f.reads + 1
+	for key, n := range f.foreign { // chunks whose announcements may be lost
+		if n < 0 {
+			delete(f.foreign, key)
+		}
+	}
 	f.ask()
 }
 
@@ -115,14 +119,15 @@ func (f *feed) Live(payload string) {
 	seq, ours := store.Number(payload)
 	trusted := w.known() && w.read >= f.trust
 	switch {
-	case payload == store.Hint:
+	case payload == store.Hint: // what comes next may be of another epoch
+		f.trust = f.reads + 1
 		f.ask()
 	case !ours:
 		if f.balance(payload, +1) > 0 {
 			f.ask()
 		}
 	case trusted && seq == w.Last+1 && !w.absent() && !w.Ended && !w.Deleted:
-		n := w.with(payload, f.limit())
+		n := w.with(payload, f.hub.limit())
 		f.publish(n)
 		if n.lastStop == seq { // is it the end? the log says so
 			f.ask()
@@ -200,7 +205,7 @@ func (f *feed) again() {
 	f.ask()
 }
 
-// read is the one repair path. A worker of the hub runs it, for one feed at a time.
+// read is the one way of repair. A worker of the hub runs it, for one feed at a time.
 func (f *feed) read(ctx context.Context) {
 	f.mu.Lock()
 	if f.closed {
@@ -228,14 +233,13 @@ func (f *feed) read(ctx context.Context) {
 	if f.closed {
 		return
 	}
+	f.readAt = time.Now()
+	f.hub.found(err)
 	if err != nil {
-		if ctx.Err() == nil {
-			f.hub.log.LogAttrs(ctx, slog.LevelWarn, "log not read, trying again", slog.String("session", f.session), slog.Any("err", err))
-		}
 		f.later(max(f.retry, 10*firstRetry))
 		return
 	}
-	f.readAt, f.suspect = time.Now(), 0
+	f.suspect = 0
 	n := f.merge(page, number)
 	if n.Last > f.window.Load().Last || n.Epoch != f.window.Load().Epoch {
 		f.retry = firstRetry
@@ -244,9 +248,9 @@ func (f *feed) read(ctx context.Context) {
 	switch {
 	case f.pending:
 		f.ask()
-	case !f.owed(n.Last):
+	case n.Last <= page.Last && !f.owed(n.Last):
 		f.retry, f.want = firstRetry, 0
-	case f.retry > f.hub.cfg.Reconcile: // whatever was announced, it was not pushed
+	case f.retry >= f.hub.cfg.Reconcile: // whatever was announced, it was not pushed
 		f.retry, f.want, f.foreign = firstRetry, 0, nil
 	default:
 		f.later(f.retry)
@@ -256,69 +260,109 @@ func (f *feed) read(ctx context.Context) {
 // later asks again after d, and doubles the next wait, up to the reconcile interval. mu is held.
 func (f *feed) later(d time.Duration) {
 	f.timer.Reset(jitter(d))
-	f.retry = min(2*d, 2*f.hub.cfg.Reconcile)
+	f.retry = min(2*d, f.hub.cfg.Reconcile)
 }
 
-// fetch reads the log from the last chunk of w on. What it answers has w's epoch and
-// goes on where w ends, or it is the newest of the log as it now is.
-func (f *feed) fetch(ctx context.Context, w *window, from int64) (page store.Page, err error) {
-	log, budget := f.hub.data, max(f.limit(), 1)
-	if page, err = log.Read(ctx, f.session, from, budget, all); err != nil || from == store.Newest {
-		return page, err
-	}
-	if rewritten(w, page) {
-		f.mu.Lock() // nothing live is taken any more, so that last is the highest number given out
-		f.trust, f.pending = f.reads+1, true
-		last := f.window.Load().Last
-		f.mu.Unlock()
-		f.hub.log.LogAttrs(ctx, slog.LevelWarn, "the log is not the one that was delivered: a new epoch begins",
-			slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", last), slog.Int64("found", page.Last))
-		if err = log.Renew(ctx, f.session, w.Epoch, last); err != nil {
+// fetch reads the log from number from on, the last that w has. What it answers has w's
+// epoch and goes on where w ends, or it is the newest of the log as it now is.
+func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, error) {
+	log, budget := f.hub.data, max(f.hub.limit(), 1)
+	for {
+		page, err := log.Read(ctx, f.session, from, budget, all)
+		if err != nil {
 			return page, err
 		}
-	} else if page.Epoch == w.Epoch && page.From <= w.Last+1 && page.Next() > page.Last {
-		return page, nil
+		given, another := f.known(w, page)
+		switch {
+		case another:
+			f.hub.log.LogAttrs(ctx, slog.LevelWarn, "the log is not the one that was delivered: another epoch",
+				slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", given), slog.Int64("found", page.Last))
+			if err := log.Renew(ctx, f.session, w.Epoch, given); err != nil {
+				return page, err
+			}
+		case from == store.Newest, page.Epoch == w.Epoch && page.From <= w.Last+1 && page.Next() > page.Last:
+			return page, nil
+		}
+		from = store.Newest
 	}
-	return log.Read(ctx, f.session, store.Newest, budget, all)
 }
 
-// rewritten says whether page, of w's epoch, shows another log than the one w came
-// from: shorter, or with another chunk under a number that w has.
-func rewritten(w *window, page store.Page) bool {
-	if page.Epoch != w.Epoch || page.Deleted {
-		return false // that is said already
+// known says up to which number this feed has given out chunks that the page's log does
+// not have, and whether the log has to be told so: it is another one and does not know
+// it, or it knows less than this node.
+func (f *feed) known(w *window, page store.Page) (given int64, another bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	given = f.given
+	same := page.Epoch == w.Epoch
+	if !same {
+		given = max(given, w.Last)
+	}
+	if page.Epoch != "" && !page.Deleted && given > page.Former {
+		return given, true
+	}
+	switch differs, short := rewritten(w, page); {
+	case !same || !differs && !short:
+		f.short = time.Time{}
+		return given, false
+	case !differs && f.short.IsZero():
+		f.short = time.Now()
+		return given, false
+	case !differs && time.Since(f.short) < shortPatience:
+		return given, false
+	}
+	f.short = time.Time{}
+	// Nothing live is taken any more, so that this is the highest number given out.
+	f.trust, f.pending = f.reads+1, true
+	return f.window.Load().Last, true
+}
+
+// shortPatience is how long a chunk that was taken live may be missing in the list: a
+// producer that writes what the append script writes may publish it first.
+const shortPatience = 300 * time.Millisecond
+
+// rewritten says whether page, of w's epoch, differs from what w came from: it has
+// another chunk under a number that w has, or lacks one that was read before. It is
+// short when it only lacks what was taken live.
+func rewritten(w *window, page store.Page) (differs, short bool) {
+	if page.Deleted {
+		return false, false // that is said already
 	}
 	if page.Last < w.Last {
-		return true
+		return page.Last < w.sure, true
 	}
 	for i, element := range page.Elements {
 		switch seq := page.From + int64(i); {
 		case seq > w.Last:
-			return false
+			return false, false
 		case seq == w.Last:
-			return element != w.tip
+			return w.tip != "" && element != w.tip, false
 		default:
 			if known, same := w.holds(seq, element); known && !same {
-				return true
+				return true, false
 			}
 		}
 	}
-	return false
+	return false, false
 }
 
 // merge is the window that follows from the current one and a page. Live chunks may
 // have been taken while the page was read, so it may be older than the window. mu is held.
 func (f *feed) merge(page store.Page, number uint64) *window {
-	w, limit := f.window.Load(), f.limit()
+	w, limit := f.window.Load(), f.hub.limit()
 	n := *w
 	n.Bounds, n.read, n.next = page.Bounds, number, make(chan struct{})
-	n.Last = w.Last
+	n.Last, n.sure = w.Last, page.Last
 	same := w.known() && page.Epoch == w.Epoch
 	goesOn := same && !page.Deleted && page.From <= w.Last+1
-	if same {
+	switch {
+	case same:
 		n.First = max(n.First, w.First)
-	} else if w.known() && f.want > page.Last {
-		f.pending, f.want = true, 0 // a number of which log? look once more
+	case w.known():
+		f.given = max(f.given, w.Last)
+		if f.want > page.Last { // a number of which log? look once more
+			f.pending, f.want = true, 0
+		}
 	}
 	if !goesOn {
 		n.memory, n.tip, n.Last = newMemory(page.From), "", page.From-1

@@ -25,10 +25,12 @@ type Hub struct {
 	quit context.CancelFunc
 	wg   sync.WaitGroup // workers and the clock
 
-	// Drain closes drain; a viewer then leaves by itself within spread.
-	drain  chan struct{}
-	spread time.Duration
+	// leaving ends when the hub drains: each viewer then leaves within spread.
+	leaving context.Context
+	drain   context.CancelFunc
+	spread  time.Duration
 
+	away      atomic.Bool // the last read failed
 	pages     singleflight.Group
 	pageReads chan struct{} // a place for each read of pages under way
 
@@ -51,11 +53,12 @@ type Hub struct {
 // NewHub starts the hub's clock. Close stops it.
 func NewHub(cfg Config, data Log) *Hub {
 	h := &Hub{
-		cfg: cfg, data: data, log: cfg.Logger, drain: make(chan struct{}), feeds: map[string]*feed{},
+		cfg: cfg, data: data, log: cfg.Logger, feeds: map[string]*feed{},
 		pageReads: make(chan struct{}, max(cfg.Reads, 1)),
 	}
 	h.share.Store(int64(cfg.Window))
 	h.ctx, h.quit = context.WithCancel(context.Background())
+	h.leaving, h.drain = context.WithCancel(context.Background())
 	h.wg.Go(h.clock) // ended by Close
 	return h
 }
@@ -65,9 +68,9 @@ func NewHub(cfg Config, data Log) *Hub {
 // last has left. New ones are sent away at once.
 func (h *Hub) Drain(over time.Duration) {
 	h.mu.Lock()
-	if !h.draining() {
+	if h.leaving.Err() == nil {
 		h.spread = over
-		close(h.drain)
+		h.drain()
 	}
 	h.mu.Unlock()
 	h.viewers.Wait()
@@ -113,7 +116,7 @@ func (h *Hub) divide() {
 func (h *Hub) enter(session string) (f *feed, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.draining() {
+	if h.leaving.Err() != nil {
 		return nil, false
 	}
 	f = h.feeds[session]
@@ -138,12 +141,16 @@ func (h *Hub) leave(f *feed) {
 	h.viewers.Done()
 }
 
-func (h *Hub) draining() bool {
-	select {
-	case <-h.drain:
-		return true
-	default:
-		return false
+// limit is how many bytes of events one feed may keep now.
+func (h *Hub) limit() int { return int(h.share.Load()) }
+
+// found says once that Redis went away, and once that it is back.
+func (h *Hub) found(err error) {
+	switch {
+	case err == nil && h.away.CompareAndSwap(true, false):
+		h.log.Info("redis is back")
+	case err != nil && h.ctx.Err() == nil && h.away.CompareAndSwap(false, true):
+		h.log.Warn("logs cannot be read, viewers are held", slog.Any("err", err))
 	}
 }
 
@@ -223,10 +230,10 @@ func (h *Hub) forget(f *feed) {
 	h.mu.Unlock()
 }
 
-// page reads chunks that no window has any more. Viewers that want the same at the
-// same time share one read and its events.
-func (h *Hub) page(session, epoch string, from int64, bytes int) (*page, error) {
-	v, err, _ := h.pages.Do(fmt.Sprint(session, " ", epoch, " ", from, " ", bytes), func() (any, error) {
+// page reads chunks that no window has any more, and answers a *page. Viewers that want
+// the same at the same time share one read and its events.
+func (h *Hub) page(session, epoch string, from int64, bytes int) <-chan singleflight.Result {
+	return h.pages.DoChan(fmt.Sprint(session, " ", epoch, " ", from, " ", bytes), func() (any, error) {
 		select {
 		case h.pageReads <- struct{}{}:
 			defer func() { <-h.pageReads }()
@@ -239,14 +246,10 @@ func (h *Hub) page(session, epoch string, from int64, bytes int) (*page, error) 
 		}
 		events := &page{Bounds: p.Bounds, memory: newMemory(p.From)}
 		for _, element := range p.Elements {
-			events.append(element, 1<<30)
+			events.append(element, all)
 		}
 		return events, nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	return v.(*page), nil
 }
 
 // page is older chunks as events.

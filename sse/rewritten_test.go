@@ -86,7 +86,7 @@ func (w *world) push(n int) {
 func (w *world) append(n int) {
 	for range n {
 		w.made++
-		if _, err := w.logs.Append(w.t.Context(), "s", "", []store.Chunk{store.NewChunk("delta", "", "", fmt.Sprint("c", w.made))}); err != nil {
+		if _, err := w.logs.Append(w.t.Context(), "s", 0, []store.Chunk{store.NewChunk("delta", "", "", fmt.Sprint("c", w.made))}); err != nil {
 			w.t.Fatal(err)
 		}
 	}
@@ -328,4 +328,71 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 			rt.Fatalf("%s: %v", strings.Join(steps, ", "), failure)
 		}
 	})
+}
+
+// Two nodes have given out different amounts of what a failover loses. The one that
+// knows less may notice first; who comes back to the other is reset all the same.
+func TestFeed_failover_nodesThatKnewMoreOrLess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.close()
+		other := &lossy{Store: w.logs.Store}
+		w.append(8)
+		replica := w.save()
+		less := watch(t, w.hub, Ask{Session: "s"})
+		defer less.leave()
+		w.settle()
+		w.append(2)
+		synctest.Wait()
+		w.logs.deaf.Store(true)
+		w.append(2)
+		more := NewHub(testConfig(), other) // which reads all twelve
+		defer more.Close()
+		v := watch(t, more, Ask{Session: "s"})
+		defer v.leave()
+		synctest.Wait()
+		other.deaf.Store(true)
+		w.restore(replica)
+		w.append(4)
+		w.logs.Resync() // the node with ten notices first
+		synctest.Wait()
+		w.settle()
+		for name, hub := range map[string]*Hub{"more": more, "less": w.hub} {
+			back := watch(t, hub, Ask{Session: "s", Cursor: 12})
+			synctest.Wait()
+			if err := w.show(back); err != nil || len(back.resets) != 1 {
+				t.Errorf("back at the node that knew %s: %v, resets %v", name, err, back.resets)
+			}
+			back.leave()
+		}
+		if err := w.show(v); err != nil || len(v.resets) != 1 {
+			t.Error(err, v.resets)
+		}
+		if err := w.show(less); err != nil || len(less.resets) != 1 {
+			t.Error(err, less.resets)
+		}
+	})
+}
+
+// A session is deleted and made anew: no chunk of the new one comes before the reset.
+func TestFeed_deletedAndAppendedTo_endsBeforeTheNewChunk(t *testing.T) {
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			defer w.close()
+			w.append(3)
+			v := watch(t, w.hub, Ask{Session: "s"})
+			defer v.leave()
+			w.settle()
+			if err := w.logs.Delete(t.Context(), "s"); err != nil {
+				t.Fatal(err)
+			}
+			w.append(1)
+			w.settle()
+			// It depends on whether the node has seen the session deleted, or only what came after.
+			if got := names(v.events()); got != "welcome 0, chunk 1, chunk 2, chunk 3, reset 3, chunk 4" && got != "welcome 0, chunk 1, chunk 2, chunk 3, reset 3" {
+				t.Fatal(got)
+			}
+		})
+	}
 }

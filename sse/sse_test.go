@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -106,11 +107,13 @@ func (s *screen) take(events []event) error {
 
 // sink is a response that takes what it is given.
 type sink struct {
-	mu     sync.Mutex
-	header http.Header
-	body   []byte
-	status int
-	fail   error
+	deadline time.Time
+	stall    chan struct{} // while it is not nil and open, the socket takes nothing
+	mu       sync.Mutex
+	header   http.Header
+	body     []byte
+	status   int
+	fail     error
 }
 
 func (s *sink) Header() http.Header {
@@ -123,6 +126,22 @@ func (s *sink) WriteHeader(status int) { s.status = status }
 func (s *sink) Flush()                 {}
 func (s *sink) Write(p []byte) (int, error) {
 	s.mu.Lock()
+	stall := s.stall
+	s.mu.Unlock()
+	for stalled := stall != nil; stalled; {
+		s.mu.Lock()
+		left := time.Until(s.deadline)
+		s.mu.Unlock()
+		if left <= 0 {
+			return 0, os.ErrDeadlineExceeded
+		}
+		select {
+		case <-stall:
+			stalled = false
+		case <-time.After(min(left, time.Second/10)): // the deadline may have been moved
+		}
+	}
+	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fail != nil {
 		return 0, s.fail
@@ -130,7 +149,12 @@ func (s *sink) Write(p []byte) (int, error) {
 	s.body = append(s.body, p...)
 	return len(p), nil
 }
-func (s *sink) SetWriteDeadline(time.Time) error { return nil }
+func (s *sink) SetWriteDeadline(t time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.deadline = t
+	return nil
+}
 
 func (s *sink) bytes() []byte {
 	s.mu.Lock()
@@ -161,7 +185,7 @@ func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	ctx, cut := context.WithCancel(context.Background())
 	w := &watcher{sink: &sink{}, cut: cut, done: make(chan Cause, 1)}
 	r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
-	out := NewWriter(w.sink, r, time.Minute)
+	out := h.NewWriter(w.sink, r)
 	go func() {
 		defer v.Close()
 		w.done <- v.Serve(ctx, out)

@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 )
 
 // Ask is what a viewer wants.
@@ -95,10 +97,9 @@ func (v *Viewer) doubtOnce() uint64 {
 // step is what a viewer is to be given next.
 type step struct {
 	events []byte
-	cursor int64         // the viewer's, when the events are written
-	end    Cause         // nothing more comes behind the events
-	fetch  bool          // what comes next is no longer in the window
-	pause  time.Duration // nothing now: look again by then
+	cursor int64 // the viewer's, when the events are written
+	end    Cause // nothing more comes behind the events
+	fetch  bool  // what comes next is no longer in the window
 }
 
 // next decides, without waiting, what window w means for this viewer. An empty step:
@@ -137,20 +138,26 @@ func (v *Viewer) next(w *window) step {
 		return step{events: events, cursor: cursor}
 	}
 	if cursor == w.Last {
+		v.old = nil
 		if w.Ended {
 			return step{cursor: cursor, end: Ended}
 		}
 		return step{cursor: cursor}
 	}
 	s, ok := v.take(&w.memory, cursor, w.Last)
-	if !ok && v.old != nil && v.old.Epoch == w.Epoch {
-		s, ok = v.take(&v.old.memory, cursor, w.Last)
-		ok = ok && len(s.events) > 0
+	if ok {
+		v.old = nil
+		return s
 	}
-	if !ok {
-		return step{cursor: cursor, fetch: true}
+	if v.old != nil && v.old.Epoch == w.Epoch {
+		if to := v.old.base(); to > cursor { // trimmed since the feed has read
+			return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, v.old.Bounds)}
+		}
+		if s, ok = v.take(&v.old.memory, cursor, w.Last); ok && len(s.events) > 0 {
+			return s
+		}
 	}
-	return s
+	return step{cursor: cursor, fetch: true}
 }
 
 // take is the events behind cursor, up to last, that memory has.
@@ -163,31 +170,30 @@ func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 	return s, ok
 }
 
-// fetch reads the page behind the cursor, which window w no longer has.
-func (v *Viewer) fetch(w *window) step {
+// fetch begins to read the page behind the cursor.
+func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	if v.old != nil && time.Since(v.oldAt) < quickPage {
 		v.oldBytes = min(2*v.oldBytes, mostPage)
 	} else if v.old != nil {
 		v.oldBytes = leastPage
 	}
-	p, err := v.hub.page(v.Session, w.Epoch, v.Cursor+1, v.oldBytes)
-	switch {
-	case err != nil:
-		return step{cursor: v.Cursor, pause: jitter(awayPause)}
-	case p.Epoch != w.Epoch: // the feed does not know yet, and will tell by a window
-		v.feed.doubt()
-		return step{cursor: v.Cursor, pause: v.hub.cfg.Reconcile}
-	case p.base() > v.Cursor: // trimmed since the feed has read
-		to := p.base()
-		return step{cursor: to, events: appendReset(nil, resetTrimmed, v.Cursor, to, p.Bounds)}
+	v.old = nil
+	return v.hub.page(v.Session, w.Epoch, v.Cursor+1, v.oldBytes)
+}
+
+// fetched takes a page, or says how long to wait before the next try.
+func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration) {
+	v.hub.found(r.Err)
+	if r.Err != nil {
+		return jitter(awayPause)
+	}
+	p := r.Val.(*page)
+	if p.Epoch != w.Epoch || p.base() > w.Last || p.Last <= v.Cursor {
+		v.feed.doubt() // the feed does not know this log yet: it tells by a window
+		return v.hub.cfg.Reconcile
 	}
 	v.old, v.oldAt = p, time.Now()
-	s, ok := v.take(&p.memory, v.Cursor, w.Last)
-	if !ok || len(s.events) == 0 { // the log is shorter than the feed knows
-		v.feed.doubt()
-		return step{cursor: v.Cursor, pause: v.hub.cfg.Reconcile}
-	}
-	return s
+	return 0
 }
 
 // awayPause is how long a viewer waits before it asks a Redis that did not answer again.
@@ -206,7 +212,7 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 		return resetAhead, 0
 	case v.epoch != "" && v.epoch != w.Epoch,
 		// Numbers up to Former were other chunks. But who has the end of an ended log has the end.
-		!v.joined && cursor > 0 && cursor <= w.Former && !(w.Ended && cursor == w.Last):
+		!v.joined && v.Cursor > 0 && v.Cursor <= w.Former && !(w.Ended && cursor == w.Last):
 		return resetEpoch, start
 	case cursor > w.Last:
 		return resetAhead, start
@@ -219,19 +225,18 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 // Serve gives the viewer all there is, and then what comes, until the response has to
 // end, and says why. ctx is the request's.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
+	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), w.leave) })()
 	if w.write([]byte(heartbeat)) != nil {
 		return w.cause()
 	}
 	beat := time.NewTimer(v.hub.cfg.Heartbeat)
 	defer beat.Stop()
-	drain, leave := v.hub.drain, (<-chan time.Time)(nil)
+	var reading <-chan singleflight.Result // the page that is under way
+	var pause <-chan time.Time             // before the next
 	for {
 		window := v.feed.window.Load()
 		s := v.next(window)
-		if s.fetch {
-			s = v.fetch(window)
-		}
-		more, pause := (<-chan struct{})(window.next), (<-chan time.Time)(nil)
+		more := (<-chan struct{})(window.next)
 		if len(s.events) > 0 {
 			if w.write(s.events) != nil {
 				return w.cause()
@@ -241,12 +246,18 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 		if s.end != "" {
 			return s.end
 		}
-		if s.pause > 0 {
-			pause = time.After(s.pause)
+		if s.fetch && reading == nil && pause == nil {
+			reading = v.fetch(window)
 		}
 		select { // with more ready, it still notices in time that it must go
 		case <-more:
+		case r := <-reading:
+			reading = nil
+			if d := v.fetched(r, v.feed.window.Load()); d > 0 {
+				pause = time.After(d)
+			}
 		case <-pause:
+			pause = nil
 		case <-beat.C:
 			quiet := time.Since(w.wrote)
 			if quiet >= v.hub.cfg.Heartbeat {
@@ -256,12 +267,9 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 				quiet = 0
 			}
 			beat.Reset(v.hub.cfg.Heartbeat - quiet)
-		case <-drain:
-			drain = nil
-			leave = time.After(rand.N(v.hub.spread + 1))
-		case <-leave:
+		case <-w.left:
 			if !v.joined { // so that it comes back all the same
-				_ = w.write(appendRetry(nil, retry()))
+				w.last(appendRetry(nil, retry()))
 			}
 			return Shutdown
 		case <-ctx.Done():

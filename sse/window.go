@@ -18,6 +18,7 @@ type window struct {
 	store.Bounds
 	read uint64 // the number of the read that this rests on; 0: nothing was read yet
 	memory
+	sure int64         // up to here, what was taken was also read
 	tip  string        // the element at Last, to be compared when the log is read again; empty: unknown
 	next chan struct{} // closed when a newer window is there
 }

@@ -26,7 +26,10 @@ type Writer struct {
 	wrote   time.Time // when the last write ended
 	err     error
 
+	left chan struct{} // closed by leave
+
 	mu      sync.Mutex
+	leaving bool
 	watch   *time.Timer
 	writing bool
 	acked   uint64
@@ -35,7 +38,7 @@ type Writer struct {
 type connKey struct{}
 
 // WithConn gives a request's context the connection that it came on
-// (http.Server.ConnContext), for NewWriter.
+// (http.Server.ConnContext), for Hub.NewWriter.
 func WithConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
@@ -46,18 +49,18 @@ const sendBuffer = 32 << 10
 
 // NewWriter begins the response: status 200, the headers of a stream, nothing of it
 // kept back. End must be called.
-func NewWriter(to http.ResponseWriter, r *http.Request, timeout time.Duration) *Writer {
-	w := &Writer{to: to, ctl: http.NewResponseController(to), timeout: timeout, wrote: time.Now()}
+func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
+	w := &Writer{to: to, ctl: http.NewResponseController(to), timeout: h.cfg.WriteTimeout, wrote: time.Now(), left: make(chan struct{})}
 	if c, ok := r.Context().Value(connKey{}).(net.Conn); ok && r.ProtoMajor == 1 {
 		w.conn, w.http10 = c, r.ProtoMinor == 0
 		setSendBuffer(c, sendBuffer)
 	}
 	w.watch = time.AfterFunc(time.Hour, w.look)
 	w.watch.Stop()
-	h := to.Header()
-	h.Set("Content-Type", "text/event-stream")
-	h.Set("Cache-Control", "no-cache, no-transform")
-	h.Set("X-Accel-Buffering", "no") // nginx
+	header := to.Header()
+	header.Set("Content-Type", "text/event-stream")
+	header.Set("Cache-Control", "no-cache, no-transform")
+	header.Set("X-Accel-Buffering", "no") // nginx
 	to.WriteHeader(http.StatusOK)
 	return w
 }
@@ -82,7 +85,7 @@ func (w *Writer) guard(writing bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.writing = writing
-	if !writing {
+	if !writing || w.leaving {
 		w.watch.Stop()
 		return
 	}
@@ -97,7 +100,7 @@ func (w *Writer) guard(writing bool) {
 func (w *Writer) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.writing {
+	if !w.writing || w.leaving {
 		return
 	}
 	if acked := acknowledged(w.conn); acked != w.acked {
@@ -107,8 +110,28 @@ func (w *Writer) look() {
 	w.watch.Reset(w.timeout / 4)
 }
 
+// leave has the response end now, even if its socket takes nothing. It is called once.
+func (w *Writer) leave() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.leaving = true
+	close(w.left)
+	_ = w.ctl.SetWriteDeadline(time.Now())
+}
+
+// last writes after leave, if the socket takes it at once.
+func (w *Writer) last(p []byte) {
+	_ = w.ctl.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	_ = w.write(p)
+}
+
 // cause names why a write failed.
 func (w *Writer) cause() Cause {
+	select {
+	case <-w.left:
+		return Shutdown
+	default:
+	}
 	if errors.Is(w.err, os.ErrDeadlineExceeded) {
 		return Slow
 	}

@@ -15,14 +15,15 @@ type Appended struct {
 }
 
 // Append adds chunks to the log of a session, which is made if need be: all of them,
-// or, with an error, none. epoch is what a former Append of the same upload answered,
-// or empty: when the session was deleted since, the error is ErrSessionDeleted.
+// or, with an error, none. after is the last number that a former Append of the same
+// upload was given, or 0: when the session was deleted since, the error is
+// ErrSessionDeleted, also if it was made anew.
 //
 // Other errors: ErrSessionEnded, *MessageEndedError, ErrAway (surely nothing was
 // stored), ErrOutcomeUnknown.
-func (s *Store) Append(ctx context.Context, session, epoch string, chunks []Chunk) (Appended, error) {
+func (s *Store) Append(ctx context.Context, session string, after int64, chunks []Chunk) (Appended, error) {
 	args := make([]any, 0, 2+3*len(chunks))
-	args = append(args, s.cfg.HistoryMax, epoch)
+	args = append(args, s.cfg.HistoryMax, after)
 	for _, c := range chunks {
 		args = append(args, c.messageID, c.ends, c.members)
 	}

@@ -1,12 +1,31 @@
 -- Checks, numbers, pushes, trims, refreshes and publishes chunks: all of them, or none.
 --
 --   ARGV[7]  how many chunks to keep
---   ARGV[8]  the epoch that this producer began in, or nothing
+--   ARGV[8]  the last number that this upload was given, or 0: a log that was deleted since is not its own
 --   ARGV[9]  and up, three for each chunk: the message it belongs to, what it ends (nothing, or its
 --            type: done, failed, cancelled, end), and its members as text, without the opening brace
 open()
-local chunks = (#ARGV - 8) / 3
-if log and ARGV[8] ~= '' and (log.deleted or log.removed == ARGV[8]) then return reply('session_deleted') end
+local chunks, after = (#ARGV - 8) / 3, tonumber(ARGV[8])
+if log and after > 0 and (log.deleted or after <= log.removed) then return reply('session_deleted') end
+
+local function refuse(status, ...)
+  if not log then return { status, '', '0', '0', '0', 0, 0, '', '', ... } end
+  seen()
+  keep()
+  return reply(status, ...)
+end
+local ended, finished = log and not log.deleted and log.ended, {}
+for i = 1, chunks do
+  if ended then return refuse('session_ended') end
+  local message, ends = ARGV[6 + 3 * i], ARGV[7 + 3 * i]
+  if message ~= '' then
+    local how = finished[message] or redis.call('HGET', session, 'm:' .. message)
+    if how then return refuse('message_ended', i - 1, message, how) end
+    if ends ~= '' and ends ~= 'end' then finished[message] = ends end
+  end
+  ended = ends == 'end'
+end
+
 if not log then
   log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0 }
   begin(0)
@@ -14,26 +33,6 @@ elseif log.deleted then
   revive()
 end
 if log.begun then hint() end
-
-local ended, finished = log.ended, {}
-for i = 1, chunks do
-  if ended then
-    seen()
-    keep()
-    return reply('session_ended')
-  end
-  local message, ends = ARGV[6 + 3 * i], ARGV[7 + 3 * i]
-  if message ~= '' then
-    local how = finished[message] or redis.call('HGET', session, 'm:' .. message)
-    if how then
-      seen()
-      keep()
-      return reply('message_ended', i - 1, message, how)
-    end
-    if ends ~= '' and ends ~= 'end' then finished[message] = ends end
-  end
-  ended = ends == 'end'
-end
 
 local push = newest_first and 'LPUSH' or 'RPUSH'
 local head, ts, elements = log.last, int(now()), {}

@@ -250,7 +250,7 @@ func Ends(chunk []byte) bool {
 		!bytes.Contains(chunk, []byte(`"end"`)) && !bytes.Contains(chunk, []byte(`"is_complete"`)) && !bytes.Contains(chunk, []byte(`\u`)) {
 		return false
 	}
-	dec := jsontext.NewDecoder(bytes.NewBuffer(chunk), jsontext.AllowDuplicateNames(true))
+	dec := jsontext.NewDecoder(bytes.NewBuffer(chunk), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	if _, err := dec.ReadToken(); err != nil {
 		return false
 	}
@@ -273,3 +273,7 @@ func Ends(chunk []byte) bool {
 
 // Line is the most bytes that the chunk's line in a stream has.
 func (c Chunk) Line() int { return len(c.members) + Overhead }
+
+// Members is the chunk's members as the append script gets them: a number and a time,
+// an opening brace before them, make an element.
+func (c Chunk) Members() string { return c.members }

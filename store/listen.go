@@ -164,8 +164,11 @@ func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
 			return nil, errors.Join(err, ps.Close())
 		}
 	}
+	if err := ctx.Err(); err != nil { // close has not seen this one
+		return nil, errors.Join(err, ps.Close())
+	}
 	s.ps = ps
-	return ps, ctx.Err()
+	return ps, nil
 }
 
 // receive hands out what comes until the connection fails or falls silent.

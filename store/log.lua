@@ -80,7 +80,7 @@ local function open()
   if not h[1] and length == 0 then return end
   log = {
     epoch = h[1], base = tonumber(h[2] or 0), last_seen = tonumber(h[3] or 0), former = tonumber(h[5] or 0),
-    base_seen = tonumber(h[2] or 0), ended = h[6], deleted = h[7], created_at = h[8], updated_at = h[9], removed = h[10] or '', length = length,
+    base_seen = tonumber(h[2] or 0), ended = h[6], deleted = h[7], created_at = h[8], updated_at = h[9], removed = tonumber(h[10] or 0), length = length,
   }
   if not h[1] then
     begin(log.base) -- a list that a foreign producer began

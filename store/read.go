@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -36,9 +37,12 @@ const Newest = 0
 // (0: only the bounds). There is more when Page.Next() <= Page.Last.
 //
 // The log of a session that does not exist has an empty Epoch, and reading it makes
-// nothing. Errors: ErrAway and ErrOutcomeUnknown mean away, never empty.
+// nothing. ErrAway means away, never empty.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
 	reply, err := s.run(ctx, scriptRead, session, from, bytes, count)
+	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
+		err = fmt.Errorf("%w: %v", ErrAway, err)
+	}
 	if err != nil {
 		return Page{}, fmt.Errorf("read log %s: %w", session, err)
 	}

@@ -31,8 +31,8 @@ func (s *Store) Delete(ctx context.Context, session string) error {
 
 // Renew ends an epoch in which numbers up to last were given out, because the log in
 // Redis is found not to be the one that they came from: what is in the list is
-// numbered from there on, in a new epoch. Where the epoch has ended already, nothing
-// changes, so of several nodes that notice, one does it.
+// numbered from there on, in a new epoch. Where another node has ended the epoch
+// already, the log only learns that numbers up to last meant another one (Former).
 func (s *Store) Renew(ctx context.Context, session, epoch string, last int64) error {
 	_, _, err := s.session(ctx, session, "renew", epoch, last)
 	return err

@@ -26,18 +26,23 @@ if not log then return { 'absent' } end
 if ARGV[7] == 'delete' then
   if log.deleted then return reply('ok') end
   redis.call('DEL', history, session)
-  -- What stays: where the numbers have got to, and which epoch is dead, so that an upload that began in
-  -- it does not write into the next one.
+  -- What stays: where the numbers have got to, so that they go on, and that an upload which got one of
+  -- them does not write into what comes after.
   redis.call('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
-    'former', int(log.former), 'removed', log.epoch, 'deleted', int(now()))
+    'former', int(log.former), 'removed', int(log.last), 'deleted', int(now()))
   redis.call('PEXPIRE', session, ARGV[3])
   hint()
   return reply('ok')
 end
 
--- renew: compare and set, so that of several nodes that notice, one does it.
+-- renew: compare and set, so that of several nodes that notice, one does it. The others may have given
+-- out higher numbers than that one knew of: a cursor among those means another log as well.
+local given = tonumber(ARGV[9])
 if log.epoch == ARGV[8] and not log.deleted then
-  begin(math.max(log.last, tonumber(ARGV[9])))
+  begin(math.max(log.last, given))
+elseif given > log.former then
+  log.former = given
+  redis.call('HSET', session, 'former', int(given))
 end
 seen()
 keep()

@@ -26,6 +26,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -168,6 +169,7 @@ func Open(cfg Config) (*Store, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
 	for i, text := range []string{luaAppend, luaRead, luaSession} {
 		text = luaLog + text
@@ -181,7 +183,10 @@ func Open(cfg Config) (*Store, error) {
 			return nil, fmt.Errorf("parse redis URL: %w", err)
 		}
 	case cfg.Dial == nil:
-		embedded := openEmbedded()
+		embedded, err := openEmbedded()
+		if err != nil {
+			return nil, fmt.Errorf("open the embedded redis: %w", err)
+		}
 		cfg.Dial = embedded.dial
 		s.closers = append(s.closers, embedded.close)
 	}
@@ -219,6 +224,13 @@ func (s *Store) Close() {
 // Ping says whether Redis serves.
 func (s *Store) Ping(ctx context.Context) error {
 	return classify(s.rdb.Ping(ctx).Err())
+}
+
+// redisLog is for what go-redis says of itself: every error comes to us as well.
+type redisLog struct{ *slog.Logger }
+
+func (l redisLog) Printf(ctx context.Context, format string, v ...any) {
+	l.LogAttrs(ctx, slog.LevelDebug, "go-redis", slog.String("says", fmt.Sprintf(format, v...)))
 }
 
 func historyKey(id string) string { return "chat:history:" + id }
@@ -290,7 +302,7 @@ func classify(err error) error {
 		errors.Is(err, redis.ErrClosed):
 		return fmt.Errorf("%w: %w", ErrAway, err)
 	case errors.As(err, &op), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.ErrClosedPipe),
-		errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 	}
 	return err

@@ -75,7 +75,7 @@ function messageOf(seq, chunk, hasSomethingToShow) {
 
 function begin(id, role, seq) {
   const article = element('article', { className: 'message' });
-  const head = element('h2', { textContent: { user: 'Question', assistant: 'Answer' }[role] ?? role });
+  const head = element('h2', { textContent: role === 'user' ? 'Question' : role === 'assistant' ? 'Answer' : role });
   const range = element('span', { className: 'range' });
   const body = element('div', { className: 'text' });
   const words = document.createTextNode('');
@@ -160,7 +160,7 @@ function flush() {
 
   const coming = state === 'connecting' || state === 'catching up';
   log.ariaBusy = String(coming); // what is only repeated is not announced
-  $('empty').hidden = coming || log.childElementCount > 0 || awaited !== '';
+  $('empty').hidden = coming || state === 'disconnected' || log.childElementCount > 0 || awaited !== '';
   $('waiting').hidden = !awaited || byId.has(awaited) || state === 'ended';
   $('disconnected').hidden = state !== 'disconnected';
   const ended = state === 'ended';
@@ -219,12 +219,14 @@ function change() {
 
 // An EventSource does not say why it was refused; the session itself may.
 async function explain() {
+  let reason = 'The server cannot be reached.';
   try {
     const response = await fetch(api);
-    if (!response.ok) complain(await reasonOf(response));
+    reason = response.ok ? '' : await reasonOf(response);
   } catch {
-    complain('The server cannot be reached.');
+    // Not even that.
   }
+  if (follower.state === 'disconnected') complain(reason);
 }
 
 $('reconnect').addEventListener('click', reconnect);

@@ -21,6 +21,7 @@ type Log struct {
 	mu       sync.Mutex
 	epoch    string
 	base     int64
+	former   int64
 	elements []string
 	ended    bool
 
@@ -212,7 +213,7 @@ func (l *Log) Contents() (first int64, elements []string) {
 
 func (l *Log) page(from int64, bytes, count int) store.Page {
 	last := l.base + int64(len(l.elements))
-	p := store.Page{Bounds: store.Bounds{Epoch: l.epoch, First: l.base + 1, Last: last, Ended: l.ended}}
+	p := store.Page{Bounds: store.Bounds{Epoch: l.epoch, First: l.base + 1, Last: last, Former: l.former, Ended: l.ended}}
 	if from == store.Newest {
 		from = last + 1
 		for size := 0; from > l.base+1 && int(last+1-from) < count; from-- {
@@ -263,7 +264,9 @@ func (l *Log) Renew(_ context.Context, _, epoch string, last int64) error {
 	if l.epoch == epoch {
 		l.epoch += "'"
 		l.base = max(l.base+int64(len(l.elements)), last)
+		l.former = l.base
 	}
+	l.former = max(l.former, last)
 	return nil
 }
 

@@ -1,0 +1,580 @@
+package sse
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+// started is a hub on a log whose subscriptions are acknowledged.
+func started(t *testing.T, cfg Config, log *storetest.Log) *Hub {
+	h := NewHub(cfg, log)
+	t.Cleanup(h.Close)
+	return h
+}
+
+// now watches, with the subscription acknowledged.
+func now(t *testing.T, h *Hub, log *storetest.Log, a Ask) *watcher {
+	a.Session = "s"
+	w := watch(t, h, a)
+	synctest.Wait()
+	if !log.Acked() {
+		log.Ack()
+		synctest.Wait()
+	}
+	return w
+}
+
+func names(events []event) string {
+	var s []string
+	for _, e := range events {
+		name := e.name
+		if name == "" {
+			name = "chunk"
+		}
+		s = append(s, name+" "+e.id)
+	}
+	return strings.Join(s, ", ")
+}
+
+// The wire, to the byte.
+func TestWire_isAsWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		log.Push("not\nJSON")
+		h := started(t, testConfig(), log)
+		w := now(t, h, log, Ask{Connection: "c1"})
+		got := string(w.bytes())
+		head, rest, _ := strings.Cut(got, "retry: ")
+		retry, rest, _ := strings.Cut(rest, "\n")
+		want := ":\nevent: welcome\n" +
+			`data: {"type":"welcome","session":"s","epoch":"e1","first_seq":1,"last_seq":2,"cursor":0,"node":"test","connection":"c1"}` + "\n"
+		if head != want || len(retry) != 4 {
+			t.Errorf("it begins\n%s%q\nnot\n%s", head, retry, want)
+		}
+		want = "id: 0\n\n" +
+			"data: {\"seq\":1,\"ts\":1795424741692,\"type\":\"delta\",\"content\":\"a\"}\nid: 1\n\n" +
+			"data: {\"seq\":2,\"type\":\"foreign\",\"content\":\"not\\nJSON\"}\nid: 2\n\n"
+		if rest != want {
+			t.Errorf("it goes on\n%s\nnot\n%s", rest, want)
+		}
+		before := len(w.bytes())
+		time.Sleep(h.cfg.Heartbeat)
+		synctest.Wait()
+		if beat := string(w.bytes()[before:]); beat != ":\n" {
+			t.Errorf("a heartbeat is %q", beat)
+		}
+		w.leave()
+	})
+}
+
+func TestViewer_heartbeats_onlyWhenSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		h := started(t, testConfig(), log)
+		w := now(t, h, log, Ask{})
+		for range 10 {
+			time.Sleep(h.cfg.Heartbeat - time.Second)
+			log.Append("x")
+			log.Deliver(0)
+		}
+		synctest.Wait()
+		if n := bytes.Count(w.bytes(), []byte("\n:\n")); n != 0 {
+			t.Errorf("%d heartbeats beside chunks", n)
+		}
+		time.Sleep(10*h.cfg.Heartbeat + time.Second)
+		synctest.Wait()
+		if n := strings.Count(string(w.bytes()), "\n:\n") + strings.Count(string(w.bytes()), ":\n:\n"); n < 9 {
+			t.Errorf("%d heartbeats in ten intervals", n)
+		}
+		w.leave()
+	})
+}
+
+// Where the cursor is not in the log: said aloud, and then what there is.
+func TestViewer_cursorOutsideTheLog_isReset(t *testing.T) {
+	for name, c := range map[string]struct {
+		ask  Ask
+		log  func(l *storetest.Log)
+		want string
+	}{
+		"inside":                {Ask{Cursor: 2}, nil, "welcome 2, chunk 3, chunk 4"},
+		"at the edge":           {Ask{Cursor: 4}, nil, "welcome 4"},
+		"latest":                {Ask{Cursor: Latest}, nil, "welcome 4"},
+		"ahead":                 {Ask{Cursor: 9}, nil, "welcome 9, reset 0, chunk 1, chunk 2, chunk 3, chunk 4"},
+		"far ahead":             {Ask{Cursor: 9999999999999999}, nil, "welcome 9999999999999999, reset 0, chunk 1, chunk 2, chunk 3, chunk 4"},
+		"unknown":               {Ask{Unknown: true}, nil, "welcome 0, reset 0, chunk 1, chunk 2, chunk 3, chunk 4"},
+		"trimmed":               {Ask{Cursor: 1}, func(l *storetest.Log) { l.Trim(3) }, "welcome 1, reset 3, chunk 4"},
+		"trimmed, at the start": {Ask{}, func(l *storetest.Log) { l.Trim(3) }, "welcome 0, reset 3, chunk 4"},
+		"trimmed, just inside":  {Ask{Cursor: 3}, func(l *storetest.Log) { l.Trim(3) }, "welcome 3, chunk 4"},
+		"all trimmed":           {Ask{Cursor: 3}, func(l *storetest.Log) { l.Trim(4) }, "welcome 3, reset 4"},
+		"unknown and trimmed":   {Ask{Unknown: true}, func(l *storetest.Log) { l.Trim(3) }, "welcome 0, reset 3, chunk 4"},
+	} {
+		for _, window := range []int{0, 1 << 20} {
+			t.Run(fmt.Sprint(name, "/", window), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					log := &storetest.Log{}
+					for range 4 {
+						log.Append("x")
+					}
+					if c.log != nil {
+						c.log(log)
+					}
+					cfg := testConfig()
+					cfg.Window = window
+					w := now(t, started(t, cfg, log), log, c.ask)
+					if got := names(w.events()); got != c.want {
+						t.Errorf("%s, not %s", got, c.want)
+					}
+					w.leave()
+				})
+			})
+		}
+	}
+}
+
+func TestViewer_sessionThatDoesNotExist(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		h := started(t, testConfig(), log)
+		fresh, ahead := now(t, h, log, Ask{}), now(t, h, log, Ask{Cursor: 5})
+		log.Append("a")
+		log.Deliver(0)
+		synctest.Wait()
+		if got := names(fresh.events()); got != "welcome 0, chunk 1" {
+			t.Error(got)
+		}
+		if got := names(ahead.events()); got != "welcome 5, reset 0, chunk 1" {
+			t.Error(got)
+		}
+		fresh.leave()
+		ahead.leave()
+	})
+}
+
+// A cursor that comes from a node which is ahead of this one is not ahead of the log.
+func TestViewer_nodeIsBehind_looksBeforeItSaysAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		h := started(t, testConfig(), log)
+		first := now(t, h, log, Ask{})
+		log.Append("b") // announced to other nodes, and not yet to this one
+		w := now(t, h, log, Ask{Cursor: 2})
+		if got := names(w.events()); got != "welcome 2" {
+			t.Error(got)
+		}
+		w.leave()
+		first.leave()
+	})
+}
+
+// Promise: Ends, once and for good.
+func TestViewer_endOfTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		h := started(t, testConfig(), log)
+		w := now(t, h, log, Ask{})
+		end := `{"seq":2,"ts":1795424741692,"type":"end"}`
+		log.Push(end)
+		log.End()
+		log.Publish(end)
+		log.Deliver(0)
+		if cause := <-w.done; cause != Ended || !cause.Clean() {
+			t.Error(cause)
+		}
+		if got := names(w.events()); got != "welcome 0, chunk 1, chunk 2" {
+			t.Error(got)
+		}
+		for cursor, want := range map[int64]bool{0: false, 1: false, 2: true, 3: false, Latest: true} {
+			v, err := h.View(Ask{Session: "s", Cursor: cursor})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := v.Over(t.Context(), time.Minute); got != want {
+				t.Errorf("over at %d: %t", cursor, got)
+			}
+			v.Close()
+		}
+	})
+}
+
+func TestViewer_untilDone_endsBehindTheNextEndOfAMessage(t *testing.T) {
+	for _, window := range []int{0, 1 << 20} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &storetest.Log{}
+			for _, e := range []string{`{"content":"a"}`, `{"type":"done"}`, `{"content":"b"}`, `{"content":"c","is_complete":true}`, `{"content":"d"}`} {
+				log.Push(e)
+			}
+			cfg := testConfig()
+			cfg.Window = window
+			h := started(t, cfg, log)
+			for cursor, want := range map[int64]string{0: "welcome 0, chunk 1, chunk 2", 2: "welcome 2, chunk 3, chunk 4"} {
+				w := now(t, h, log, Ask{Cursor: cursor, UntilDone: true})
+				if cause := <-w.done; cause != Done || !cause.Clean() || names(w.events()) != want {
+					t.Error(window, cause, names(w.events()))
+				}
+			}
+			w := now(t, h, log, Ask{Cursor: 4, UntilDone: true})
+			if got := names(w.events()); got != "welcome 4, chunk 5" {
+				t.Error(got)
+			}
+			w.leave()
+		})
+	}
+}
+
+// Viewers leave one by one, and none by a clean end.
+func TestHub_drain_spreadsViewers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		h := NewHub(testConfig(), log)
+		defer h.Close()
+		const n = 100
+		var all []*watcher
+		for range n {
+			all = append(all, now(t, h, log, Ask{}))
+		}
+		begun := time.Now()
+		go h.Drain(10 * time.Second)
+		synctest.Wait()
+		if _, err := h.View(Ask{Session: "s"}); !errors.Is(err, ErrDraining) {
+			t.Error("a new viewer was let in")
+		}
+		var tenths [11]int
+		for range n {
+			time.Sleep(10 * time.Second / n)
+			synctest.Wait()
+			for i, w := range all {
+				if w == nil {
+					continue
+				}
+				select {
+				case cause := <-w.done:
+					if cause != Shutdown || cause.Clean() {
+						t.Error(cause)
+					}
+					tenths[int(time.Since(begun)/time.Second)]++
+					all[i] = nil
+				default:
+				}
+			}
+		}
+		left := 0
+		for _, k := range tenths {
+			left += k
+			if k > n/3 {
+				t.Errorf("not spread: %v", tenths)
+			}
+		}
+		if left != n {
+			t.Errorf("%d of %d have left in time", left, n)
+		}
+	})
+}
+
+// A viewer is held while Redis is away, from the beginning if need be.
+func TestViewer_redisAway_isHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &flaky{Log: &storetest.Log{}}
+		log.Append("a")
+		log.set(true)
+		cfg := testConfig()
+		cfg.Window = 0 // every chunk comes from a read
+		h := NewHub(cfg, log)
+		defer h.Close()
+		v, err := h.View(Ask{Session: "s"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v.Over(t.Context(), time.Second) {
+			t.Error("over, without knowing")
+		}
+		v.Close()
+		w := watch(t, h, Ask{Session: "s"})
+		synctest.Wait()
+		log.Ack()
+		time.Sleep(time.Hour)
+		if got := string(w.bytes()); strings.Trim(got, ":\n") != "" || len(got) < 100 {
+			t.Errorf("held, it got %q", got)
+		}
+		log.set(false)
+		time.Sleep(5 * time.Second)
+		if got := names(w.events()); got != "welcome 0, chunk 1" {
+			t.Error(got)
+		}
+		log.set(true)
+		log.Append("b")
+		time.Sleep(time.Hour)
+		log.set(false)
+		time.Sleep(5 * time.Second)
+		if got := names(w.events()); got != "welcome 0, chunk 1, chunk 2" {
+			t.Error(got)
+		}
+		w.leave()
+	})
+}
+
+// Feeds outlive their last viewer a little, and then let go.
+func TestFeed_lingers_thenLetsGoOfItsSubscription(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		h := started(t, testConfig(), log)
+		now(t, h, log, Ask{}).leave()
+		time.Sleep(h.cfg.Linger / 2)
+		w := now(t, h, log, Ask{})
+		if got := names(w.events()); got != "welcome 0, chunk 1" {
+			t.Error(got)
+		}
+		time.Sleep(3 * h.cfg.Linger)
+		if !log.Listening() || h.Viewers("s") != 1 {
+			t.Error("let go under a viewer")
+		}
+		w.leave()
+		time.Sleep(h.cfg.Linger + time.Second)
+		synctest.Wait()
+		if log.Listening() || len(h.feeds) != 0 {
+			t.Error("never let go")
+		}
+	})
+}
+
+// One read of the history serves all who come at once.
+func TestHub_storm_oneHistoryRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		for range 500 {
+			log.Append("a few words")
+		}
+		h := started(t, testConfig(), log)
+		var all []*watcher
+		for range 200 {
+			all = append(all, watch(t, h, Ask{Session: "s"}))
+		}
+		synctest.Wait()
+		log.Ack()
+		synctest.Wait()
+		if n := log.Reads(); n != 1 {
+			t.Errorf("%d reads", n)
+		}
+		for _, w := range all {
+			if err := w.check(log.Contents()); err != nil {
+				t.Fatal(err)
+			}
+			w.leave()
+		}
+	})
+}
+
+// Promise: Independent. A viewer that is stalled keeps one segment, and delays nobody.
+func TestViewer_stalled_delaysNobodyAndGetsEverything(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		cfg := testConfig()
+		cfg.Window = 4 << 10
+		h := started(t, cfg, log)
+		fast, slow := now(t, h, log, Ask{}), now(t, h, log, Ask{})
+		stall := make(chan struct{})
+		slow.sink.mu.Lock()
+		slow.sink.stall = stall
+		slow.sink.mu.Unlock()
+		for i := range 500 {
+			log.Append(fmt.Sprint("chunk ", i))
+			log.Deliver(0)
+			time.Sleep(time.Millisecond)
+			if events, _ := parse(fast.bytes()); len(events) != i+2 {
+				t.Fatalf("the fast one has %d events after %d chunks", len(events), i+1)
+			}
+		}
+		close(stall)
+		time.Sleep(time.Second)
+		if err := slow.check(log.Contents()); err != nil {
+			t.Fatal(err)
+		}
+		fast.leave()
+		slow.leave()
+	})
+}
+
+func TestWriter_namesWhyAWriteFailed(t *testing.T) {
+	for err, want := range map[error]Cause{os.ErrDeadlineExceeded: Slow, errors.New("broken pipe"): Gone} {
+		w := &Writer{left: make(chan struct{}), err: fmt.Errorf("write: %w", err)}
+		if got := w.cause(); got != want {
+			t.Errorf("%v: %s", err, got)
+		}
+	}
+}
+
+// flaky is a log that is away at times.
+type flaky struct {
+	*storetest.Log
+	away atomic.Bool
+}
+
+func (f *flaky) set(away bool) { f.away.Store(away) }
+
+func (f *flaky) Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error) {
+	if f.away.Load() {
+		return store.Page{}, store.ErrAway
+	}
+	return f.Log.Read(ctx, session, from, bytes, count)
+}
+
+// Property: memory gives exactly what was put in, within its limit, from any cursor.
+func TestMemory_givesWhatWasPutIn(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		limit := rapid.SampledFrom([]int{0, 1, 100, 1000, 50_000, 1 << 30}).Draw(rt, "limit")
+		texts := rapid.SliceOfN(rapid.StringN(0, 2000, 20000), 1, 80).Draw(rt, "texts")
+		m, older, events := newMemory(1), []memory{}, [][]byte{}
+		for i, text := range texts {
+			m.append(text, limit)
+			older = append(older, m)
+			e, _ := appendEvent(nil, int64(i+1), text)
+			events = append(events, e)
+			if m.size > limit && limit > 0 && len(m.full) > 0 {
+				rt.Fatalf("%d bytes are kept, %d allowed", m.size, limit)
+			}
+		}
+		for n, m := range older { // also those that were not the last: nothing behind them shows
+			for cursor := int64(0); cursor <= int64(n+1); cursor++ {
+				got, last, _, ok := m.after(cursor, 1<<40, false)
+				if ok != (cursor+1 >= m.firstSeq()) {
+					rt.Fatalf("memory from %d has what follows %d: %t", m.firstSeq(), cursor, ok)
+				}
+				if !ok {
+					continue
+				}
+				if want := bytes.Join(events[cursor:last], nil); !bytes.Equal(got, want) || last > int64(n+1) || cursor < int64(n+1) && last == cursor {
+					rt.Fatalf("after %d up to %d of %d: %q", cursor, last, n+1, got)
+				}
+			}
+		}
+	})
+}
+
+// Whatever an element holds, its event is one event, and says what the element says.
+func FuzzEvent(f *testing.F) {
+	for _, s := range []string{`{"a":1}`, "x\n\nid: 9\ndata: y", "\r", "data: \xff", "", "{\"a\":\"\u2028\"}", "\x00", "\ufeff{}"} {
+		f.Add(int64(7), s)
+	}
+	f.Fuzz(func(t *testing.T, seq int64, element string) {
+		if seq < 0 {
+			return
+		}
+		before, _ := appendEvent(nil, 1, `{"before":1}`)
+		b, _ := appendEvent(bytes.Clone(before), seq, element)
+		if bytes.ContainsRune(b, '\r') {
+			t.Fatalf("%q", b)
+		}
+		events, rest := parse(b)
+		if len(events) != 2 || len(rest) != 0 || events[1].id != fmt.Sprint(seq) || events[1].name != "" {
+			t.Fatalf("%q became %q", element, b)
+		}
+		if want := string(store.AppendElement(nil, seq, element)); events[1].data != want {
+			t.Fatalf("%q became %q", element, events[1].data)
+		}
+		if !bytes.HasSuffix(b, fmt.Appendf(nil, "\nid: %d\n\n", seq)) {
+			t.Fatalf("id is not the last line: %q", b)
+		}
+	})
+}
+
+// A viewer that is stalled leaves on time all the same.
+func TestHub_drain_stalledViewer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		h := NewHub(testConfig(), log)
+		defer h.Close()
+		w := now(t, h, log, Ask{})
+		w.sink.mu.Lock()
+		w.sink.stall = make(chan struct{})
+		w.sink.mu.Unlock()
+		log.Append("a")
+		log.Deliver(0)
+		synctest.Wait()
+		begun := time.Now()
+		h.Drain(5 * time.Second)
+		if took := time.Since(begun); took > 5*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if cause := <-w.done; cause != Shutdown {
+			t.Error(cause)
+		}
+	})
+}
+
+// The log was trimmed behind the back of a node that heard nothing of it: one reset,
+// not a war between what the feed knows and what the log says.
+func TestViewer_trimmedBeyondTheWindow_oneReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		for range 10 {
+			log.Append("a")
+		}
+		cfg := testConfig()
+		cfg.Window = 0
+		h := started(t, cfg, log)
+		w := now(t, h, log, Ask{Cursor: 10})
+		log.Disconnect()
+		for range 50 {
+			log.Append("b")
+		}
+		log.Trim(40)
+		back := now(t, h, log, Ask{Cursor: 5})
+		time.Sleep(2 * h.cfg.Reconcile)
+		for _, v := range []*watcher{w, back} {
+			if err := v.check(log.Contents()); err != nil || len(v.resets) != 1 {
+				t.Error(err, v.resets)
+			}
+			v.leave()
+		}
+	})
+}
+
+// A viewer that has caught up keeps nothing of the history.
+func TestViewer_caughtUp_keepsNoPage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		for range 3000 {
+			log.Append("some words")
+		}
+		cfg := testConfig()
+		cfg.Window = 4 << 10
+		h := started(t, cfg, log)
+		v, err := h.View(Ask{Session: "s"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.Close()
+		ctx, cut := context.WithCancel(t.Context())
+		out := &sink{}
+		r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
+		done := make(chan Cause)
+		go func() { done <- v.Serve(ctx, h.NewWriter(out, r)) }()
+		synctest.Wait()
+		log.Ack()
+		synctest.Wait()
+		cut()
+		<-done
+		if v.Cursor != 3000 || v.old != nil {
+			t.Errorf("at %d it keeps %v", v.Cursor, v.old != nil)
+		}
+	})
+}

@@ -1,0 +1,171 @@
+package store_test
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"gapless/store"
+)
+
+func TestParseChunk_saysWhatIsWrong(t *testing.T) {
+	const limit = 64 << 10
+	for _, c := range []struct{ text, code, member string }{
+		{``, "invalid_json", ""},
+		{`{`, "invalid_json", ""},
+		{`{"a":1}x`, "invalid_json", ""},
+		{`{"a":1} {"b":2}`, "invalid_json", ""},
+		{`{"a":01}`, "invalid_json", ""},
+		{`{"a":"` + "\x01" + `"}`, "invalid_json", "/a"},
+		{`{"a":"\ud800"}`, "invalid_json", "/a"},
+		{"{\"a\":\"\xff\"}", "invalid_utf8", ""},
+		{`[]`, "invalid_chunk", ""},
+		{`"text"`, "invalid_chunk", ""},
+		{`null`, "invalid_chunk", ""},
+		{`{"a":1,"a":2}`, "duplicate_member", "/a"},
+		{`{"a":1,"\u0061":2}`, "duplicate_member", "/a"},
+		{`{"data":{"x":1,"x":1}}`, "duplicate_member", "/data/x"},
+		{`{"seq":1}`, "reserved_member", "/seq"},
+		{`{"\u0073eq":1}`, "reserved_member", "/seq"},
+		{`{"t\u0073":1}`, "reserved_member", "/ts"},
+		{`{"type":1}`, "invalid_chunk", "/type"},
+		{`{"type":""}`, "invalid_chunk", "/type"},
+		{`{"content":null}`, "invalid_chunk", "/content"},
+		{`{"message_id":7}`, "invalid_chunk", "/message_id"},
+		{`{"message_id":"` + strings.Repeat("x", 257) + `"}`, "invalid_chunk", "/message_id"},
+		{`{"content":"` + strings.Repeat("x", limit) + `"}`, "chunk_too_large", ""},
+	} {
+		_, err := store.ParseChunk([]byte(c.text), store.Fill{}, limit)
+		e, ok := errors.AsType[*store.ChunkError](err)
+		if !ok || e.Code != c.code || e.Member != c.member || e.Detail == "" {
+			t.Errorf("%.60s: %+v", c.text, err)
+		}
+	}
+}
+
+// stored is a chunk as the append script writes it.
+func stored(t testing.TB, text string, fill store.Fill) string {
+	t.Helper()
+	c, err := store.ParseChunk([]byte(text), fill, 64<<10)
+	if err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	s := open(t, nil)
+	mustAppend(t, s, "s", c)
+	return mustRead(t, s, "s", 1, lots, lots).Elements[0]
+}
+
+func TestParseChunk_keepsWhatWasPosted(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		fill store.Fill
+		want string
+	}{
+		{`{}`, store.Fill{}, `"type":"delta"}`},
+		{" { } \n", store.Fill{}, `"type":"delta"}`},
+		{`{"content":"a"}`, store.Fill{}, `"type":"delta","content":"a"}`},
+		{`{"Seq":1,"x":1e400,"y":12345678901234567890}`, store.Fill{}, `"type":"delta","Seq":1,"x":1e400,"y":12345678901234567890}`},
+		{"{\n \"content\": \"a\\u00e9\\n\",\r\n\t\"data\": [1, 2]\n}", store.Fill{}, `"type":"delta","content":"a\u00e9\n","data":[1,2]}`},
+		{`{"type":"done"}`, store.Fill{MessageID: "m", Role: `r"`}, `"message_id":"m","role":"r\"","type":"done"}`},
+		{`{"message_id":"x","role":"u"}`, store.Fill{MessageID: "m", Role: "r"}, `"type":"delta","message_id":"x","role":"u"}`},
+	} {
+		got := stored(t, c.text, c.fill)
+		if _, rest, _ := strings.Cut(got, `,"ts":`); !strings.HasPrefix(got, `{"seq":1,"ts":`) || rest[strings.IndexByte(rest, ',')+1:] != c.want {
+			t.Errorf("%q became %s", c.text, got)
+		}
+	}
+}
+
+// Whatever is posted: it is refused, or it is one line of JSON that carries its number
+// and every member once.
+func FuzzParseChunk(f *testing.F) {
+	for _, s := range []string{`{}`, `{"content":"a"}`, `{"type":"end","x":[1,{"y":null}]}`, "{\n}", `{"a":"\u2028"}`, `{"\u0073eq":1}`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := store.ParseChunk(text, store.Fill{MessageID: "m"}, 1<<20)
+		if err != nil {
+			return
+		}
+		element := `{"seq":1,"ts":2,` + c.Members()
+		if strings.ContainsAny(element, "\r\n") || !utf8.ValidString(element) || !json.Valid([]byte(element)) {
+			t.Fatalf("%q became %q", text, element)
+		}
+		if seq, ours := store.Number(element); seq != 1 || !ours {
+			t.Fatal(element)
+		}
+		var posted, kept map[string]json.RawMessage
+		if json.Unmarshal(text, &posted) != nil || json.Unmarshal([]byte(element), &kept) != nil {
+			t.Fatalf("%q became %q", text, element)
+		}
+		for name := range posted {
+			if _, ok := kept[name]; !ok {
+				t.Fatalf("member %q is lost", name)
+			}
+		}
+	})
+}
+
+func TestNumber(t *testing.T) {
+	for text, want := range map[string]int64{
+		`{"seq":7,"ts":1,"x":1}`:           7,
+		`{"seq":9999999999999999,"ts":1}`:  9999999999999999,
+		`{"seq":07,"ts":1}`:                0,
+		`{"seq":0,"ts":1}`:                 0,
+		`{"seq":-7,"ts":1}`:                0,
+		`{"seq":7, "ts":1}`:                0,
+		` {"seq":7,"ts":1}`:                0,
+		`{"seq":99999999999999999,"ts":1}`: 0,
+		`{"seq":7,"x":1}`:                  0,
+		`{"seq":"7","ts":1}`:               0,
+		`{"seq":7.0,"ts":1}`:               0,
+		``:                                 0,
+	} {
+		if got, ours := store.Number(text); got != want && ours || ours != (want > 0) {
+			t.Errorf("%s: %d, %t", text, got, ours)
+		}
+	}
+}
+
+func TestAppendElement_whateverIsInTheListIsAChunk(t *testing.T) {
+	for _, c := range []struct{ element, want string }{
+		{`{"a":1}`, `{"a":1}`},
+		{`{"a":1,"a":2}`, `{"a":1,"a":2}`},
+		{`{"a":1} `, `{"a":1} `},
+		{``, `{"seq":5,"type":"foreign","content":""}`},
+		{`text`, `{"seq":5,"type":"foreign","content":"text"}`},
+		{`[1]`, `{"seq":5,"type":"foreign","content":"[1]"}`},
+		{"{\n\"a\":1}", `{"seq":5,"type":"foreign","content":"{\n\"a\":1}"}`},
+		{"{\r\"a\":1}", `{"seq":5,"type":"foreign","content":"{\r\"a\":1}"}`},
+		{"\xff", `{"seq":5,"type":"foreign","content":"` + "\uFFFD" + `"}`},
+		{"{\"a\":\"\xff\"}", `{"seq":5,"type":"foreign","content":"{\"a\":\"` + "\uFFFD" + `\"}"}`},
+		{"id: 9\n\ndata: x", `{"seq":5,"type":"foreign","content":"id: 9\n\ndata: x"}`},
+	} {
+		if got := string(store.AppendElement(nil, 5, c.element)); got != c.want {
+			t.Errorf("%q became %s", c.element, got)
+		}
+	}
+}
+
+func TestEnds(t *testing.T) {
+	for text, want := range map[string]bool{
+		`{"type":"done"}`:                      true,
+		`{"x":{},"type":"end"}`:                true,
+		`{"t\u0079pe":"d\u006fne"}`:            true,
+		`{"type":"cancelled"}`:                 true,
+		`{"type":"failed"}`:                    true,
+		`{"is_complete": true}`:                true,
+		`{"is_complete":false}`:                false,
+		`{"is_complete":"true"}`:               false,
+		`{"type":"delta","content":"done"}`:    false,
+		`{"data":{"type":"done"}}`:             false,
+		`{"Type":"done"}`:                      false,
+		`{"type":"delta","content":"\"end\""}`: false,
+	} {
+		if got := store.Ends([]byte(text)); got != want {
+			t.Errorf("%s: %t", text, got)
+		}
+	}
+}

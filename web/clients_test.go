@@ -1,0 +1,510 @@
+package web_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	r3labs "github.com/r3labs/sse/v2"
+	tmaxmax "github.com/tmaxmax/go-sse"
+
+	"gapless/store/storetest"
+)
+
+// client is somebody else's way to follow a stream, with its own means to come back.
+type client struct {
+	name string
+	// run follows the stream until the client gives up or is done, hands on each chunk
+	// with its id, and says how it ended.
+	run func(ctx context.Context, url string, chunk func(id, data string)) (over string, err error)
+	// over is how it should end. last is the status of the last answer: 204 where the
+	// client asks again after a clean end, 200 where it takes that for the end.
+	over string
+	last int
+	// cuts are for its first connections; usual ones if there are none.
+	cuts []cut
+	// check looks at what arrived; nil: it must be the list, each element once, in order.
+	check func(t *testing.T, list []string, events [][2]string)
+}
+
+// following is a client at work.
+type following struct {
+	client
+	line *proxy
+	done chan struct{}
+
+	mu     sync.Mutex
+	events [][2]string
+	ended  string
+	err    error
+}
+
+func (f *following) isOver() bool {
+	select {
+	case <-f.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// isOn says whether the client has had its cuts, and a stream of a certain node is open.
+func (f *following) isOn(node int) bool {
+	streams := f.line.seen()
+	if len(streams) <= len(f.cuts) {
+		return false
+	}
+	last := streams[len(streams)-1]
+	return last.node == node && last.status == http.StatusOK && len(last.body) > 0
+}
+
+// Each client follows one session at once, on two nodes of one Redis: at first its
+// connections are reset in the middle of events and it moves from node to node; then the
+// node that it is on drains; then the log ends.
+func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.T) {
+	t.Parallel()
+	scripts := install(t)
+	redis := storetest.Redis(t)
+	// Short heartbeats, so that there are some in every pause.
+	args := []string{"-redis", redis.URL(), "-heartbeat", "300ms", "-drain", "2s"}
+	a, b := start(t, args...), start(t, args...)
+	const path = "/v1/sessions/followed/chunks"
+	appended := 0
+	produce := func(n *node) {
+		text := nasty[appended%(len(nasty)-1)]
+		if appended++; appended%7 > 0 {
+			n.post(t, path, chunk{MessageID: "m", Content: text})
+			return
+		}
+		// As programs do that know Redis only: announced, then pushed, with what spaces they like.
+		quoted, err := json.Marshal(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		element := fmt.Sprintf(`{"message_id": "m" ,"content": %s,  "n":%d.0}`, quoted, appended)
+		err = redis.Publish(t.Context(), "chat:stream:followed", element).Err()
+		if err = errors.Join(err, redis.RPush(t.Context(), "chat:history:followed", element).Err()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 100 {
+		produce(a)
+	}
+
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
+	var all []*following
+	for i, c := range clients(scripts, rand.New(rand.NewPCG(seed, 1))) {
+		if c.cuts == nil {
+			r := rand.New(rand.NewPCG(seed, uint64(i)))
+			c.cuts = []cut{
+				where(`id: \d+\n\n()`), // behind welcome: before the first chunk
+				anywhere(r),
+				where(`}\nid: \d()\d`), // in an id
+				anywhere(r),
+			}
+		}
+		f := &following{client: c, line: newProxy(t, a, b), done: make(chan struct{})}
+		cuts := len(c.cuts)
+		f.line.cuts = c.cuts
+		f.line.route = func(streams int) int { // to and fro, to the first node when there are no more cuts
+			return max(cuts-streams, 0) % 2
+		}
+		all = append(all, f)
+		go func() { // ends with ctx; waited for below
+			defer close(f.done)
+			over, err := f.run(ctx, f.line.url("/v1/sessions/followed/stream"), func(id, data string) {
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				f.events = append(f.events, [2]string{id, data})
+			})
+			f.ended, f.err = over, err
+		}()
+	}
+	defer func() {
+		cancel()
+		for _, f := range all {
+			<-f.done
+		}
+	}()
+	// wait appends chunks until all clients are on a node.
+	wait := func(node int) {
+		t.Helper()
+		for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) { // the pace of the answer
+			var missing []string
+			for _, f := range all {
+				if !f.isOn(node) && !f.isOver() {
+					missing = append(missing, f.name)
+				}
+			}
+			if len(missing) == 0 {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("waited %v in vain for %s to come to node %d", patience, strings.Join(missing, ", "), node)
+				return
+			}
+			produce(b)
+		}
+	}
+
+	wait(0)
+	b.post(t, path, longest("m"))
+	produce(a)
+	a.stop()
+	wait(1)
+	produce(b)
+	b.post(t, path, chunk{Type: "end"})
+	list := redis.LRange(t.Context(), "chat:history:followed", 0, -1).Val()
+
+	for _, f := range all {
+		t.Run(f.name, func(t *testing.T) {
+			select {
+			case <-f.done:
+			case <-time.After(patience):
+				t.Error("it does not end")
+				cancel()
+				<-f.done
+			}
+			if f.err != nil {
+				t.Error(f.err)
+			}
+			check := f.check
+			if check == nil {
+				check = gotAll
+			}
+			check(t, list, f.events)
+			if f.ended != f.over {
+				t.Errorf("it ended by %q, not %q", f.ended, f.over)
+			}
+			streams := f.line.seen()
+			if last := streams[len(streams)-1]; last.status != f.last {
+				t.Errorf("its last request was answered with %d, not %d", last.status, f.last)
+			}
+			for i, s := range streams {
+				t.Logf("request %d: node %d, Last-Event-ID %q, %d, %d bytes, cut %t, torn %t", i, s.node, s.cursor, s.status, len(s.body), s.cut, s.torn())
+				if i < len(f.cuts) && !s.cut {
+					t.Errorf("response %d was not cut: this proves less than it should", i)
+				}
+				if i > 0 && s.cursor == "" {
+					t.Errorf("request %d came without a Last-Event-ID", i)
+				}
+			}
+		})
+	}
+}
+
+func clients(scripts func(name string) runner, r *rand.Rand) []client {
+	return []client{
+		{name: "npm eventsource", run: scripts("eventsource.mjs"), over: "closed, 204", last: http.StatusNoContent},
+		{name: "npm eventsource-parser", run: scripts("eventsource-parser.mjs"), over: "204", last: http.StatusNoContent},
+		{name: "npm undici", run: scripts("undici.mjs"), over: "closed", last: http.StatusNoContent},
+		{
+			name: "npm fetch-event-source", run: scripts("fetch-event-source.mjs"), over: "resolved", last: http.StatusOK,
+			cuts: []cut{where(`id: \d+\n\n()`), sparing(anywhere(r)), where(`}\nid: \d()\d`), sparing(anywhere(r))},
+		},
+		{
+			// It takes an id when its line is whole, before the event is (its getMessages
+			// calls onId), and would ask for what follows a chunk that it never handed out.
+			// That id is an event's last line leaves one byte, the event's last, where a cut
+			// does this. Here it is cut there.
+			name: "npm fetch-event-source, cut before the last byte of a chunk",
+			run:  scripts("fetch-event-source.mjs"), over: "resolved", last: http.StatusOK,
+			cuts: []cut{where(`}\nid: 12\n()\n`)},
+			check: func(t *testing.T, list []string, events [][2]string) {
+				for _, e := range events {
+					if e[0] == "12" {
+						t.Fatal("chunk 12 arrived: it is better than it was, and the comment above is out of date")
+					}
+				}
+				gotAll(t, list, append(events[:11:11], append([][2]string{{"12", list[11]}}, events[11:]...)...))
+			},
+		},
+		{name: "go tmaxmax go-sse", run: runTmaxmax, over: "response validation failed", last: http.StatusNoContent},
+		{
+			// It hands out the rest of a response that broke off as if it were an event (its
+			// scanner takes any error for the end of the input). Since id is an event's last
+			// line, such a rest has the id of the event before it, or the beginning of its
+			// own id, which is a lower number. So it never moves the cursor past a chunk that
+			// did not arrive; whoever takes only the next number gets everything, once.
+			name: "go r3labs sse, to a reader who takes only the next number",
+			run:  runR3labs, over: "nil", last: http.StatusOK,
+			cuts: []cut{where(`}\nid: \d()\d`), anywhere(r), where(`"content":"[^"]()`), anywhere(r)},
+			check: func(t *testing.T, list []string, events [][2]string) {
+				var taken [][2]string
+				torn, again := 0, 0
+				for _, e := range events {
+					switch seq, _ := strconv.Atoi(e[0]); {
+					case seq == len(taken)+1:
+						taken = append(taken, e)
+					case seq > len(taken):
+						t.Fatalf("behind chunk %d came %.200q", len(taken), e)
+					case !json.Valid([]byte(e[1])):
+						torn++
+					default:
+						again++
+					}
+				}
+				gotAll(t, list, taken)
+				if torn == 0 || again == 0 {
+					t.Errorf("it handed out %d torn events and %d again: it is better than it was, and the comment above is out of date", torn, again)
+				}
+			},
+		},
+		{name: "curl", run: runCurl, over: "204", last: http.StatusNoContent},
+	}
+}
+
+// sparing spares the last byte of an event.
+func sparing(c cut) cut {
+	last := where(`\nid: \d+\n()$`)
+	return func(body []byte) int {
+		at := c(body)
+		if at >= 0 && last(body[:at]) == at {
+			at--
+		}
+		return at
+	}
+}
+
+// longest is the longest chunk that is taken by default, in a log of less than 1000
+// chunks: the Go clients take no event of more than 64 KiB.
+func longest(messageID string) chunk {
+	const line = len(`data: {"seq":9007199254740991,"ts":1795424741692,"type":"delta","message_id":"","content":""}` + "\n")
+	return chunk{Type: "delta", MessageID: messageID, Content: strings.Repeat("x", 64<<10-line-len(messageID))}
+}
+
+type runner = func(ctx context.Context, url string, chunk func(id, data string)) (string, error)
+
+// install installs the Node libraries that testdata/clients pins, in a copy of it, and
+// gives what runs one of its scripts. The absence of Node fails the test.
+func install(t *testing.T) func(script string) runner {
+	t.Helper()
+	node, err := exec.LookPath("node")
+	if err != nil {
+		t.Fatalf("node is not installed: make test installs it (%v)", err)
+	}
+	npm, err := exec.LookPath("npm")
+	if err != nil {
+		t.Fatalf("npm is not installed: make test installs it (%v)", err)
+	}
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(filepath.Join("testdata", "clients"))); err != nil {
+		t.Fatal(err)
+	}
+	ci := exec.CommandContext(t.Context(), npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
+	ci.Dir = dir
+	if out, err := ci.CombinedOutput(); err != nil {
+		t.Fatalf("npm ci: %v\n%s", err, out)
+	}
+	return func(script string) runner {
+		return func(ctx context.Context, url string, chunk func(id, data string)) (over string, err error) {
+			cmd := exec.CommandContext(ctx, node, "--no-warnings", filepath.Join(dir, script), url)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			out, err := cmd.StdoutPipe()
+			if err == nil {
+				err = cmd.Start()
+			}
+			if err != nil {
+				return "", err
+			}
+			for lines := bufio.NewReader(out); ; {
+				line, err := lines.ReadBytes('\n')
+				if err != nil {
+					break
+				}
+				var event [2]string
+				var last struct{ Over string }
+				if json.Unmarshal(line, &event) == nil {
+					chunk(event[0], event[1])
+				} else if json.Unmarshal(line, &last) == nil {
+					over = last.Over
+				}
+			}
+			if err := cmd.Wait(); err != nil {
+				return over, fmt.Errorf("%s: %w\n%s", script, err, &stderr)
+			}
+			return over, nil
+		}
+	}
+}
+
+func runTmaxmax(ctx context.Context, url string, chunk func(id, data string)) (string, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return "", err
+	}
+	connection := (&tmaxmax.Client{HTTPClient: httpClient()}).NewConnection(r)
+	connection.SubscribeMessages(func(e tmaxmax.Event) { chunk(e.LastEventID, e.Data) })
+	err = connection.Connect()
+	if e, ok := errors.AsType[*tmaxmax.ConnectionError](err); ok {
+		return e.Reason, nil
+	}
+	return "", err
+}
+
+func runR3labs(ctx context.Context, url string, chunk func(id, data string)) (string, error) {
+	c := r3labs.NewClient(url)
+	c.Connection = httpClient()
+	err := c.SubscribeRawWithContext(ctx, func(e *r3labs.Event) {
+		if len(e.Event) == 0 && len(e.Data) > 0 {
+			chunk(string(e.ID), string(e.Data))
+		}
+	})
+	if err != nil {
+		return "", err
+	}
+	return "nil", nil
+}
+
+// httpClient keeps its connections to itself.
+func httpClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{}}
+}
+
+// runCurl is somebody who starts curl again with the last id on the screen.
+func runCurl(ctx context.Context, url string, chunk func(id, data string)) (string, error) {
+	cursor, ended := "", false
+	for {
+		args := []string{}
+		if cursor != "" {
+			args = []string{"-H", "Last-Event-ID: " + cursor}
+		}
+		out, err := curl(ctx, url, args...).Output()
+		if ctx.Err() != nil {
+			return "", ctx.Err()
+		}
+		if ended {
+			if len(out) > 0 || err != nil {
+				return "", fmt.Errorf("after the end, curl printed %q, %w", out, err)
+			}
+			return "204", nil
+		}
+		for _, e := range whole(out) {
+			if cursor = e.id; e.name == "" {
+				chunk(e.id, e.data)
+				ended = ended || strings.Contains(e.data, `,"type":"end"`)
+			}
+		}
+		if (err == nil) != ended {
+			return "", fmt.Errorf("curl ended with %v; the log's end has arrived: %t", err, ended)
+		}
+		time.Sleep(300 * time.Millisecond) // a quick typist
+	}
+}
+
+// curl is a command that a user types: curl -N url. It is in a shell's background, so to
+// speak, without a meter.
+func curl(ctx context.Context, url string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "curl", append([]string{"-N", "-sS", url}, args...)...)
+}
+
+type event struct{ name, data, id string }
+
+// whole is every event that arrived as a whole.
+func whole(out []byte) (events []event) {
+	blocks := strings.Split(string(out), "\n\n")
+	for _, block := range blocks[:len(blocks)-1] {
+		var e event
+		for line := range strings.SplitSeq(block, "\n") {
+			switch name, value, _ := strings.Cut(line, ": "); name {
+			case "event":
+				e.name = value
+			case "data":
+				e.data = value
+			case "id":
+				e.id = value
+			}
+		}
+		events = append(events, e)
+	}
+	return events
+}
+
+func TestCurl_untilDoneShowsAnAnswerAsItComesAndEndsByItself(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Fatalf("curl is not installed: make test installs it (%v)", err)
+	}
+	n := start(t)
+	const path = "/v1/sessions/asked"
+	follow := func(args ...string) (*exec.Cmd, *bufio.Reader) {
+		t.Helper()
+		cmd := curl(t.Context(), n.url(path+"/stream?until=done"), args...)
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cmd, bufio.NewReader(out)
+	}
+	// next is the data of the next chunk that curl shows.
+	next := func(out *bufio.Reader) string {
+		t.Helper()
+		for {
+			line, err := out.ReadString('\n')
+			if err != nil {
+				t.Fatalf("curl shows no more: %v", err)
+			}
+			if data, ok := strings.CutPrefix(line, "data: "); ok && !strings.Contains(data, `"type":"welcome"`) {
+				return strings.TrimSuffix(data, "\n")
+			}
+		}
+	}
+	expect := func(out *bufio.Reader, seq int64, typ, content string) {
+		t.Helper()
+		var c chunk
+		if data := next(out); json.Unmarshal([]byte(data), &c) != nil || c.Seq != seq || c.Type != typ || c.Content != content {
+			t.Fatalf("curl shows %s, not %d %s %q", data, seq, typ, content)
+		}
+	}
+	ends := func(cmd *exec.Cmd, out *bufio.Reader) {
+		t.Helper()
+		if rest, err := io.ReadAll(out); err != nil || strings.Contains(string(rest), "data: ") {
+			t.Errorf("behind the end of the answer curl shows %q, %v", rest, err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("curl: %v", err)
+		}
+	}
+
+	first, out := follow() // before there is a session
+	for i := range int64(5) {
+		n.post(t, path+"/chunks", chunk{MessageID: "m", Content: fmt.Sprint("word ", i)})
+		expect(out, i+1, "delta", fmt.Sprint("word ", i)) // at once: nothing more is sent meanwhile
+	}
+	_ = first.Process.Kill() // Ctrl-C
+	_ = first.Wait()
+	again, out := follow("-H", "Last-Event-ID: 3")
+	expect(out, 4, "delta", "word 3")
+	expect(out, 5, "delta", "word 4")
+	n.post(t, path+"/chunks", []chunk{{Type: "done", MessageID: "m"}, {MessageID: "next", Content: "another answer"}})
+	expect(out, 6, "done", "")
+	ends(again, out)
+
+	whole, out := follow() // of an answer that is there already
+	for i := range int64(5) {
+		expect(out, i+1, "delta", fmt.Sprint("word ", i))
+	}
+	expect(out, 6, "done", "")
+	ends(whole, out)
+}

@@ -1,0 +1,970 @@
+package web_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/chromedp"
+
+	"gapless/store/storetest"
+)
+
+// The tests of this package look at the built program from where its users are: in a
+// real Chromium (this file), in SSE client libraries and in curl (clients_test.go).
+// Between them and the nodes lies a TCP proxy that can be cut at any byte (proxy).
+
+// dir is where the program is built.
+var dir string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	// These tests wait for clients that wait before they reconnect; hardly any computes.
+	_ = flag.Set("test.parallel", "16")
+	var err error
+	if dir, err = os.MkdirTemp("", "gapless-web-test-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	_ = os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// patience bounds every wait: long enough for a loaded machine, since only a failure
+// waits so long.
+const patience = 40 * time.Second
+
+// eventually polls until ok, and fails the test when that takes too long.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited %v in vain: %s", patience, what)
+		}
+	}
+}
+
+// ---- nodes
+
+var binary = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(dir, "gapless")
+	build := exec.Command("go", "build", "-race", "-buildvcs=false", "-o", path, "gapless")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the program: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// node is a gapless of the test's own.
+type node struct {
+	t    testing.TB
+	addr string
+	cmd  *exec.Cmd
+	out  bytes.Buffer // to be read when it has stopped
+	once sync.Once
+}
+
+// start starts a node on a free port, and stops it when the test ends. It must stop
+// with status 0: with the race detector in it, that says that no race was found.
+func start(t testing.TB, args ...string) *node {
+	t.Helper()
+	path, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &node{t: t, addr: fmt.Sprintf("127.0.0.1:%d", storetest.FreePort(t))}
+	n.cmd = exec.Command(path, append([]string{"-listen", n.addr, "-drain", "500ms"}, args...)...)
+	n.cmd.Stdout, n.cmd.Stderr = &n.out, &n.out
+	if err := n.cmd.Start(); err != nil {
+		t.Fatalf("start the program: %v", err)
+	}
+	t.Cleanup(n.stop)
+	eventually(t, "a node is ready", func() bool {
+		r, err := http.Get(n.url("/readyz"))
+		if err != nil {
+			return false
+		}
+		_ = r.Body.Close()
+		return r.StatusCode == http.StatusOK
+	})
+	return n
+}
+
+// stop is SIGTERM: the node drains.
+func (n *node) stop() {
+	n.once.Do(func() {
+		_ = n.cmd.Process.Signal(syscall.SIGTERM)
+		kill := time.AfterFunc(patience, func() { _ = n.cmd.Process.Kill() })
+		defer kill.Stop()
+		if err := n.cmd.Wait(); err != nil {
+			n.t.Errorf("a node stopped with %v:\n%s", err, &n.out)
+		}
+	})
+}
+
+func (n *node) url(path string) string { return "http://" + n.addr + path }
+
+// post fails the test unless the answer is 2xx.
+func (n *node) post(t testing.TB, path string, body any) {
+	t.Helper()
+	text, err := json.Marshal(body)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	r, err := http.Post(n.url(path), "application/json", bytes.NewReader(text))
+	if err != nil {
+		t.Errorf("POST %s: %v", path, err)
+		return
+	}
+	defer r.Body.Close()
+	if answer, _ := io.ReadAll(r.Body); r.StatusCode/100 != 2 {
+		t.Errorf("POST %s: %s\n%s", path, r.Status, answer)
+	}
+}
+
+// answers appends an answer to a session, piece by piece, which is not over before finish
+// is called: so whatever a test does meanwhile, it does in the middle.
+func (n *node) answers(t testing.TB, session string) (finish func()) {
+	path := "/v1/sessions/" + session + "/chunks"
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() { // ended by finish, or with the test
+		for i := 0; ; i++ {
+			n.post(t, path, chunk{MessageID: "long", Role: "tool", Content: fmt.Sprintf("%s %d ", nasty[i%(len(nasty)-1)], i)})
+			select {
+			case <-time.After(30 * time.Millisecond): // the pace of the answer
+			case <-stop:
+				n.post(t, path, chunk{Type: "done", MessageID: "long"})
+				return
+			case <-t.Context().Done():
+				return
+			}
+		}
+	})
+	t.Cleanup(wg.Wait)
+	return func() {
+		close(stop)
+		wg.Wait()
+	}
+}
+
+// chunk is a chunk of the log, as far as these tests look at it.
+type chunk struct {
+	Seq       int64  `json:"seq,omitzero"`
+	Type      string `json:"type,omitzero"`
+	MessageID string `json:"message_id,omitzero"`
+	Role      string `json:"role,omitzero"`
+	Content   string `json:"content,omitzero"`
+}
+
+// history is the whole log of a session.
+func (n *node) history(t testing.TB, session string) (chunks []chunk) {
+	t.Helper()
+	for last := int64(1); int64(len(chunks)) < last; {
+		path := fmt.Sprintf("/v1/sessions/%s/chunks?limit=1000&after=%d", session, len(chunks))
+		r, err := http.Get(n.url(path))
+		if err != nil {
+			t.Fatalf("GET %s: %v", path, err)
+		}
+		var page struct {
+			Last   int64 `json:"last_seq"`
+			Chunks []chunk
+		}
+		err = json.NewDecoder(r.Body).Decode(&page)
+		_ = r.Body.Close()
+		if err != nil || r.StatusCode != http.StatusOK || len(page.Chunks) == 0 {
+			t.Fatalf("GET %s: %s, %d chunks, %v", path, r.Status, len(page.Chunks), err)
+		}
+		chunks, last = append(chunks, page.Chunks...), page.Last
+	}
+	return chunks
+}
+
+// ---- the network
+
+// proxy is the network between a client and the nodes. It passes bytes on as they are,
+// and knows where in a stream it is.
+type proxy struct {
+	t     testing.TB
+	l     net.Listener
+	nodes []*node
+	wg    sync.WaitGroup
+
+	mu      sync.Mutex
+	route   func(streams int) int // which node a new connection goes to, when there were so many streams
+	offline bool
+	cuts    []cut // for the first streams, one each
+	conns   map[*net.TCPConn]struct{}
+	streams []*stream
+}
+
+// cut says, of what was seen of a response's body, behind how many bytes the connection
+// is reset; -1: not yet.
+type cut func(body []byte) int
+
+// stream is one request for a stream, as it came by.
+type stream struct {
+	url    string
+	cursor string // Last-Event-ID
+	node   int
+	status int
+	body   []byte // with the framing of HTTP
+	cut    bool   // by the proxy
+}
+
+// torn says whether the response was cut in the middle of an event.
+func (s *stream) torn() bool {
+	body := bytes.TrimRight(s.body, "\r\n")
+	return s.cut && len(body) > 0 && bytes.Count(s.body[len(body):], []byte("\n")) < 2
+}
+
+// anywhere cuts at a random byte.
+func anywhere(r *rand.Rand) cut {
+	at := r.IntN(4000)
+	return func(body []byte) int {
+		if len(body) < at {
+			return -1
+		}
+		return at
+	}
+}
+
+// where cuts where the pattern's group begins, the first time that it is there.
+func where(pattern string) cut {
+	re := regexp.MustCompile(pattern)
+	return func(body []byte) int {
+		if m := re.FindSubmatchIndex(body); m != nil {
+			return m[2]
+		}
+		return -1
+	}
+}
+
+// newProxy is a proxy to the first of the nodes, for a start.
+func newProxy(t testing.TB, nodes ...*node) *proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proxy{t: t, l: l, nodes: nodes, conns: map[*net.TCPConn]struct{}{}, route: func(int) int { return 0 }}
+	p.wg.Go(func() { // ends with the listener
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			p.wg.Go(func() { p.serve(c.(*net.TCPConn)) }) // ends with the connection
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		p.goOffline()
+		p.wg.Wait()
+	})
+	return p
+}
+
+func (p *proxy) url(path string) string { return "http://" + p.l.Addr().String() + path }
+
+// goOffline resets every connection, and from now on each new one. (A port that nobody
+// listens on would say "refused" instead, but another test could take it meanwhile.)
+func (p *proxy) goOffline() {
+	p.mu.Lock()
+	p.offline = true
+	p.mu.Unlock()
+	p.resetAll()
+}
+
+// resetAll resets every connection, once.
+func (p *proxy) resetAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.conns {
+		reset(c)
+	}
+}
+
+// goOnline lets connections through again, all of them to one node.
+func (p *proxy) goOnline(node int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.offline, p.route = false, func(int) int { return node }
+}
+
+// seen is a copy of the streams so far.
+func (p *proxy) seen() []stream {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []stream
+	for _, s := range p.streams {
+		all = append(all, *s)
+	}
+	return all
+}
+
+func reset(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+// serve passes on the requests of one connection, each when it is whole, and the answers
+// as they come.
+func (p *proxy) serve(client *net.TCPConn) {
+	p.mu.Lock()
+	if p.offline {
+		p.mu.Unlock()
+		reset(client)
+		return
+	}
+	p.conns[client] = struct{}{}
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.conns, client)
+		p.mu.Unlock()
+		_ = client.Close()
+	}()
+
+	var raw bytes.Buffer
+	requests := bufio.NewReader(io.TeeReader(client, &raw))
+	var up *net.TCPConn
+	var node int
+	last := &answer{proxy: p, client: client}
+	for {
+		r, err := http.ReadRequest(requests)
+		if err == nil {
+			_, err = io.Copy(io.Discard, r.Body)
+		}
+		if err != nil {
+			break
+		}
+		if up == nil {
+			if up, node = p.dial(); up == nil {
+				reset(client)
+				return
+			}
+			p.wg.Go(func() { last.pass(up) }) // ends with the connection
+		}
+		if strings.HasSuffix(r.URL.Path, "/stream") {
+			last.begins(&stream{url: r.RequestURI, cursor: r.Header.Get("Last-Event-ID"), node: node})
+		}
+		if _, err := up.Write(raw.Bytes()); err != nil {
+			break
+		}
+		raw.Reset()
+	}
+	if up != nil {
+		_ = up.Close()
+	}
+}
+
+// dial connects to the node whose turn it is, or where that one has stopped, to another.
+func (p *proxy) dial() (*net.TCPConn, int) {
+	p.mu.Lock()
+	to := p.route(len(p.streams))
+	p.mu.Unlock()
+	for i := range p.nodes {
+		n := (to + i) % len(p.nodes)
+		if c, err := net.Dial("tcp", p.nodes[n].addr); err == nil {
+			return c.(*net.TCPConn), n
+		}
+	}
+	return nil, 0
+}
+
+// answer is the way back of a connection.
+type answer struct {
+	*proxy
+	client *net.TCPConn
+
+	// For the stream that this connection carries, if any; under the proxy's lock.
+	stream *stream
+	cut    cut
+	head   []byte
+}
+
+// begins says that what comes next answers a request for a stream.
+func (a *answer) begins(s *stream) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stream, a.cut, a.head = s, nil, nil
+	if n := len(a.streams); n < len(a.cuts) {
+		a.cut = a.cuts[n]
+	}
+	a.streams = append(a.streams, s)
+}
+
+// pass passes on what a node answers, up to the cut that is planned.
+func (a *answer) pass(up *net.TCPConn) {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := up.Read(buf)
+		passed := a.note(buf[:n])
+		_, werr := a.client.Write(buf[:passed])
+		if err == nil && werr == nil && passed == n {
+			continue
+		}
+		if passed < n || errors.Is(err, syscall.ECONNRESET) {
+			reset(a.client)
+		} else {
+			_ = a.client.Close()
+		}
+		_ = up.Close()
+		return
+	}
+}
+
+// note notes what came of a stream, and says how much of it may pass.
+func (a *answer) note(piece []byte) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := a.stream
+	if s == nil {
+		return len(piece)
+	}
+	if s.status > 0 {
+		s.body = append(s.body, piece...)
+	} else {
+		a.head = append(a.head, piece...)
+		_, body, whole := bytes.Cut(a.head, []byte("\r\n\r\n"))
+		if !whole {
+			return len(piece)
+		}
+		_, _ = fmt.Sscanf(string(a.head), "HTTP/1.1 %d", &s.status)
+		s.body = append(s.body, body...)
+	}
+	if a.cut == nil {
+		return len(piece)
+	}
+	at := a.cut(s.body)
+	if at < 0 {
+		return len(piece)
+	}
+	behind := len(s.body) - at
+	s.body, s.cut, a.cut = s.body[:at], true, nil
+	return max(len(piece)-behind, 0)
+}
+
+// ---- Chromium
+
+// chromium starts a browser, to be stopped when the test ends. Its absence fails the test.
+func chromium(t testing.TB) context.Context {
+	t.Helper()
+	var path string
+	for _, name := range []string{"chromium", "chromium-browser", "google-chrome-stable", "google-chrome"} {
+		if p, err := exec.LookPath(name); err == nil {
+			path = p
+			break
+		}
+	}
+	if path == "" {
+		t.Fatal("chromium is not installed: make test installs it")
+	}
+	options := append(chromedp.DefaultExecAllocatorOptions[:], // among them a user data directory of its own
+		chromedp.ExecPath(path), chromedp.NoSandbox, chromedp.DisableGPU,
+		chromedp.Flag("disable-component-update", true), chromedp.Flag("disable-quic", true))
+	quiet := func(string, ...any) {}
+	ctx, _ := chromedp.NewContext(context.Background(), chromedp.WithAllocatorOptions(options...),
+		chromedp.WithLogf(quiet), chromedp.WithErrorf(quiet))
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		_ = chromedp.Cancel(ctx)
+	})
+	if err := chromedp.Do(ctx); err != nil {
+		t.Fatalf("start %s: %v", path, err)
+	}
+	return ctx
+}
+
+// tab is a tab of a browser.
+type tab struct {
+	t   *testing.T
+	ctx context.Context
+}
+
+// open opens a URL in a new tab. An error that a script of it does not catch fails the
+// test. When the test fails, a picture of the tab is kept (go test -artifacts).
+func open(t *testing.T, browser context.Context, url string, options ...chromedp.ContextOption) *tab {
+	t.Helper()
+	ctx, cancel := chromedp.NewContext(browser, options...)
+	p := &tab{t, ctx}
+	if err := chromedp.Do(ctx); err != nil {
+		t.Fatalf("open a tab: %v", err)
+	}
+	messages := chromedp.Console(ctx)
+	var console sync.WaitGroup
+	console.Go(func() { // ends with the tab
+		for m, err := range messages {
+			if err != nil {
+				return
+			}
+			if m.IsException() || m.Source == "security" {
+				t.Errorf("in the console: %v", m)
+			}
+		}
+	})
+	t.Cleanup(func() {
+		if t.Failed() {
+			p.keep()
+		}
+		cancel()
+		console.Wait()
+	})
+	p.do("open "+url, chromedp.Navigate(url))
+	return p
+}
+
+// keep keeps a picture of the tab.
+func (p *tab) keep() {
+	ctx, cancel := context.WithTimeout(p.ctx, 10*time.Second)
+	defer cancel()
+	png, err := chromedp.Run(ctx, chromedp.CaptureScreenshot())
+	path := filepath.Join(p.t.ArtifactDir(), fmt.Sprintf("tab-%d.png", time.Now().UnixNano()))
+	if err == nil {
+		err = os.WriteFile(path, png, 0o644)
+	}
+	p.t.Logf("the tab looked like %s (go test -artifacts keeps it) %v", path, err)
+}
+
+func (p *tab) do(what string, actions ...chromedp.Action[chromedp.Void]) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	if err := chromedp.Do(ctx, actions...); err != nil {
+		p.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+// eval is what an expression gives now; the zero value while it cannot be evaluated,
+// as between two pages.
+func eval[T any](p *tab, expression string) T {
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	value, err := chromedp.Run(ctx, chromedp.Evaluate[T](expression))
+	if err != nil {
+		var zero T
+		return zero
+	}
+	return value
+}
+
+// run runs a script.
+func (p *tab) run(script string) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	if _, err := chromedp.Run(ctx, chromedp.Evaluate[bool](script+"; true")); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// until waits until an expression is true.
+func (p *tab) until(expression string) {
+	p.t.Helper()
+	for end := time.Now().Add(patience); !eval[bool](p, expression); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			p.t.Fatalf("waited %v in vain for %s; the page says %s", patience, expression,
+				eval[string](p, `document.getElementById('bar')?.innerText.replaceAll('\n', ' ')`))
+		}
+	}
+}
+
+// ask types a question.
+func (p *tab) ask(question string) {
+	p.t.Helper()
+	p.do("ask", chromedp.SendKeys(chromedp.ID("ask"), question+"\r"))
+	p.until(`document.querySelector('#log article[data-role=user]') !== null`)
+}
+
+// session is the one in the page's URL.
+func (p *tab) session() string {
+	p.t.Helper()
+	s := eval[string](p, `new URL(location.href).searchParams.get('session')`)
+	if s == "" {
+		p.t.Fatal("there is no session in the page's URL")
+	}
+	return s
+}
+
+// shown is the text of each message, with its id, as it stands in the document.
+func (p *tab) shown() [][2]string {
+	return eval[[][2]string](p, `Array.from(document.querySelectorAll('#log article'),
+		a => [a.dataset.id, a.querySelector('.text').textContent])`)
+}
+
+// answered says that the model's answer is there.
+const answered = `document.querySelector('#log article[data-role=assistant]')?.dataset.status === 'done'`
+
+// showsTheHistory checks that what stands in the document is the session's history,
+// to the byte, and that the page found no gap and no double on the way.
+func (p *tab) showsTheHistory(n *node, session string) {
+	p.t.Helper()
+	chunks := n.history(p.t, session)
+	var want [][2]string
+	at := map[string]int{}
+	for _, c := range chunks {
+		if c.MessageID == "" {
+			continue
+		}
+		if _, ok := at[c.MessageID]; !ok {
+			at[c.MessageID] = len(want)
+			want = append(want, [2]string{c.MessageID, ""})
+		}
+		want[at[c.MessageID]][1] += c.Content
+	}
+	p.until(fmt.Sprintf(`gapless.seq >= %d && document.getElementById('seq').textContent === String(gapless.seq)`, len(chunks)))
+	got := p.shown()
+	for i := range max(len(want), len(got)) {
+		switch {
+		case i >= len(got):
+			p.t.Fatalf("message %d of %d is not shown: %q", i+1, len(want), want[i])
+		case i >= len(want):
+			p.t.Fatalf("message %d is shown, but is not in the history: %q", i+1, got[i])
+		case want[i] != got[i]:
+			p.t.Fatalf("message %d is not the one of the history:\n got %q\nwant %q", i+1, got[i], want[i])
+		}
+	}
+	counters := `[gapless.seq, gapless.gaps, gapless.doubles, gapless.resets].join() + ' '
+		+ ['seq', 'gaps', 'doubles'].map(id => document.getElementById(id).textContent).join()`
+	if got, want := eval[string](p, counters), fmt.Sprintf("%d,0,0,0 %[1]d,0,0", len(chunks)); got != want {
+		p.t.Errorf("seq, gaps, doubles and resets, and what is shown of them: %s, not %s", got, want)
+	}
+}
+
+// quietFor checks that for a while no request for a stream is made.
+func (p *proxy) quietFor(d time.Duration) {
+	p.t.Helper()
+	n := len(p.seen())
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if all := p.seen(); len(all) > n {
+			p.t.Fatalf("a request was made after the end: %s, Last-Event-ID %q", all[n].url, all[n].cursor)
+		}
+	}
+}
+
+// longerThanRetry is more than twice the longest retry time that a node gives.
+const longerThanRetry = 7 * time.Second
+
+const question = "What has bread to do with patience?"
+
+// world is what the tests of the page share: a browser, a node, and two nodes of one Redis.
+type world struct {
+	browser context.Context
+	node    *node
+	redis   *storetest.Server
+	a, b    *node
+}
+
+func TestPage(t *testing.T) {
+	t.Parallel()
+	w := world{browser: chromium(t), redis: storetest.Redis(t)}
+	args := []string{"-redis", w.redis.URL(), "-heartbeat", "300ms", "-node"}
+	w.node, w.a, w.b = start(t), start(t, append(args, "a")...), start(t, append(args, "b")...)
+	for _, c := range []struct {
+		name string
+		test func(*testing.T, world)
+	}{
+		{"the answer to a question grows and ends as the history has it", testGrows},
+		{"a reload in the middle of an answer loses nothing", testReload},
+		{"a second tab shows the same", testSecondTab},
+		{"a network that goes away and comes back with another node loses nothing", testNetworkChange},
+		{"a browser that goes offline and online loses nothing", testOffline},
+		{"after the end no request is made, not even after a reload", testEnd},
+		{"ten thousand chunks of history are shown", testLongHistory},
+		{"text of any kind is shown as it is", testText},
+		{"an EventSource alone gets every chunk once and whole wherever connections are cut", testPlainEventSource},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.test(t, w)
+		})
+	}
+}
+
+func testGrows(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/"), chromedp.WithNewBrowserContext())
+	p.until(`gapless.state === 'live'`)
+	// Looked at by the page itself, since this test may look too rarely.
+	p.run(`window.states = [];
+		new MutationObserver(() => {
+			const text = document.querySelector('#log article[data-role=assistant] .text')?.textContent;
+			if (text && text !== states.at(-1)) states.push(text);
+		}).observe(document.getElementById('log'), { childList: true, subtree: true, characterData: true })`)
+	p.ask(question)
+	if got := p.shown(); got[0][1] != question {
+		t.Fatalf("the question is shown as %q", got)
+	}
+	p.until(answered)
+	states := eval[[]string](p, `states`)
+	for i := 1; i < len(states); i++ {
+		if !strings.HasPrefix(states[i], states[i-1]) {
+			t.Fatalf("the answer did not grow:\nfrom %q\n  to %q", states[i-1], states[i])
+		}
+	}
+	if len(states) < 10 {
+		t.Errorf("the answer grew in %d steps only", len(states))
+	}
+	p.showsTheHistory(w.node, p.session())
+	if got := eval[int](p, `gapless.reconnects`); got != 0 {
+		t.Errorf("%d reconnects, though nothing was cut", got)
+	}
+}
+
+func testReload(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/"), chromedp.WithNewBrowserContext())
+	p.ask(question)
+	session := p.session()
+	finish := w.node.answers(t, session)
+	for _, seq := range []int{20, 80} {
+		p.until(fmt.Sprintf(`gapless.seq >= %d`, seq))
+		p.do("reload", chromedp.Reload())
+		p.until(fmt.Sprintf(`gapless.seq > %d`, seq))
+	}
+	finish()
+	p.until(answered)
+	p.showsTheHistory(w.node, session)
+	if got := p.session(); got != session {
+		t.Errorf("session %s became %s", session, got)
+	}
+}
+
+func testSecondTab(t *testing.T, w world) {
+	first := open(t, w.browser, w.node.url("/"), chromedp.WithNewBrowserContext())
+	session := first.session()
+	finish := w.node.answers(t, session)
+	first.until(`gapless.seq >= 20`)
+	url := eval[string](first, `location.href`)
+	second := open(t, first.ctx, url)                                  // of the same browser
+	other := open(t, w.browser, url, chromedp.WithNewBrowserContext()) // of another one, to whom the link was sent
+	second.ask(question)
+	tabs := []*tab{first, second, other}
+	for _, p := range tabs {
+		p.until(`document.querySelector('#log article[data-role=user] .text')?.textContent === '` + question + `'`)
+	}
+	finish()
+	for _, p := range tabs {
+		p.until(answered)
+		p.showsTheHistory(w.node, session)
+	}
+}
+
+func testNetworkChange(t *testing.T, w world) {
+	line := newProxy(t, w.a, w.b)
+	p := open(t, w.browser, line.url("/"), chromedp.WithNewBrowserContext())
+	session := p.session()
+	finish := w.a.answers(t, session)
+	for i, to := range []string{"a", "b"} {
+		before := len(line.seen())
+		p.until(fmt.Sprintf(`gapless.node === 'a' && gapless.seq >= %d`, 20+eval[int](p, `gapless.seq`)))
+		line.goOffline()
+		p.until(`gapless.state === 'waiting to reconnect'`)
+		// For longer than the longest retry time, so that it tries in vain.
+		eventually(t, "the log grows while the page is offline", func() bool {
+			return len(w.a.history(t, session)) > eval[int](p, `gapless.seq`)+100
+		})
+		line.goOnline(i)
+		p.until(fmt.Sprintf(`gapless.node === '%s' && gapless.reconnects === %d`, to, i+1))
+		if s := line.seen()[before]; s.cursor == "" || s.status != http.StatusOK {
+			t.Errorf("it came back with Last-Event-ID %q, and got %d", s.cursor, s.status)
+		}
+	}
+	finish()
+	p.showsTheHistory(w.b, session)
+}
+
+// Chromium's own emulation refuses what begins while it is offline, and leaves alone what
+// began before: so the stream is broken by the proxy. (The browser's "online" event, which
+// the page listens for, comes from here, too.)
+func testOffline(t *testing.T, w world) {
+	line := newProxy(t, w.node)
+	p := open(t, w.browser, line.url("/"), chromedp.WithNewBrowserContext())
+	session := p.session()
+	finish := w.node.answers(t, session)
+	p.until(`gapless.seq >= 20`)
+	offline := func(is bool) {
+		t.Helper()
+		_, err := chromedp.Call(p.ctx, network.EmulateNetworkConditionsByRule, network.EmulateNetworkConditionsByRuleParams{
+			MatchedNetworkConditions: []*network.Conditions{{Offline: is, DownloadThroughput: -1, UploadThroughput: -1}}})
+		if err == nil {
+			_, err = chromedp.Call(p.ctx, network.OverrideNetworkState, network.OverrideNetworkStateParams{
+				Offline: is, DownloadThroughput: -1, UploadThroughput: -1})
+		}
+		if err != nil {
+			t.Fatalf("emulate a network: %v", err)
+		}
+	}
+	offline(true)
+	line.resetAll()
+	p.until(`!navigator.onLine && gapless.state === 'waiting to reconnect'`)
+	eventually(t, "the log grows while the browser is offline", func() bool {
+		return len(w.node.history(t, session)) > eval[int](p, `gapless.seq`)+100
+	})
+	if got := len(line.seen()); got != 1 {
+		t.Fatalf("%d requests for the stream, not 1: the browser was not offline", got)
+	}
+	offline(false)
+	p.until(`navigator.onLine && gapless.state === 'live' && gapless.reconnects === 1`)
+	finish()
+	p.showsTheHistory(w.node, session)
+}
+
+func testEnd(t *testing.T, w world) {
+	line := newProxy(t, w.node)
+	p := open(t, w.browser, line.url("/?session=ends"), chromedp.WithNewBrowserContext())
+	p.until(`gapless.state === 'live'`)
+	w.node.post(t, "/v1/sessions/ends/chunks", []chunk{{MessageID: "m", Content: "all that is to be said"}, {Type: "done", MessageID: "m"}})
+	p.until(answered)
+	w.node.post(t, "/v1/sessions/ends/chunks", chunk{Type: "end"})
+	p.until(`gapless.state === 'ended' && document.body.dataset.state === 'ended'`)
+	p.showsTheHistory(w.node, "ends")
+	line.quietFor(longerThanRetry)
+	if got := len(line.seen()); got != 1 {
+		t.Errorf("%d requests for the stream, not 1", got)
+	}
+
+	p.do("reload", chromedp.Reload())
+	p.until(`gapless.state === 'ended' && document.body.dataset.state === 'ended'`)
+	p.showsTheHistory(w.node, "ends")
+	if !eval[bool](p, `document.getElementById('ask').disabled`) {
+		t.Error("one may still ask")
+	}
+	line.quietFor(longerThanRetry)
+	if got := len(line.seen()); got != 2 {
+		t.Errorf("%d requests for the stream, not 2", got)
+	}
+}
+
+func testLongHistory(t *testing.T, w world) {
+	var chunks []chunk
+	for i := range 10_000 {
+		chunks = append(chunks, chunk{MessageID: fmt.Sprint("m", i/100), Content: fmt.Sprintf("word %d of many, ", i)})
+	}
+	for some := range slices.Chunk(chunks, 1000) {
+		w.a.post(t, "/v1/sessions/long/chunks", some)
+	}
+	p := open(t, w.browser, w.a.url("/?session=long"), chromedp.WithNewBrowserContext())
+	p.until(`gapless.seq === 10000 && gapless.state === 'live'`)
+	p.showsTheHistory(w.a, "long")
+	if got := eval[int](p, `gapless.reconnects`); got != 0 {
+		t.Errorf("%d reconnects, though nothing was cut", got)
+	}
+}
+
+// nasty are texts that have broken an event, a parser or a page somewhere.
+var nasty = []string{
+	" begins with a space", "ends with one ", "\n", "\r\n", "two\n\nlines", "a\rb", "\ttab", "\x00 and \x1f",
+	"data: x\n\nid: 7\n\nevent: end\ndata: {}\n\n", ": comment", "\ufeffbyte order mark", "line\u2028and\u2029paragraph\u0085next",
+	"<script>alert(1)</script>&amp;<!--", `"quoted" \ and \n`, "ä combined a\u0308", "🍞👩‍👩‍👧 \U0010ffff", "שלום\u202eabc",
+	strings.Repeat("long ", 2000),
+}
+
+func testText(t *testing.T, w world) {
+	var chunks []chunk
+	for i, text := range nasty {
+		chunks = append(chunks, chunk{MessageID: fmt.Sprint("m", i), Content: text}, chunk{MessageID: "all", Content: text})
+	}
+	w.node.post(t, "/v1/sessions/text/chunks", chunks)
+	p := open(t, w.browser, w.node.url("/?session=text"), chromedp.WithNewBrowserContext())
+	p.showsTheHistory(w.node, "text")
+	for i, m := range slices.DeleteFunc(p.shown(), func(m [2]string) bool { return m[0] == "all" }) {
+		if m[1] != nasty[i] { // the history could be wrong, too
+			t.Errorf("%q is shown as %q", nasty[i], m[1])
+		}
+	}
+}
+
+// No code of ours runs in this page: what is proved is the wire.
+func testPlainEventSource(t *testing.T, w world) {
+	line := newProxy(t, w.a, w.b)
+	line.route = func(stream int) int { return stream % 2 }
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	line.cuts = []cut{
+		where(`\n()\n`), // behind the id line of welcome, before it is whole
+		anywhere(random),
+		where(`}\nid: \d()\d`), // in an id
+		anywhere(random),
+		where(`}\nid: \d+\n()\n`), // one byte before a chunk is whole
+		anywhere(random),
+	}
+	for i := range 100 {
+		w.a.post(t, "/v1/sessions/plain/chunks", chunk{MessageID: "m", Content: nasty[i%(len(nasty)-1)]})
+	}
+
+	p := open(t, w.browser, line.url("/healthz"), chromedp.WithNewBrowserContext())
+	p.run(`window.events = [], window.others = [];
+		window.source = new EventSource('/v1/sessions/plain/stream');
+		source.onmessage = e => events.push([e.lastEventId, e.data]);
+		for (const name of ['welcome', 'reset']) source.addEventListener(name, e => others.push(name))`)
+	for i := 100; len(line.seen()) <= len(line.cuts) || eval[int](p, `events.length`) < i; i++ {
+		if i == 10_000 {
+			t.Fatalf("the cuts are not done: %d streams", len(line.seen()))
+		}
+		[]*node{w.a, w.b}[i%2].post(t, "/v1/sessions/plain/chunks", chunk{MessageID: "m", Content: nasty[i%(len(nasty)-1)]})
+		time.Sleep(10 * time.Millisecond) // the pace of the answer
+	}
+	w.a.post(t, "/v1/sessions/plain/chunks", chunk{Type: "end"})
+	p.until(`source.readyState === EventSource.CLOSED`)
+	line.quietFor(longerThanRetry)
+
+	list := w.redis.LRange(t.Context(), "chat:history:plain", 0, -1).Val()
+	gotAll(t, list, eval[[][2]string](p, `events`))
+	streams := line.seen()
+	if last := streams[len(streams)-1]; last.status != http.StatusNoContent || last.cursor != fmt.Sprint(len(list)) {
+		t.Errorf("the last request was answered with %d, and came with Last-Event-ID %s of %d", last.status, last.cursor, len(list))
+	}
+	torn := 0
+	for _, s := range streams {
+		if s.torn() {
+			torn++
+		}
+	}
+	if torn < 3 {
+		t.Errorf("only %d of %d cuts were in the middle of an event: this proves little", torn, len(line.cuts))
+	}
+	for _, name := range eval[[]string](p, `others`) {
+		if name != "welcome" {
+			t.Errorf("there was a %s", name)
+		}
+	}
+}
+
+// gotAll checks that the events, as [id, data], are the elements of the list, every one
+// once, in order, to the byte.
+func gotAll(t *testing.T, list []string, events [][2]string) {
+	t.Helper()
+	for i := range max(len(list), len(events)) {
+		switch {
+		case i >= len(events):
+			t.Fatalf("%d of %d chunks arrived; the next was %.200q", len(events), len(list), list[i])
+		case i >= len(list):
+			t.Fatalf("there are %d chunks, and more arrived: %.200q", len(list), events[i])
+		case events[i] != [2]string{fmt.Sprint(i + 1), list[i]}:
+			t.Fatalf("chunk %d arrived as\n%.300q, not as\n%.300q", i+1, events[i], list[i])
+		}
+	}
+}

@@ -1,0 +1,36 @@
+package web
+
+import (
+	"io/fs"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+func TestFiles_holdWhatThePageNames(t *testing.T) {
+	named := regexp.MustCompile(`(?:href|src)="/([^"]+)"|from '/([^']+)'`)
+	for _, file := range []string{"index.html", "app.js", "follow.js"} {
+		text, err := fs.ReadFile(Files, file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+			if _, err := fs.Stat(Files, m[1]+m[2]); err != nil {
+				t.Errorf("%s names a file that is not there: %v", file, err)
+			}
+		}
+	}
+}
+
+// The page's Content-Security-Policy would block these without a word to the reader.
+func TestPage_hasNothingInline(t *testing.T) {
+	page, err := fs.ReadFile(Files, "index.html")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, inline := range []string{"<script>", "<style", " style=", " onclick=", "javascript:"} {
+		if strings.Contains(string(page), inline) {
+			t.Errorf("index.html has an inline %q", inline)
+		}
+	}
+}
