@@ -94,7 +94,7 @@ type action struct {
 // play lets one order of events happen: pick chooses among what may happen next, until
 // the producer is done; then everything that is still held is released. It fails when
 // the viewer does not show 1..n.
-func play(s subject, producer []func(log *storetest.Log), pick func(options []action) action) (err error, trace string) {
+func play(s subject, producer []func(log *storetest.Log), pick func(options []action) action) (trace string, err error) {
 	log := &storetest.Log{Held: true}
 	var happened []string
 	s.begin(log)
@@ -144,7 +144,7 @@ func play(s subject, producer []func(log *storetest.Log), pick func(options []ac
 	if err == nil && !slices.Equal(shown, want) {
 		err = fmt.Errorf("it shows %q", shown)
 	}
-	return err, strings.Join(happened, " ")
+	return strings.Join(happened, " "), err
 }
 
 // every plays all orders of events, depth first.
@@ -153,7 +153,7 @@ func every(t *testing.T, make func() subject, producer []func(*storetest.Log)) (
 	for {
 		at := 0
 		synctest.Test(t, func(*testing.T) {
-			err, trace := play(make(), producer, func(options []action) action {
+			trace, err := play(make(), producer, func(options []action) action {
 				if at == len(path) {
 					path, width = append(path, 0), append(width, len(options))
 				}
@@ -234,7 +234,7 @@ func TestFeed_randomInterleavingsOfManyChunks_atAnyWindow(t *testing.T) {
 		var trace string
 		synctest.Test(t, func(t *testing.T) {
 			i := 0
-			failure, trace = play(&gapless{t: t, window: window}, producer, func(options []action) action {
+			trace, failure = play(&gapless{t: t, window: window}, producer, func(options []action) action {
 				i++
 				return options[choices[i%len(choices)]%len(options)]
 			})

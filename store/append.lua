@@ -32,7 +32,7 @@ if not log then
 elseif log.deleted then
   revive()
 end
-if log.begun then hint() end
+hint_begun()
 
 local push = newest_first and 'LPUSH' or 'RPUSH'
 local head, ts, elements = log.last, int(now()), {}

@@ -45,6 +45,12 @@ end
 
 local function hint() redis.call(ARGV[5], channel, ARGV[6]) end
 
+-- hint_begun tells those who follow a former epoch that it has ended. A first epoch needs no telling: its
+-- first chunk does.
+local function hint_begun()
+  if log.begun and log.former > 0 then hint() end
+end
+
 -- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there.
 local function begin(base)
   log.epoch, log.base, log.former, log.last = ARGV[1], base, base, base + log.length

@@ -9,7 +9,7 @@ open()
 if not log then return { 'absent' } end
 seen()
 keep()
-if log.begun then hint() end
+hint_begun()
 
 local from, bytes, count = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local first, last = math.max(from - log.base, 1), log.length

@@ -17,7 +17,7 @@ if ARGV[7] == 'create' then
   end
   seen()
   keep()
-  hint()
+  hint_begun()
   return reply('ok')
 end
 
@@ -46,5 +46,5 @@ elseif given > log.former then
 end
 seen()
 keep()
-if log.begun then hint() end
+hint_begun()
 return reply('ok')

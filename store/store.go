@@ -237,8 +237,8 @@ func historyKey(id string) string { return "chat:history:" + id }
 func sessionKey(id string) string { return "chat:session:" + id }
 func channel(id string) string    { return "chat:stream:" + id }
 
-// Hint is published where the log changed in a way that no chunk says: it was made,
-// deleted, or begins a new epoch. It means "read the log"; programs that follow the
+// Hint is published where the log changed in a way that no chunk says: it was deleted,
+// or begins another epoch. It means "read the log"; programs that follow the
 // channel themselves may pass over it.
 const Hint = `{"type":"hint"}`
 

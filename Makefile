@@ -1,0 +1,38 @@
+# What a developer does here. `make test` is the one command that sets up everything it
+# needs and runs every test; .ci/run calls it and nothing else.
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+REDOCLY  := @redocly/cli@2.77.0
+
+.PHONY: run build test setup lint unit fuzz
+
+run: ## the server, on the embedded Redis
+	go run .
+
+build: ## the binary
+	CGO_ENABLED=0 go build -trimpath -o gapless .
+
+test: setup lint unit ## everything
+
+# What the tests need beside Go: a real Redis, a real browser, Node for client libraries.
+setup:
+	@./.ci/setup
+
+lint:
+	@echo "== format, vet, fix, tidy"
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "gofmt -w these files"; exit 1; }
+	go vet ./...
+	@test -z "$$(go fix -diff ./... 2>&1)" || { go fix -diff ./...; echo "go fix ./..."; exit 1; }
+	go mod tidy -diff
+	@echo "== linters"
+	go run $(STATICCHECK) ./...
+	@echo "== openapi.yaml"
+	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
+
+unit:
+	go test -race -timeout 15m ./...
+
+fuzz: ## each fuzz target for a while
+	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store
+	go test -run xxx -fuzz FuzzEvent -fuzztime 30s ./sse
+	go test -run xxx -fuzz FuzzParseNumber -fuzztime 30s ./api
