@@ -2,6 +2,7 @@ package sse
 
 import (
 	"context"
+	"fmt"
 	"hash/maphash"
 	"log/slog"
 	"sync"
@@ -35,7 +36,10 @@ type feed struct {
 
 	mu      sync.Mutex
 	reads   uint64    // reads that have begun
-	trust   uint64    // live chunks are taken when the window rests on this read or a later one
+	done    uint64    // the newest of them that has been merged
+	trust   uint64    // live chunks are taken when this read, or a later one, has been merged
+	awaited uint64    // somebody waits for a window that rests on this read, or a later one
+	sure    int64     // up to here, what the window has was also read
 	pending bool      // a read is wanted that has not begun
 	busy    bool      // a read is queued or under way
 	want    int64     // the highest number announced and not yet seen
@@ -117,7 +121,7 @@ func (f *feed) Live(payload string) {
 	}
 	w := f.window.Load()
 	seq, ours := store.Number(payload)
-	trusted := w.known() && w.read >= f.trust
+	trusted := f.done >= f.trust
 	switch {
 	case payload == store.Hint: // what comes next may be of another epoch
 		f.trust = f.reads + 1
@@ -196,7 +200,8 @@ func (f *feed) doubt() uint64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.ask()
-	return f.reads + 1
+	f.awaited = f.reads + 1
+	return f.awaited
 }
 
 func (f *feed) again() {
@@ -240,11 +245,15 @@ func (f *feed) read(ctx context.Context) {
 		return
 	}
 	f.suspect = 0
-	n := f.merge(page, number)
-	if n.Last > f.window.Load().Last || n.Epoch != f.window.Load().Epoch {
+	w = f.window.Load()
+	n := f.merge(w, page, number)
+	if n.Last > w.Last || n.Epoch != w.Epoch {
 		f.retry = firstRetry
 	}
-	f.publish(n)
+	// Most reads only find that nothing was missed: nobody is woken for that.
+	if f.awaited > w.read || !w.known() || !n.sameBounds(w) || n.size != w.size {
+		f.publish(n)
+	}
 	switch {
 	case f.pending:
 		f.ask()
@@ -267,7 +276,7 @@ func (f *feed) later(d time.Duration) {
 // epoch and goes on where w ends, or it is the newest of the log as it now is.
 func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, error) {
 	log, budget := f.hub.data, max(f.hub.limit(), 1)
-	for {
+	for range 10 {
 		page, err := log.Read(ctx, f.session, from, budget, all)
 		if err != nil {
 			return page, err
@@ -285,6 +294,7 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 		}
 		from = store.Newest
 	}
+	return store.Page{}, fmt.Errorf("log %s becomes another one faster than it can be read", f.session)
 }
 
 // known says up to which number this feed has given out chunks that the page's log does
@@ -301,7 +311,7 @@ func (f *feed) known(w *window, page store.Page) (given int64, another bool) {
 	if page.Epoch != "" && !page.Deleted && given > page.Former {
 		return given, true
 	}
-	switch differs, short := rewritten(w, page); {
+	switch differs, short := rewritten(w, f.sure, page); {
 	case !same || !differs && !short:
 		f.short = time.Time{}
 		return given, false
@@ -322,14 +332,14 @@ func (f *feed) known(w *window, page store.Page) (given int64, another bool) {
 const shortPatience = 300 * time.Millisecond
 
 // rewritten says whether page, of w's epoch, differs from what w came from: it has
-// another chunk under a number that w has, or lacks one that was read before. It is
-// short when it only lacks what was taken live.
-func rewritten(w *window, page store.Page) (differs, short bool) {
+// another chunk under a number that w has, or lacks one of those up to sure, which were
+// read before. It is short when it only lacks what was taken live.
+func rewritten(w *window, sure int64, page store.Page) (differs, short bool) {
 	if page.Deleted {
 		return false, false // that is said already
 	}
 	if page.Last < w.Last {
-		return page.Last < w.sure, true
+		return page.Last < sure, true
 	}
 	for i, element := range page.Elements {
 		switch seq := page.From + int64(i); {
@@ -348,11 +358,11 @@ func rewritten(w *window, page store.Page) (differs, short bool) {
 
 // merge is the window that follows from the current one and a page. Live chunks may
 // have been taken while the page was read, so it may be older than the window. mu is held.
-func (f *feed) merge(page store.Page, number uint64) *window {
-	w, limit := f.window.Load(), f.hub.limit()
-	n := *w
+func (f *feed) merge(w *window, page store.Page, number uint64) *window {
+	n, limit := *w, f.hub.limit()
 	n.Bounds, n.read, n.next = page.Bounds, number, make(chan struct{})
-	n.Last, n.sure = w.Last, page.Last
+	n.Last = w.Last
+	f.done, f.sure = number, page.Last
 	same := w.known() && page.Epoch == w.Epoch
 	goesOn := same && !page.Deleted && page.From <= w.Last+1
 	switch {

@@ -578,3 +578,22 @@ func TestViewer_caughtUp_keepsNoPage(t *testing.T) {
 		}
 	})
 }
+
+// Reading the log and finding nothing new wakes nobody.
+func TestFeed_reconciles_wakesNobodyForNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		h := started(t, testConfig(), log)
+		w := now(t, h, log, Ask{})
+		before, reads := h.feeds["s"].window.Load(), log.Reads()
+		time.Sleep(time.Minute)
+		if n := log.Reads() - reads; n < 25 {
+			t.Errorf("only %d reads in a minute", n)
+		}
+		if h.feeds["s"].window.Load() != before {
+			t.Error("there is a new window, and nothing new in it")
+		}
+		w.leave()
+	})
+}

@@ -18,7 +18,6 @@ type window struct {
 	store.Bounds
 	read uint64 // the number of the read that this rests on; 0: nothing was read yet
 	memory
-	sure int64         // up to here, what was taken was also read
 	tip  string        // the element at Last, to be compared when the log is read again; empty: unknown
 	next chan struct{} // closed when a newer window is there
 }
@@ -28,6 +27,12 @@ func (w *window) absent() bool { return w.Epoch == "" }
 
 // base is the number before the first chunk that is kept.
 func (w *window) base() int64 { return w.First - 1 }
+
+// sameBounds says whether w has nothing that a viewer would not know from other.
+func (w *window) sameBounds(other *window) bool {
+	return w.Epoch == other.Epoch && w.First == other.First && w.Last == other.Last && w.Former == other.Former &&
+		w.Ended == other.Ended && w.Deleted == other.Deleted
+}
 
 // with is w and one more chunk, within limit bytes of memory.
 func (w *window) with(element string, limit int) *window {
