@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -93,13 +94,23 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		fs.PrintDefaults()
 	}
 
-	if err := fs.Parse(args); err != nil {
+	var errs []error
+	fs.SetOutput(io.Discard) // it would print the usage behind each mistake
+	for {
+		err := fs.Parse(args)
+		if args = fs.Args(); err == nil {
+			break
+		}
 		if errors.Is(err, flag.ErrHelp) {
+			fs.SetOutput(os.Stdout)
+			fs.Usage()
 			return cfg, err
 		}
-		return cfg, fmt.Errorf("%w (-help shows all flags)", err)
+		errs = append(errs, fmt.Errorf("%w (-help shows all flags)", err))
+		if strings.Contains(err.Error(), "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+			args = args[1:] // its value
+		}
 	}
-	var errs []error
 	if fs.NArg() > 0 {
 		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only", fs.Arg(0)))
 	}
@@ -159,9 +170,7 @@ func run(ctx context.Context, cfg config) error {
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	defer logs.Close()
 	hub := sse.NewHub(cfg.sse, logs)
-	defer hub.Close()
 	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract)
 	server := &http.Server{
 		Handler:           handler,
@@ -179,11 +188,22 @@ func run(ctx context.Context, cfg config) error {
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }() // ended by Shutdown or Close; waited for below
 	select {
-	case err := <-failed:
-		return fmt.Errorf("serve: %w", err)
+	case err = <-failed:
+		err = fmt.Errorf("serve: %w", err)
 	case <-ctx.Done():
+		err = drain(cfg, handler, hub, server, failed)
 	}
-	return drain(cfg, handler, hub, server, failed)
+	closed := make(chan struct{})
+	go func() { // waited for, but not for longer than the drain time: a silent Redis holds up nobody
+		hub.Close()
+		logs.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(cfg.drain * 4 / 100):
+	}
+	return err
 }
 
 // drain ends everything within the drain time. Viewers leave spread over its first part;

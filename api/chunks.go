@@ -220,7 +220,14 @@ func (a *API) copyLines(r *http.Request, u *upload, fill store.Fill) error {
 				break // the next line is not whole yet: what is here goes out now
 			}
 		}
-		if err := u.append(r.Context(), batch); err != nil {
+		err := u.append(r.Context(), batch)
+		if refused, ok := errors.AsType[*store.RefusedError](err); ok && refused.Index > 0 {
+			// What a body stores does not depend on how its lines arrived: those before it are taken.
+			if first := u.append(r.Context(), batch[:refused.Index]); first != nil {
+				err = first
+			}
+		}
+		if err != nil {
 			return atLine(err, line)
 		}
 		line += len(batch)
@@ -237,10 +244,10 @@ func (a *API) copyLines(r *http.Request, u *upload, fill store.Fill) error {
 // broke off; nobody hears the answer.
 func atLine(err error, line int) error {
 	_, bad := errors.AsType[*store.ChunkError](err)
-	ended, late := errors.AsType[*store.MessageEndedError](err)
+	refused, late := errors.AsType[*store.RefusedError](err)
 	switch {
 	case late:
-		line += ended.Index
+		line += refused.Index
 	case !bad && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, context.Canceled)):
 		return &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Chunk: &line, Detail: "the body broke off"}
 	case !bad:

@@ -51,8 +51,13 @@ func problemOf(err error) *Problem {
 		}
 		return p
 	}
+	if e, ok := errors.AsType[*store.RefusedError](err); ok {
+		p := *problemOf(e.Err)
+		p.Chunk = &e.Index
+		return &p
+	}
 	if e, ok := errors.AsType[*store.MessageEndedError](err); ok {
-		return &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Chunk: &e.Index, Detail: e.Error() + ": begin a message with another id"}
+		return &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Detail: e.Error() + ": begin a message with another id"}
 	}
 	if e, ok := errors.AsType[*echo.HTTPError](err); ok {
 		switch e.Code {

@@ -30,7 +30,7 @@ type Viewer struct {
 	feed   *feed
 	epoch  string // of the log that the cursor is in; empty: none yet, and the cursor is what was asked for
 	joined bool   // the cursor was compared with the log
-	ticket uint64 // a window must rest on this read to decide that the cursor is ahead
+	ticket uint64 // the read that a window must rest on, where that matters (fresh)
 
 	old      *page // older chunks, while the cursor is among them
 	oldBytes int   // how large the next page is to be
@@ -74,7 +74,7 @@ func (v *Viewer) Over(ctx context.Context, patience time.Duration) bool {
 	defer cancel()
 	for {
 		w := v.feed.window.Load()
-		if w.known() && (v.Cursor <= w.Last || w.read >= v.doubtOnce()) {
+		if w.known() && v.fresh(w) {
 			return w.Deleted || w.Ended && !v.Unknown && (v.Cursor == w.Last || v.Cursor == Latest)
 		}
 		select {
@@ -85,13 +85,17 @@ func (v *Viewer) Over(ctx context.Context, patience time.Duration) bool {
 	}
 }
 
-// doubtOnce has the log read once more for this viewer, whose cursor is beyond what
-// this node knows: it may come from a node that is ahead of this one.
-func (v *Viewer) doubtOnce() uint64 {
+// fresh says whether w can decide about a viewer that has just come. Other nodes may
+// know more: the cursor may be one of theirs, and an end or a deletion may be past, with
+// a new life begun. Then the log is read once more first.
+func (v *Viewer) fresh(w *window) bool {
+	if v.Cursor <= w.Last && !w.Ended && !w.Deleted {
+		return true
+	}
 	if v.ticket == 0 {
 		v.ticket = v.feed.doubt()
 	}
-	return v.ticket
+	return w.read >= v.ticket
 }
 
 // step is what a viewer is to be given next.
@@ -111,8 +115,7 @@ func (v *Viewer) next(w *window) step {
 	var events []byte
 	cursor := v.Cursor
 	if !v.joined {
-		// The cursor of a node that is ahead of this one is not ahead of the log.
-		if v.Cursor > w.Last && w.read < v.doubtOnce() {
+		if !v.fresh(w) {
 			return step{}
 		}
 		if cursor == Latest {

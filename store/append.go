@@ -19,8 +19,8 @@ type Appended struct {
 // upload was given, or 0: when the session was deleted since, the error is
 // ErrSessionDeleted, also if it was made anew.
 //
-// Other errors: ErrSessionEnded, *MessageEndedError, ErrAway (surely nothing was
-// stored), ErrOutcomeUnknown.
+// Other errors: *RefusedError with ErrSessionEnded or *MessageEndedError in it, ErrAway
+// (surely nothing was stored), ErrOutcomeUnknown.
 func (s *Store) Append(ctx context.Context, session string, after int64, chunks []Chunk) (Appended, error) {
 	args := make([]any, 0, 2+3*len(chunks))
 	args = append(args, s.cfg.HistoryMax, after)
@@ -37,12 +37,12 @@ func (s *Store) Append(ctx context.Context, session string, after int64, chunks 
 		a = Appended{r.text(1), r.int(9), r.int(10)}
 		return a, r.err
 	case "session_ended":
-		return a, ErrSessionEnded
+		return a, errors.Join(r.err, &RefusedError{Index: int(r.int(9)), Err: ErrSessionEnded})
 	case "session_deleted":
 		return a, ErrSessionDeleted
 	case "message_ended":
-		e := &MessageEndedError{int(r.int(9)), r.text(10), r.text(11)}
-		return a, errors.Join(r.err, e)
+		ended := &MessageEndedError{r.text(10), r.text(11)}
+		return a, errors.Join(r.err, &RefusedError{Index: int(r.int(9)), Err: ended})
 	default:
 		return a, fmt.Errorf("append to %s: status %q: %w", session, r.status(), errReply)
 	}

@@ -16,7 +16,7 @@ local function refuse(status, ...)
 end
 local ended, finished = log and not log.deleted and log.ended, {}
 for i = 1, chunks do
-  if ended then return refuse('session_ended') end
+  if ended then return refuse('session_ended', i - 1) end
   local message, ends = ARGV[6 + 3 * i], ARGV[7 + 3 * i]
   if message ~= '' then
     local how = finished[message] or redis.call('HGET', session, 'm:' .. message)

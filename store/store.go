@@ -121,10 +121,19 @@ var (
 	ErrSessionDeleted = errors.New("the session was deleted")
 )
 
+// RefusedError says which chunk of an append the log does not take, and why. Those
+// before it would be taken.
+type RefusedError struct {
+	Index int
+	Err   error
+}
+
+func (e *RefusedError) Error() string { return e.Err.Error() }
+func (e *RefusedError) Unwrap() error { return e.Err }
+
 // MessageEndedError refuses a chunk of a message that has ended.
 type MessageEndedError struct {
-	Index     int    // of the chunk, in the append
-	MessageID string //
+	MessageID string
 	How       string // done, failed or cancelled
 }
 

@@ -142,7 +142,10 @@ func TestAppend_allOrNone(t *testing.T) {
 		done := store.NewChunk(store.TypeDone, "m", "", "")
 		mustAppend(t, s, "s", delta("a"), done)
 		_, err := s.Append(t.Context(), "s", 0, []store.Chunk{delta("b"), store.NewChunk(store.TypeDelta, "m", "", "c")})
-		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.Index != 1 || e.MessageID != "m" || e.How != "done" {
+		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.MessageID != "m" || e.How != "done" {
+			t.Fatal(err)
+		}
+		if e, ok := errors.AsType[*store.RefusedError](err); !ok || e.Index != 1 {
 			t.Fatal(err)
 		}
 		_, err = s.Append(t.Context(), "s", 0, []store.Chunk{store.NewChunk(store.TypeFailed, "n", "", ""), store.NewChunk(store.TypeDelta, "n", "", "c")})

@@ -1,0 +1,737 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"gapless/store/storetest"
+)
+
+// The tests of this package run the built program, with the race detector in it, as
+// others meet it: processes, sockets, signals, a real redis-server. Viewers are a client
+// of the tests' own (viewer), which counts what it must never see.
+
+// binary is the program, built once.
+var binary string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "gapless-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	binary = filepath.Join(dir, "gapless")
+	build := exec.Command("go", "build", "-race", "-o", binary, ".")
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	code := 1
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "build the program:", err)
+	} else {
+		code = m.Run()
+	}
+	_ = os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// patience bounds every wait in these tests: long enough for a loaded machine with the
+// race detector on, since only a failure waits so long.
+const patience = 45 * time.Second
+
+// deadline is a context that ends with the test, or with its patience.
+func deadline(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// eventually polls until ok, and fails the test when that takes too long.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited %v in vain: %s", patience, what)
+		}
+	}
+}
+
+// buffer collects a process's output while others look at it.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// node is a running gapless.
+type node struct {
+	t    *testing.T
+	addr string
+	cmd  *exec.Cmd
+	log  buffer
+	http *http.Client
+
+	begun  time.Time
+	exited chan struct{} // closed when the process has ended, and state is set
+	state  *os.ProcessState
+	told   sync.Once // to stop: a second signal would not let it
+	killed atomic.Bool
+}
+
+// start starts a node on a port of its own choice and waits until it is ready.
+func start(t *testing.T, args ...string) *node {
+	t.Helper()
+	n := launch(t, args...)
+	n.waitReady()
+	return n
+}
+
+// launch starts a node and waits until it listens. When the test ends it is stopped by
+// SIGTERM, and must exit with 0: with the race detector in it, that says no race either.
+func launch(t *testing.T, args ...string) *node {
+	t.Helper()
+	n := &node{t: t, exited: make(chan struct{}), http: &http.Client{
+		Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: patience,
+	}}
+	n.cmd = exec.Command(binary, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s"}, args...)...)
+	n.cmd.Dir = t.TempDir()
+	n.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // it would sleep a second
+	n.cmd.Stdout, n.cmd.Stderr = &n.log, &n.log
+	n.begun = time.Now()
+	if err := n.cmd.Start(); err != nil {
+		t.Fatalf("start the program: %v", err)
+	}
+	go func() { // ends with the process, which cleanup ends
+		_ = n.cmd.Wait()
+		n.state = n.cmd.ProcessState
+		close(n.exited)
+	}()
+	t.Cleanup(n.cleanup)
+	page := regexp.MustCompile(`page=http://([0-9.:]+)/`)
+	eventually(t, "the program says its address", func() bool {
+		select {
+		case <-n.exited:
+			t.Fatalf("the program ended at once: %v", n.state)
+		default:
+		}
+		found := page.FindStringSubmatch(n.log.String())
+		if found != nil {
+			n.addr = found[1]
+		}
+		return found != nil
+	})
+	return n
+}
+
+func (n *node) cleanup() {
+	n.http.CloseIdleConnections()
+	n.terminate()
+	select {
+	case <-n.exited:
+	case <-time.After(20 * time.Second):
+		n.t.Errorf("the program does not stop")
+		_ = n.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines go to the log
+		<-n.exited
+	}
+	if !n.killed.Load() && n.state.ExitCode() != 0 {
+		n.t.Errorf("the program ended with %v", n.state)
+	}
+	log := n.log.String()
+	for _, bad := range []string{"DATA RACE", "panic", "level=ERROR"} {
+		if strings.Contains(log, bad) {
+			n.t.Errorf("%q in the program's log", bad)
+		}
+	}
+	if n.t.Failed() {
+		const most = 8 << 10
+		if len(log) > most {
+			log = log[:most/2] + "\n[...]\n" + log[len(log)-most/2:]
+		}
+		n.t.Logf("log of node %s:\n%s", n.addr, log)
+	}
+}
+
+// kill ends the node as a power failure does.
+func (n *node) kill() {
+	n.killed.Store(true)
+	_ = n.cmd.Process.Kill()
+	<-n.exited
+}
+
+// terminate asks it to drain.
+func (n *node) terminate() {
+	n.told.Do(func() { _ = n.cmd.Process.Signal(syscall.SIGTERM) })
+}
+
+func (n *node) waitReady() {
+	n.t.Helper()
+	eventually(n.t, "the node is ready", func() bool { return n.get("/readyz").status == http.StatusOK })
+}
+
+// nodes starts n nodes on one Redis.
+func nodes(t *testing.T, n int, redis *storetest.Server, args ...string) []*node {
+	t.Helper()
+	all := make([]*node, n)
+	for i := range all {
+		all[i] = launch(t, append([]string{"-redis", redis.URL(), "-node", fmt.Sprint("n", i+1)}, args...)...)
+	}
+	for _, n := range all {
+		n.waitReady()
+	}
+	return all
+}
+
+var sessions atomic.Int64
+
+// newID is a session that no other test uses.
+func newID() string { return fmt.Sprint("s", sessions.Add(1)) }
+
+// answer is a whole HTTP answer.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+	err    error
+}
+
+func (n *node) do(ctx context.Context, method, path, contentType string, body io.Reader) (a answer) {
+	r, err := http.NewRequestWithContext(ctx, method, "http://"+n.addr+path, body)
+	if err != nil {
+		return answer{err: err}
+	}
+	if contentType != "" {
+		r.Header.Set("Content-Type", contentType)
+	}
+	response, err := n.http.Do(r)
+	if err != nil {
+		return answer{err: err}
+	}
+	defer response.Body.Close()
+	b, err := io.ReadAll(response.Body)
+	return answer{response.StatusCode, response.Header, string(b), err}
+}
+
+func (n *node) get(path string) answer { return n.do(context.Background(), "GET", path, "", nil) }
+
+func (n *node) post(path, contentType, body string) answer {
+	return n.do(context.Background(), "POST", path, contentType, strings.NewReader(body))
+}
+
+// stored is the answer to an append.
+type stored struct {
+	Epoch string `json:"epoch"`
+	First int64  `json:"first_seq"`
+	Last  int64  `json:"last_seq"`
+	Count int    `json:"count"`
+}
+
+// append posts a chunk, or an array of them, that must be stored.
+func (n *node) append(t *testing.T, session, body string) (s stored) {
+	t.Helper()
+	a := n.post("/v1/sessions/"+session+"/chunks", "application/json", body)
+	if a.status != http.StatusCreated {
+		t.Fatalf("append to %s: %d %s (%v)", session, a.status, a.body, a.err)
+	}
+	decode(t, a.body, &s)
+	return s
+}
+
+// words is an array of count deltas, and what follows.
+func words(from, count int, more ...string) string {
+	var all []string
+	for i := range count {
+		all = append(all, fmt.Sprintf(`{"message_id":"m1","role":"assistant","content":"word%d "}`, from+i))
+	}
+	return "[" + strings.Join(append(all, more...), ",") + "]"
+}
+
+func decode(t *testing.T, text string, into any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), into); err != nil {
+		t.Fatalf("not the JSON that was to come: %v: %q", err, text)
+	}
+}
+
+// history is the list in Redis.
+func history(t *testing.T, redis *storetest.Server, session string) []string {
+	t.Helper()
+	all, err := redis.LRange(deadline(t), "chat:history:"+session, 0, -1).Result()
+	if err != nil {
+		t.Fatalf("LRANGE: %v", err)
+	}
+	return all
+}
+
+// keys is what there is in Redis.
+func keys(t *testing.T, redis *storetest.Server, pattern string) []string {
+	t.Helper()
+	all, err := redis.Keys(deadline(t), pattern).Result()
+	if err != nil {
+		t.Errorf("KEYS: %v", err)
+	}
+	return all
+}
+
+// pages is the log as the API pages it.
+func (n *node) pages(t *testing.T, session string) (all []string) {
+	t.Helper()
+	for {
+		a := n.get(fmt.Sprintf("/v1/sessions/%s/chunks?after=%d&limit=1000", session, len(all)))
+		var page struct {
+			Last   int `json:"last_seq"`
+			Chunks []json.RawMessage
+		}
+		if a.status != http.StatusOK {
+			t.Fatalf("page of %s: %d %s (%v)", session, a.status, a.body, a.err)
+		}
+		decode(t, a.body, &page)
+		for _, c := range page.Chunks {
+			all = append(all, string(c))
+		}
+		if len(all) >= page.Last || len(page.Chunks) == 0 {
+			return all
+		}
+	}
+}
+
+// event is what an EventSource hands out.
+type event struct{ name, data, id string }
+
+// parser reads a stream as https://html.spec.whatwg.org/multipage/server-sent-events.html
+// says. It outlives a connection, as EventSource does: nextConnection is called in between.
+type parser struct {
+	line           []byte
+	name, data, id string // of the event that is being read
+	hasData        bool
+	lastID         string // of the last whole event
+	retry          string
+	comments       int
+}
+
+// nextConnection forgets what was received of an event; with glue it does not, which is
+// what WebKit makes of a connection that was reset.
+func (p *parser) nextConnection(glue bool) {
+	if glue {
+		return
+	}
+	p.line, p.name, p.data, p.hasData, p.id = p.line[:0], "", "", false, p.lastID
+}
+
+// feed takes bytes and hands out the events that they complete, until one stops it.
+func (p *parser) feed(b []byte, out func(event) bool) bool {
+	for _, c := range b {
+		if c == '\r' {
+			panic("a carriage return in the stream")
+		}
+		if c != '\n' {
+			p.line = append(p.line, c)
+			continue
+		}
+		line := string(p.line)
+		p.line = p.line[:0]
+		if line == "" {
+			e := event{p.name, p.data, p.id}
+			has := p.hasData
+			p.lastID, p.name, p.data, p.hasData = p.id, "", "", false
+			if has && !out(e) {
+				return false
+			}
+			continue
+		}
+		field, value, _ := strings.Cut(line, ":")
+		value = strings.TrimPrefix(value, " ")
+		switch field {
+		case "":
+			p.comments++
+		case "event":
+			p.name = value
+		case "data":
+			if p.hasData {
+				p.data += "\n"
+			}
+			p.data += value
+			p.hasData = true
+		case "id":
+			p.id = value
+		case "retry":
+			p.retry = value
+		}
+	}
+	return true
+}
+
+// notice is the data of welcome and reset.
+type notice struct {
+	Type, Session, Epoch, Reason, Node, Connection string
+	First                                          int64 `json:"first_seq"`
+	Last                                           int64 `json:"last_seq"`
+	Cursor                                         int64
+}
+
+// viewer is a client that reconnects with its last id, checks that numbers are
+// consecutive, and writes down what it must not see.
+type viewer struct {
+	session string
+	query   string // of the URL
+	parser
+	glue   bool // keep torn events, as WebKit does
+	dialer net.Dialer
+
+	cursor   int64
+	chunks   []string // data of onmessage, since the last reset
+	faults   []string
+	welcomes []notice
+	resets   []notice
+	over     bool // 204, or a clean end
+
+	connections int
+	beats       atomic.Int64 // comments seen, for those who watch it run
+	seen        atomic.Int64 // the cursor, for those who watch it run
+	status      atomic.Int64 // of the connection under way, for those who watch it run
+}
+
+func (v *viewer) fault(format string, args ...any) {
+	v.faults = append(v.faults, fmt.Sprintf(format, args...))
+}
+
+// take is what the page's code does with an event.
+func (v *viewer) take(e event) {
+	id, err := strconv.ParseInt(e.id, 10, 64)
+	if err != nil {
+		v.fault("event %q has id %q", e.name, e.id)
+		return
+	}
+	var n notice
+	if e.name != "" {
+		// A torn event that WebKit kept stands before the data of welcome.
+		text := e.data
+		if v.glue {
+			text = text[strings.LastIndexByte(text, '\n')+1:]
+		}
+		if err := json.Unmarshal([]byte(text), &n); err != nil {
+			v.fault("%s is not JSON: %q", e.name, e.data)
+		}
+		if n.Type != e.name || e.name == "welcome" && n.Cursor != id || e.name == "reset" && n.Cursor != v.cursor {
+			v.fault("at %d, %s says %q, with id %d", v.cursor, e.name, e.data, id)
+		}
+	}
+	switch e.name {
+	case "":
+		switch {
+		case id == v.cursor+1:
+		case id > v.cursor+1:
+			v.fault("lost: %d came after %d", id, v.cursor)
+		default:
+			v.fault("doubled or out of order: %d came after %d", id, v.cursor)
+		}
+		if !json.Valid([]byte(e.data)) {
+			v.fault("chunk %d is torn: %q", id, e.data)
+		}
+		if strings.HasPrefix(e.data, `{"seq":`) && !strings.HasPrefix(e.data, fmt.Sprintf(`{"seq":%d,`, id)) {
+			v.fault("chunk %d says %.40q", id, e.data)
+		}
+		v.chunks = append(v.chunks, e.data)
+	case "welcome":
+		v.welcomes = append(v.welcomes, n)
+	case "reset":
+		v.resets = append(v.resets, n)
+		v.chunks = nil
+	default:
+		v.fault("event named %q", e.name)
+	}
+	v.cursor = id
+	v.seen.Store(id)
+}
+
+// ending is how a connection ended.
+type ending string
+
+const (
+	clean   ending = "clean"   // as HTTP ends a response
+	aborted ending = "aborted" // broken off in its middle
+	cut     ending = "cut"     // by the viewer itself
+	refused ending = "refused" // no connection, or none that answered
+	nothing ending = "204"
+)
+
+// request is what a viewer sends.
+func (v *viewer) request(addr string) string {
+	r := "GET /v1/sessions/" + v.session + "/stream" + v.query + " HTTP/1.1\r\nHost: " + addr + "\r\nAccept: text/event-stream\r\n"
+	if v.lastID != "" {
+		r += "Last-Event-ID: " + v.lastID + "\r\n"
+	}
+	return r + "\r\n"
+}
+
+// connect makes one connection and takes events until it ends, or until stop says, behind
+// an event, that the viewer cuts it. A nil stop never does.
+func (v *viewer) connect(ctx context.Context, addr string, stop func(event) bool) ending {
+	v.connections++
+	v.nextConnection(v.glue)
+	first := true
+	how := v.raw(ctx, addr, func(b []byte) bool {
+		return v.feed(b, func(e event) bool {
+			if first && e.name != "welcome" {
+				v.fault("the first event is %q: %.80s", e.name, e.data)
+			}
+			first = false
+			v.take(e)
+			return stop == nil || !stop(e)
+		})
+	})
+	if how == nothing || how == clean {
+		v.over = true
+	}
+	return how
+}
+
+// raw makes one connection and hands out the bytes of its body, until it ends or they
+// are not wanted any more.
+func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) ending {
+	conn, err := v.dialer.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return refused
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	if _, err := io.WriteString(conn, v.request(addr)); err != nil {
+		return refused
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return refused
+	}
+	v.status.Store(int64(response.StatusCode))
+	defer v.status.Store(0)
+	switch {
+	case response.StatusCode == http.StatusNoContent:
+		return nothing
+	case response.StatusCode != http.StatusOK || response.Header.Get("Content-Type") != "text/event-stream":
+		v.fault("status %d, %s: an EventSource would never come back", response.StatusCode, response.Header.Get("Content-Type"))
+		return refused
+	}
+	b := make([]byte, 8<<10)
+	for {
+		n, err := response.Body.Read(b)
+		wanted := out(b[:n])
+		v.beats.Store(int64(v.comments))
+		switch {
+		case !wanted:
+			if rand.IntN(2) == 0 { // as a network does it, or as a page does it
+				_ = conn.(*net.TCPConn).SetLinger(0)
+			}
+			return cut
+		case err == io.EOF:
+			return clean
+		case err != nil:
+			return aborted
+		}
+	}
+}
+
+// follow is an EventSource: it connects, to whatever address next says, until the log has
+// ended, or until stop says so behind an event.
+func (v *viewer) follow(ctx context.Context, next func() string, stop func(event) bool) {
+	for stopped := false; !v.over && !stopped && ctx.Err() == nil; {
+		how := v.connect(ctx, next(), func(e event) bool {
+			stopped = stop != nil && stop(e)
+			return stopped
+		})
+		if how == refused || how == aborted {
+			pause(ctx, 10*time.Millisecond)
+		}
+	}
+}
+
+// background runs something that the test waits for.
+func background(t *testing.T, run func()) (wait func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { // waited for below
+		defer close(done)
+		run()
+	}()
+	t.Cleanup(func() { <-done })
+	return func() { <-done }
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
+// check says what the viewer should not have seen, and compares what it got with what it
+// should have got, element by element.
+func (v *viewer) check(t *testing.T, want []string) {
+	t.Helper()
+	for _, f := range v.faults {
+		t.Errorf("viewer of %s: %s", v.session, f)
+	}
+	if len(v.chunks) != len(want) {
+		t.Errorf("viewer of %s got %d chunks up to %d, the log has %d", v.session, len(v.chunks), v.cursor, len(want))
+	}
+	for i := range min(len(v.chunks), len(want)) {
+		if v.chunks[i] != want[i] {
+			t.Errorf("viewer of %s, chunk %d of %d:\n got %s\nwant %s", v.session, i+1, len(want), v.chunks[i], want[i])
+			break
+		}
+	}
+}
+
+// unreset fails when the viewer was reset.
+func (v *viewer) unreset(t *testing.T) {
+	t.Helper()
+	if len(v.resets) > 0 {
+		t.Errorf("viewer of %s was reset: %+v", v.session, v.resets)
+	}
+}
+
+// foreign is a producer that knows nothing of this server, like the one of RACE.md: it
+// publishes first and pushes later.
+type foreign struct {
+	redis   *storetest.Server
+	session string
+}
+
+func (f foreign) publish(ctx context.Context, chunk string) error {
+	return f.redis.Publish(ctx, "chat:stream:"+f.session, chunk).Err()
+}
+
+func (f foreign) push(ctx context.Context, chunks ...string) error {
+	all := make([]any, len(chunks))
+	for i, c := range chunks {
+		all[i] = c
+	}
+	return f.redis.RPush(ctx, "chat:history:"+f.session, all...).Err()
+}
+
+// say publishes, waits up to gap, and pushes.
+func (f foreign) say(ctx context.Context, chunk string, gap time.Duration) error {
+	if err := f.publish(ctx, chunk); err != nil {
+		return err
+	}
+	if gap > 0 {
+		pause(ctx, rand.N(gap))
+	}
+	return f.push(ctx, chunk)
+}
+
+func foreignChunk(i int) string {
+	return fmt.Sprintf(`{"content":"word%d ","is_complete":false,"message_id":"m1"}`, i)
+}
+
+// balancer is one address in front of several nodes: a TCP proxy whose target changes,
+// and whose connections can be broken.
+type balancer struct {
+	addr   string
+	target atomic.Pointer[string]
+
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+}
+
+func balance(t *testing.T, to string) *balancer {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &balancer{addr: l.Addr().String(), conns: map[net.Conn]bool{}}
+	b.target.Store(&to)
+	var wg sync.WaitGroup
+	wg.Go(func() { // ends with the listener
+		for {
+			in, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() { b.forward(in) })
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		b.breakAll()
+		wg.Wait()
+	})
+	return b
+}
+
+func (b *balancer) forward(in net.Conn) {
+	defer reset(in)
+	out, err := net.Dial("tcp", *b.target.Load())
+	if err != nil {
+		return
+	}
+	b.mu.Lock()
+	b.conns[in], b.conns[out] = true, true
+	b.mu.Unlock()
+	done := make(chan error, 2)
+	pipe := func(to, from net.Conn) {
+		_, err := io.Copy(to, from)
+		if err == nil {
+			_ = to.(*net.TCPConn).CloseWrite()
+		}
+		done <- err
+	}
+	go pipe(in, out) // both end when either side fails, below
+	go pipe(out, in)
+	if err := <-done; err == nil {
+		<-done
+	} else {
+		reset(in)
+		reset(out)
+		<-done
+	}
+	_ = out.Close()
+	b.mu.Lock()
+	delete(b.conns, in)
+	delete(b.conns, out)
+	b.mu.Unlock()
+}
+
+func reset(c net.Conn) {
+	_ = c.(*net.TCPConn).SetLinger(0)
+	_ = c.Close()
+}
+
+// breakAll resets the connections that are there, as a network that changes does.
+func (b *balancer) breakAll() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for c := range b.conns {
+		reset(c)
+	}
+}
+
+// retarget sends later connections elsewhere.
+func (b *balancer) retarget(to string) { b.target.Store(&to) }
