@@ -84,7 +84,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer's socket may take nothing")
 	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
 	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
-	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "longest line that a chunk may make in a stream, in `bytes`")
+	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "the largest event that a chunk may make in a stream, in `bytes`")
 
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")

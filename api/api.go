@@ -31,8 +31,8 @@ import (
 
 // Config bounds what requests may ask for.
 type Config struct {
-	// ChunkMax bounds the line that a chunk makes in a stream, in bytes. 64 KiB, because
-	// two common clients stop at longer lines by default.
+	// ChunkMax bounds the event that a chunk makes in a stream, in bytes. 64 KiB, because
+	// two common clients stop at longer ones by default.
 	ChunkMax int
 	// BodyMax bounds a body that is read whole, in bytes.
 	BodyMax int64
@@ -118,6 +118,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	// Each route has its own check: a group's would answer every other method with 404.
 	const all, one = "/v1/sessions", "/v1/sessions/:id"
 	e.POST(all, a.createSession)
+	e.POST(one, a.createNamed, checkID)
 	e.GET(one, a.describeSession, checkID)
 	e.DELETE(one, a.deleteSession, checkID)
 	e.POST(one+"/chunks", a.appendChunks, checkID)

@@ -48,7 +48,7 @@ func (a *API) ask(c echo.Context) error {
 		return err
 	}
 	chunk := store.NewChunk(store.TypeMessage, question.String(), roleUser, content)
-	if chunk.Line() > a.cfg.ChunkMax {
+	if chunk.Size() > a.cfg.ChunkMax {
 		return &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: "/content", Limit: a.cfg.ChunkMax,
 			Detail: "the question is longer than one chunk may be (-chunk-max)"}
 	}

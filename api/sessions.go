@@ -55,6 +55,13 @@ func (a *API) createSession(c echo.Context) error {
 		}
 		id = made.String()
 	}
+	return a.create(c, id)
+}
+
+// createNamed makes the session that the path names. Its body says nothing.
+func (a *API) createNamed(c echo.Context) error { return a.create(c, session(c)) }
+
+func (a *API) create(c echo.Context, id string) error {
 	b, created, err := a.logs.Create(c.Request().Context(), id)
 	if err != nil {
 		return err

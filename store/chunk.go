@@ -34,10 +34,11 @@ const (
 // messages that have ended.
 const MaxMessageID = 256
 
-// Overhead is what a chunk's line in a stream has beyond its members: "data: ", the
-// opening brace, number, time and line end, each at its longest. A limit on lines is
-// kept by counting it in.
-const Overhead = len("data: " + `{"seq":9007199254740991,"ts":1795424741692,` + "\n")
+// Overhead is what a chunk's event has beyond its members, each part at its longest:
+// "data: ", the opening brace, number, time, the line of its id, and the heartbeats of an
+// hour before it, which are of the same block. Two common clients give up at a block, not
+// a line, of 64 KiB.
+const Overhead = len("data: "+`{"seq":9007199254740991,"ts":1795424741692,`+"\nid: 9007199254740991\n\n") + 240*len(":\n")
 
 // ChunkError says what is wrong with a chunk as posted.
 type ChunkError struct {
@@ -52,7 +53,7 @@ func (e *ChunkError) Error() string { return e.Detail }
 // Fill is what a chunk says when it does not say it itself. Empty fills nothing.
 type Fill struct{ MessageID, Role string }
 
-// ParseChunk checks one chunk as posted. limit bounds its line in a stream, in bytes.
+// ParseChunk checks one chunk as posted. limit bounds its event in a stream, in bytes.
 //
 // Names are compared as RFC 8259 compares them: exactly, after unescaping. A name that
 // stands twice, text that is not UTF-8 and text after the object are errors, since
@@ -148,9 +149,9 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		b.Write(text[1:])
 	}
 	c.members, c.ends = b.String(), ending(typ)
-	if got := c.Line(); got > limit {
+	if got := c.Size(); got > limit {
 		return c, &ChunkError{Code: "chunk_too_large", Limit: limit,
-			Detail: fmt.Sprintf("the chunk makes a line of up to %d bytes in a stream: at most %d are allowed (-chunk-max)", got, limit)}
+			Detail: fmt.Sprintf("the chunk makes an event of up to %d bytes in a stream: at most %d are allowed (-chunk-max)", got, limit)}
 	}
 	return c, nil
 }
@@ -271,8 +272,8 @@ func Ends(chunk []byte) bool {
 	return false
 }
 
-// Line is the most bytes that the chunk's line in a stream has.
-func (c Chunk) Line() int { return len(c.members) + Overhead }
+// Size is the most bytes that the chunk's event in a stream has.
+func (c Chunk) Size() int { return len(c.members) + Overhead }
 
 // Members is the chunk's members as the append script gets them: a number and a time,
 // an opening brace before them, make an element.

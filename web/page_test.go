@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto/input"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/chromedp"
 
@@ -52,7 +53,7 @@ func TestMain(m *testing.M) {
 
 // patience bounds every wait: long enough for a loaded machine, since only a failure
 // waits so long.
-const patience = 40 * time.Second
+const patience = 60 * time.Second
 
 // eventually polls until ok, and fails the test when that takes too long.
 func eventually(t testing.TB, what string, ok func() bool) {
@@ -260,6 +261,9 @@ func where(pattern string) cut {
 		return -1
 	}
 }
+
+// behindWelcome cuts before the first chunk, or what else comes behind welcome.
+var behindWelcome = where(`event: welcome\n(?:.+\n)+\n()`)
 
 // newProxy is a proxy to the first of the nodes, for a start.
 func newProxy(t testing.TB, nodes ...*node) *proxy {
@@ -595,7 +599,11 @@ func (p *tab) until(expression string) {
 // ask types a question.
 func (p *tab) ask(question string) {
 	p.t.Helper()
-	p.do("ask", chromedp.SendKeys(chromedp.ID("ask"), question+"\r"))
+	p.run(`document.getElementById('ask').focus()`)
+	if _, err := chromedp.Call(p.ctx, input.InsertText, input.InsertTextParams{Text: question}); err != nil {
+		p.t.Fatalf("type %q: %v", question, err)
+	}
+	p.do("press Enter", chromedp.KeyEvent("\r"))
 	p.until(`document.querySelector('#log article[data-role=user]') !== null`)
 }
 
@@ -696,6 +704,7 @@ func TestPage(t *testing.T) {
 		{"ten thousand chunks of history are shown", testLongHistory},
 		{"text of any kind is shown as it is", testText},
 		{"an EventSource alone gets every chunk once and whole wherever connections are cut", testPlainEventSource},
+		{"an EventSource that wants only what is new loses nothing when it is cut before that came", testLatest},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -920,13 +929,13 @@ func testPlainEventSource(t *testing.T, w world) {
 		window.source = new EventSource('/v1/sessions/plain/stream');
 		source.onmessage = e => events.push([e.lastEventId, e.data]);
 		for (const name of ['welcome', 'reset']) source.addEventListener(name, e => others.push(name))`)
-	for i := 100; len(line.seen()) <= len(line.cuts) || eval[int](p, `events.length`) < i; i++ {
-		if i == 10_000 {
-			t.Fatalf("the cuts are not done: %d streams", len(line.seen()))
-		}
-		[]*node{w.a, w.b}[i%2].post(t, "/v1/sessions/plain/chunks", chunk{MessageID: "m", Content: nasty[i%(len(nasty)-1)]})
-		time.Sleep(10 * time.Millisecond) // the pace of the answer
-	}
+	n := 100
+	eventually(t, "all cuts are made", func() bool {
+		[]*node{w.a, w.b}[n%2].post(t, "/v1/sessions/plain/chunks", chunk{MessageID: "m", Content: nasty[n%(len(nasty)-1)]})
+		n++
+		return len(line.seen()) > len(line.cuts)
+	})
+	p.until(fmt.Sprintf(`events.length >= %d`, n))
 	w.a.post(t, "/v1/sessions/plain/chunks", chunk{Type: "end"})
 	p.until(`source.readyState === EventSource.CLOSED`)
 	line.quietFor(longerThanRetry)
@@ -950,6 +959,26 @@ func testPlainEventSource(t *testing.T, w world) {
 		if name != "welcome" {
 			t.Errorf("there was a %s", name)
 		}
+	}
+}
+
+// This is what the id of welcome is for: latest is another chunk when it comes back.
+func testLatest(t *testing.T, w world) {
+	line := newProxy(t, w.node)
+	w.node.post(t, "/v1/sessions/latest/chunks", []chunk{{Content: "old"}, {Content: "old, too"}})
+	p := open(t, w.browser, line.url("/healthz"), chromedp.WithNewBrowserContext())
+	p.run(`window.events = [], window.welcomes = 0;
+		window.source = new EventSource('/v1/sessions/latest/stream?after=latest');
+		source.addEventListener('welcome', () => welcomes++);
+		source.onmessage = e => events.push(e.lastEventId + ' ' + JSON.parse(e.data).content)`)
+	p.until(`welcomes === 1`)
+	line.resetAll()
+	w.node.post(t, "/v1/sessions/latest/chunks", chunk{Content: "said meanwhile"})
+	p.until(`welcomes === 2`)
+	w.node.post(t, "/v1/sessions/latest/chunks", chunk{Content: "said later"})
+	p.until(`events.at(-1)?.endsWith('said later')`)
+	if got := eval[string](p, `events.join('; ')`); got != "3 said meanwhile; 4 said later" {
+		t.Errorf("it got %q", got)
 	}
 }
 
