@@ -144,6 +144,9 @@ func (f *feed) Live(payload string) {
 		if known && !same {
 			f.suspect = seq
 		}
+		if seq <= w.Last { // not the next, and not one that is known: perhaps another log's
+			f.trust = f.reads + 1
+		}
 		if trusted && seq > w.Last+1 {
 			f.hub.log.LogAttrs(context.Background(), slog.LevelWarn, "gap found, reading the log",
 				slog.String("session", f.session), slog.Int64("seq", seq), slog.Int64("last", w.Last))
@@ -281,12 +284,12 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 		if err != nil {
 			return page, err
 		}
-		given, another := f.known(w, page)
+		epoch, given, another := f.known(w, page)
 		switch {
 		case another:
 			f.hub.log.LogAttrs(ctx, slog.LevelWarn, "the log is not the one that was delivered: another epoch",
 				slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", given), slog.Int64("found", page.Last))
-			if err := log.Renew(ctx, f.session, w.Epoch, given); err != nil {
+			if err := log.Renew(ctx, f.session, epoch, given); err != nil {
 				return page, err
 			}
 		case from == store.Newest, page.Epoch == w.Epoch && page.From <= w.Last+1 && page.Next() > page.Last:
@@ -297,10 +300,10 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 	return store.Page{}, fmt.Errorf("log %s becomes another one faster than it can be read", f.session)
 }
 
-// known says up to which number this feed has given out chunks that the page's log does
-// not have, and whether the log has to be told so: it is another one and does not know
-// it, or it knows less than this node.
-func (f *feed) known(w *window, page store.Page) (given int64, another bool) {
+// known says whether this feed has given out chunks of another log than the page's, up
+// to which number, and that the page's log does not know so. epoch is the one that has
+// to end for it; empty: it has ended already.
+func (f *feed) known(w *window, page store.Page) (epoch string, given int64, another bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	given = f.given
@@ -309,22 +312,22 @@ func (f *feed) known(w *window, page store.Page) (given int64, another bool) {
 		given = max(given, w.Last)
 	}
 	if page.Epoch != "" && !page.Deleted && given > page.Former {
-		return given, true
+		return "", given, true
 	}
 	switch differs, short := rewritten(w, f.sure, page); {
 	case !same || !differs && !short:
 		f.short = time.Time{}
-		return given, false
+		return "", 0, false
 	case !differs && f.short.IsZero():
 		f.short = time.Now()
-		return given, false
+		return "", 0, false
 	case !differs && time.Since(f.short) < shortPatience:
-		return given, false
+		return "", 0, false
 	}
 	f.short = time.Time{}
 	// Nothing live is taken any more, so that this is the highest number given out.
 	f.trust, f.pending = f.reads+1, true
-	return f.window.Load().Last, true
+	return w.Epoch, f.window.Load().Last, true
 }
 
 // shortPatience is how long a chunk that was taken live may be missing in the list: a

@@ -141,7 +141,6 @@ func (v *Viewer) next(w *window) step {
 		return step{events: events, cursor: cursor}
 	}
 	if cursor == w.Last {
-		v.old = nil
 		if w.Ended {
 			return step{cursor: cursor, end: Ended}
 		}
@@ -244,7 +243,12 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 			if w.write(s.events) != nil {
 				return w.cause()
 			}
-			v.Cursor, more = s.cursor, ready
+			v.Cursor = s.cursor
+			if v.Cursor != window.Last || window.Ended {
+				more = ready
+			} else {
+				v.old = nil
+			}
 		}
 		if s.end != "" {
 			return s.end

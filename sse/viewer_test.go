@@ -393,7 +393,7 @@ func TestViewer_stalled_delaysNobodyAndGetsEverything(t *testing.T) {
 		fast, slow := now(t, h, log, Ask{}), now(t, h, log, Ask{})
 		stall := make(chan struct{})
 		slow.sink.mu.Lock()
-		slow.sink.stall = stall
+		slow.sink.stall, slow.sink.deadline = stall, time.Now().Add(time.Hour)
 		slow.sink.mu.Unlock()
 		for i := range 500 {
 			log.Append(fmt.Sprint("chunk ", i))
@@ -420,6 +420,27 @@ func TestWriter_namesWhyAWriteFailed(t *testing.T) {
 			t.Errorf("%v: %s", err, got)
 		}
 	}
+}
+
+// A socket that takes nothing for the write timeout is given up.
+func TestWriter_socketTakesNothing_isSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		h := started(t, testConfig(), log)
+		w := now(t, h, log, Ask{})
+		w.sink.mu.Lock()
+		w.sink.stall, w.sink.deadline = make(chan struct{}), time.Now().Add(time.Hour)
+		w.sink.mu.Unlock()
+		log.Append("a")
+		log.Deliver(0)
+		begun := time.Now()
+		if cause := <-w.done; cause != Slow || cause.Clean() {
+			t.Error(cause)
+		}
+		if took := time.Since(begun); took < h.cfg.WriteTimeout || took > 2*h.cfg.WriteTimeout {
+			t.Errorf("after %v", took)
+		}
+	})
 }
 
 // flaky is a log that is away at times.
@@ -504,7 +525,7 @@ func TestHub_drain_stalledViewer(t *testing.T) {
 		defer h.Close()
 		w := now(t, h, log, Ask{})
 		w.sink.mu.Lock()
-		w.sink.stall = make(chan struct{})
+		w.sink.stall, w.sink.deadline = make(chan struct{}), time.Now().Add(time.Hour)
 		w.sink.mu.Unlock()
 		log.Append("a")
 		log.Deliver(0)
@@ -567,7 +588,11 @@ func TestViewer_caughtUp_keepsNoPage(t *testing.T) {
 		out := &sink{}
 		r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
 		done := make(chan Cause)
-		go func() { done <- v.Serve(ctx, h.NewWriter(out, r)) }()
+		go func() {
+			w := h.NewWriter(out, r)
+			defer w.leaveQuietly()
+			done <- v.Serve(ctx, w)
+		}()
 		synctest.Wait()
 		log.Ack()
 		synctest.Wait()

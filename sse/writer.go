@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -15,8 +16,8 @@ import (
 //
 // A write deadline alone cannot tell a slow reader from a dead one: the kernel takes
 // megabytes for a reader, and then nothing for a long while, although bytes leave all
-// the time. So the send buffer is small, a write is at most 16 KiB, and while one is
-// blocked its deadline is moved on for as long as the peer acknowledges bytes.
+// the time. So the send buffer is small, a write is at most 16 KiB, and one that is
+// blocked is given up only when the peer has acknowledged nothing for the time-out.
 type Writer struct {
 	to      http.ResponseWriter
 	ctl     *http.ResponseController
@@ -26,13 +27,15 @@ type Writer struct {
 	wrote   time.Time // when the last write ended
 	err     error
 
-	left chan struct{} // closed by leave
+	left    chan struct{} // closed by leave
+	writing atomic.Uint64 // odd while a write is under way
 
 	mu      sync.Mutex
 	leaving bool
-	watch   *time.Timer
-	writing bool
-	acked   uint64
+	watch   *time.Timer // runs look
+	seen    uint64      // what look saw last: writing,
+	acked   uint64      // the bytes that the peer had acknowledged,
+	since   time.Time   // and when that changed
 }
 
 type connKey struct{}
@@ -55,8 +58,9 @@ func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
 		w.conn, w.http10 = c, r.ProtoMinor == 0
 		setSendBuffer(c, sendBuffer)
 	}
-	w.watch = time.AfterFunc(time.Hour, w.look)
-	w.watch.Stop()
+	w.mu.Lock()
+	w.watch = time.AfterFunc(w.timeout/4, w.look)
+	w.mu.Unlock()
 	header := to.Header()
 	header.Set("Content-Type", "text/event-stream")
 	header.Set("Cache-Control", "no-cache, no-transform")
@@ -70,44 +74,38 @@ func (w *Writer) write(p []byte) error {
 	for len(p) > 0 && w.err == nil {
 		piece := p[:min(len(p), segmentSize)]
 		p = p[len(piece):]
-		w.guard(true)
+		w.writing.Add(1)
 		if _, w.err = w.to.Write(piece); w.err == nil {
 			w.err = w.ctl.Flush()
 		}
-		w.guard(false)
+		w.writing.Add(1)
 	}
 	w.wrote = time.Now()
 	return w.err
 }
 
-// guard arms the deadline before a write and disarms its watch behind it.
-func (w *Writer) guard(writing bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.writing = writing
-	if !writing || w.leaving {
-		w.watch.Stop()
-		return
-	}
-	_ = w.ctl.SetWriteDeadline(time.Now().Add(w.timeout))
-	if w.conn != nil {
-		w.acked = 0 // asked for only when it matters: the first look finds progress
-		w.watch.Reset(w.timeout / 4)
-	}
-}
-
-// look runs while a write is blocked.
+// look runs four times in the write timeout, so that a write itself sets no timer. A
+// write is over when it is the same one, and no byte of it was acknowledged, for that long.
 func (w *Writer) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.writing || w.leaving {
+	if w.leaving {
 		return
 	}
-	if acked := acknowledged(w.conn); acked != w.acked {
-		w.acked = acked
-		_ = w.ctl.SetWriteDeadline(time.Now().Add(w.timeout))
-	}
 	w.watch.Reset(w.timeout / 4)
+	writing := w.writing.Load()
+	if writing%2 == 0 {
+		return
+	}
+	acked := uint64(0)
+	if w.conn != nil {
+		acked = acknowledged(w.conn)
+	}
+	if writing != w.seen || acked != w.acked {
+		w.seen, w.acked, w.since = writing, acked, time.Now()
+	} else if time.Since(w.since) >= w.timeout {
+		_ = w.ctl.SetWriteDeadline(time.Now())
+	}
 }
 
 // leave has the response end now, even if its socket takes nothing. It is called once.
@@ -115,6 +113,7 @@ func (w *Writer) leave() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.leaving = true
+	w.watch.Stop()
 	close(w.left)
 	_ = w.ctl.SetWriteDeadline(time.Now())
 }
@@ -141,7 +140,10 @@ func (w *Writer) cause() Cause {
 // End ends the response as its cause demands: by returning nil, which ends it as HTTP
 // ends one, or by a panic with http.ErrAbortHandler, which breaks the connection off.
 func (w *Writer) End(c Cause) error {
-	w.guard(false)
+	w.mu.Lock()
+	w.leaving = true
+	w.watch.Stop()
+	w.mu.Unlock()
 	if c.Clean() {
 		return nil
 	}
