@@ -170,6 +170,9 @@ func (a *API) appendLines(c echo.Context, fill store.Fill, closes bool) error {
 	err := a.copyLines(c.Request(), &u, fill)
 	if err == nil && closes {
 		err = u.append(c.Request().Context(), []store.Chunk{store.NewChunk(store.TypeEnd, "", "", "")})
+		if refused, ok := errors.AsType[*store.RefusedError](err); ok {
+			err = refused.Err // no chunk of the body is to blame
+		}
 	}
 	if err == nil {
 		if u.stored.Count == 0 {
@@ -181,6 +184,7 @@ func (a *API) appendLines(c echo.Context, fill store.Fill, closes bool) error {
 		err = errDraining
 	}
 	p := *problemOf(err)
+	p.cause = err
 	if u.stored.Count > 0 {
 		p.Stored = &u.stored
 	}
@@ -203,7 +207,10 @@ func (a *API) copyLines(r *http.Request, u *upload, fill store.Fill) error {
 			if err == io.EOF && len(bytes.TrimSpace(text)) > 0 {
 				err = nil // the last line may lack its end; EOF comes again
 			}
-			if errors.Is(err, bufio.ErrBufferFull) {
+			switch {
+			case err != nil && err != io.EOF && !errors.Is(err, bufio.ErrBufferFull):
+				err = &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off", cause: err}
+			case errors.Is(err, bufio.ErrBufferFull):
 				err = &store.ChunkError{Code: "chunk_too_large", Limit: a.cfg.ChunkMax,
 					Detail: fmt.Sprintf("a line has more than %d bytes (-chunk-max)", a.cfg.ChunkMax)}
 			}
@@ -240,17 +247,15 @@ func (a *API) copyLines(r *http.Request, u *upload, fill store.Fill) error {
 	}
 }
 
-// atLine says which chunk of the body an error is about. A read error is a client that
-// broke off; nobody hears the answer.
+// atLine says which chunk of the body an error is about, if it is about one.
 func atLine(err error, line int) error {
 	_, bad := errors.AsType[*store.ChunkError](err)
+	_, broken := errors.AsType[*Problem](err)
 	refused, late := errors.AsType[*store.RefusedError](err)
-	switch {
-	case late:
+	if late {
 		line += refused.Index
-	case !bad && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, context.Canceled)):
-		return &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Chunk: &line, Detail: "the body broke off"}
-	case !bad:
+	}
+	if !bad && !broken && !late {
 		return err
 	}
 	p := *problemOf(err)

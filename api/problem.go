@@ -26,10 +26,12 @@ type Problem struct {
 	Message string  `json:"message_id,omitzero"` // which message
 	Stored  *Stored `json:"stored,omitempty"`    // what a body that failed in its middle has stored
 
-	retryAfter int // seconds
+	retryAfter int   // seconds
+	cause      error // for the log
 }
 
 func (p *Problem) Error() string { return p.Code + ": " + p.Detail }
+func (p *Problem) Unwrap() error { return p.cause }
 
 // Stored is what an append has stored.
 type Stored struct {
@@ -97,6 +99,9 @@ func (a *API) problem(err error, c echo.Context) {
 		p.Title = "Client Gone"
 	}
 	if p.Status == http.StatusInternalServerError {
+		if p.cause != nil {
+			err = p.cause
+		}
 		a.log.Error("request failed", slog.String("method", c.Request().Method), slog.String("route", c.Path()), slog.Any("err", err))
 	}
 	if c.Response().Committed {

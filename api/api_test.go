@@ -1,0 +1,597 @@
+package api
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"gapless/api/model"
+	"gapless/sse"
+	"gapless/store"
+	"gapless/store/storetest"
+	"gapless/web"
+)
+
+// TestMain runs the tests, looks for goroutines that they left, and, when all of them
+// ran, for answers that the contract lists and none of them has brought about.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if code == 0 && everything() {
+			for _, missing := range theContract().unseen() {
+				fmt.Fprintln(os.Stderr, "openapi.yaml lists what no test has seen:", missing)
+				code = 1
+			}
+		}
+		os.Exit(code)
+	}))
+}
+
+// everything says whether no test was left out.
+func everything() bool {
+	for _, name := range []string{"test.run", "test.skip", "test.list", "test.fuzz"} {
+		if f := flag.Lookup(name); f != nil && f.Value.String() != "" {
+			return false
+		}
+	}
+	return true
+}
+
+// patience bounds every wait in these tests: only a failure takes so long.
+const patience = 20 * time.Second
+
+// secret is a word that stands in everything that people say in these tests. No log
+// may have it, at any level: every node looks for it when its test ends.
+const secret = "sesame"
+
+// node is the API with all that is behind it, on a socket of loopback.
+type node struct {
+	t      testing.TB
+	api    *API
+	hub    *sse.Hub
+	store  *store.Store
+	server *httptest.Server
+	client *http.Client // its requests and answers are held against the contract
+	log    *logged
+	active atomic.Int64 // uploads that the handler has not left
+}
+
+// setup is what a test may change of a node.
+type setup struct {
+	store store.Config
+	sse   sse.Config
+	api   Config
+	model model.Model
+	logs  func(Logs) Logs // what stands between the calls and the store
+	// errors says that the test is about trouble that a person should look at.
+	errors bool
+}
+
+func serve(t testing.TB, change func(*setup)) *node {
+	t.Helper()
+	n := &node{t: t, log: &logged{}}
+	logger := slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	s := setup{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: DefaultConfig(), model: says("Yes, ", secret, "."), logs: func(l Logs) Logs { return l }}
+	s.store.Logger, s.sse.Logger, s.api.Logger = logger, logger, logger
+	s.sse.Node = "n1"
+	if change != nil {
+		change(&s)
+	}
+	var err error
+	if n.store, err = store.Open(s.store); err != nil {
+		t.Fatal(err)
+	}
+	n.hub = sse.NewHub(s.sse, n.store)
+	n.api = New(s.api, s.logs(n.store), n.hub, s.model, web.Files, theContract().text)
+	n.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			n.active.Add(1)
+			defer n.active.Add(-1)
+		}
+		n.api.ServeHTTP(w, r)
+	}))
+	n.server.Config.ConnContext = sse.WithConn
+	n.server.Config.ErrorLog = slog.NewLogLogger(logger.Handler(), slog.LevelDebug)
+	n.server.Start()
+	transport := &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 16}
+	n.client = &http.Client{Transport: &checked{t, transport}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	t.Cleanup(func() {
+		n.api.End()
+		n.hub.Drain(0)
+		transport.CloseIdleConnections()
+		n.server.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		n.api.Wait(ctx)
+		n.hub.Close()
+		n.store.Close()
+		text := n.log.String()
+		if strings.Contains(text, secret) {
+			t.Errorf("what people say is in the log:\n%s", text)
+		}
+		if !s.errors && strings.Contains(text, "level=ERROR") {
+			t.Errorf("there is an error in the log, of which nobody knows:\n%s", text)
+		}
+	})
+	return n
+}
+
+// on puts a node on a real Redis.
+func on(redis *storetest.Server) func(*setup) {
+	return func(s *setup) { s.store.Redis = redis.URL() }
+}
+
+// logged collects a log.
+type logged struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// request is a request. Its fields beyond the path may be left out.
+type request struct {
+	method, path string
+	kind, body   string
+	from         io.Reader // the body, instead
+	header       map[string]string
+	host         string
+	bad          bool // the contract does not allow it, and that is what the test is about
+}
+
+// answer is what a request got, read whole.
+type answer struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+func (n *node) new(q request) *http.Request {
+	n.t.Helper()
+	ctx := context.Background()
+	if q.bad {
+		ctx = context.WithValue(ctx, badKey{}, true)
+	}
+	var body io.Reader
+	switch {
+	case q.from != nil:
+		body = q.from
+	case q.body != "":
+		body = strings.NewReader(q.body)
+	}
+	r, err := http.NewRequestWithContext(ctx, q.method, n.server.URL+q.path, body)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if q.kind != "" {
+		r.Header.Set("Content-Type", q.kind)
+	}
+	for name, value := range q.header {
+		r.Header.Set(name, value)
+	}
+	r.Host = q.host
+	return r
+}
+
+func (n *node) do(q request) answer {
+	n.t.Helper()
+	r := n.new(q)
+	ctx, cancel := context.WithTimeout(r.Context(), patience)
+	defer cancel()
+	a, err := n.send(r.WithContext(ctx))
+	if err != nil {
+		n.t.Fatalf("%s %s: %v", q.method, q.path, err)
+	}
+	return a
+}
+
+func (n *node) send(r *http.Request) (answer, error) {
+	res, err := n.client.Do(r)
+	if err != nil {
+		return answer{}, err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	return answer{res.StatusCode, res.Header, body}, err
+}
+
+func (n *node) get(path string) answer { n.t.Helper(); return n.do(request{method: "GET", path: path}) }
+
+func (n *node) post(path, kind, body string) answer {
+	n.t.Helper()
+	return n.do(request{method: "POST", path: path, kind: kind, body: body})
+}
+
+// append appends JSON, which must succeed.
+func (n *node) append(session, body string) Stored {
+	n.t.Helper()
+	return into[Stored](n.t, n.post("/v1/sessions/"+session+"/chunks", typeJSON, body), 201)
+}
+
+// into decodes an answer that must have a status.
+func into[T any](t testing.TB, a answer, status int) (v T) {
+	t.Helper()
+	if a.status != status {
+		t.Fatalf("%d instead of %d: %s", a.status, status, a.body)
+	}
+	if err := json.Unmarshal(a.body, &v); err != nil {
+		t.Fatalf("%s: %v", a.body, err)
+	}
+	return v
+}
+
+// refused is an answer that must be a problem.
+func (a answer) refused(t testing.TB, status int, code string) (p Problem) {
+	t.Helper()
+	if a.status < 400 {
+		t.Fatalf("%d %s, instead of %d %s", a.status, a.body, status, code)
+	}
+	if err := json.Unmarshal(a.body, &p); err != nil || a.status != status || p.Code != code {
+		t.Fatalf("%d %s, instead of %d %s", a.status, a.body, status, code)
+	}
+	return p
+}
+
+// pageJSON is a page as clients see it.
+type pageJSON struct {
+	Epoch  string            `json:"epoch"`
+	First  int64             `json:"first_seq"`
+	Last   int64             `json:"last_seq"`
+	Ended  bool              `json:"ended"`
+	From   int64             `json:"from_seq"`
+	Chunks []json.RawMessage `json:"chunks"`
+}
+
+func (n *node) page(session, query string) pageJSON {
+	n.t.Helper()
+	return into[pageJSON](n.t, n.get("/v1/sessions/"+session+"/chunks"+query), 200)
+}
+
+// chunk is what the tests look at in a chunk.
+type chunk struct {
+	Seq     int64  `json:"seq"`
+	Type    string `json:"type"`
+	Message string `json:"message_id"`
+	Role    string `json:"role"`
+	Content string `json:"content"`
+	Reason  string `json:"reason"`
+}
+
+func decoded(t testing.TB, elements []json.RawMessage) []chunk {
+	t.Helper()
+	chunks := make([]chunk, len(elements))
+	for i, e := range elements {
+		if err := json.Unmarshal(e, &chunks[i]); err != nil {
+			t.Fatalf("%s: %v", e, err)
+		}
+	}
+	return chunks
+}
+
+// contents is what a session's chunks say, in order.
+func (n *node) contents(session string) (all []string) {
+	n.t.Helper()
+	for after := int64(0); ; {
+		p := n.page(session, "?limit=1000&after="+strconv.FormatInt(after, 10))
+		for _, c := range decoded(n.t, p.Chunks) {
+			all = append(all, c.Content)
+		}
+		if after = p.From + int64(len(p.Chunks)) - 1; after >= p.Last {
+			return all
+		}
+	}
+}
+
+// event is one event of a stream.
+type event struct {
+	name, data string
+	id         int64
+	chunk
+}
+
+// stream is a stream that is read event by event. Each one is held against the contract.
+type stream struct {
+	t      testing.TB
+	header http.Header
+	status int
+	body   *bufio.Reader
+	beats  int // comment lines
+	retry  int // ms
+	stop   func()
+}
+
+// open views. The stream is closed when the test ends, or by stop.
+func (n *node) open(q request) *stream {
+	n.t.Helper()
+	q.method = "GET"
+	r := n.new(q)
+	ctx, cancel := context.WithTimeout(r.Context(), patience)
+	res, err := n.client.Do(r.WithContext(ctx))
+	if err != nil {
+		cancel()
+		n.t.Fatalf("GET %s: %v", q.path, err)
+	}
+	s := &stream{t: n.t, header: res.Header, status: res.StatusCode, body: bufio.NewReader(res.Body)}
+	s.stop = sync.OnceFunc(func() { cancel(); _ = res.Body.Close() })
+	n.t.Cleanup(s.stop)
+	return s
+}
+
+func (n *node) watch(session, query string, header ...string) *stream {
+	n.t.Helper()
+	q := request{path: "/v1/sessions/" + session + "/stream" + query, header: map[string]string{}}
+	for i := 0; i < len(header); i += 2 {
+		q.header[header[i]] = header[i+1]
+	}
+	s := n.open(q)
+	if s.status != 200 {
+		n.t.Fatalf("GET %s: %d", q.path, s.status)
+	}
+	return s
+}
+
+// read reads the next event. io.EOF: the stream ended cleanly, and not inside an event.
+func (s *stream) read() (event, error) {
+	e, lines := event{id: -1}, 0
+	for {
+		line, err := s.body.ReadString('\n')
+		if err != nil {
+			if err == io.EOF && (line != "" || lines > 0) {
+				err = fmt.Errorf("a clean end inside an event: %q", line)
+			}
+			return e, err
+		}
+		line = strings.TrimSuffix(line, "\n")
+		field, value, _ := strings.Cut(line, ":")
+		value = strings.TrimPrefix(value, " ")
+		switch {
+		case line == "":
+			return e, s.check(e)
+		case field == "":
+			s.beats++
+			continue
+		case field == "event":
+			e.name = value
+		case field == "data":
+			e.data = value
+		case field == "id":
+			if e.id, err = parseNumber(value); err != nil || value == "" {
+				return e, fmt.Errorf("id %q", value)
+			}
+		case field == "retry":
+			if s.retry, err = strconv.Atoi(value); err != nil {
+				return e, fmt.Errorf("retry %q", value)
+			}
+			if e.name == "" {
+				continue // outside an event: a viewer is sent away
+			}
+		default:
+			return e, fmt.Errorf("line %q", line)
+		}
+		lines++
+	}
+}
+
+// check holds an event against the schema that its name has in the contract.
+func (s *stream) check(e event) error {
+	s.t.Helper()
+	schema, ok := map[string]string{"": "Chunk", "welcome": "WelcomeEvent", "reset": "ResetEvent"}[e.name]
+	if !ok || e.id < 0 {
+		return fmt.Errorf("no event of the contract's: %+v", e)
+	}
+	theContract().holds(s.t, schema, []byte(e.data))
+	theContract().holds(s.t, "EventData", []byte(e.data))
+	return json.Unmarshal([]byte(e.data), &e.chunk)
+}
+
+func (s *stream) next() event {
+	s.t.Helper()
+	e, err := s.read()
+	if err != nil {
+		s.t.Fatalf("instead of an event: %v", err)
+	}
+	if err := json.Unmarshal([]byte(e.data), &e.chunk); err != nil {
+		s.t.Fatalf("%s: %v", e.data, err)
+	}
+	return e
+}
+
+// take reads n chunks, whose numbers must follow after, and answers what they say.
+func (s *stream) take(after int64, n int) (said []string) {
+	s.t.Helper()
+	for i := range n {
+		e := s.next()
+		if want := after + int64(i) + 1; e.name != "" || e.id != want {
+			s.t.Fatalf("%+v instead of chunk %d", e, want)
+		}
+		said = append(said, e.Content)
+	}
+	return said
+}
+
+// welcome reads the first event.
+func (s *stream) welcome() (e event, data struct {
+	Session, Epoch, Node, Connection string
+	Cursor                           int64
+	First                            int64 `json:"first_seq"`
+	Last                             int64 `json:"last_seq"`
+}) {
+	s.t.Helper()
+	if e = s.next(); e.name != "welcome" {
+		s.t.Fatalf("%+v instead of welcome", e)
+	}
+	if err := json.Unmarshal([]byte(e.data), &data); err != nil {
+		s.t.Fatal(err)
+	}
+	return e, data
+}
+
+// reset reads an event that must be a reset.
+func (s *stream) reset(reason string) (e event, data struct {
+	Epoch  string
+	Cursor int64
+	First  int64 `json:"first_seq"`
+	Last   int64 `json:"last_seq"`
+}) {
+	s.t.Helper()
+	if e = s.next(); e.name != "reset" || e.Reason != reason {
+		s.t.Fatalf("%+v instead of reset %s", e, reason)
+	}
+	if err := json.Unmarshal([]byte(e.data), &data); err != nil {
+		s.t.Fatal(err)
+	}
+	return e, data
+}
+
+// end reads the stream's end, which must be a clean one, or must not be.
+func (s *stream) end(clean bool) {
+	s.t.Helper()
+	e, err := s.read()
+	switch {
+	case err == nil:
+		s.t.Fatalf("%+v instead of the end", e)
+	case clean && err != io.EOF, !clean && (err == io.EOF || errors.Is(err, context.DeadlineExceeded)):
+		s.t.Fatalf("the end is %v, clean should be %t", err, clean)
+	}
+}
+
+// within waits for ch, and fails the test when that takes too long.
+func within[T any](t testing.TB, what string, ch <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-ch:
+	case <-time.After(patience):
+		t.Fatalf("waited in vain: %s", what)
+	}
+	return v
+}
+
+// eventually polls until ok.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain: %s", what)
+		}
+	}
+}
+
+// faulty is Logs that fail as a test wants.
+type faulty struct {
+	Logs
+	err    atomic.Pointer[error]
+	append func(next func() (store.Appended, error)) (store.Appended, error)
+}
+
+func (f *faulty) fail(err error) { f.err.Store(&err) }
+
+func (f *faulty) failure() error {
+	if p := f.err.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+func (f *faulty) Append(ctx context.Context, session string, after int64, chunks []store.Chunk) (store.Appended, error) {
+	if err := f.failure(); err != nil {
+		return store.Appended{}, err
+	}
+	next := func() (store.Appended, error) { return f.Logs.Append(ctx, session, after, chunks) }
+	if f.append != nil {
+		return f.append(next)
+	}
+	return next()
+}
+
+func (f *faulty) Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error) {
+	if err := f.failure(); err != nil {
+		return store.Page{}, err
+	}
+	return f.Logs.Read(ctx, session, from, bytes, count)
+}
+
+func (f *faulty) Create(ctx context.Context, session string) (store.Bounds, bool, error) {
+	if err := f.failure(); err != nil {
+		return store.Bounds{}, false, err
+	}
+	return f.Logs.Create(ctx, session)
+}
+
+func (f *faulty) Describe(ctx context.Context, session string) (store.Bounds, error) {
+	if err := f.failure(); err != nil {
+		return store.Bounds{}, err
+	}
+	return f.Logs.Describe(ctx, session)
+}
+
+func (f *faulty) Delete(ctx context.Context, session string) error {
+	if err := f.failure(); err != nil {
+		return err
+	}
+	return f.Logs.Delete(ctx, session)
+}
+
+func (f *faulty) Ping(ctx context.Context) error {
+	if err := f.failure(); err != nil {
+		return err
+	}
+	return f.Logs.Ping(ctx)
+}
+
+// says is a model that says the same to everybody.
+func says(pieces ...string) model.Model {
+	return answers(func(context.Context, []model.Turn) iter.Seq2[string, error] {
+		return func(yield func(string, error) bool) {
+			for _, piece := range pieces {
+				if !yield(piece, nil) {
+					return
+				}
+			}
+		}
+	})
+}
+
+// answers makes a model of a function.
+type answers func(context.Context, []model.Turn) iter.Seq2[string, error]
+
+func (f answers) Answer(ctx context.Context, c []model.Turn) iter.Seq2[string, error] {
+	return f(ctx, c)
+}
+
+// pageFiles are the parts of the page.
+func pageFiles(t testing.TB) []string {
+	t.Helper()
+	names, err := fs.Glob(web.Files, "*.*")
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%v %v", names, err)
+	}
+	return names
+}

@@ -1,0 +1,393 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"gapless/api/model"
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+type asked struct {
+	MessageID string `json:"message_id"`
+	ReplyID   string `json:"reply_message_id"`
+}
+
+func (n *node) ask(session, content string) asked {
+	n.t.Helper()
+	return into[asked](n.t, n.post("/v1/sessions/"+session+"/messages", typeJSON, fmt.Sprintf(`{"content":%q}`, content)), 202)
+}
+
+// talk reads a message's chunks from a stream up to the one that ends it.
+func (s *stream) talk(after int64) (all []chunk) {
+	s.t.Helper()
+	for {
+		e := s.next()
+		if e.name != "" || e.id != after+1 || e.Seq != e.id {
+			s.t.Fatalf("%+v instead of chunk %d", e, after+1)
+		}
+		all = append(all, e.chunk)
+		after = e.id
+		if e.Type != "delta" && e.Type != "message" {
+			return all
+		}
+	}
+}
+
+func TestMessages_questionThenAnswerWordByWordThenDone(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.model = model.Demo{Pace: 500 * time.Microsecond} })
+	v := n.watch("s", "")
+	v.welcome()
+	const question = "Open \"sesame\"\n\U0001f35e \u2028 </script>"
+	a := n.ask("s", question)
+	for _, id := range []string{a.MessageID, a.ReplyID} {
+		if u, err := uuid.Parse(id); err != nil || u.Version() != 7 {
+			t.Errorf("id %q", id)
+		}
+	}
+	if a.MessageID == a.ReplyID {
+		t.Error("question and answer have one id")
+	}
+	all := v.talk(0)
+	if want := (chunk{1, "message", a.MessageID, "user", question, ""}); all[0] != want {
+		t.Errorf("%+v, not %+v", all[0], want)
+	}
+	var text, want strings.Builder
+	for piece, err := range (model.Demo{Pace: time.Microsecond}).Answer(t.Context(), []model.Turn{{Role: "user", Content: question}}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		want.WriteString(piece)
+	}
+	deltas := all[1 : len(all)-1]
+	for _, c := range deltas {
+		if c.Type != "delta" || c.Message != a.ReplyID || c.Role != "assistant" || c.Content == "" {
+			t.Errorf("%+v", c)
+		}
+		text.WriteString(c.Content)
+	}
+	if text.String() != want.String() || len(deltas) < 50 {
+		t.Errorf("%d deltas say %q, the model %q", len(deltas), text.String(), want.String())
+	}
+	if last := all[len(all)-1]; last.Type != "done" || last.Message != a.ReplyID || last.Role != "assistant" {
+		t.Errorf("%+v", last)
+	}
+	// The answer has ended: nobody adds to it. The session goes on.
+	n.post("/v1/sessions/s/chunks", typeJSON, `{"message_id":"`+a.ReplyID+`"}`).refused(t, 409, "message_ended")
+	n.ask("s", secret)
+}
+
+// paced is a model that says a piece for each step, and tells how it was ended.
+type paced struct {
+	steps chan string
+	ended chan string // stopped: nobody wanted more; over: its context ended; said: steps was closed
+	err   error       // said behind the last step
+}
+
+func newPaced() *paced { return &paced{steps: make(chan string), ended: make(chan string, 8)} }
+
+func (p *paced) Answer(ctx context.Context, _ []model.Turn) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		for {
+			select {
+			case piece, ok := <-p.steps:
+				if !ok {
+					if p.err != nil {
+						yield("", p.err)
+					}
+					p.ended <- "said"
+					return
+				}
+				if !yield(piece, nil) {
+					p.ended <- "stopped"
+					return
+				}
+			case <-ctx.Done():
+				yield("", ctx.Err())
+				p.ended <- "over"
+				return
+			}
+		}
+	}
+}
+
+func (p *paced) say(t *testing.T, piece string) {
+	t.Helper()
+	select {
+	case p.steps <- piece:
+	case <-time.After(patience):
+		t.Fatal("the model is not asked for more")
+	}
+}
+
+func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
+	t.Parallel()
+	for name, stop := range map[string]func(n *node, a asked){
+		"the session ends":         func(n *node, _ asked) { n.append("s", `{"type":"end"}`) },
+		"the session is deleted":   func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}) },
+		"deleted and begun anew":   func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}); n.append("s", `{}`) },
+		"the message is cancelled": func(n *node, a asked) { n.append("s", `{"type":"cancelled","message_id":"`+a.ReplyID+`"}`) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newPaced()
+			n := serve(t, func(s *setup) { s.model = m })
+			a := n.ask("s", secret)
+			m.say(t, "sesame 1")
+			eventually(t, "a delta", func() bool { return n.page("s", "").Last == 2 })
+			stop(n, a)
+			last := func() int64 {
+				if r := n.get("/v1/sessions/s/chunks"); r.status == 200 {
+					return into[pageJSON](t, r, 200).Last
+				}
+				return 0
+			}
+			before := last()
+			m.say(t, "sesame 2")
+			if how := within(t, "the model's end", m.ended); how != "stopped" {
+				t.Errorf("the model ended: %s", how)
+			}
+			eventually(t, "the end in the log", func() bool { return strings.Contains(n.log.String(), "answer ends") })
+			if after := last(); after != before {
+				t.Errorf("last was %d and is %d", before, after)
+			}
+		})
+	}
+}
+
+func TestMessages_answerUnderWayEndsAsFailedWhenTheNodeStops(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	n := serve(t, func(s *setup) { s.model = m })
+	v := n.watch("s", "")
+	v.welcome()
+	a := n.ask("s", secret)
+	m.say(t, "sesame 1")
+	v.take(0, 2)
+	n.api.Drain() // an answer under way may finish
+	m.say(t, "sesame 2")
+	v.take(2, 1)
+	n.api.End()
+	if how := within(t, "the model's end", m.ended); how != "over" {
+		t.Errorf("the model ended: %s", how)
+	}
+	all := v.talk(3)
+	if last := all[0]; last.Type != "failed" || last.Reason != "shutdown" || last.Message != a.ReplyID || last.Role != "assistant" {
+		t.Errorf("%+v", last)
+	}
+	n.api.Wait(t.Context())
+	n.post("/v1/sessions/s/messages", typeJSON, `{"content":"sesame"}`).refused(t, 503, "draining")
+}
+
+func TestMessages_modelThatFailsEndsItsMessage(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	m.err = errors.New("out of words")
+	n := serve(t, func(s *setup) { s.model, s.errors = m, true })
+	v := n.watch("s", "?until=done")
+	v.welcome()
+	a := n.ask("s", secret)
+	m.say(t, "sesame 1")
+	close(m.steps)
+	all := v.talk(0)
+	if last := all[len(all)-1]; last.Type != "failed" || last.Reason != "model_failed" || last.Message != a.ReplyID || len(all) != 3 {
+		t.Errorf("%+v", all)
+	}
+	v.end(true)
+}
+
+func TestMessages_tooManyAnswersAreRefusedAndStoreNothing(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	n := serve(t, func(s *setup) { s.model, s.api.Answers = m, 2 })
+	n.ask("s", secret)
+	n.ask("t", secret)
+	a := n.post("/v1/sessions/u/messages", typeJSON, `{"content":"sesame"}`)
+	if p := a.refused(t, 429, "model_busy"); p.Limit != 2 || a.header.Get("Retry-After") == "" {
+		t.Errorf("%+v", p)
+	}
+	n.get("/v1/sessions/u").refused(t, 404, "session_not_found")
+	close(m.steps)
+	eventually(t, "a place", func() bool {
+		return n.post("/v1/sessions/u/messages", typeJSON, `{"content":"sesame"}`).status == 202
+	})
+	// A question that is refused gives its place back.
+	n.append("over", `{"type":"end"}`)
+	for range 3 {
+		n.post("/v1/sessions/over/messages", typeJSON, `{"content":"sesame"}`).refused(t, 409, "session_ended")
+	}
+	eventually(t, "a place", func() bool {
+		return n.post("/v1/sessions/u/messages", typeJSON, `{"content":"sesame"}`).status == 202
+	})
+}
+
+func TestMessages_answerGoesOnWithoutTheOneWhoAsked(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	n := serve(t, func(s *setup) { s.model = m })
+	n.ask("s", secret)
+	v := n.watch("s", "")
+	v.welcome()
+	v.take(0, 1)
+	v.stop()
+	eventually(t, "no viewer", func() bool { return into[sessionJSON](t, n.get("/v1/sessions/s"), 200).Viewers == 0 })
+	m.say(t, "sesame 1")
+	m.say(t, "sesame 2")
+	close(m.steps)
+	eventually(t, "done", func() bool { return n.page("s", "").Last == 4 })
+	if got := n.contents("s"); !slices.Equal(got, []string{secret, "sesame 1", "sesame 2", ""}) {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestMessages_answerWaitsForARedisThatIsAwayAndRepeatsNothingThatMayBeStored(t *testing.T) {
+	t.Parallel()
+	var appends atomic.Int64
+	fail := map[int64]error{}
+	for i := range int64(3) {
+		fail[2+i] = store.ErrAway // the first piece, three times
+	}
+	fail[6] = store.ErrOutcomeUnknown // the second piece, which is stored
+	n := serve(t, func(s *setup) {
+		s.model = says("sesame 1", "sesame 2", "sesame 3")
+		s.logs = func(l Logs) Logs {
+			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
+				switch err := fail[appends.Add(1)]; err {
+				case store.ErrOutcomeUnknown:
+					_, _ = next()
+					return store.Appended{}, err
+				case nil:
+					return next()
+				default:
+					return store.Appended{}, err
+				}
+			}}
+		}
+	})
+	v := n.watch("s", "?until=done")
+	v.welcome()
+	n.ask("s", secret)
+	all := v.talk(0)
+	var said []string
+	for _, c := range all[1 : len(all)-1] {
+		said = append(said, c.Content)
+	}
+	if !slices.Equal(said, []string{"sesame 1", "sesame 2"}) {
+		t.Errorf("%q", said)
+	}
+	if last := all[len(all)-1]; last.Type != "failed" || last.Reason != "redis_away" {
+		t.Errorf("%+v", last)
+	}
+}
+
+func TestMessages_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) { s.store.Redis, s.api.ChunkMax, s.api.BodyMax = redis.URL(), 2<<10, 10<<10 })
+	long := strings.Repeat("x", 4<<10)
+	for _, c := range []struct {
+		kind, body   string
+		status       int
+		code, member string
+		limit        int
+	}{
+		{typeJSON, ``, 400, "invalid_json", "", 0},
+		{typeJSON, `{"content":`, 400, "invalid_json", "", 0},
+		{typeJSON, `["sesame"]`, 400, "invalid_json", "", 0},
+		{typeJSON, `{"content":"a"} x`, 400, "invalid_json", "", 0},
+		{typeJSON, `{"content":"a","content":"b"}`, 400, "invalid_json", "", 0},
+		{typeJSON, "{\"content\":\"\xff\"}", 400, "invalid_json", "", 0},
+		{typeJSON, `{"content":5}`, 400, "invalid_json", "/content", 0},
+		{typeJSON, `{"content":null}`, 400, "invalid_json", "/content", 0},
+		{typeJSON, `{"contents":"a"}`, 400, "invalid_json", "/contents", 0},
+		{typeJSON, `{"content":"a","role":"system"}`, 400, "invalid_json", "/role", 0},
+		{typeJSON, `{}`, 400, "invalid_content", "/content", 0},
+		{typeJSON, `{"content":""}`, 400, "invalid_content", "/content", 0},
+		{"text/plain", `sesame`, 415, "unsupported_media_type", "Content-Type", 0},
+		{"", `{"content":"sesame"}`, 415, "unsupported_media_type", "Content-Type", 0},
+		{typeNDJSON, `{"content":"sesame"}`, 415, "unsupported_media_type", "Content-Type", 0},
+		{typeJSON, `{"content":"` + long + `"}`, 413, "content_too_large", "/content", 2 << 10},
+		{typeJSON, `{"content":"` + long + long + long + `"}`, 413, "body_too_large", "", 10 << 10},
+	} {
+		p := n.do(request{method: "POST", path: "/v1/sessions/s/messages", kind: c.kind, body: c.body, bad: true}).refused(t, c.status, c.code)
+		if p.Member != c.member || p.Limit != c.limit {
+			t.Errorf("%.60s: %+v", c.body, p)
+		}
+	}
+	if keys := redis.Keys(t.Context(), "*").Val(); len(keys) > 0 {
+		t.Errorf("there are keys now: %q", keys)
+	}
+}
+
+// The node stops while people go on asking: nothing of it is a race, every answer that
+// was promised has its end.
+func TestMessages_askedWhileTheNodeStopsHaveTheirEnd(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	n := serve(t, func(s *setup) { s.model = m })
+	const people = 4
+	done := make(chan []asked, people)
+	for i := range people {
+		go func() { // ended by the first refusal
+			var all []asked
+			for {
+				a, err := n.send(n.new(request{method: "POST", path: fmt.Sprintf("/v1/sessions/s%d/messages", i), kind: typeJSON, body: `{"content":"sesame"}`}))
+				if err != nil || a.status != 202 {
+					if err != nil || a.status != 503 && a.status != 429 {
+						t.Errorf("%d %s %v", a.status, a.body, err)
+					}
+					if a.status != 429 {
+						done <- all
+						return
+					}
+					continue
+				}
+				all = append(all, into[asked](t, a, 202))
+			}
+		}()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	n.api.Drain()
+	n.api.Wait(ctx)
+	n.api.End()
+	for range people {
+		within(t, "a refusal", done)
+	}
+	n.api.Wait(t.Context())
+	for i := range people {
+		s := fmt.Sprint("s", i)
+		if n.get("/v1/sessions/"+s).status != 200 {
+			continue
+		}
+		var questions, ends int
+		for after := int64(0); ; {
+			p := n.page(s, fmt.Sprintf("?limit=1000&after=%d", after))
+			for _, c := range decoded(t, p.Chunks) {
+				switch c.Type {
+				case "message":
+					questions++
+				case "failed":
+					ends++
+				}
+			}
+			if after = p.From + int64(len(p.Chunks)) - 1; after >= p.Last {
+				break
+			}
+		}
+		if questions != ends {
+			t.Errorf("%s: %d questions, %d answers have an end", s, questions, ends)
+		}
+	}
+}

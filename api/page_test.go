@@ -1,0 +1,97 @@
+package api
+
+import (
+	"bytes"
+	"io"
+	"io/fs"
+	"net/http"
+	"strings"
+	"testing"
+
+	"gapless/web"
+)
+
+func TestPage_isServedUnderAPolicyThatAllowsOnlyItsOwnParts(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	page := n.get("/")
+	if want, _ := fs.ReadFile(web.Files, "index.html"); page.status != 200 || !bytes.Equal(page.body, want) {
+		t.Fatalf("%d %.100s", page.status, page.body)
+	}
+	directives := map[string]string{}
+	for part := range strings.SplitSeq(page.header.Get("Content-Security-Policy"), ";") {
+		name, value, _ := strings.Cut(strings.TrimSpace(part), " ")
+		directives[name] = value
+	}
+	for name, want := range map[string]string{
+		"default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "connect-src": "'self'", "frame-ancestors": "'none'", "base-uri": "'none'", "form-action": "'self'",
+	} {
+		if directives[name] != want {
+			t.Errorf("%s is %q", name, directives[name])
+		}
+	}
+	for name, want := range map[string]string{"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"} {
+		if got := page.header.Get(name); got != want {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+	types := map[string]string{".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+	for _, name := range pageFiles(t) {
+		if name == "index.html" {
+			continue
+		}
+		res, err := http.Get(n.server.URL + "/" + name) // the contract says that they are the page's own business
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(res.Body)
+		res.Body.Close()
+		want, _ := fs.ReadFile(web.Files, name)
+		kind, _, _ := strings.Cut(res.Header.Get("Content-Type"), ";")
+		if res.StatusCode != 200 || !bytes.Equal(body, want) || kind != types[name[strings.LastIndex(name, "."):]] {
+			t.Errorf("%s: %d %s", name, res.StatusCode, kind)
+		}
+		if res.Header.Get("Content-Security-Policy") == "" || res.Header.Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("%s has no policy: %v", name, res.Header)
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
+}
+
+func TestContract_isServedToTheByte(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	a := n.get("/openapi.yaml")
+	if a.status != 200 || !bytes.Equal(a.body, theContract().text) || a.header.Get("Content-Type") != "application/yaml" {
+		t.Errorf("%d %s, %d bytes", a.status, a.header.Get("Content-Type"), len(a.body))
+	}
+}
+
+// Every node of these tests looks for the word when its test ends; here it stands
+// wherever somebody could say it.
+func TestLog_neverHasWhatPeopleSay(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	const s = "/v1/sessions/s"
+	for _, q := range []request{
+		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `{"content":"sesame"}`},
+		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `{"content":sesame}`},
+		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `{"sesame":1,"sesame":2}`},
+		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `[{"type":5,"content":"sesame"}]`},
+		{method: "POST", path: s + "/chunks", kind: typeNDJSON, body: "sesame\n"},
+		{method: "POST", path: s + "/chunks", kind: "text/plain", body: "sesame"},
+		{method: "POST", path: s + "/chunks", kind: "text/sesame", body: "sesame"},
+		{method: "POST", path: s + "/chunks?role=sesame&message_id=sesame", kind: typeJSON, body: `{"type":"done"}`},
+		{method: "POST", path: s + "/chunks?role=sesame&message_id=sesame", kind: typeJSON, body: `{"content":"sesame"}`},
+		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
+		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"sesame":"sesame"}`},
+		{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{"sesame":"sesame"}`},
+		{method: "GET", path: s + "/stream?after=sesame"},
+		{method: "GET", path: s + "/stream?after=99&until=done", header: map[string]string{"Last-Event-ID": "sesame"}},
+		{method: "DELETE", path: s},
+	} {
+		q.bad = true
+		n.do(q)
+	}
+	eventually(t, "the log of a viewer", func() bool { return strings.Contains(n.log.String(), "viewer ends") })
+}

@@ -1,0 +1,264 @@
+package api
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+// calls is one good request for each operation of the contract.
+func calls() []request {
+	const s = "/v1/sessions/s"
+	return []request{
+		{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{"id":"s"}`},
+		{method: "GET", path: s}, {method: "POST", path: s}, {method: "DELETE", path: s},
+		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `{"content":"sesame"}`},
+		{method: "POST", path: s + "/chunks", kind: typeNDJSON, body: line("sesame")},
+		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/stream?until=done"},
+		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
+		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/"},
+	}
+}
+
+// asksRedis are the calls above that can fail with Redis.
+func asksRedis(q request) bool {
+	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream") || q.path == "/readyz"
+}
+
+func TestProblem_hostThatIsNotOursIsRefusedEverywhere(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.api.Hosts = []string{"tea.example"} })
+	for _, host := range []string{"evil.example", "tea.example.evil.example", "localhost.evil.example", "evillocalhost", "127.0.0.1.evil.example:8080"} {
+		for _, q := range append(calls(), request{method: "GET", path: "/nothing"}, request{method: "PUT", path: "/"}) {
+			q.host = host
+			if p := n.do(q).refused(t, 421, "host_not_allowed"); p.Member != "Host" {
+				t.Errorf("%+v", p)
+			}
+		}
+	}
+	for _, host := range []string{"tea.example", "TEA.example:80", "tea.example.", "localhost", "localhost:8080", "a.localhost", "127.0.0.1:1", "[::1]:8080", "[::1]", "10.1.2.3"} {
+		if a := n.do(request{method: "GET", path: "/healthz", host: host}); a.status != 200 {
+			t.Errorf("%s: %d", host, a.status)
+		}
+	}
+	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
+	anywhere := serve(t, func(s *setup) { s.api.Hosts = nil })
+	if a := anywhere.do(request{method: "GET", path: "/healthz", host: "evil.example"}); a.status != 200 {
+		t.Errorf("%d", a.status)
+	}
+}
+
+func TestProblem_otherOriginsPagesChangeNothing(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for _, header := range []map[string]string{
+		{"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}, {"Origin": "null"},
+		{"Sec-Fetch-Site": "cross-site", "Origin": n.server.URL},
+	} {
+		for _, q := range calls() {
+			if q.method == http.MethodGet {
+				continue
+			}
+			q.header = header
+			if p := n.do(q).refused(t, 403, "cross_origin"); p.Member != "Origin" {
+				t.Errorf("%+v", p)
+			}
+		}
+		if a := n.do(request{method: "GET", path: "/healthz", header: header}); a.status != 200 {
+			t.Errorf("%v: %d", header, a.status)
+		}
+	}
+	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
+	for i, header := range []map[string]string{{"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Origin": n.server.URL}, nil} {
+		a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{}`, header: header})
+		if got := into[Stored](t, a, 201); got.Last != int64(i+1) {
+			t.Errorf("%v: %+v", header, got)
+		}
+	}
+}
+
+func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
+	t.Parallel()
+	var f *faulty
+	n := serve(t, func(s *setup) {
+		s.errors = true
+		s.logs = func(l Logs) Logs { f = &faulty{Logs: l}; return f }
+	})
+	for _, c := range []struct {
+		err    error
+		status int
+		code   string
+	}{
+		{fmt.Errorf("append: %w", store.ErrAway), 503, "redis_away"},
+		{fmt.Errorf("append: %w", store.ErrOutcomeUnknown), 504, "outcome_unknown"},
+		{errors.New("a fault"), 500, "internal"},
+	} {
+		f.fail(c.err)
+		for _, q := range calls() {
+			switch {
+			case !asksRedis(q), q.method == http.MethodGet && c.status == 504: // the store answers reads so
+				continue
+			case q.path == "/readyz":
+				n.do(q).refused(t, 503, "redis_away")
+				continue
+			}
+			a := n.do(q)
+			p := a.refused(t, c.status, c.code)
+			if got := a.header.Get("Retry-After"); (got != "") != (c.status == 503) {
+				t.Errorf("%s %s: Retry-After %q", q.method, q.path, got)
+			}
+			if strings.Contains(p.Detail, c.err.Error()) {
+				t.Errorf("the fault's text is told: %s", p.Detail)
+			}
+		}
+		if a := n.get("/healthz"); a.status != 200 {
+			t.Errorf("healthz: %d", a.status)
+		}
+	}
+	// Each fault is in the log, with what it was.
+	if !strings.Contains(n.log.String(), `err="a fault"`) {
+		t.Error("the log does not say what the fault was")
+	}
+}
+
+// A fault of an upload is as interesting as any other.
+func TestProblem_faultOfAnUploadIsInTheLogWithItsCause(t *testing.T) {
+	t.Parallel()
+	var f *faulty
+	n := serve(t, func(s *setup) {
+		s.errors = true
+		s.logs = func(l Logs) Logs { f = &faulty{Logs: l}; return f }
+	})
+	f.fail(errors.New("the very cause"))
+	n.post("/v1/sessions/s/chunks", typeNDJSON, line("sesame")).refused(t, 500, "internal")
+	if text := n.log.String(); !strings.Contains(text, "the very cause") {
+		t.Errorf("the log has no cause: %s", text)
+	}
+}
+
+func TestProblem_redisThatIsGoneSurelyStoredNothing(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, on(redis))
+	n.append("s", `{"content":"sesame"}`)
+	redis.Kill()
+	// A connection from before may break under the first command: that is in doubt.
+	eventually(t, "503", func() bool {
+		return n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame"}`).status == 503
+	})
+	for _, q := range calls() {
+		if asksRedis(q) {
+			n.do(q).refused(t, 503, "redis_away")
+		}
+	}
+	redis.Start()
+	eventually(t, "ready", func() bool { return n.get("/readyz").status == 200 })
+	if got := n.append("s", `{"content":"sesame"}`); got.First != 1 { // it kept nothing on disk
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestProblem_redisThatIsSilentLeavesWritesInDoubtAndReadsAway(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) { s.store.Redis, s.store.Timeout = redis.URL(), 300*time.Millisecond })
+	n.append("s", `{"content":"sesame 0"}`)
+	redis.Signal(syscall.SIGSTOP)
+	for _, q := range []request{
+		{method: "GET", path: "/v1/sessions/s"}, {method: "GET", path: "/v1/sessions/s/chunks"}, {method: "GET", path: "/readyz"},
+		{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "[]"},
+	} {
+		a := n.do(q)
+		a.refused(t, 503, "redis_away")
+		redis.Signal(syscall.SIGCONT) // so that its connection is made anew
+		eventually(t, "ready", func() bool { return n.get("/readyz").status == 200 })
+		redis.Signal(syscall.SIGSTOP)
+	}
+	// The connections are there: what is sent on one may take effect.
+	redis.Signal(syscall.SIGCONT)
+	eventually(t, "ready", func() bool { return n.get("/readyz").status == 200 })
+	redis.Signal(syscall.SIGSTOP)
+	n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame 1"}`).refused(t, 504, "outcome_unknown")
+	redis.Signal(syscall.SIGCONT)
+	eventually(t, "the chunk that was in doubt", func() bool { return n.page("s", "").Last == 2 })
+}
+
+func TestProblem_nodeThatDrainsIsNotReady(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	if got := into[map[string]string](t, n.get("/readyz"), 200); got["status"] != "ready" {
+		t.Errorf("%v", got)
+	}
+	n.api.Drain()
+	a := n.get("/readyz")
+	a.refused(t, 503, "draining")
+	if a.header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+	if got := into[map[string]string](t, n.get("/healthz"), 200); got["status"] != "ok" {
+		t.Errorf("%v", got)
+	}
+	// What is under way, or comes all the same, is served.
+	n.append("s", `{"content":"sesame"}`)
+	n.ask("s", secret)
+}
+
+func TestProblem_keyOfAnotherTypeIsAFaultWhoseTextIsNotTold(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) { s.store.Redis, s.errors = redis.URL(), true })
+	redis.Set(t.Context(), "chat:history:s", "sesame", 0)
+	for _, q := range calls() {
+		if asksRedis(q) && strings.Contains(q.path, "/s") && q.path != "/readyz" {
+			if p := n.do(q).refused(t, 500, "internal"); strings.Contains(p.Detail, "WRONGTYPE") {
+				t.Errorf("%+v", p)
+			}
+		}
+	}
+	if got := redis.Get(t.Context(), "chat:history:s").Val(); got != "sesame" {
+		t.Errorf("the key is %q now", got)
+	}
+	if redis.Exists(t.Context(), "chat:session:s").Val() != 0 {
+		t.Error("there is a session now")
+	}
+}
+
+func TestProblem_panicIsAFaultAndTheNodeGoesOn(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) {
+		s.errors = true
+		s.logs = func(l Logs) Logs {
+			return &faulty{Logs: l, append: func(func() (store.Appended, error)) (store.Appended, error) { panic("a bug") }}
+		}
+	})
+	for range 2 {
+		n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame"}`).refused(t, 500, "internal")
+	}
+	if !strings.Contains(n.log.String(), "a bug") {
+		t.Error("the log does not say what happened")
+	}
+}
+
+func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for _, path := range []string{"/docs", "/metrics", "/v1", "/v1/", "/v1/sessions/", "/v1/sessions/s/", "/v1/sessions/s/cancel", "/v2/sessions", "/nothing", "/.git/config", "/openapi.json"} {
+		for _, method := range []string{"GET", "POST"} {
+			n.do(request{method: method, path: path, bad: true}).refused(t, 404, "not_found")
+		}
+	}
+	for _, q := range []request{
+		{method: "GET", path: "/v1/sessions"}, {method: "PUT", path: "/v1/sessions/s"}, {method: "PATCH", path: "/v1/sessions/s/chunks"},
+		{method: "DELETE", path: "/v1/sessions/s/chunks"}, {method: "POST", path: "/v1/sessions/s/stream"}, {method: "GET", path: "/v1/sessions/s/messages"},
+		{method: "POST", path: "/"}, {method: "POST", path: "/healthz"}, {method: "DELETE", path: "/openapi.yaml"},
+	} {
+		n.do(q).refused(t, 405, "method_not_allowed")
+	}
+}

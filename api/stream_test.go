@@ -1,0 +1,314 @@
+package api
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"gapless/store/storetest"
+)
+
+// many is a JSON array of n chunks that say sesame 1 to sesame n.
+func many(n int) string {
+	all := make([]string, n)
+	for i := range all {
+		all[i] = fmt.Sprintf(`{"message_id":"m","content":"sesame %d"}`, i+1)
+	}
+	return "[" + strings.Join(all, ",") + "]"
+}
+
+func TestStream_beginsBehindTheCursorThatWins(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	at := n.append("s", many(9))
+	for _, c := range []struct {
+		query, header string
+		cursor        int64
+	}{
+		{"", "", 0}, {"?after=", "", 0}, {"?after=0", "", 0}, {"?after=4", "", 4}, {"?after=9", "", 9}, {"?after=latest", "", 9},
+		{"?lastEventId=5", "", 5}, {"?after=2&lastEventId=5", "", 5}, {"?after=latest&lastEventId=5", "", 5}, {"?after=3&lastEventId=", "", 3},
+		{"", "6", 6}, {"?after=2", "6", 6}, {"?lastEventId=5", "6", 6}, {"?after=2&lastEventId=5", "6", 6}, {"?after=latest", "6", 6},
+		{"?after=4&lastEventId=5", "", 5}, {"?after=2", "0", 0}, {"?lastEventId=x", "7", 7},
+	} {
+		v := n.watch("s", c.query, "Last-Event-ID", c.header)
+		e, w := v.welcome()
+		if e.id != c.cursor || w.Cursor != c.cursor || w.Session != "s" || w.Epoch != at.Epoch || w.First != 1 || w.Last != 9 || w.Node != "n1" {
+			t.Errorf("%s, header %q: %+v %+v", c.query, c.header, e, w)
+		}
+		if w.Connection == "" || w.Connection != v.header.Get("Gapless-Connection") {
+			t.Errorf("connection %q, header %q", w.Connection, v.header.Get("Gapless-Connection"))
+		}
+		if v.retry < 1000 || v.retry > 3000 || v.beats != 1 {
+			t.Errorf("retry %d, %d comments", v.retry, v.beats)
+		}
+		for i, said := range v.take(c.cursor, int(9-c.cursor)) {
+			if want := fmt.Sprint("sesame ", c.cursor+int64(i)+1); said != want {
+				t.Errorf("%q instead of %q", said, want)
+			}
+		}
+		v.stop()
+	}
+}
+
+func TestStream_isNeverKeptOrCompressedOnTheWay(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	v := n.watch("s", "", "Accept-Encoding", "gzip, br")
+	for name, want := range map[string]string{
+		"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Content-Encoding": "",
+	} {
+		if got := v.header.Get(name); got != want {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+}
+
+func TestStream_goesOnLiveAndEndsCleanlyWithTheLog(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	early := n.watch("s", "") // waits for a session that does not exist
+	if _, w := early.welcome(); w.Epoch != "" || w.First != 1 || w.Last != 0 || w.Cursor != 0 {
+		t.Errorf("%+v", w)
+	}
+	n.append("s", many(2))
+	early.take(0, 2)
+	late := n.watch("s", "?after=latest")
+	late.welcome()
+	n.append("s", `[{"content":"sesame 3"},{"type":"done","message_id":"m"},{"type":"end"}]`)
+	for _, v := range []*stream{early, late} {
+		v.take(2, 3)
+		v.end(true)
+	}
+	// The end reached, nothing follows; before it, what is missing does, and the same end.
+	for _, q := range []request{
+		{path: "?after=5"}, {path: "?after=latest"}, {path: "?lastEventId=5"}, {header: map[string]string{"Last-Event-ID": "5"}},
+	} {
+		q.path = "/v1/sessions/s/stream" + q.path
+		v := n.open(q)
+		body, _ := io.ReadAll(v.body)
+		if v.status != 204 || len(body) > 0 {
+			t.Errorf("%s %v: %d %s", q.path, q.header, v.status, body)
+		}
+	}
+	again := n.watch("s", "?after=3")
+	again.welcome()
+	again.take(3, 2)
+	again.end(true)
+}
+
+func TestStream_untilDoneEndsBehindTheNextStop(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for _, stop := range []string{"done", "failed", "cancelled", "end"} {
+		s := "s-" + stop
+		n.append(s, `[{"message_id":"m"},{"type":"message","message_id":"m"}]`)
+		v := n.watch(s, "?until=done")
+		v.welcome()
+		v.take(0, 2)
+		n.append(s, `{"type":"`+stop+`","message_id":"m"}`)
+		if stop != "end" {
+			n.append(s, `{"content":"sesame"}`)
+		}
+		v.take(2, 1)
+		v.end(true)
+		// The same from the history, and from behind it on.
+		v = n.watch(s, "?until=done&after=1")
+		v.welcome()
+		v.take(1, 2)
+		v.end(true)
+	}
+	v := n.watch("s-done", "?until=done&after=3")
+	v.welcome()
+	v.take(3, 1)
+	n.append("s-done", `{"type":"done","message_id":"m2"}`)
+	v.take(4, 1)
+	v.end(true)
+}
+
+func TestStream_cursorThatTheLogDoesNotHaveIsReset(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) { s.store.Redis, s.store.HistoryMax = redis.URL(), 5 })
+	at := n.append("s", many(8)) // 4 to 8 are kept
+	for _, c := range []struct {
+		session, query, header, reason string
+		cursor, id                     int64
+		first, last                    int64
+	}{
+		{"s", "", "", "trimmed", 0, 3, 4, 8}, {"s", "?after=2", "", "trimmed", 2, 3, 4, 8},
+		{"s", "?after=9", "", "ahead", 9, 3, 4, 8}, {"s", "", "9999999999999999", "ahead", 9999999999999999, 3, 4, 8},
+		{"s", "", "x", "unknown", 0, 3, 4, 8}, {"s", "?after=7", "-7", "unknown", 0, 3, 4, 8}, {"s", "?lastEventId=07", "", "unknown", 0, 3, 4, 8},
+		{"s", "?after=latest&lastEventId=x", "", "unknown", 0, 3, 4, 8},
+		{"none", "?after=7", "", "ahead", 7, 0, 1, 0}, {"none", "", "x", "unknown", 0, 0, 1, 0},
+	} {
+		v := n.watch(c.session, c.query, "Last-Event-ID", c.header)
+		v.welcome()
+		e, r := v.reset(c.reason)
+		if e.id != c.id || r.Cursor != c.cursor || r.First != c.first || r.Last != c.last {
+			t.Errorf("%s %s %s: %+v %+v", c.session, c.query, c.header, e, r)
+		}
+		if c.session == "s" {
+			if r.Epoch != at.Epoch {
+				t.Errorf("epoch %q", r.Epoch)
+			}
+			v.take(3, 5)
+		} else if r.Epoch != "" {
+			t.Errorf("epoch %q", r.Epoch)
+		}
+		v.stop()
+	}
+}
+
+func TestStream_ofADeletedSessionIsToldAndEndsAndLaterOnesGet204(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	at := n.append("s", many(3))
+	v := n.watch("s", "?after=1")
+	v.welcome()
+	v.take(1, 2)
+	n.do(request{method: "DELETE", path: "/v1/sessions/s"})
+	if e, r := v.reset("deleted"); e.id != 3 || r.Cursor != 3 || r.Epoch != at.Epoch || r.Last != 3 || r.First != 4 {
+		t.Errorf("%+v %+v", e, r)
+	}
+	v.end(true)
+	for _, query := range []string{"", "?after=3", "?after=latest", "?lastEventId=x", "?after=99", "?until=done"} {
+		if v := n.open(request{path: "/v1/sessions/s/stream" + query}); v.status != 204 {
+			t.Errorf("%s: %d", query, v.status)
+		}
+	}
+	// Its new life is another log, and a cursor of the former one is told so.
+	n.append("s", `{"content":"sesame, anew"}`)
+	v = n.watch("s", "?after=2")
+	_, w := v.welcome()
+	if e, r := v.reset("epoch"); e.id != 3 || r.Cursor != 2 || r.Epoch != w.Epoch || r.Epoch == at.Epoch {
+		t.Errorf("%+v %+v", e, r)
+	}
+	v.take(3, 1)
+}
+
+func TestStream_badParametersAreRefused(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for query, member := range map[string]string{
+		"after=x": "after", "after=-1": "after", "after=01": "after", "after=LATEST": "after", "after=12345678901234567": "after",
+		"until=end": "until", "until=DONE": "until", "format=raw": "format",
+	} {
+		p := n.do(request{method: "GET", path: "/v1/sessions/s/stream?" + query, bad: true}).refused(t, 400, "invalid_parameter")
+		if p.Member != member {
+			t.Errorf("%s: %+v", query, p)
+		}
+	}
+	// A bad one is bad also where it does not matter.
+	n.do(request{method: "GET", path: "/v1/sessions/s/stream?after=x", header: map[string]string{"Last-Event-ID": "3"}, bad: true}).refused(t, 400, "invalid_parameter")
+}
+
+// Any other status would end an EventSource for good.
+func TestStream_isHeldWhileRedisIsAwayAndNever503(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) {
+		s.store.Redis, s.sse.Heartbeat, s.sse.Reconcile, s.api.Patience = redis.URL(), 20*time.Millisecond, 100*time.Millisecond, 50*time.Millisecond
+	})
+	redis.Kill()
+	v := n.watch("s", "", "Last-Event-ID", "0")
+	beats := make(chan event, 1)
+	go func() { // ended by the welcome, or by the stream's end
+		e, err := v.read()
+		if err != nil {
+			t.Errorf("while Redis is away: %v", err)
+		}
+		beats <- e
+	}()
+	select {
+	case e := <-beats:
+		t.Fatalf("%+v while Redis is away", e)
+	case <-time.After(200 * time.Millisecond):
+	}
+	redis.Start()
+	if e := within(t, "welcome", beats); e.name != "welcome" {
+		t.Fatalf("%+v", e)
+	}
+	if v.beats < 3 {
+		t.Errorf("%d heartbeats", v.beats)
+	}
+	eventually(t, "an append", func() bool { return n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame"}`).status == 201 })
+	v.take(0, 1)
+}
+
+func TestStream_ofANodeThatDrainsIsBrokenOffAndNewOnesAreSentAway(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	n.append("s", many(2))
+	v := n.watch("s", "")
+	v.welcome()
+	v.take(0, 2)
+	n.hub.Drain(0)
+	v.end(false)
+	refused := n.watch("s", "")
+	refused.end(false)
+	if refused.retry < 1000 || refused.beats != 1 {
+		t.Errorf("retry %d, %d comments", refused.retry, refused.beats)
+	}
+}
+
+func TestStream_seesWhatAnotherNodeStores(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	one, two := serve(t, on(redis)), serve(t, on(redis))
+	v := one.watch("s", "")
+	v.welcome()
+	two.append("s", many(3))
+	redis.Publish(t.Context(), "chat:stream:s", `{"content":"sesame, foreign"}`)
+	redis.RPush(t.Context(), "chat:history:s", `{"content":"sesame, foreign"}`)
+	if got := v.take(0, 4); got[3] != "sesame, foreign" {
+		t.Errorf("%q", got)
+	}
+	one.append("s", `{"type":"end"}`)
+	v.take(4, 1)
+	v.end(true)
+	if v := two.open(request{path: "/v1/sessions/s/stream?after=5"}); v.status != 204 {
+		t.Errorf("%d on the other node", v.status)
+	}
+}
+
+func TestStream_pagesThroughMoreThanAWindowHolds(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.sse.Window = 4 << 10 })
+	const chunks = 2000
+	n.append("s", many(chunks))
+	n.append("s", `{"type":"end"}`)
+	v := n.watch("s", "?after=7")
+	v.welcome()
+	for i, said := range v.take(7, chunks-7) {
+		if said != fmt.Sprint("sesame ", i+8) {
+			t.Fatalf("chunk %d says %q", i+8, said)
+		}
+	}
+	v.take(chunks, 1)
+	v.end(true)
+}
+
+// HEAD asks what GET would answer. It is not offered, and must not start a stream.
+func TestHead_isRefusedEverywhereWithoutABody(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	n.append("s", many(2))
+	for _, path := range []string{"/", "/healthz", "/readyz", "/openapi.yaml", "/v1/sessions/s", "/v1/sessions/s/chunks", "/v1/sessions/s/stream"} {
+		a := n.do(request{method: http.MethodHead, path: path})
+		if a.status != 405 || len(a.body) > 0 || a.header.Get("Allow") == "" {
+			t.Errorf("%s: %d %s", path, a.status, a.body)
+		}
+	}
+	if got := into[sessionJSON](t, n.get("/v1/sessions/s"), 200).Viewers; got != 0 {
+		t.Errorf("%d viewers", got)
+	}
+	if a := n.do(request{method: http.MethodHead, path: "/nothing"}); a.status != 404 || len(a.body) > 0 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	if a := n.do(request{method: http.MethodOptions, path: "/v1/sessions/s/chunks"}); a.status != 204 {
+		t.Errorf("OPTIONS: %d", a.status)
+	}
+}
