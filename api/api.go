@@ -62,7 +62,7 @@ func DefaultConfig() Config {
 
 // Validate reports every mistake at once.
 func (c Config) Validate() error {
-	if least := 2 * store.Overhead; c.ChunkMax < least {
+	if least := store.Overhead + 256; c.ChunkMax < least {
 		return fmt.Errorf("-chunk-max: %d bytes is less than %d", c.ChunkMax, least)
 	}
 	return nil

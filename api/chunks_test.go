@@ -196,6 +196,8 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"a body over the limit", js, "", "", `[{"content":"` + long + long + long + `"}]`, 413, "body_too_large", "", 10 << 10, nil},
 		{"message_id parameter too long", js, "?message_id=" + long[:257], "", `{}`, 400, "invalid_parameter", "message_id", 0, nil},
 		{"role parameter too long", js, "?role=" + long[:257], "", `{}`, 400, "invalid_parameter", "role", 0, nil},
+		{"message_id parameter in bad UTF-8", js, "?message_id=%ff", "", `{}`, 400, "invalid_parameter", "message_id", 0, nil},
+		{"role parameter in bad UTF-8", js, "?role=a%ff", "", `{}`, 400, "invalid_parameter", "role", 0, nil},
 		{"Stream-Closed", js, "", "yes", `{}`, 400, "invalid_parameter", "Stream-Closed", 0, nil},
 		{"plain text", "text/plain", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"no content type", "", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},

@@ -32,6 +32,7 @@ type contract struct {
 	model     *v3.Document
 	validator validator.Validator
 	schemas   schema_validation.SchemaValidator
+	checks    *sync.Mutex // the validators compile a schema when it is first used, and change the model meanwhile
 
 	mu   sync.Mutex
 	seen map[outcome]bool
@@ -65,7 +66,7 @@ var theContract = sync.OnceValue(func() *contract {
 	}
 	return &contract{
 		text: text, model: &model.Model, validator: v,
-		schemas: schema_validation.NewSchemaValidator(options...), seen: map[outcome]bool{},
+		schemas: schema_validation.NewSchemaValidator(options...), checks: &sync.Mutex{}, seen: map[outcome]bool{},
 	}
 })
 
@@ -145,6 +146,8 @@ func (c *contract) schema(name string) *base.Schema {
 // holds checks JSON against a component schema.
 func (c *contract) holds(t testing.TB, schema string, data []byte) {
 	t.Helper()
+	c.checks.Lock()
+	defer c.checks.Unlock()
 	if ok, errs := c.schemas.ValidateSchemaBytes(c.schema(schema), data); !ok {
 		t.Errorf("no %s: %s\n%s", schema, data, explain(errs))
 	}
@@ -267,6 +270,8 @@ func (c *contract) judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 		return
 	}
 
+	c.checks.Lock()
+	defer c.checks.Unlock()
 	if r.Context().Value(badKey{}) == nil {
 		again := r.Clone(r.Context())
 		again.Body, again.ContentLength = http.NoBody, 0
@@ -397,8 +402,8 @@ func TestContract_checkerNoticesWhatIsNotListed(t *testing.T) {
 			}
 			res := &http.Response{StatusCode: status, Header: http.Header{"Content-Type": {kind}}, Request: r}
 			judged := &verdict{TB: t}
-			fresh := *theContract()
-			fresh.seen = map[outcome]bool{}
+			it := theContract()
+			fresh := &contract{text: it.text, model: it.model, validator: it.validator, schemas: it.schemas, checks: it.checks, seen: map[outcome]bool{}}
 			fresh.judge(judged, r, []byte(c.send), res, []byte(body))
 			if judged.failed == c.ok {
 				t.Errorf("found good: %t", !judged.failed)
