@@ -2,7 +2,7 @@
 # needs and runs every test; .ci/run calls it and nothing else.
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
-REDOCLY     := @redocly/cli@1.34.21
+REDOCLY     := @redocly/cli@1.34.5
 
 .PHONY: run build test setup lint unit fuzz
 
