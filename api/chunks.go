@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"strconv"
 	"time"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
 	"github.com/labstack/echo/v4"
@@ -25,11 +26,10 @@ const (
 
 func (a *API) appendChunks(c echo.Context) error {
 	fill := store.Fill{MessageID: c.QueryParam("message_id"), Role: c.QueryParam("role")}
-	if len(fill.MessageID) > store.MaxMessageID {
-		return invalid("message_id", fmt.Sprintf("message_id has more than %d bytes", store.MaxMessageID))
-	}
-	if len(fill.Role) > store.MaxMessageID {
-		return invalid("role", fmt.Sprintf("role has more than %d bytes", store.MaxMessageID))
+	for _, p := range [][2]string{{"message_id", fill.MessageID}, {"role", fill.Role}} {
+		if len(p[1]) > store.MaxMessageID || !utf8.ValidString(p[1]) {
+			return invalid(p[0], fmt.Sprintf("%s is text in UTF-8, of %d bytes at most", p[0], store.MaxMessageID))
+		}
 	}
 	var closes bool
 	switch v := c.Request().Header.Get("Stream-Closed"); v {

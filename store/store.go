@@ -23,10 +23,8 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -310,11 +308,9 @@ func classify(err error) error {
 	case errors.As(err, &op) && op.Op == "dial", errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted),
 		errors.Is(err, redis.ErrClosed):
 		return fmt.Errorf("%w: %w", ErrAway, err)
-	case errors.As(err, &op), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.ErrClosedPipe),
-		errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 	}
-	return err
+	// Whatever else is no reply of Redis: the connection broke, or time ran out.
+	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 }
 
 // Away says whether err means that Redis cannot be reached, whatever became of the command.
