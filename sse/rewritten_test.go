@@ -16,6 +16,7 @@ import (
 	"pgregory.net/rapid"
 
 	"gapless/store"
+	"gapless/store/storetest"
 )
 
 // lossy is a real store whose Pub/Sub can be made to lose everything.
@@ -395,4 +396,32 @@ func TestFeed_deletedAndAppendedTo_endsBeforeTheNewChunk(t *testing.T) {
 			}
 		})
 	}
+}
+
+// After a failover the next chunk may be announced before the log was read again. It
+// continues another log, and is not taken for the next of this one.
+func TestFeed_failover_liveChunkBeforeTheRead_isNotTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		for _, text := range []string{"a", "b", "c"} {
+			log.Append(text)
+		}
+		h := started(t, testConfig(), log)
+		v := now(t, h, log, Ask{})
+		log.Disconnect()
+		log.Hold()
+		log.Replace(storetest.Element(1, "a"), storetest.Element(2, "other b"), storetest.Element(3, "other c"), storetest.Element(4, "other d"))
+		log.Ack()
+		synctest.Wait()
+		log.Publish(storetest.Element(4, "other d"))
+		log.Deliver(0)
+		synctest.Wait()
+		log.Release()
+		time.Sleep(h.cfg.Reconcile)
+		synctest.Wait()
+		if got := names(v.events()); got != "welcome 0, chunk 1, chunk 2, chunk 3, reset 4, chunk 5, chunk 6, chunk 7, chunk 8" {
+			t.Error(got)
+		}
+		v.leave()
+	})
 }

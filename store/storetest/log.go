@@ -80,6 +80,20 @@ func (l *Log) Trim(n int) {
 	l.base, l.elements = l.base+int64(n), l.elements[n:]
 }
 
+// Replace puts other elements into the list, as a failover does: nothing says so.
+func (l *Log) Replace(elements ...string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.elements = elements
+}
+
+// Hold makes reads wait from now on.
+func (l *Log) Hold() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.Held = true
+}
+
 // End ends the log with what is in it.
 func (l *Log) End() {
 	l.mu.Lock()
