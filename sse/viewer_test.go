@@ -622,3 +622,21 @@ func TestFeed_reconciles_wakesNobodyForNothing(t *testing.T) {
 		w.leave()
 	})
 }
+
+// Behind the end of a response its connection is another request's: a node that drains
+// leaves it alone.
+func TestWriter_leaveBehindTheEnd_touchesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := started(t, testConfig(), &storetest.Log{})
+		out := &sink{}
+		r, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
+		w := h.NewWriter(out, r)
+		if err := w.End(Done); err != nil {
+			t.Fatal(err)
+		}
+		w.leave()
+		if !out.deadline.IsZero() {
+			t.Error("a deadline was set on a connection that is not its own any more")
+		}
+	})
+}

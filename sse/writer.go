@@ -108,10 +108,14 @@ func (w *Writer) look() {
 	}
 }
 
-// leave has the response end now, even if its socket takes nothing. It is called once.
+// leave has the response end now, even if its socket takes nothing. It is called once,
+// and perhaps late: behind End the connection is another request's.
 func (w *Writer) leave() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.leaving {
+		return
+	}
 	w.leaving = true
 	w.watch.Stop()
 	close(w.left)
