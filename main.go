@@ -76,6 +76,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://… or rediss://…, or embedded: in this process, in memory, for one node")
 	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use")
 	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
+	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message outlives the upload that it came from: one whose connection broke and that has producer numbers, or whose node died")
 	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "which end of the list foreign producers push to: oldest-first (RPUSH) or newest-first (LPUSH)")
 
 	fs.DurationVar(&cfg.sse.Heartbeat, "heartbeat", cfg.sse.Heartbeat, "longest silence on a stream")
@@ -152,6 +153,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		cfg.api.Hosts = strings.Split(strings.ToLower(hosts), ",")
 	case address != "localhost" && (ip == nil || !ip.IsLoopback()):
 		cfg.api.Hosts = nil // reachable by more names than can be known here
+	}
+	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
+		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
 	cfg.model = model.NewDemo()
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger = cfg.log, cfg.log, cfg.log

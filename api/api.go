@@ -44,6 +44,12 @@ type Config struct {
 	// Hosts are names by which a browser may call this server, beside localhost and IP
 	// addresses. Nil: any, for servers that listen on other addresses than loopback.
 	Hosts []string
+	// UploadPatience is how long an upload, which cannot be repeated like a request, waits
+	// for a Redis that is away.
+	UploadPatience time.Duration
+	// Look is how often an upload that says nothing asks whether it may go on. It is also
+	// how it holds its messages, so it has to be well below the store's Grace.
+	Look time.Duration
 	// Patience is how long a stream waits for Redis before it answers with a status:
 	// later it cannot say 204 any more.
 	Patience time.Duration
@@ -55,7 +61,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		ChunkMax: 64 << 10, BodyMax: 8 << 20, BatchMax: 10_000, Answers: 256,
-		Hosts: []string{}, Patience: 500 * time.Millisecond,
+		Hosts: []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }
@@ -70,12 +76,14 @@ func (c Config) Validate() error {
 
 // Logs is what the calls need of the store. The methods' contracts are store.Store's.
 type Logs interface {
-	Append(ctx context.Context, session string, after int64, chunks []store.Chunk) (store.Appended, error)
+	Append(ctx context.Context, session string, b store.Batch) (store.Appended, error)
+	Cancel(ctx context.Context, session, message string) (store.Cancelled, error)
 	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
 	Create(ctx context.Context, session string) (store.Bounds, bool, error)
 	Describe(ctx context.Context, session string) (store.Bounds, error)
 	Delete(ctx context.Context, session string) error
 	Ping(ctx context.Context) error
+	ListenUploads(l store.Listener) (stop func())
 }
 
 // API answers requests. It owns the answers of the model that are under way.
@@ -89,16 +97,19 @@ type API struct {
 
 	places  chan struct{} // one for each answer under way
 	answers sync.WaitGroup
+	uploads *uploads
 	// draining ends first: not ready any more. ending ends uploads and answers.
 	draining, ending context.Context
-	drain, end       context.CancelFunc
+	drain            context.CancelFunc
+	end              context.CancelCauseFunc
 }
 
 // New wires the calls. files is the page, contract the text of openapi.yaml.
 func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte) *API {
 	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), places: make(chan struct{}, cfg.Answers)}
 	a.draining, a.drain = context.WithCancel(context.Background())
-	a.ending, a.end = context.WithCancel(context.Background())
+	a.ending, a.end = context.WithCancelCause(context.Background())
+	a.uploads = &uploads{logs: logs, api: a, all: map[string]map[*upload]struct{}{}}
 
 	e := a.echo
 	e.HideBanner, e.HidePort = true, true
@@ -125,6 +136,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET(one+"/chunks", a.readChunks, checkID)
 	e.GET(one+"/stream", a.stream, checkID)
 	e.POST(one+"/messages", a.ask, checkID)
+	e.POST(one+"/cancel", a.cancel, checkID)
 	return a
 }
 
@@ -137,7 +149,7 @@ func (a *API) Drain() { a.drain() }
 // End ends uploads with what they have stored, and answers with a failed chunk.
 func (a *API) End() {
 	a.drain()
-	a.end()
+	a.end(errDraining)
 }
 
 // Wait waits, until ctx ends, for the answers that are under way.

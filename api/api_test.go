@@ -520,11 +520,18 @@ func (f *faulty) failure() error {
 	return nil
 }
 
-func (f *faulty) Append(ctx context.Context, session string, after int64, chunks []store.Chunk) (store.Appended, error) {
+func (f *faulty) Cancel(ctx context.Context, session, message string) (store.Cancelled, error) {
+	if err := f.failure(); err != nil {
+		return store.Cancelled{}, err
+	}
+	return f.Logs.Cancel(ctx, session, message)
+}
+
+func (f *faulty) Append(ctx context.Context, session string, b store.Batch) (store.Appended, error) {
 	if err := f.failure(); err != nil {
 		return store.Appended{}, err
 	}
-	next := func() (store.Appended, error) { return f.Logs.Append(ctx, session, after, chunks) }
+	next := func() (store.Appended, error) { return f.Logs.Append(ctx, session, b) }
 	if f.append != nil {
 		return f.append(next)
 	}

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -10,10 +9,12 @@ import (
 	"mime"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
+	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
 
 	"gapless/store"
@@ -22,32 +23,122 @@ import (
 const (
 	typeJSON   = "application/json"
 	typeNDJSON = "application/x-ndjson"
+	typeText   = "text/plain"
+	typeEvents = "text/event-stream"
 )
 
+// posting is what a request to append says beside its body.
+type posting struct {
+	kind     string // of the body
+	fill     store.Fill
+	closes   bool // end follows the body
+	lease    time.Duration
+	producer store.Producer
+}
+
+// appendChunks appends what a body brings: whole, or as it arrives.
 func (a *API) appendChunks(c echo.Context) error {
-	fill := store.Fill{MessageID: c.QueryParam("message_id"), Role: c.QueryParam("role")}
-	for _, p := range [][2]string{{"message_id", fill.MessageID}, {"role", fill.Role}} {
-		if len(p[1]) > store.MaxMessageID || !utf8.ValidString(p[1]) {
-			return invalid(p[0], fmt.Sprintf("%s is text in UTF-8, of %d bytes at most", p[0], store.MaxMessageID))
+	p, err := parsePosting(c)
+	if err != nil {
+		return err
+	}
+	if p.kind == typeJSON {
+		return a.appendJSON(c, p)
+	}
+	if p.kind != typeNDJSON && p.fill.MessageID == "" { // such a body is one message
+		id, err := uuid.NewV7()
+		if err != nil {
+			return err
+		}
+		p.fill.MessageID = id.String()
+	}
+	return a.appendStream(c, p)
+}
+
+func parsePosting(c echo.Context) (p posting, err error) {
+	p.fill = store.Fill{MessageID: c.QueryParam("message_id"), Role: c.QueryParam("role")}
+	for _, q := range [][2]string{{"message_id", p.fill.MessageID}, {"role", p.fill.Role}} {
+		if len(q[1]) > store.MaxMessageID || !utf8.ValidString(q[1]) {
+			return p, invalid(q[0], fmt.Sprintf("%s is text in UTF-8, of %d bytes at most", q[0], store.MaxMessageID))
 		}
 	}
-	var closes bool
 	switch v := c.Request().Header.Get("Stream-Closed"); v {
 	case "", "false":
 	case "true":
-		closes = true
+		p.closes = true
 	default:
-		return invalid("Stream-Closed", "Stream-Closed is true, or left out")
+		return p, invalid("Stream-Closed", "Stream-Closed is true, or left out")
 	}
-	kind, _, err := mime.ParseMediaType(c.Request().Header.Get("Content-Type"))
-	switch {
-	case err == nil && kind == typeJSON:
-		return a.appendJSON(c, fill, closes)
-	case err == nil && kind == typeNDJSON:
-		return a.appendLines(c, fill, closes)
+	if text := c.QueryParam("lease"); text != "" {
+		const least, most = time.Second, 24 * time.Hour
+		if p.lease, err = time.ParseDuration(text); err != nil || p.lease < least || p.lease > most {
+			return p, invalid("lease", "lease is a time such as 30s or 5m, from 1s to 24h")
+		}
 	}
-	return &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
-		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of them) or " + typeNDJSON + " (an object a line)"}
+	if p.producer, err = parseProducer(c.Request().Header); err != nil {
+		return p, err
+	}
+	kind, parameters, err := mime.ParseMediaType(c.Request().Header.Get("Content-Type"))
+	if charset := parameters["charset"]; err == nil && charset != "" && !strings.EqualFold(charset, "utf-8") {
+		return p, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
+			Detail: "text is in UTF-8 here: leave charset out"}
+	}
+	switch kind {
+	case typeJSON, typeNDJSON, typeText, typeEvents:
+		p.kind = kind
+		return p, nil
+	}
+	return p, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
+		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of them), " + typeNDJSON + " (an object a line), " +
+			typeText + " or " + typeEvents}
+}
+
+// Headers that number what a producer posts.
+const (
+	headerProducerID    = "Producer-Id"
+	headerProducerEpoch = "Producer-Epoch"
+	headerProducerChunk = "Producer-Chunk"
+	headerExpectedChunk = "Producer-Expected-Chunk"
+)
+
+// maxNumber is the largest number that is the same in every program that reads JSON, and
+// in Redis's scripts.
+const maxNumber = 1<<53 - 1
+
+func parseProducer(h http.Header) (p store.Producer, err error) {
+	names := []string{headerProducerID, headerProducerEpoch, headerProducerChunk}
+	given := 0
+	for _, name := range names {
+		switch len(h.Values(name)) {
+		case 0:
+		case 1:
+			given++
+		default:
+			return p, invalid(name, name+" stands twice")
+		}
+	}
+	if given == 0 {
+		return p, nil
+	}
+	for _, name := range names {
+		if h.Get(name) == "" {
+			return p, invalid(name, name+" is missing: "+strings.Join(names, ", ")+" come together, or not at all")
+		}
+	}
+	p.ID = h.Get(headerProducerID)
+	if len(p.ID) > 128 || strings.ContainsFunc(p.ID, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return p, &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: headerProducerID, Limit: 128,
+			Detail: "Producer-Id is 1 to 128 visible ASCII characters"}
+	}
+	number := func(name string) int64 {
+		n, bad := parseNumber(h.Get(name))
+		if (bad != nil || n > maxNumber) && err == nil {
+			err = invalid(name, fmt.Sprintf("%s is a number from 0 to %d", name, int64(maxNumber)))
+		}
+		return n
+	}
+	p.Epoch, p.Number = number(headerProducerEpoch), number(headerProducerChunk)
+	return p, err
 }
 
 // checkJSON refuses a body that does not say that it is JSON.
@@ -63,26 +154,37 @@ func invalid(parameter, detail string) *Problem {
 }
 
 // appendJSON appends an object, or an array of them: all or none.
-func (a *API) appendJSON(c echo.Context, fill store.Fill, closes bool) error {
+func (a *API) appendJSON(c echo.Context, p posting) error {
 	body, err := a.readBody(c)
 	if err != nil {
 		return err
 	}
-	chunks, err := a.parseBatch(body, fill)
+	chunks, err := a.parseBatch(body, p.fill)
 	if err != nil {
 		return err
 	}
-	u := upload{api: a, session: session(c)}
-	if closes {
-		chunks = append(chunks, store.NewChunk(store.TypeEnd, "", "", ""))
+	u := a.newUpload(session(c), p.producer, p.lease, 0)
+	defer u.end()
+	ofMessages := p.fill.MessageID != ""
+	for _, chunk := range chunks {
+		ofMessages = ofMessages || chunk.MessageID() != ""
 	}
-	if len(chunks) == 0 {
+	if p.lease > 0 && !ofMessages {
+		return invalid("lease", "a lease is of a message: name one with message_id, in the query or in a chunk")
+	}
+	if p.fill.MessageID != "" && (len(chunks) == 0 || p.lease > 0) {
+		u.held = []string{p.fill.MessageID}
+	}
+	if p.closes {
+		chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
+	}
+	if len(chunks) == 0 && len(u.held) == 0 && p.producer.ID == "" {
 		return a.appendNothing(c)
 	}
-	if err := u.append(c.Request().Context(), chunks); err != nil {
+	if err := u.append(chunks, store.HoldNone); err != nil {
 		return err
 	}
-	return c.JSON(http.StatusCreated, u.stored)
+	return u.answer(c)
 }
 
 func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
@@ -130,136 +232,153 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 // newReader is what jsontext reads without a copy.
 func newReader(b []byte) *bytes.Buffer { return bytes.NewBuffer(b) }
 
-// upload is one request's appends.
-type upload struct {
-	api     *API
-	session string
-	stored  Stored
+// answer says what was stored: 200 when all of it was there before.
+func (u *upload) answer(c echo.Context) error {
+	status := http.StatusCreated
+	if u.stored.Count > 0 && !u.added {
+		status = http.StatusOK
+	}
+	return c.JSON(status, u.stored)
 }
 
-// append adds chunks behind those that the upload has stored already.
-func (u *upload) append(ctx context.Context, chunks []store.Chunk) error {
-	if len(chunks) == 0 {
-		return nil
-	}
-	// A client that goes away does not leave us in doubt about what was stored.
-	done, err := u.api.logs.Append(context.WithoutCancel(ctx), u.session, u.stored.Last, chunks)
-	if err != nil {
-		return err
-	}
-	if u.stored.Count == 0 {
-		u.stored.First = done.First
-	}
-	u.stored.Epoch, u.stored.Last = done.Epoch, done.Last
-	u.stored.Count += len(chunks)
-	return nil
-}
-
-// batchLines is how many lines that are there already are appended in one script call.
-const batchLines = 256
-
-// appendLines appends an object a line, each as it arrives.
-func (a *API) appendLines(c echo.Context, fill store.Fill, closes bool) error {
+// appendStream appends what arrives for as long as the connection lasts. What came whole
+// before an error is stored, and the answer to the error comes at once, although the
+// body may go on.
+func (a *API) appendStream(c echo.Context, p posting) error {
+	r := c.Request()
 	ctl := http.NewResponseController(c.Response().Writer)
 	// Without this, an answer to an upload that goes on waits until the upload ends.
 	_ = ctl.EnableFullDuplex()
-	stop := context.AfterFunc(a.ending, func() { _ = ctl.SetReadDeadline(time.Now()) })
-	defer stop()
-
-	u := upload{api: a, session: session(c)}
-	err := a.copyLines(c.Request(), &u, fill)
-	if err == nil && closes {
-		err = u.append(c.Request().Context(), []store.Chunk{store.NewChunk(store.TypeEnd, "", "", "")})
-		if refused, ok := errors.AsType[*store.RefusedError](err); ok {
-			err = refused.Err // no chunk of the body is to blame
-		}
+	u := a.newUpload(session(c), p.producer, p.lease, a.cfg.UploadPatience)
+	defer u.end()
+	if p.kind != typeNDJSON {
+		u.stored.MessageID = p.fill.MessageID
 	}
+	wake := &interruption{ctl: ctl}
+	defer wake.over()
+	defer context.AfterFunc(u.ctx, wake.now)()
+
+	err := u.copy(a.source(p, r.Body), p, r.ContentLength)
 	if err == nil {
-		if u.stored.Count == 0 {
+		if u.stored.Epoch == "" { // nothing came, and nothing was asked of the log
 			return a.appendNothing(c)
 		}
-		return c.JSON(http.StatusCreated, u.stored)
+		return u.answer(c)
 	}
-	if a.ending.Err() != nil {
-		err = errDraining
-	}
-	p := *problemOf(err)
-	p.cause = err
+	problem := *problemOf(err)
+	problem.cause = err
 	if u.stored.Count > 0 {
-		p.Stored = &u.stored
+		problem.Stored = &u.stored
 	}
 	c.Response().Header().Set("Connection", "close")
-	a.problem(&p, c)
+	a.problem(&problem, c)
 	_ = ctl.Flush()
-	_ = ctl.SetReadDeadline(time.Now()) // the rest of the body is not wanted
+	wake.now() // the rest of the body is not wanted
 	return nil
 }
 
-// copyLines appends what arrives until the body ends. What arrived whole before an
-// error is stored.
-func (a *API) copyLines(r *http.Request, u *upload, fill store.Fill) error {
-	in := bufio.NewReaderSize(r.Body, a.cfg.ChunkMax+1024)
-	for line := 0; ; {
-		var batch []store.Chunk
-		var failed error
-		for len(batch) < batchLines {
-			text, err := in.ReadSlice('\n')
-			if err == io.EOF && len(bytes.TrimSpace(text)) > 0 {
-				err = nil // the last line may lack its end; EOF comes again
-			}
-			switch {
-			case err != nil && err != io.EOF && !errors.Is(err, bufio.ErrBufferFull):
-				err = &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off", cause: err}
-			case errors.Is(err, bufio.ErrBufferFull):
-				err = &store.ChunkError{Code: "chunk_too_large", Limit: a.cfg.ChunkMax,
-					Detail: fmt.Sprintf("a line has more than %d bytes (-chunk-max)", a.cfg.ChunkMax)}
-			}
-			if err == nil && len(bytes.TrimSpace(text)) > 0 {
-				var chunk store.Chunk
-				if chunk, err = store.ParseChunk(text, fill, a.cfg.ChunkMax); err == nil {
-					batch = append(batch, chunk)
-				}
-			}
-			if failed = err; err != nil {
-				break
-			}
-			if there, _ := in.Peek(in.Buffered()); bytes.IndexByte(there, '\n') < 0 {
-				break // the next line is not whole yet: what is here goes out now
+func (a *API) source(p posting, from io.Reader) source {
+	b, limit := body{from: from, most: a.cfg.ChunkMax + 1024}, a.cfg.ChunkMax
+	switch p.kind {
+	case typeText:
+		return &text{body: b, fill: p.fill, limit: limit}
+	case typeEvents:
+		return &events{body: b, fill: p.fill, limit: limit}
+	}
+	return &lines{body: b, fill: p.fill, limit: limit}
+}
+
+// copy appends what a source has until it ends, and what the request adds behind it.
+func (u *upload) copy(src source, p posting, length int64) error {
+	const soon = 64 << 10 // a body that is sent in one piece: it is no matter of a while
+	if length < 0 || length > soon {
+		if p.fill.MessageID != "" {
+			u.held = []string{p.fill.MessageID} // it begins now, though its first chunk may take its time
+		}
+		if len(u.held) > 0 || p.producer.ID != "" {
+			u.begin()
+			if err := u.append(nil, store.HoldLook); err != nil {
+				return err
 			}
 		}
-		err := u.append(r.Context(), batch)
-		if refused, ok := errors.AsType[*store.RefusedError](err); ok && refused.Index > 0 {
-			// What a body stores does not depend on how its lines arrived: those before it are taken.
-			if first := u.append(r.Context(), batch[:refused.Index]); first != nil {
-				err = first
+	}
+	number := 0 // of the body's chunk that comes next; a text has none that its sender knows
+	about := func(err error, now int) error {
+		if refused, ok := errors.AsType[*store.RefusedError](err); ok && p.kind == typeText {
+			return refused.Err
+		}
+		if p.kind == typeText {
+			return err
+		}
+		return blame(err, number, now)
+	}
+	for {
+		chunks, err := src.next()
+		hold := store.HoldOpen
+		body := len(chunks)
+		if err == io.EOF {
+			hold = store.HoldClosed
+			if p.kind != typeNDJSON {
+				chunks = append(chunks, store.NewEnding(store.TypeDone, p.fill))
+			}
+			if p.closes {
+				chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
 			}
 		}
-		if err != nil {
-			return atLine(err, line)
+		if len(chunks) > 0 || hold == store.HoldClosed && len(u.held) > 0 {
+			if failed := u.appendAll(chunks, hold); failed != nil {
+				return about(failed, body)
+			}
+			number += body
 		}
-		line += len(batch)
-		if failed == io.EOF {
+		cause := context.Cause(u.ctx)
+		switch {
+		case err == io.EOF:
 			return nil
+		case cause != nil:
+			return cause
+		case errors.Is(err, errBroken):
+			u.lost()
+			if torn, ok := errors.AsType[*Problem](err); ok {
+				return torn
+			}
+			return &Problem{Status: http.StatusBadRequest, Code: "body_broken", Detail: "the body broke off", cause: err}
+		case err != nil:
+			return about(err, 0)
 		}
-		if failed != nil {
-			return atLine(failed, line)
-		}
+		u.begin()
 	}
 }
 
-// atLine says which chunk of the body an error is about, if it is about one.
-func atLine(err error, line int) error {
-	_, bad := errors.AsType[*store.ChunkError](err)
-	_, broken := errors.AsType[*Problem](err)
-	refused, late := errors.AsType[*store.RefusedError](err)
-	if late {
-		line += refused.Index
+// appendAll appends what arrived together, as if each chunk had come alone: those before
+// a refused one are taken.
+func (u *upload) appendAll(chunks []store.Chunk, hold store.Hold) error {
+	err := u.append(chunks, hold)
+	if refused, ok := errors.AsType[*store.RefusedError](err); ok && refused.Index > 0 {
+		if first := u.append(chunks[:refused.Index], store.HoldOpen); first != nil {
+			return first
+		}
 	}
-	if !bad && !broken && !late {
+	return err
+}
+
+// blame says which chunk of the body an error is about, if it is about one: the body had
+// so many before it, and those that were appended now; what the server adds behind is
+// none of it.
+func blame(err error, before, now int) error {
+	refused, late := errors.AsType[*store.RefusedError](err)
+	_, bad := errors.AsType[*store.ChunkError](err)
+	at := before
+	switch {
+	case late && refused.Index < now:
+		at += refused.Index
+	case late:
+		return refused.Err // by what the request adds behind its body
+	case !bad:
 		return err
 	}
 	p := *problemOf(err)
-	p.Chunk = &line
+	p.Chunk = &at
 	return &p
 }
 
@@ -282,8 +401,23 @@ func (a *API) readChunks(c echo.Context) error {
 	}
 	limit := 100
 	if text := c.QueryParam("limit"); text != "" {
-		if limit, err = strconv.Atoi(text); err != nil || limit < 1 || limit > most {
+		n, err := parseNumber(text)
+		if limit = int(n); err != nil || n < 1 || n > most {
 			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "limit", Limit: most, Detail: fmt.Sprintf("limit is 1 to %d", most)}
+		}
+	}
+	// A page of a log that has ended changes only when the log is trimmed, expires or
+	// becomes another one: whoever has it need not be sent it again.
+	h := c.Response().Header()
+	h.Set("Cache-Control", "no-cache")
+	if have := c.Request().Header.Get("If-None-Match"); have != "" {
+		b, err := a.logs.Describe(c.Request().Context(), session(c))
+		if err != nil {
+			return err
+		}
+		if tag := pageTag(b, after, limit); b.Ended && matches(have, tag) {
+			h.Set("ETag", tag)
+			return c.NoContent(http.StatusNotModified)
 		}
 	}
 	p, err := a.logs.Read(c.Request().Context(), session(c), after+1, bytesMost, limit)
@@ -293,6 +427,9 @@ func (a *API) readChunks(c echo.Context) error {
 	if p.Epoch == "" || p.Deleted {
 		return store.ErrNotFound
 	}
+	if p.Ended {
+		h.Set("ETag", pageTag(p.Bounds, after, limit))
+	}
 	b := fmt.Appendf(nil, `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"from_seq":%d,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended, p.From)
 	for i, element := range p.Elements {
 		if i > 0 {
@@ -301,6 +438,21 @@ func (a *API) readChunks(c echo.Context) error {
 		b = store.AppendElement(b, p.From+int64(i), element)
 	}
 	return c.Blob(http.StatusOK, typeJSON, append(b, "]}"...))
+}
+
+// pageTag is the entity tag of a page: what its bytes follow from.
+func pageTag(b store.Bounds, after int64, limit int) string {
+	return fmt.Sprintf(`"%s-%d-%d-%d-%d"`, b.Epoch, b.First, b.Last, after, limit)
+}
+
+// matches says whether If-None-Match names a tag (RFC 9110, section 13.1.2).
+func matches(header, tag string) bool {
+	for one := range strings.SplitSeq(header, ",") {
+		if one = strings.TrimSpace(one); one == "*" || strings.TrimPrefix(one, "W/") == tag {
+			return true
+		}
+	}
+	return false
 }
 
 // parseNumber reads a cursor: 0|[1-9][0-9]{0,15}. Empty is 0.

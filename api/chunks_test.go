@@ -18,7 +18,7 @@ func TestAppend_anObjectOrAnArrayOfThemIsStoredAsItIs(t *testing.T) {
 	n := serve(t, on(redis))
 	one := n.append("s", `{"content":"sesame","data":{"a":[1,1e2,1.0]},"x\u0079":null}`)
 	many := n.append("s", ` [{"type":"tool_call"}, {"content":"sesame"} , {}]`)
-	if one != (Stored{one.Epoch, 1, 1, 1}) || many != (Stored{one.Epoch, 2, 4, 3}) {
+	if one != (Stored{Epoch: one.Epoch, First: 1, Last: 1, Count: 1}) || many != (Stored{Epoch: one.Epoch, First: 2, Last: 4, Count: 3}) {
 		t.Errorf("%+v, %+v", one, many)
 	}
 	p := n.page("s", "")
@@ -87,15 +87,15 @@ func TestAppend_nothingAnswersTheBoundsAndMakesNothing(t *testing.T) {
 	}
 	at := n.append("s", `[{"content":"sesame"},{"content":"sesame"}]`)
 	for kind, body := range map[string]string{typeJSON: "[]", typeNDJSON: "\n"} {
-		if got := into[Stored](t, n.post("/v1/sessions/s/chunks", kind, body), 201); got != (Stored{at.Epoch, 3, 2, 0}) {
+		if got := into[Stored](t, n.post("/v1/sessions/s/chunks", kind, body), 201); got != (Stored{Epoch: at.Epoch, First: 3, Last: 2, Count: 0}) {
 			t.Errorf("%s: %+v", kind, got)
 		}
 	}
 	closed := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "[]", header: map[string]string{"Stream-Closed": "true"}})
-	if got := into[Stored](t, closed, 201); got != (Stored{at.Epoch, 3, 3, 1}) {
+	if got := into[Stored](t, closed, 201); got != (Stored{Epoch: at.Epoch, First: 3, Last: 3, Count: 1}) {
 		t.Errorf("nothing and the end: %+v", got)
 	}
-	if got := into[Stored](t, n.post("/v1/sessions/s/chunks", typeJSON, "[]"), 201); got != (Stored{at.Epoch, 4, 3, 0}) {
+	if got := into[Stored](t, n.post("/v1/sessions/s/chunks", typeJSON, "[]"), 201); got != (Stored{Epoch: at.Epoch, First: 4, Last: 3, Count: 0}) {
 		t.Errorf("nothing behind the end: %+v", got)
 	}
 }
@@ -199,7 +199,7 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"message_id parameter in bad UTF-8", js, "?message_id=%ff", "", `{}`, 400, "invalid_parameter", "message_id", 0, nil},
 		{"role parameter in bad UTF-8", js, "?role=a%ff", "", `{}`, 400, "invalid_parameter", "role", 0, nil},
 		{"Stream-Closed", js, "", "yes", `{}`, 400, "invalid_parameter", "Stream-Closed", 0, nil},
-		{"plain text", "text/plain", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"another content type", "application/xml", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"no content type", "", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a content type that is none", "json;;", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a form", "application/x-www-form-urlencoded", "", "", `a=b`, 415, "unsupported_media_type", "Content-Type", 0, nil},

@@ -72,9 +72,14 @@ type flow struct {
 
 func (n *node) upload(t *testing.T, session string, header map[string]string) *flow {
 	t.Helper()
+	return n.uploadWith(t, session, "", header)
+}
+
+func (n *node) uploadWith(t *testing.T, session, query string, header map[string]string) *flow {
+	t.Helper()
 	r, w := io.Pipe()
 	f := &flow{t, w, make(chan answer, 1), make(chan error, 1)}
-	q := n.new(request{method: "POST", path: "/v1/sessions/" + session + "/chunks", kind: typeNDJSON, from: r, header: header})
+	q := n.new(request{method: "POST", path: "/v1/sessions/" + session + "/chunks" + query, kind: typeNDJSON, from: r, header: header})
 	ctx, cancel := context.WithTimeout(q.Context(), patience)
 	t.Cleanup(cancel)
 	go func() { // ends with the answer, or by its context
@@ -158,10 +163,12 @@ func TestLines_tornByABrokenConnectionAreNotStoredAndEarlierOnesAre(t *testing.T
 						t.Fatal(err)
 					}
 					body, _ := io.ReadAll(res.Body)
-					p := answer{res.StatusCode, res.Header, body}.refused(t, 400, "invalid_json")
+					p := answer{res.StatusCode, res.Header, body}.refused(t, 400, "body_broken")
 					if p.Stored == nil || p.Stored.Count != 2 {
 						t.Errorf("%s", body)
 					}
+					q := n.new(request{method: "POST", path: "/v1/sessions/" + s + "/chunks", kind: typeNDJSON})
+					theContract().judge(t, q, []byte("{}"), &http.Response{StatusCode: res.StatusCode, Header: res.Header, Request: q}, body)
 				}
 				// The node has noticed when it takes connections no more than it has.
 				eventually(t, "the request's end", func() bool { return n.active.Load() == 0 })
@@ -321,8 +328,7 @@ func TestLines_ofAnUploadUnderWayAreRefusedWhenTheSessionIsDeleted(t *testing.T)
 		if anew { // what comes after is not the upload's, either
 			n.append(s, `{"content":"sesame, anew"}`)
 		}
-		f.write(line("sesame 2"))
-		p := f.result().refused(t, 409, "session_deleted")
+		p := f.result().refused(t, 409, "session_deleted") // at once, not at its next line
 		if p.Stored == nil || p.Stored.Count != 1 || p.Stored.Last != 1 {
 			t.Errorf("%+v", p.Stored)
 		}
@@ -356,7 +362,10 @@ func TestLines_ofAnUploadUnderWayEndWithTheNode(t *testing.T) {
 func TestLines_thatRedisRefusesInTheMiddleSayWhatIsStored(t *testing.T) {
 	t.Parallel()
 	var f *faulty
-	n := serve(t, func(s *setup) { s.logs = func(l Logs) Logs { f = &faulty{Logs: l}; return f } })
+	n := serve(t, func(s *setup) {
+		s.api.UploadPatience = 100 * time.Millisecond
+		s.logs = func(l Logs) Logs { f = &faulty{Logs: l}; return f }
+	})
 	for _, c := range []struct {
 		err    error
 		status int
@@ -371,6 +380,29 @@ func TestLines_thatRedisRefusesInTheMiddleSayWhatIsStored(t *testing.T) {
 		if p := u.result().refused(t, c.status, c.code); p.Stored == nil || p.Stored.Count != 1 || p.Stored.Last != 1 {
 			t.Errorf("%+v", p)
 		}
+	}
+}
+
+// An upload cannot be repeated like a request: it waits for a Redis that is away for a while, and so
+// does its sender.
+func TestLines_waitForARedisThatIsAwayForAWhile(t *testing.T) {
+	t.Parallel()
+	var f *faulty
+	n := serve(t, func(s *setup) { s.logs = func(l Logs) Logs { f = &faulty{Logs: l}; return f } })
+	u := n.upload(t, "s", nil)
+	u.write(line("sesame 1"))
+	eventually(t, "a chunk", func() bool { return n.get("/v1/sessions/s").status == 200 })
+	f.fail(store.ErrAway)
+	u.write(line("sesame 2"))
+	select {
+	case a := <-u.answer:
+		t.Fatalf("%d %s", a.status, a.body)
+	case <-time.After(300 * time.Millisecond): // the outage
+	}
+	f.err.Store(nil)
+	u.w.Close()
+	if got := into[Stored](t, u.result(), 201); got.Count != 2 || got.Last != 2 {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -3,8 +3,11 @@ package api
 import (
 	"context"
 	"errors"
+	"fmt"
+	"iter"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"time"
 
 	"github.com/google/uuid"
@@ -58,14 +61,22 @@ func (a *API) ask(c echo.Context) error {
 		return &Problem{Status: http.StatusTooManyRequests, Code: "model_busy", Limit: a.cfg.Answers,
 			Detail: "too many answers are under way on this node: try again", retryAfter: 1}
 	}
-	u := upload{api: a, session: session(c)}
-	if err := u.append(c.Request().Context(), []store.Chunk{chunk}); err != nil {
+	// The answer is an upload of this node's own: numbered, so that what may have been
+	// stored can be sent again, and held, so that it ends when the node dies. Its message
+	// begins with the question: it can be cancelled before its first word.
+	u := a.newUpload(session(c), store.Producer{ID: reply.String()}, 0, 0)
+	u.held = []string{reply.String()}
+	u.begin()
+	if err := u.append([]store.Chunk{chunk}, store.HoldOpen); err != nil {
+		u.end()
 		<-a.places
 		return err
 	}
-	a.answers.Go(func() { // ends with the answer, or by End; nobody's disconnect ends it
+	u.patience = time.Minute
+	a.answers.Go(func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it
 		defer func() { <-a.places }()
-		a.answer(&u, reply.String(), []model.Turn{{Role: roleUser, Content: content}})
+		defer u.end()
+		a.answer(u, reply.String(), []model.Turn{{Role: roleUser, Content: content}})
 	})
 	return c.JSON(http.StatusAccepted, struct {
 		MessageID string `json:"message_id"`
@@ -78,10 +89,12 @@ func (a *API) answer(u *upload, reply string, conversation []model.Turn) {
 	log := a.log.With(slog.String("session", u.session), slog.String("message_id", reply))
 	log.Info("answer begins")
 	last := store.NewChunk(store.TypeDone, reply, roleAssistant, "")
-	for piece, err := range a.model.Answer(a.ending, conversation) {
+	for piece, err := range a.pieces(u.ctx, conversation) {
 		if err == nil {
-			err = a.say(u, store.NewChunk(store.TypeDelta, reply, roleAssistant, piece))
-		} else if a.ending.Err() == nil {
+			err = u.append([]store.Chunk{store.NewChunk(store.TypeDelta, reply, roleAssistant, piece)}, store.HoldOpen)
+		} else if cause := context.Cause(u.ctx); cause != nil {
+			err = cause
+		} else {
 			log.Error("model failed", slog.Any("err", err))
 		}
 		if over(err) {
@@ -90,7 +103,7 @@ func (a *API) answer(u *upload, reply string, conversation []model.Turn) {
 		}
 		if err != nil {
 			reason := "model_failed"
-			if a.ending.Err() != nil {
+			if errors.Is(context.Cause(u.ctx), errDraining) {
 				reason = "shutdown"
 			} else if store.Away(err) {
 				reason = "redis_away"
@@ -99,32 +112,80 @@ func (a *API) answer(u *upload, reply string, conversation []model.Turn) {
 			break
 		}
 	}
-	if err := a.say(u, last); err != nil && !over(err) {
+	if err := u.append([]store.Chunk{last}, store.HoldClosed); err != nil && !over(err) {
 		log.Error("answer is left without its end", slog.Any("err", err))
 		return
 	}
 	log.Info("answer ends")
 }
 
+// pieces is what the model says. One that panics has failed, and the server has not.
+func (a *API) pieces(ctx context.Context, conversation []model.Turn) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		ours := false // what runs is not the model
+		defer func() {
+			if r := recover(); r != nil && ours {
+				panic(r)
+			} else if r != nil {
+				yield("", fmt.Errorf("the model panicked: %v\n%s", r, debug.Stack()))
+			}
+		}()
+		for piece, err := range a.model.Answer(ctx, conversation) {
+			ours = true
+			if !yield(piece, err) {
+				return
+			}
+			ours = false
+		}
+	}
+}
+
 // over says whether nobody wants the rest of an answer.
 func over(err error) bool {
 	_, ended := errors.AsType[*store.MessageEndedError](err)
-	return ended || errors.Is(err, store.ErrSessionEnded) || errors.Is(err, store.ErrSessionDeleted)
+	_, fenced := errors.AsType[*store.FencedError](err)
+	return ended || fenced || errors.Is(err, store.ErrSessionEnded) || errors.Is(err, store.ErrSessionDeleted)
 }
 
-// say appends one chunk, and while Redis is away waits for it. What may have been
-// stored is not repeated.
-func (a *API) say(u *upload, chunk store.Chunk) error {
-	const patience = time.Minute
-	for begin, pause := time.Now(), 50*time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
-		err := u.append(context.Background(), []store.Chunk{chunk})
-		if !errors.Is(err, store.ErrAway) || time.Since(begin) > patience {
+// cancelledJSON is what a cancel has ended.
+type cancelledJSON struct {
+	Stored
+	Messages []string `json:"message_ids"`
+}
+
+// cancel ends a message, or all that are unfinished.
+func (a *API) cancel(c echo.Context) error {
+	body, err := a.readBody(c)
+	if err != nil {
+		return err
+	}
+	var message string
+	if len(body) > 0 {
+		if err := checkJSON(c); err != nil {
 			return err
 		}
-		select {
-		case <-time.After(pause):
-		case <-a.ending.Done():
+		members, err := readStrings(body, "message_id")
+		if err != nil {
 			return err
+		}
+		var given bool
+		if message, given = members["message_id"]; given && (message == "" || len(message) > store.MaxMessageID) {
+			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/message_id", Limit: store.MaxMessageID,
+				Detail: fmt.Sprintf("message_id is text of 1 to %d bytes: leave it out to cancel every unfinished message", store.MaxMessageID)}
 		}
 	}
+	done, err := a.logs.Cancel(c.Request().Context(), session(c), message)
+	if ended, ok := errors.AsType[*store.MessageEndedError](err); ok {
+		p := *problemOf(err)
+		p.Detail = ended.Error() + ": nothing is left to cancel"
+		return &p
+	}
+	if err != nil {
+		return err
+	}
+	answer := cancelledJSON{Stored: Stored{Epoch: done.Epoch, First: done.First, Last: done.Last, Count: len(done.Messages)}, Messages: done.Messages}
+	if answer.Messages == nil {
+		answer.Messages = []string{}
+	}
+	return c.JSON(http.StatusOK, answer)
 }

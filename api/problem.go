@@ -26,6 +26,9 @@ type Problem struct {
 	Message string  `json:"message_id,omitzero"` // which message
 	Stored  *Stored `json:"stored,omitempty"`    // what a body that failed in its middle has stored
 
+	ProducerEpoch *int64 `json:"producer_epoch,omitempty"`          // the one that counts
+	ExpectedChunk *int64 `json:"producer_expected_chunk,omitempty"` // the producer's next number
+
 	retryAfter int   // seconds
 	cause      error // for the log
 }
@@ -39,6 +42,8 @@ type Stored struct {
 	First int64  `json:"first_seq"`
 	Last  int64  `json:"last_seq"`
 	Count int    `json:"count"`
+	// MessageID is the message that a text body is.
+	MessageID string `json:"message_id,omitzero"`
 }
 
 // problemOf is the one table from errors to what clients are told.
@@ -59,7 +64,19 @@ func problemOf(err error) *Problem {
 		return &p
 	}
 	if e, ok := errors.AsType[*store.MessageEndedError](err); ok {
-		return &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Detail: e.Error() + ": begin a message with another id"}
+		p := &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Detail: e.Error() + ": begin a message with another id"}
+		if e.How == store.Stopped {
+			p.Code, p.Detail = "message_cancelled", fmt.Sprintf("message %q was cancelled: stop, nothing more of it is wanted", e.MessageID)
+		}
+		return p
+	}
+	if e, ok := errors.AsType[*store.FencedError](err); ok {
+		return &Problem{Status: http.StatusForbidden, Code: "producer_fenced", Member: headerProducerEpoch, ProducerEpoch: &e.Epoch,
+			Detail: e.Error() + ": stop, or take over with a higher one"}
+	}
+	if e, ok := errors.AsType[*store.GapError](err); ok {
+		return &Problem{Status: http.StatusConflict, Code: "producer_gap", Member: headerProducerChunk, ExpectedChunk: &e.Expected,
+			Detail: e.Error() + ": send from there on"}
 	}
 	if e, ok := errors.AsType[*echo.HTTPError](err); ok {
 		switch e.Code {
@@ -81,8 +98,10 @@ func problemOf(err error) *Problem {
 		{store.ErrNotFound, Problem{Status: http.StatusNotFound, Code: "session_not_found", Detail: "there is no such session"}},
 		{store.ErrSessionEnded, Problem{Status: http.StatusConflict, Code: "session_ended", Detail: "the session has ended: nothing can be appended to it"}},
 		{store.ErrSessionDeleted, Problem{Status: http.StatusConflict, Code: "session_deleted", Detail: "the session was deleted while this upload was under way"}},
+		{store.ErrProducerConflict, Problem{Status: http.StatusConflict, Code: "producer_conflict", Member: headerProducerChunk, Detail: "under this number the producer has posted something else: count on, or begin another epoch"}},
+		{store.ErrMessageUnknown, Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "/message_id", Detail: "the session has no such message that could be cancelled"}},
 		{store.ErrAway, Problem{Status: http.StatusServiceUnavailable, Code: "redis_away", Detail: "Redis cannot be reached: nothing was stored, try again", retryAfter: 1}},
-		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not answer: it may or may not have been stored, read the log before you repeat it"}},
+		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not answer: it may or may not have been stored. With producer numbers (Producer-Id, ...) repeat it as it was; without, read the log first"}},
 		{context.Canceled, Problem{Status: 499, Code: "client_gone", Detail: "the client went away"}},
 	} {
 		if errors.Is(err, row.err) {
@@ -111,8 +130,15 @@ func (a *API) problem(err error, c echo.Context) {
 	if err != nil {
 		panic(err) // a flat struct of text and numbers
 	}
+	h := c.Response().Header()
 	if p.retryAfter > 0 {
-		c.Response().Header().Set("Retry-After", strconv.Itoa(p.retryAfter))
+		h.Set("Retry-After", strconv.Itoa(p.retryAfter))
+	}
+	if p.ProducerEpoch != nil {
+		h.Set(headerProducerEpoch, strconv.FormatInt(*p.ProducerEpoch, 10))
+	}
+	if p.ExpectedChunk != nil {
+		h.Set(headerExpectedChunk, strconv.FormatInt(*p.ExpectedChunk, 10))
 	}
 	if c.Request().Method == http.MethodHead {
 		body = nil

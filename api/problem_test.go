@@ -21,6 +21,9 @@ func calls() []request {
 		{method: "GET", path: s}, {method: "POST", path: s}, {method: "DELETE", path: s},
 		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `{"content":"sesame"}`},
 		{method: "POST", path: s + "/chunks", kind: typeNDJSON, body: line("sesame")},
+		{method: "POST", path: s + "/chunks", kind: typeText, body: "sesame"},
+		{method: "POST", path: s + "/chunks", kind: typeEvents, body: "data: sesame\n\n"},
+		{method: "POST", path: s + "/cancel", kind: typeJSON, body: `{}`},
 		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/stream?until=done"},
 		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
 		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/"},
@@ -88,7 +91,7 @@ func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
 	t.Parallel()
 	var f *faulty
 	n := serve(t, func(s *setup) {
-		s.errors = true
+		s.errors, s.api.UploadPatience = true, 50*time.Millisecond
 		s.logs = func(l Logs) Logs { f = &faulty{Logs: l}; return f }
 	})
 	for _, c := range []struct {
@@ -249,7 +252,7 @@ func TestProblem_panicIsAFaultAndTheNodeGoesOn(t *testing.T) {
 func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	for _, path := range []string{"/docs", "/metrics", "/v1", "/v1/", "/v1/sessions/", "/v1/sessions/s/", "/v1/sessions/s/cancel", "/v2/sessions", "/nothing", "/.git/config", "/openapi.json"} {
+	for _, path := range []string{"/docs", "/metrics", "/v1", "/v1/", "/v1/sessions/", "/v1/sessions/s/", "/v1/sessions/s/stop", "/v2/sessions", "/nothing", "/.git/config", "/openapi.json"} {
 		for _, method := range []string{"GET", "POST"} {
 			n.do(request{method: method, path: path, bad: true}).refused(t, 404, "not_found")
 		}

@@ -105,6 +105,7 @@ func TestSession_idThatIsNoneIsRefusedEverywhereAndMakesNothing(t *testing.T) {
 			{method: "POST", path: "/chunks", kind: typeJSON, body: `{"content":"sesame"}`},
 			{method: "GET", path: "/chunks"}, {method: "GET", path: "/stream"},
 			{method: "POST", path: "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
+			{method: "POST", path: "/cancel"},
 		} {
 			q.path, q.bad = "/v1/sessions/"+id+q.path, true
 			if p := n.do(q).refused(t, 400, "invalid_session_id"); p.Member != "id" || p.Limit != 128 {

@@ -32,8 +32,12 @@ func (a *API) stream(c echo.Context) error {
 		return err
 	}
 	defer v.Close()
-	if v.Over(r.Context(), a.cfg.Patience) {
+	switch v.Over(r.Context(), a.cfg.Patience) {
+	case sse.Ended, sse.Deleted:
 		return c.NoContent(http.StatusNoContent)
+	case sse.Outside:
+		return &Problem{Status: http.StatusGone, Code: "cursor_outside", Member: "Last-Event-ID",
+			Detail: "the log has not what follows this cursor: it was trimmed, or it is another log. Begin again without a cursor, or view it without format=raw, which tells what happened"}
 	}
 	a.log.LogAttrs(r.Context(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
 	w := a.hub.NewWriter(c.Response().Writer, r)
@@ -62,8 +66,12 @@ func parseView(c echo.Context, view *sse.Ask) error {
 	default:
 		return invalid("until", "until is done, or left out")
 	}
-	if c.QueryParams().Has("format") {
-		return invalid("format", "there is no other format than the default: leave it out")
+	switch format := c.QueryParam("format"); format {
+	case "":
+	case "raw":
+		view.Raw = true
+	default:
+		return invalid("format", "format is raw, or left out")
 	}
 	id := c.Request().Header.Get("Last-Event-ID")
 	if id == "" {

@@ -194,7 +194,7 @@ func TestStream_badParametersAreRefused(t *testing.T) {
 	n := serve(t, nil)
 	for query, member := range map[string]string{
 		"after=x": "after", "after=-1": "after", "after=01": "after", "after=LATEST": "after", "after=12345678901234567": "after",
-		"until=end": "until", "until=DONE": "until", "format=raw": "format",
+		"until=end": "until", "until=DONE": "until", "format=xml": "format",
 	} {
 		p := n.do(request{method: "GET", path: "/v1/sessions/s/stream?" + query, bad: true}).refused(t, 400, "invalid_parameter")
 		if p.Member != member {

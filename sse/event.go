@@ -1,8 +1,10 @@
 package sse
 
 import (
+	"bytes"
 	"encoding/json"
 	"strconv"
+	"strings"
 
 	"gapless/store"
 )
@@ -30,6 +32,33 @@ func appendEvent(b []byte, seq int64, element string) (event []byte, ends bool) 
 	b = append(b, "\nid: "...)
 	b = strconv.AppendInt(b, seq, 10)
 	return append(b, "\n\n"...), ends
+}
+
+// appendRaw appends those of a stream's events that were ingested as events, as they came,
+// with our ids. Nothing else has a place among them: clients of an AI service's own
+// stream fail on events that they do not know.
+func appendRaw(b, events []byte) []byte {
+	for len(events) > 0 {
+		event, rest, _ := bytes.Cut(events, []byte("\n\n"))
+		events = rest
+		chunk, id, _ := bytes.Cut(event, []byte("\n"))
+		chunk, ours := bytes.CutPrefix(chunk, []byte("data: "))
+		if !ours { // welcome
+			continue
+		}
+		name, data, ok := store.Raw(chunk)
+		if !ok {
+			continue
+		}
+		if name != "" {
+			b = append(append(append(b, "event: "...), name...), '\n')
+		}
+		for line := range strings.SplitSeq(data, "\n") {
+			b = append(append(append(b, "data: "...), line...), '\n')
+		}
+		b = append(append(b, id...), "\n\n"...)
+	}
+	return b
 }
 
 // welcome is the first event of a response. It repeats the cursor as its id, so that a

@@ -87,7 +87,7 @@ func (w *world) push(n int) {
 func (w *world) append(n int) {
 	for range n {
 		w.made++
-		if _, err := w.logs.Append(w.t.Context(), "s", 0, []store.Chunk{store.NewChunk("delta", "", "", fmt.Sprint("c", w.made))}); err != nil {
+		if _, err := w.logs.Append(w.t.Context(), "s", store.Batch{Chunks: []store.Chunk{store.NewChunk("delta", "", "", fmt.Sprint("c", w.made))}}); err != nil {
 			w.t.Fatal(err)
 		}
 	}

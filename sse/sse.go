@@ -117,6 +117,7 @@ const (
 	Gone     Cause = "gone"     // the client went away
 	Slow     Cause = "slow"     // the socket took nothing for the write timeout
 	Shutdown Cause = "shutdown" // this node drains
+	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw has no way to say so
 )
 
 // Clean says whether a response that ended for this cause is ended as HTTP ends one,

@@ -17,6 +17,7 @@ type Ask struct {
 	Cursor     int64  // the last number that it has; Latest: whatever is the last one now
 	Unknown    bool   // it came with an id that is no number: from the start, by a reset
 	UntilDone  bool   // its response ends behind the next chunk that ends a message or the log
+	Raw        bool   // it is given only what was ingested as events, as that came
 }
 
 // Latest is the cursor of a viewer that wants nothing of what is there already.
@@ -35,6 +36,8 @@ type Viewer struct {
 	old      *page // older chunks, while the cursor is among them
 	oldBytes int   // how large the next page is to be
 	oldAt    time.Time
+
+	raw []byte // Raw: the last events, as they came
 }
 
 // A page is small for a viewer that takes long over it, since it keeps all of it in
@@ -66,23 +69,66 @@ func (v *Viewer) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("session", v.Session), slog.String("connection", v.Connection), slog.Int64("cursor", v.Cursor))
 }
 
-// Over waits, for as long as patience, until the log is known, and says whether there
-// is nothing to view and never will be: the log has ended or was deleted, and the
-// cursor has all of it. It returns false when patience ends first.
-func (v *Viewer) Over(ctx context.Context, patience time.Duration) bool {
+// Over waits, for as long as patience, until the log is known, and says whether there is
+// nothing to view and never will be: the log has Ended or was Deleted, and the cursor
+// has all of it; or, for a Raw viewer, what follows the cursor is not to be had
+// (Outside). It is empty when there is something to view, or when patience ends first.
+func (v *Viewer) Over(ctx context.Context, patience time.Duration) Cause {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		w := v.feed.window.Load()
 		if w.known() && v.fresh(w) {
-			return w.Deleted || w.Ended && !v.Unknown && (v.Cursor == w.Last || v.Cursor == Latest)
+			cursor := v.Cursor
+			if cursor == Latest {
+				cursor = w.Last
+			}
+			switch reason, _ := v.misplaced(w, cursor); {
+			case w.Deleted:
+				return Deleted
+			case v.Raw && reason != "":
+				return Outside
+			case w.Ended && !v.Unknown && (cursor == w.Last || v.Raw && !v.rawFollows(ctx, w, cursor)):
+				return Ended
+			}
+			return ""
 		}
 		select {
 		case <-w.next:
 		case <-ctx.Done():
-			return false
+			return ""
 		}
 	}
+}
+
+// rawFollows says whether, for all that is known before ctx ends, a chunk that was
+// ingested as an event follows the cursor in a log that has ended.
+func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
+	m := &w.memory
+	for cursor < w.Last {
+		events, last, _, _ := m.after(cursor, w.Last, false)
+		if len(events) > 0 {
+			if len(appendRaw(nil, events)) > 0 {
+				return true
+			}
+			cursor = last
+			continue
+		}
+		if m = &w.memory; cursor+1 >= m.firstSeq() {
+			continue
+		}
+		select {
+		case r := <-v.hub.page(v.Session, w.Epoch, cursor+1, mostPage):
+			p, _ := r.Val.(*page)
+			if r.Err != nil || p.Epoch != w.Epoch || p.base() > cursor || p.nextSeq() <= cursor+1 {
+				return true // let it be seen when it is viewed
+			}
+			m = &p.memory
+		case <-ctx.Done():
+			return true
+		}
+	}
+	return false
 }
 
 // fresh says whether w can decide about a viewer that has just come. Other nodes may
@@ -130,6 +176,9 @@ func (v *Viewer) next(w *window) step {
 		}
 	}
 	if reason, to := v.misplaced(w, cursor); reason != "" {
+		if v.Raw && reason != resetDeleted {
+			return step{cursor: cursor, end: Outside}
+		}
 		events = appendReset(events, reason, cursor, to, w.Bounds)
 		cursor = to
 		if reason == resetDeleted {
@@ -153,6 +202,9 @@ func (v *Viewer) next(w *window) step {
 	}
 	if v.old != nil && v.old.Epoch == w.Epoch {
 		if to := v.old.base(); to > cursor { // trimmed since the feed has read
+			if v.Raw {
+				return step{cursor: cursor, end: Outside}
+			}
 			return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, v.old.Bounds)}
 		}
 		if s, ok = v.take(&v.old.memory, cursor, w.Last); ok && len(s.events) > 0 {
@@ -228,7 +280,11 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 // end, and says why. ctx is the request's.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), w.leave) })()
-	if w.write([]byte(heartbeat)) != nil {
+	begin := []byte(heartbeat)
+	if v.Raw { // it has no welcome that could say this
+		begin = appendRetry(begin, retry())
+	}
+	if w.write(begin) != nil {
 		return w.cause()
 	}
 	beat := time.NewTimer(v.hub.cfg.Heartbeat)
@@ -240,7 +296,12 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 		s := v.next(window)
 		more := (<-chan struct{})(window.next)
 		if len(s.events) > 0 {
-			if w.write(s.events) != nil {
+			events := s.events
+			if v.Raw {
+				v.raw = appendRaw(v.raw[:0], events)
+				events = v.raw
+			}
+			if len(events) > 0 && w.write(events) != nil {
 				return w.cause()
 			}
 			v.Cursor = s.cursor
@@ -275,7 +336,7 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 			}
 			beat.Reset(v.hub.cfg.Heartbeat - quiet)
 		case <-w.left:
-			if !v.joined { // so that it comes back all the same
+			if !v.joined && !v.Raw { // so that it comes back all the same
 				w.last(appendRetry(nil, retry()))
 			}
 			return Shutdown

@@ -201,13 +201,13 @@ func TestViewer_endOfTheLog(t *testing.T) {
 		if got := names(w.events()); got != "welcome 0, chunk 1, chunk 2" {
 			t.Error(got)
 		}
-		for cursor, want := range map[int64]bool{0: false, 1: false, 2: true, 3: false, Latest: true} {
+		for cursor, want := range map[int64]Cause{0: "", 1: "", 2: Ended, 3: "", Latest: Ended} {
 			v, err := h.View(Ask{Session: "s", Cursor: cursor})
 			if err != nil {
 				t.Fatal(err)
 			}
 			if got := v.Over(t.Context(), time.Minute); got != want {
-				t.Errorf("over at %d: %t", cursor, got)
+				t.Errorf("over at %d: %q", cursor, got)
 			}
 			v.Close()
 		}
@@ -303,7 +303,7 @@ func TestViewer_redisAway_isHeld(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if v.Over(t.Context(), time.Second) {
+		if v.Over(t.Context(), time.Second) != "" {
 			t.Error("over, without knowing")
 		}
 		v.Close()

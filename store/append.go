@@ -5,46 +5,157 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 )
 
-// Appended says where chunks went. Others may append in between two calls, never
-// inside one: First to Last are all ours.
-type Appended struct {
-	Epoch       string
-	First, Last int64
+// Batch is what one Append adds, and on whose behalf.
+type Batch struct {
+	Chunks   []Chunk
+	Producer Producer
+	// Life is what a former Append of the same upload was told, or 0: when the session was
+	// deleted since, the error is ErrSessionDeleted, also if it was made anew.
+	Life int64
+	// Lease is asked for by the messages of this batch, if not 0: each ends as failed when
+	// for so long no append belongs to it or names it.
+	Lease time.Duration
+	// Hold is what becomes of Messages, the open ones of an upload. Without a Hold they are
+	// messages that are named to renew their lease, or to begin it.
+	Hold     Hold
+	Messages []string
 }
 
-// Append adds chunks to the log of a session, which is made if need be: all of them,
-// or, with an error, none. after is the last number that a former Append of the same
-// upload was given, or 0: when the session was deleted since, the error is
-// ErrSessionDeleted, also if it was made anew.
+// Producer is whose numbers the chunks of a batch have. Without an ID they have none.
+type Producer struct {
+	ID     string
+	Epoch  int64
+	Number int64 // of the first chunk; from 0 in each epoch
+}
+
+// Hold says how it stands with an upload.
+type Hold string
+
+const (
+	HoldNone   Hold = ""       // it is no upload
+	HoldOpen   Hold = "open"   // it is under way: a sign of life of its messages, for as long as Config.Grace
+	HoldLook   Hold = "look"   // the same, and an error if one of them was ended from elsewhere
+	HoldClosed Hold = "closed" // it has ended as it should
+	HoldBroken Hold = "broken" // its connection broke: its messages fail, at once or after the grace
+)
+
+// Appended says where the chunks of a batch are in the log.
+type Appended struct {
+	Epoch string
+	// First and Last are the numbers of the batch's first and last chunk. Without a
+	// producer's numbers, those between are its own as well. 0: chunks were known by their
+	// producer's numbers, which are too old for the log to say where they are.
+	First, Last int64
+	// Count is how many chunks of the log the batch is, and Known how many of them were
+	// there before.
+	Count, Known int
+	Life         int64
+}
+
+// Append adds a batch to the log of a session, which is made if need be: all of its
+// chunks, or, with an error, none. Chunks that the log has under the same producer's
+// numbers are not added again.
 //
-// Other errors: *RefusedError with ErrSessionEnded or *MessageEndedError in it, ErrAway
-// (surely nothing was stored), ErrOutcomeUnknown.
-func (s *Store) Append(ctx context.Context, session string, after int64, chunks []Chunk) (Appended, error) {
-	args := make([]any, 0, 2+3*len(chunks))
-	args = append(args, s.cfg.HistoryMax, after)
-	for _, c := range chunks {
-		args = append(args, c.messageID, c.ends, c.members)
+// Errors: *RefusedError with ErrSessionEnded, *MessageEndedError or ErrProducerConflict
+// in it, ErrSessionEnded or *MessageEndedError where no chunk is to blame,
+// ErrSessionDeleted, *FencedError, *GapError, ErrAway (surely nothing was stored),
+// ErrOutcomeUnknown.
+func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, error) {
+	var all Appended
+	skipped := 0 // chunks of b that were found in the log
+	for {
+		a, known, err := s.append(ctx, session, b)
+		if err == nil && known != nil {
+			var n int
+			if n, a, err = s.compare(ctx, session, &b, known); err == nil {
+				all.add(a)
+				skipped += n
+				if len(b.Chunks) == 0 && len(b.Messages) == 0 {
+					all.Epoch, all.Life = known.epoch, known.life
+					return all, nil
+				}
+				continue
+			}
+		}
+		if refused, ok := errors.AsType[*RefusedError](err); ok {
+			refused.Index += skipped
+		}
+		all.add(a)
+		all.Epoch, all.Life = a.Epoch, a.Life
+		return all, err
+	}
+}
+
+// add puts what follows behind a.
+func (a *Appended) add(next Appended) {
+	if next.Count == 0 {
+		if a.Count == 0 {
+			a.First, a.Last = next.First, next.Last
+		}
+		return
+	}
+	if a.Count == 0 {
+		a.First = next.First
+	}
+	a.Last = next.Last
+	a.Count += next.Count
+	a.Known += next.Known
+}
+
+// append is one call of the script.
+func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, *known, error) {
+	p, stride := b.Producer, 3
+	if p.ID != "" {
+		stride = 6
+	}
+	args := make([]any, 0, 7+len(b.Messages)+stride*len(b.Chunks))
+	args = append(args, b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), len(b.Messages))
+	for _, m := range b.Messages {
+		args = append(args, m)
+	}
+	for _, c := range b.Chunks {
+		args = append(args, c.messageID, c.kind, c.members)
+		if stride > 3 {
+			form := "c"
+			if c.text != "" {
+				form = "t"
+			}
+			args = append(args, c.Numbers(), c.filled, form)
+		}
 	}
 	reply, err := s.run(ctx, scriptAppend, session, args...)
 	if err != nil {
-		return Appended{}, fmt.Errorf("append to %s: %w", session, err)
+		return Appended{}, nil, fmt.Errorf("append to %s: %w", session, err)
 	}
-	var a Appended
-	switch r := fields(reply); r.status() {
+	r := fields(reply)
+	refused := func(err error) error {
+		if i := r.int(9); i >= 0 {
+			err = &RefusedError{Index: int(i), Err: err}
+		}
+		return errors.Join(r.err, err)
+	}
+	switch r.status() {
 	case "ok":
-		a = Appended{r.text(1), r.int(9), r.int(10)}
-		return a, r.err
+		a := Appended{Epoch: r.text(1), First: r.int(9), Last: r.int(10), Count: len(b.Chunks), Life: r.int(11)}
+		return a, nil, r.err
+	case "producer_known":
+		k, err := parseKnown(r)
+		return Appended{}, k, errors.Join(r.err, err)
+	case "producer_fenced":
+		return Appended{}, nil, errors.Join(r.err, &FencedError{Epoch: r.int(9)})
+	case "producer_gap":
+		return Appended{}, nil, errors.Join(r.err, &GapError{Expected: r.int(9)})
 	case "session_ended":
-		return a, errors.Join(r.err, &RefusedError{Index: int(r.int(9)), Err: ErrSessionEnded})
+		return Appended{}, nil, refused(ErrSessionEnded)
 	case "session_deleted":
-		return a, ErrSessionDeleted
+		return Appended{}, nil, ErrSessionDeleted
 	case "message_ended":
-		ended := &MessageEndedError{r.text(10), r.text(11)}
-		return a, errors.Join(r.err, &RefusedError{Index: int(r.int(9)), Err: ended})
+		return Appended{}, nil, refused(&MessageEndedError{r.text(10), r.text(11)})
 	default:
-		return a, fmt.Errorf("append to %s: status %q: %w", session, r.status(), errReply)
+		return Appended{}, nil, fmt.Errorf("append to %s: status %q: %w", session, r.status(), errReply)
 	}
 }
 

@@ -16,8 +16,11 @@ import (
 // the append script puts behind the number and the time.
 type Chunk struct {
 	members   string // `"type":"delta","content":"…"}`: without the opening brace, on one line
+	filled    int    // how many bytes of members, from the first, were not posted
 	messageID string
-	ends      string // done, failed, cancelled: ends the message; end: ends the log
+	kind      string // what it does: nothing, or message, done, failed, cancelled, end
+	text      string // a piece of a text body, which takes a producer's number a byte; else empty
+	fill      Fill   // of text
 }
 
 // The types of chunk that mean something to the server.
@@ -75,7 +78,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		return c, syntaxError(err)
 	}
 	typ, members := "", 0
-	hasType, hasMessage, hasRole := false, false, false
+	hasType, hasMessage, hasRole, complete := false, false, false, false
 	for dec.PeekKind() != '}' {
 		name, err := dec.ReadToken()
 		if err != nil {
@@ -96,6 +99,16 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 			}
 		}
 		switch member {
+		case "event":
+			if strings.ContainsAny(unquote(value), "\r\n") {
+				return c, &ChunkError{Code: "invalid_chunk", Member: "/event", Detail: `member "event" is the name of an event: it is one line`}
+			}
+		case "raw":
+			if strings.Contains(unquote(value), "\r") {
+				return c, &ChunkError{Code: "invalid_chunk", Member: "/raw", Detail: `member "raw" is the data of an event: its lines end with LF, without CR`}
+			}
+		case "is_complete":
+			complete = value.Kind() == 't'
 		case "type":
 			if typ, hasType = unquote(value), true; typ == "" {
 				return c, &ChunkError{Code: "invalid_chunk", Member: "/type", Detail: `member "type" is empty: leave it out for "delta"`}
@@ -124,37 +137,78 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		text = line
 	}
 
-	var b strings.Builder
-	b.Grow(len(text) + 64)
-	sep := ""
-	add := func(name, value string) {
-		b.WriteString(sep + `"` + name + `":` + quote(value))
-		sep = ","
+	var missing Fill
+	if !hasMessage {
+		missing.MessageID = fill.MessageID
 	}
-	if !hasType {
-		typ = TypeDelta
-		add("type", typ)
+	if !hasRole {
+		missing.Role = fill.Role
 	}
-	if !hasMessage && fill.MessageID != "" {
-		c.messageID = fill.MessageID
-		add("message_id", fill.MessageID)
-	}
-	if !hasRole && fill.Role != "" {
-		add("role", fill.Role)
-	}
+	posted := string(text[1:])
 	if members == 0 {
-		b.WriteByte('}')
-	} else {
-		b.WriteString(sep)
-		b.Write(text[1:])
+		posted = "}"
 	}
-	c.members, c.ends = b.String(), ending(typ)
+	message := c.messageID
+	c = assemble(missing, !hasType, posted)
+	if hasMessage {
+		c.messageID = message
+	}
+	if c.kind = kindOf(typ); complete && (c.kind == "" || c.kind == TypeMessage) {
+		c.kind = TypeDone
+	}
+	return c, c.check(limit)
+}
+
+// check refuses a chunk whose event is too large.
+func (c Chunk) check(limit int) error {
 	if got := c.Size(); got > limit {
-		return c, &ChunkError{Code: "chunk_too_large", Limit: limit,
+		return &ChunkError{Code: "chunk_too_large", Limit: limit,
 			Detail: fmt.Sprintf("the chunk makes an event of up to %d bytes in a stream: at most %d are allowed (-chunk-max)", got, limit)}
 	}
-	return c, nil
+	return nil
 }
+
+// assemble puts what is filled in before what was posted.
+func assemble(fill Fill, asDelta bool, posted string) Chunk {
+	b := make([]byte, 0, len(posted)+len(fill.MessageID)+len(fill.Role)+64)
+	if asDelta {
+		b = append(b, `"type":"`+TypeDelta+`",`...)
+	}
+	if fill.MessageID != "" {
+		b = append(append(b, `"message_id":`...), quote(fill.MessageID)...)
+		b = append(b, ',')
+	}
+	if fill.Role != "" {
+		b = append(append(b, `"role":`...), quote(fill.Role)...)
+		b = append(b, ',')
+	}
+	if posted == "}" {
+		b = bytes.TrimSuffix(b, []byte{','})
+	}
+	return Chunk{members: string(append(b, posted...)), filled: len(b), messageID: fill.MessageID}
+}
+
+// posted is what the producer sent of the chunk: its members without those that were filled in.
+func (c Chunk) posted() string { return c.members[c.filled:] }
+
+// Numbers is how many of a producer's numbers the chunk takes.
+func (c Chunk) Numbers() int64 {
+	if c.text != "" {
+		return int64(len(c.text))
+	}
+	return 1
+}
+
+// Opens says whether the chunk leaves its message unfinished.
+func (c Chunk) Opens() bool { return c.kind == "" }
+
+// Ends says whether it ends its message.
+func (c Chunk) Ends() bool {
+	return c.kind == TypeDone || c.kind == TypeFailed || c.kind == TypeCancelled
+}
+
+// MessageID is the message that the chunk belongs to; empty: none.
+func (c Chunk) MessageID() string { return c.messageID }
 
 // NewChunk makes a chunk of the server's own. Empty members are left out.
 func NewChunk(typ, messageID, role, content string) Chunk {
@@ -166,7 +220,7 @@ func NewChunk(typ, messageID, role, content string) Chunk {
 		}
 	}
 	b.WriteByte('}')
-	return Chunk{members: b.String(), messageID: messageID, ends: ending(typ)}
+	return Chunk{members: b.String(), messageID: messageID, kind: kindOf(typ)}
 }
 
 // NewFailed makes the chunk that ends a message whose producer failed.
@@ -176,9 +230,55 @@ func NewFailed(messageID, role, reason string) Chunk {
 	return c
 }
 
-func ending(typ string) string {
+// NewEnding makes the chunk that a producer leaves to the server: done or end.
+func NewEnding(typ string, fill Fill) Chunk {
+	c := assemble(fill, false, `"type":`+quote(typ)+`}`)
+	c.kind = kindOf(typ)
+	return c
+}
+
+// NewEvent makes a chunk of an event that an event stream brought: its name, if it has
+// one, and its data, to the byte.
+func NewEvent(name, data string, fill Fill, limit int) (Chunk, error) {
+	posted := `"raw":` + quote(data) + `}`
+	if name != "" {
+		posted = `"event":` + quote(name) + `,` + posted
+	}
+	c := assemble(fill, true, posted)
+	return c, c.check(limit)
+}
+
+// NewTexts makes chunks of a piece of text, which is whole characters: one, or more
+// where the limit demands it. A producer's numbers count its bytes.
+func NewTexts(text string, fill Fill, limit int) ([]Chunk, error) {
+	if c := newText(text, fill); c.Size() <= limit {
+		return []Chunk{c}, nil
+	} else if len(text) <= utf8.UTFMax {
+		return nil, c.check(limit)
+	}
+	half := len(text) / 2
+	for !utf8.RuneStart(text[half]) {
+		half--
+	}
+	first, err := NewTexts(text[:half], fill, limit)
+	if err != nil {
+		return nil, err
+	}
+	second, err := NewTexts(text[half:], fill, limit)
+	return append(first, second...), err
+}
+
+func newText(text string, fill Fill) Chunk {
+	c := assemble(fill, true, `"content":`+quote(text)+`}`)
+	c.text, c.fill = text, fill
+	return c
+}
+
+// kindOf is what a chunk of a type does: the types that are not named here are pieces of
+// a message, and leave it open.
+func kindOf(typ string) string {
 	switch typ {
-	case TypeDone, TypeFailed, TypeCancelled, TypeEnd:
+	case TypeMessage, TypeDone, TypeFailed, TypeCancelled, TypeEnd:
 		return typ
 	}
 	return ""
@@ -245,31 +345,67 @@ func Number(element string) (seq int64, ours bool) {
 }
 
 // Ends says whether a chunk, as AppendElement wrote it, ends its message or the log.
-func Ends(chunk []byte) bool {
+func Ends(chunk []byte) (ends bool) {
 	// Most chunks hold none of the words, in any spelling: they are not parsed again.
 	if !bytes.Contains(chunk, []byte(`"done"`)) && !bytes.Contains(chunk, []byte(`"failed"`)) && !bytes.Contains(chunk, []byte(`"cancelled"`)) &&
 		!bytes.Contains(chunk, []byte(`"end"`)) && !bytes.Contains(chunk, []byte(`"is_complete"`)) && !bytes.Contains(chunk, []byte(`\u`)) {
 		return false
 	}
-	dec := jsontext.NewDecoder(bytes.NewBuffer(chunk), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
+	eachMember(chunk, func(name string, value jsontext.Value) {
+		if name == "is_complete" && value.Kind() == 't' {
+			ends = true
+		}
+		if name == "type" && value.Kind() == '"' {
+			if kind := kindOf(unquote(value)); kind != "" && kind != TypeMessage {
+				ends = true
+			}
+		}
+	})
+	return ends
+}
+
+// Raw is the event that a chunk, as AppendElement wrote it, was ingested from. ok is
+// false for chunks of other kinds.
+func Raw(chunk []byte) (name, data string, ok bool) {
+	if !bytes.Contains(chunk, []byte(`"raw"`)) && !bytes.Contains(chunk, []byte(`\u`)) {
+		return "", "", false
+	}
+	oneLine := true
+	eachMember(chunk, func(member string, value jsontext.Value) {
+		switch {
+		case member == "raw":
+			if ok = value.Kind() == '"'; ok {
+				data = unquote(value)
+			}
+		case member == "event" && value.Kind() == '"':
+			name = unquote(value)
+			oneLine = !strings.ContainsAny(name, "\r\n")
+		}
+	})
+	if ok = ok && oneLine && !strings.Contains(data, "\r"); !ok { // what other hands pushed may be no event
+		return "", "", false
+	}
+	return name, data, true
+}
+
+// eachMember calls f for the members of a JSON object, as far as it is one.
+func eachMember(object []byte, f func(name string, value jsontext.Value)) {
+	dec := jsontext.NewDecoder(bytes.NewBuffer(object), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	if _, err := dec.ReadToken(); err != nil {
-		return false
+		return
 	}
 	for dec.PeekKind() == '"' {
 		name, err := dec.ReadToken()
 		if err != nil {
-			return false
+			return
 		}
 		member := name.String()
 		value, err := dec.ReadValue()
 		if err != nil {
-			return false
+			return
 		}
-		if member == "is_complete" && value.Kind() == 't' || member == "type" && value.Kind() == '"' && ending(unquote(value)) != "" {
-			return true
-		}
+		f(member, value)
 	}
-	return false
 }
 
 // Size is the most bytes that the chunk's event in a stream has.

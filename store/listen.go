@@ -32,6 +32,14 @@ func (s *Store) Listen(session string, l Listener) (stop func()) {
 	return func() { sub.remove(channel(session), l) }
 }
 
+// ListenUploads subscribes l to the names of sessions whose uploads have to look whether
+// they may go on (HoldLook): Live hands over a session's id. There is one such Listener.
+func (s *Store) ListenUploads(l Listener) (stop func()) {
+	sub := s.subs[0]
+	sub.add(uploads, l)
+	return func() { sub.remove(uploads, l) }
+}
+
 var spread = maphash.MakeSeed()
 
 // subscriber is one Pub/Sub connection, shared by many sessions, with the loop that

@@ -1,26 +1,36 @@
 -- The part that every script begins with: the log as Redis holds it.
 --
 --   KEYS[1]  the history list      KEYS[2]  the session hash      KEYS[3]  the live channel
+--   KEYS[4]  which of a producer's numbers are where in the log (append.lua)
 --   ARGV[1]  an epoch, to be used if a new one has to begin
 --   ARGV[2]  time to live of the list, ms      ARGV[3]  time to live of the hash, ms
 --   ARGV[4]  oldest-first | newest-first: which end of the list producers push to
 --   ARGV[5]  PUBLISH | SPUBLISH
 --   ARGV[6]  the hint: a message that only says "read the log"
---   ARGV[7]  and up: what the script itself takes
+--   ARGV[7]  the channel on which a session is named whose uploads have to look whether they may go on
+--   ARGV[8]  how many chunks to keep
+--   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
+--   ARGV[10] the session's id
+--   ARGV[11] and up: what the script itself takes
 --
 -- Scripts are not rolled back, so everything that can fail (a key of another type) is read before
--- anything is written.
-local history, session, channel = KEYS[1], KEYS[2], KEYS[3]
+-- anything is written. A script begins with `open` and ends with `finish`.
+local history, session, channel, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local newest_first = ARGV[4] == 'newest-first'
 
--- log is what `open` found; nil when there is neither hash nor list.
-local log = nil
+-- log is what `open` found; nil when there is neither hash nor list. news is what was pushed and is to be
+-- published; look says that uploads may have to end.
+local log, news, look = nil, {}, false
 
 local function int(n) return string.format('%.0f', n) end
 
+local clock
 local function now()
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  if not clock then
+    local t = redis.call('TIME')
+    clock = t[1] * 1000 + math.floor(t[2] / 1000)
+  end
+  return clock
 end
 
 -- Chunks are addressed by position, 1 for the oldest. An index from the end that producers push to
@@ -38,17 +48,81 @@ local function mark(position)
   return found[1] and redis.sha1hex(found[1]) or ''
 end
 
-local function keep()
-  redis.call('PEXPIRE', history, ARGV[2])
-  redis.call('PEXPIRE', session, ARGV[3])
+-- A message is what the hash has under m:<its id>:
+--
+--   open                                     it has begun and not ended
+--   open <deadline> <length> <holder>        ... and ends by itself at the deadline (ms) if nobody is heard of
+--   late <deadline> <length> <holder>        ... which has been asked for a sign of life, for the last time
+--   done | failed | cancelled                a chunk ended it
+--   stopped                                  the call to cancel it did
+--
+-- length is the lease that was asked for (ms), 0 for none. holder is "=" and a producer's id (empty for one
+-- without numbers) while an upload is under way, which then counts as a sign of life; else it is empty.
+-- Chunks without a message_id belong to no message: nothing of them is left unfinished.
+local messages = {}
+
+local function parse(text)
+  if not text then return { length = 0 } end
+  local word, deadline, length, holder = text:match('^(%l+) (%d+) (%d+) (.*)$')
+  if deadline then
+    return { open = true, late = word == 'late', deadline = tonumber(deadline), length = tonumber(length), holder = holder }
+  end
+  if text == 'open' then return { open = true, length = 0 } end
+  return { how = text, length = 0 }
 end
 
-local function hint() redis.call(ARGV[5], channel, ARGV[6]) end
+local function message(id)
+  if not messages[id] then messages[id] = parse(redis.call('HGET', session, 'm:' .. id)) end
+  return messages[id]
+end
 
--- hint_begun tells those who follow a former epoch that it has ended. A first epoch needs no telling: its
--- first chunk does.
-local function hint_begun()
-  if log.begun and log.former > 0 then hint() end
+local function begin_message(m) m.open, m.changed = true, true end
+
+local function close_message(id, how)
+  messages[id] = { how = how, length = 0, changed = true }
+end
+
+-- The last part of a lease is for asking once more: after an outage of Redis nobody could renew one.
+local function last_call(length) return math.min(math.floor(length / 5), 5000) end
+
+local function renew(m, length)
+  m.deadline, m.late, m.changed = now() + length - last_call(length), false, true
+end
+
+-- rest lets go of an upload's hold: what stays is the lease that was asked for.
+local function rest(m)
+  if not m.deadline and m.length == 0 then return end
+  m.holder, m.changed = '', true
+  if m.length > 0 then renew(m, m.length) else m.deadline = nil end
+end
+
+-- each_message calls f(id, m) for every message that the hash has.
+local function each_message(f)
+  local all = redis.call('HGETALL', session)
+  for i = 1, #all, 2 do
+    if all[i]:sub(1, 2) == 'm:' then
+      local id = all[i]:sub(3)
+      if not messages[id] then messages[id] = parse(all[i + 1]) end
+    end
+  end
+  for id, m in pairs(messages) do f(id, m) end
+end
+
+-- save writes down what became of messages, and the earliest of their deadlines.
+local function save()
+  local due = log.due
+  for id, m in pairs(messages) do
+    if m.changed then
+      local text = m.how or 'open'
+      if m.deadline then
+        text = (m.late and 'late ' or 'open ') .. int(m.deadline) .. ' ' .. int(m.length) .. ' ' .. (m.holder or '')
+        due = math.min(due or m.deadline, m.deadline)
+      end
+      redis.call('HSET', session, 'm:' .. id, text)
+    end
+  end
+  if due == log.due_seen then return end
+  if due then redis.call('HSET', session, 'due', int(due)) else redis.call('HDEL', session, 'due') end
 end
 
 -- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there.
@@ -60,6 +134,12 @@ local function begin(base)
     redis.call('HSET', session, 'created_at', log.created_at)
   end
   log.begun = true
+end
+
+-- make begins a log where there is nothing.
+local function make()
+  log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, deletions = 0 }
+  begin(0)
 end
 
 -- revive makes a deleted session an empty one again, with an epoch of its own.
@@ -78,16 +158,105 @@ local function seen()
     'mark', mark(log.last - log.base), 'updated_at', log.updated_at)
 end
 
--- open reads the log's bounds, and finds out whether the list is still the one that was seen last.
+-- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
+-- chunk does.
+local function finish()
+  save()
+  seen()
+  redis.call('PEXPIRE', history, ARGV[2])
+  redis.call('PEXPIRE', session, ARGV[3])
+  if log.numbered then redis.call('PEXPIRE', index, ARGV[2]) end
+  if log.begun and log.former > 0 then redis.call(ARGV[5], channel, ARGV[6]) end
+  for i = 1, #news do redis.call(ARGV[5], channel, news[i]) end
+  if look then redis.call('PUBLISH', ARGV[7], ARGV[10]) end
+end
+
+-- add numbers and pushes chunks, given as text without the opening brace, and trims.
+local function add(members)
+  local head, ts, elements = log.last, int(now()), {}
+  for i = 1, #members do
+    elements[i] = '{"seq":' .. int(head + i) .. ',"ts":' .. ts .. ',' .. members[i]
+    news[#news + 1] = elements[i]
+  end
+  for i = 1, #elements, 1000 do -- unpack has limits
+    redis.call(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
+  end
+  log.length, log.last = log.length + #elements, log.last + #elements
+  local excess = log.length - tonumber(ARGV[8])
+  if excess > 0 then
+    if newest_first then redis.call('LTRIM', history, 0, -1 - excess)
+    else redis.call('LTRIM', history, excess, -1) end
+    log.base, log.length = log.base + excess, log.length - excess
+  end
+end
+
+-- conclude ends messages by a chunk of the server's own.
+local function conclude(ids, kind, how, more)
+  local members = {}
+  table.sort(ids)
+  for i, id in ipairs(ids) do
+    members[i] = '"type":"' .. kind .. '","message_id":' .. cjson.encode(id) .. more .. '}'
+    close_message(id, how)
+  end
+  add(members)
+end
+
+local function lose(ids) conclude(ids, 'failed', 'failed', ',"reason":"producer_lost"') end
+
+-- lapse ends the messages whose deadline is past. Whichever script comes first does it, so that nobody
+-- needs to be alive for it.
+local function lapse()
+  local lost, due = {}, nil
+  each_message(function(id, m)
+    if m.deadline and m.deadline <= now() then
+      if m.late then
+        lost[#lost + 1] = id
+        return
+      end
+      local length = math.max(m.length, m.holder ~= '' and tonumber(ARGV[9]) or 0)
+      m.late, m.changed, m.deadline = true, true, now() + last_call(length)
+    end
+    if m.deadline then due = math.min(due or m.deadline, m.deadline) end
+  end)
+  log.due, look = due, true
+  if #lost > 0 then lose(lost) end
+end
+
+-- learn finds out which messages the chunks from a position on begin or end: other hands pushed them.
+local function learn(from)
+  for i = from, log.length, 1000 do
+    for _, element in ipairs(range(i, math.min(i + 999, log.length))) do
+      if element:find('message_id', 1, true) or element:find('\\u', 1, true) then
+        local ok, chunk = pcall(cjson.decode, element)
+        local id = ok and type(chunk) == 'table' and chunk.message_id
+        if type(id) == 'string' and id ~= '' then
+          local kind, m = chunk.type, message(id)
+          if kind == 'done' or kind == 'failed' or kind == 'cancelled' then
+            if not m.how then close_message(id, kind) end
+          elseif chunk.is_complete == true then
+            if not m.how then close_message(id, 'done') end
+          elseif kind ~= 'message' and not m.open and not m.how then
+            begin_message(m)
+          end
+        end
+      end
+    end
+  end
+end
+
+-- open reads the log's bounds, finds out whether the list is still the one that was seen last, and does
+-- what is due.
 local function open()
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
-    'deleted', 'created_at', 'updated_at', 'removed')
+    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered')
   local length = redis.call('LLEN', history)
   if not h[1] and length == 0 then return end
   log = {
     epoch = h[1], base = tonumber(h[2] or 0), last_seen = tonumber(h[3] or 0), former = tonumber(h[5] or 0),
-    base_seen = tonumber(h[2] or 0), ended = h[6], deleted = h[7], created_at = h[8], updated_at = h[9], removed = tonumber(h[10] or 0), length = length,
+    base_seen = tonumber(h[2] or 0), ended = h[6], deleted = h[7], created_at = h[8], updated_at = h[9],
+    deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12], length = length,
   }
+  log.due_seen = log.due
   if not h[1] then
     begin(log.base) -- a list that a foreign producer began
   elseif log.deleted then
@@ -100,6 +269,8 @@ local function open()
     begin(log.last_seen) -- another list stands where the known one stood
   end
   log.last = log.base + length
+  if log.last > log.last_seen then learn(math.max(log.last_seen - log.base, 0) + 1) end
+  if log.due and not log.ended and now() >= log.due then lapse() end
 end
 
 local function reply(status, ...)

@@ -1,17 +1,15 @@
 -- The bounds of the log and chunks of it, all of one instant.
 --
---   ARGV[7]  the first number wanted; 0: the newest that fit
---   ARGV[8]  how many bytes of chunks to answer at most: but one chunk at least
---   ARGV[9]  how many chunks at most; 0: only the bounds
+--   ARGV[11]  the first number wanted; 0: the newest that fit
+--   ARGV[12]  how many bytes of chunks to answer at most: but one chunk at least
+--   ARGV[13]  how many chunks at most; 0: only the bounds
 --
 -- Waiting for a session creates no keys: where there is nothing, nothing is written.
 open()
 if not log then return { 'absent' } end
-seen()
-keep()
-hint_begun()
+finish()
 
-local from, bytes, count = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local from, bytes, count = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 local first, last = math.max(from - log.base, 1), log.length
 if from == 0 then
   -- Size from the newest backwards, in steps that grow, then take that many.

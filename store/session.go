@@ -38,6 +38,46 @@ func (s *Store) Renew(ctx context.Context, session, epoch string, last int64) er
 	return err
 }
 
+// Cancelled says which messages a Cancel has ended, and where their chunks are.
+type Cancelled struct {
+	Epoch       string
+	First, Last int64
+	Messages    []string
+}
+
+// Cancel ends a message, or, without one, all that are unfinished: from the cancelled
+// chunk on the log takes none of that message. Cancelling again changes nothing.
+//
+// Errors: ErrNotFound, ErrMessageUnknown, *MessageEndedError (it has ended by itself),
+// ErrSessionEnded.
+func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled, error) {
+	reply, err := s.run(ctx, scriptSession, session, "cancel", message)
+	if err != nil {
+		return Cancelled{}, fmt.Errorf("cancel in session %s: %w", session, err)
+	}
+	r := fields(reply)
+	switch r.status() {
+	case "ok":
+		c := Cancelled{Epoch: r.text(1), First: r.int(9), Last: r.int(10)}
+		ids, _ := r.at(11).([]any)
+		for _, id := range ids {
+			text, _ := id.(string)
+			c.Messages = append(c.Messages, text)
+		}
+		return c, r.err
+	case "absent":
+		return Cancelled{}, ErrNotFound
+	case "message_unknown":
+		return Cancelled{}, ErrMessageUnknown
+	case "message_ended":
+		return Cancelled{}, &MessageEndedError{message, r.text(12)}
+	case "session_ended":
+		return Cancelled{}, ErrSessionEnded
+	default:
+		return Cancelled{}, fmt.Errorf("cancel in session %s: status %q: %w", session, r.status(), errReply)
+	}
+}
+
 func (s *Store) session(ctx context.Context, session, what string, args ...any) (Bounds, bool, error) {
 	reply, err := s.run(ctx, scriptSession, session, append([]any{what}, args...)...)
 	if err != nil {

@@ -1,50 +1,65 @@
--- Makes, deletes, and begins anew.
+-- Makes, deletes, begins anew, and cancels.
 --
---   ARGV[7]  create | delete | renew
---   ARGV[8]  renew: the epoch that is to end      ARGV[9]  renew: the highest number that was given out in it
+--   ARGV[11]  create | delete | renew | cancel
+--   ARGV[12]  renew: the epoch that is to end; cancel: a message, or nothing for all that are open
+--   ARGV[13]  renew: the highest number that was given out in it
 open()
-if ARGV[7] == 'create' then
+if ARGV[11] == 'create' then
   if log and not log.deleted then
-    seen()
-    keep()
+    finish()
     return reply('exists')
   end
-  if log then
-    revive()
-  else
-    log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0 }
-    begin(0)
-  end
-  seen()
-  keep()
-  hint_begun()
+  if log then revive() else make() end
+  finish()
   return reply('ok')
 end
 
 if not log then return { 'absent' } end
 
-if ARGV[7] == 'delete' then
+if ARGV[11] == 'delete' then
   if log.deleted then return reply('ok') end
-  redis.call('DEL', history, session)
-  -- What stays: where the numbers have got to, so that they go on, and that an upload which got one of
-  -- them does not write into what comes after.
+  redis.call('DEL', history, session, index)
+  -- What stays: where the numbers have got to, so that they go on, and how often this has happened, so that an
+  -- upload from before it does not write into what comes after.
   redis.call('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
-    'former', int(log.former), 'removed', int(log.last), 'deleted', int(now()))
+    'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', int(now()))
   redis.call('PEXPIRE', session, ARGV[3])
-  hint()
+  redis.call(ARGV[5], channel, ARGV[6])
+  redis.call('PUBLISH', ARGV[7], ARGV[10])
   return reply('ok')
+end
+
+if ARGV[11] == 'cancel' then
+  if log.deleted then return { 'absent' } end
+  local ids, id, status = {}, ARGV[12], 'ok'
+  if id == '' then
+    each_message(function(open_id, m)
+      if m.open and not log.ended then ids[#ids + 1] = open_id end
+    end)
+  else
+    local m = message(id)
+    if m.how and m.how ~= 'stopped' and m.how ~= 'cancelled' then status = 'message_ended'
+    elseif not m.how and not m.open then status = 'message_unknown'
+    elseif m.open and log.ended then status = 'session_ended'
+    elseif m.open then ids[1] = id end
+  end
+  local head, how = log.last, id ~= '' and message(id).how or ''
+  if #ids > 0 then
+    conclude(ids, 'cancelled', 'stopped', '')
+    look = true
+  end
+  finish()
+  return reply(status, int(head + 1), int(head + #ids), ids, how)
 end
 
 -- renew: compare and set, so that of several nodes that notice, one does it. The others may have given
 -- out higher numbers than that one knew of: a cursor among those means another log as well.
-local given = tonumber(ARGV[9])
-if log.epoch == ARGV[8] and not log.deleted then
+local given = tonumber(ARGV[13])
+if log.epoch == ARGV[12] and not log.deleted then
   begin(math.max(log.last, given))
 elseif given > log.former then
   log.former = given
   redis.call('HSET', session, 'former', int(given))
 end
-seen()
-keep()
-hint_begun()
+finish()
 return reply('ok')

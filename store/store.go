@@ -47,6 +47,10 @@ type Config struct {
 	SessionTTL time.Duration
 	// HistoryMax is how many chunks of a log are kept. 100,000 words are a long book.
 	HistoryMax int
+	// Grace is how long the messages of an upload outlive it: one that breaks off and has
+	// a producer's numbers, or one whose node dies. 30 s: a producer is back by then, and
+	// a reader waits that long for the next word.
+	Grace time.Duration
 	// HistoryOrder is OldestFirst (producers RPUSH) or NewestFirst (producers LPUSH).
 	HistoryOrder string
 	// Listeners is how many Pub/Sub connections sessions are spread over. One would
@@ -77,6 +81,7 @@ func DefaultConfig() Config {
 		HistoryTTL:   24 * time.Hour,
 		SessionTTL:   30 * 24 * time.Hour,
 		HistoryMax:   100_000,
+		Grace:        30 * time.Second,
 		HistoryOrder: OldestFirst,
 		Listeners:    2,
 		Ping:         5 * time.Second,
@@ -99,6 +104,9 @@ func (c Config) Validate() error {
 	if c.HistoryMax < 1 {
 		errs = append(errs, fmt.Errorf("-history-max: %d is less than one chunk", c.HistoryMax))
 	}
+	if c.Grace < 100*time.Millisecond {
+		errs = append(errs, fmt.Errorf("-grace: %v is less than 100ms", c.Grace))
+	}
 	if c.HistoryOrder != OldestFirst && c.HistoryOrder != NewestFirst {
 		errs = append(errs, fmt.Errorf("-history-order: %q is neither %s nor %s", c.HistoryOrder, OldestFirst, NewestFirst))
 	}
@@ -117,6 +125,9 @@ var (
 	ErrNotFound       = errors.New("no such session")
 	ErrSessionEnded   = errors.New("the session has ended")
 	ErrSessionDeleted = errors.New("the session was deleted")
+	// ErrProducerConflict says that the log has something else under a producer's number.
+	ErrProducerConflict = errors.New("the producer has posted something else under this number")
+	ErrMessageUnknown   = errors.New("no such message")
 )
 
 // RefusedError says which chunk of an append the log does not take, and why. Those
@@ -132,11 +143,32 @@ func (e *RefusedError) Unwrap() error { return e.Err }
 // MessageEndedError refuses a chunk of a message that has ended.
 type MessageEndedError struct {
 	MessageID string
-	How       string // done, failed or cancelled
+	How       string // done, failed, cancelled (each by a chunk), or Stopped
 }
 
+// Stopped is how a message ended that Cancel ended.
+const Stopped = "stopped"
+
 func (e *MessageEndedError) Error() string {
-	return fmt.Sprintf("message %q has ended: it is %s", e.MessageID, e.How)
+	how := e.How
+	if how == Stopped {
+		how = TypeCancelled
+	}
+	return fmt.Sprintf("message %q has ended: it is %s", e.MessageID, how)
+}
+
+// FencedError refuses a producer of an older epoch than the session knows.
+type FencedError struct{ Epoch int64 }
+
+func (e *FencedError) Error() string {
+	return fmt.Sprintf("another producer has taken over: its epoch is %d", e.Epoch)
+}
+
+// GapError refuses chunks in front of which a producer's numbers are missing.
+type GapError struct{ Expected int64 }
+
+func (e *GapError) Error() string {
+	return fmt.Sprintf("chunks of the producer are missing: the next one is number %d", e.Expected)
 }
 
 // Store is the logs of one Redis. Its methods may be called from many goroutines.
@@ -242,7 +274,12 @@ func (l redisLog) Printf(ctx context.Context, format string, v ...any) {
 
 func historyKey(id string) string { return "chat:history:" + id }
 func sessionKey(id string) string { return "chat:session:" + id }
+func indexKey(id string) string   { return "chat:producers:" + id }
 func channel(id string) string    { return "chat:stream:" + id }
+
+// uploads is a channel for all sessions: a session is named on it when its uploads have
+// to look whether they may go on.
+const uploads = "chat:uploads"
 
 // Hint is published where the log changed in a way that no chunk says: it was deleted,
 // or begins another epoch. It means "read the log"; programs that follow the
@@ -261,9 +298,10 @@ func (s *Store) run(ctx context.Context, which int, id string, args ...any) ([]a
 		return nil, fmt.Errorf("make an epoch: %w", err)
 	}
 	sc := s.scripts[which]
-	argv := make([]any, 0, 12+len(args))
-	argv = append(argv, "evalsha", sc.sha, 3, historyKey(id), sessionKey(id), channel(id),
-		epoch.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, "PUBLISH", Hint)
+	argv := make([]any, 0, 17+len(args))
+	argv = append(argv, "evalsha", sc.sha, 4, historyKey(id), sessionKey(id), channel(id), indexKey(id),
+		epoch.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, "PUBLISH", Hint,
+		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds(), id)
 	argv = append(argv, args...)
 	cmd := once{redis.NewCmd(ctx, argv...)}
 	err = s.rdb.Process(ctx, cmd)

@@ -52,7 +52,7 @@ func delta(text string) store.Chunk { return store.NewChunk(store.TypeDelta, "",
 
 func mustAppend(t testing.TB, s *store.Store, id string, chunks ...store.Chunk) store.Appended {
 	t.Helper()
-	a, err := s.Append(t.Context(), id, 0, chunks)
+	a, err := s.Append(t.Context(), id, store.Batch{Chunks: chunks})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +98,7 @@ func TestAppend_concurrently_eachChunkOnceAtItsNumber(t *testing.T) {
 			wg.Go(func() {
 				for i := range each {
 					one, two := fmt.Sprint(p, "/", i), fmt.Sprint(p, "/", i, "b")
-					a, err := s.Append(context.Background(), "s", 0, []store.Chunk{delta(one), delta(two)})
+					a, err := s.Append(context.Background(), "s", store.Batch{Chunks: []store.Chunk{delta(one), delta(two)}})
 					if err != nil || a.Last != a.First+1 {
 						t.Error(a, err)
 						return
@@ -141,18 +141,18 @@ func TestAppend_allOrNone(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		done := store.NewChunk(store.TypeDone, "m", "", "")
 		mustAppend(t, s, "s", delta("a"), done)
-		_, err := s.Append(t.Context(), "s", 0, []store.Chunk{delta("b"), store.NewChunk(store.TypeDelta, "m", "", "c")})
+		_, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("b"), store.NewChunk(store.TypeDelta, "m", "", "c")}})
 		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.MessageID != "m" || e.How != "done" {
 			t.Fatal(err)
 		}
 		if e, ok := errors.AsType[*store.RefusedError](err); !ok || e.Index != 1 {
 			t.Fatal(err)
 		}
-		_, err = s.Append(t.Context(), "s", 0, []store.Chunk{store.NewChunk(store.TypeFailed, "n", "", ""), store.NewChunk(store.TypeDelta, "n", "", "c")})
+		_, err = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{store.NewChunk(store.TypeFailed, "n", "", ""), store.NewChunk(store.TypeDelta, "n", "", "c")}})
 		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.How != "failed" {
 			t.Fatal(err)
 		}
-		_, err = s.Append(t.Context(), "s", 0, []store.Chunk{store.NewChunk(store.TypeEnd, "", "", ""), delta("behind the end")})
+		_, err = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{store.NewChunk(store.TypeEnd, "", "", ""), delta("behind the end")}})
 		if !errors.Is(err, store.ErrSessionEnded) {
 			t.Fatal(err)
 		}
@@ -169,7 +169,7 @@ func TestAppend_end_isAChunkAndTheLast(t *testing.T) {
 		if p := mustRead(t, s, "s", 1, lots, lots); !p.Ended || p.Last != 2 {
 			t.Fatalf("%+v", p)
 		}
-		if _, err := s.Append(t.Context(), "s", 0, []store.Chunk{delta("b")}); !errors.Is(err, store.ErrSessionEnded) {
+		if _, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("b")}}); !errors.Is(err, store.ErrSessionEnded) {
 			t.Fatal(err)
 		}
 	})
@@ -398,14 +398,14 @@ func TestSession_madeDescribedDeletedMadeAnew(t *testing.T) {
 			t.Fatalf("%+v", p)
 		}
 		// An upload that began before does not write into what comes after.
-		if _, err := s.Append(ctx, "s", a.Last, []store.Chunk{delta("late")}); !errors.Is(err, store.ErrSessionDeleted) {
+		if _, err := s.Append(ctx, "s", store.Batch{Life: a.Life, Chunks: []store.Chunk{delta("late")}}); !errors.Is(err, store.ErrSessionDeleted) {
 			t.Fatal(err)
 		}
 		n := mustAppend(t, s, "s", store.NewChunk(store.TypeDelta, "m", "", "anew"))
 		if n.First != 3 || n.Epoch == a.Epoch {
 			t.Fatal(n)
 		}
-		if _, err := s.Append(ctx, "s", a.Last, []store.Chunk{delta("late")}); !errors.Is(err, store.ErrSessionDeleted) {
+		if _, err := s.Append(ctx, "s", store.Batch{Life: a.Life, Chunks: []store.Chunk{delta("late")}}); !errors.Is(err, store.ErrSessionDeleted) {
 			t.Fatal(err)
 		}
 		if p := mustRead(t, s, "s", 1, lots, lots); p.Former != 2 || p.First != 3 || p.Ended || p.Deleted {
@@ -443,7 +443,7 @@ func TestAppend_keyOfAnotherType_writesNothing(t *testing.T) {
 	r.Set(t.Context(), "chat:history:a", "x", 0)
 	r.Set(t.Context(), "chat:session:b", "x", 0)
 	for _, id := range []string{"a", "b"} {
-		if _, err := s.Append(t.Context(), id, 0, []store.Chunk{delta("x")}); err == nil || store.Away(err) {
+		if _, err := s.Append(t.Context(), id, store.Batch{Chunks: []store.Chunk{delta("x")}}); err == nil || store.Away(err) {
 			t.Fatal(err)
 		}
 	}
@@ -458,14 +458,14 @@ func TestAway_isToldFromUnknown(t *testing.T) {
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Timeout = 300 * time.Millisecond })
 	mustAppend(t, s, "s", delta("a"))
 	r.Signal(syscall.SIGSTOP)
-	if _, err := s.Append(t.Context(), "s", 0, []store.Chunk{delta("b")}); !errors.Is(err, store.ErrOutcomeUnknown) {
+	if _, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("b")}}); !errors.Is(err, store.ErrOutcomeUnknown) {
 		t.Fatal(err)
 	}
 	r.Signal(syscall.SIGCONT)
 	r.Kill()
 	var err error
 	for range 20 { // connections of the pool that were cut have to be found out first
-		if _, err = s.Append(t.Context(), "s", 0, []store.Chunk{delta("c")}); errors.Is(err, store.ErrAway) {
+		if _, err = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("c")}}); errors.Is(err, store.ErrAway) {
 			break
 		}
 	}

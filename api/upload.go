@@ -1,0 +1,297 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"gapless/store"
+)
+
+// upload is one producer's way into one log: a request's, or the model's. Its chunks are
+// appended one batch at a time, behind each other, and what it has stored is counted.
+//
+// One that stays for a while is watched (begin). Then it holds the messages that it has
+// begun, so that they end when it dies (store.Hold), and it looks now and then, and
+// whenever the session is named on the channel of uploads, whether it may go on. When
+// it may not, its context ends with the reason, in the middle of whatever it waits for.
+type upload struct {
+	api     *API
+	session string
+	lease   time.Duration
+	// patience is how long it waits for a Redis that is away, beside doubtPatience.
+	patience time.Duration
+	ctx      context.Context
+	stop     context.CancelCauseFunc
+
+	mu       sync.Mutex     // one append, or one look, at a time
+	producer store.Producer // Number: that of the next chunk
+	life     int64
+	held     []string // messages that it has begun, and that have not ended
+	watched  bool
+	closed   bool
+	heard    time.Time // when Redis was last asked
+	watch    *time.Timer
+	doubtful atomic.Bool // something has happened to the session
+
+	stored Stored
+	added  bool // something of it was not there before
+}
+
+// doubtPatience is how long an upload with numbers asks again for what may have been stored.
+const doubtPatience = 5 * time.Second
+
+// heldMost is how many messages an upload holds at most. Messages that it begins while
+// it holds so many do not end by its death.
+const heldMost = 64
+
+func (a *API) newUpload(session string, p store.Producer, lease, patience time.Duration) *upload {
+	u := &upload{api: a, session: session, producer: p, lease: lease, patience: patience}
+	u.ctx, u.stop = context.WithCancelCause(a.ending)
+	return u
+}
+
+// begin has the upload watched from now on.
+func (u *upload) begin() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.watched {
+		return
+	}
+	u.watched, u.heard = true, time.Now()
+	u.watch = time.AfterFunc(u.api.cfg.Look, u.look) // stopped by end, which waits for it
+	u.api.uploads.add(u)
+}
+
+// end lets go of what begin took.
+func (u *upload) end() {
+	u.stop(nil)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.closed = true
+	if u.watched {
+		u.watch.Stop()
+		u.api.uploads.remove(u)
+	}
+}
+
+// append adds chunks behind those that the upload has stored already.
+func (u *upload) append(chunks []store.Chunk, hold store.Hold) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	held := slices.Clone(u.held)
+	for _, c := range chunks {
+		id := c.MessageID()
+		switch i := slices.Index(held, id); {
+		case id == "" || hold == store.HoldNone:
+		case c.Opens() && i < 0 && len(held) < heldMost:
+			held = append(held, id)
+		case c.Ends() && i >= 0:
+			held = slices.Delete(held, i, i+1)
+		}
+	}
+	done, err := u.send(store.Batch{Chunks: chunks, Hold: hold, Messages: held})
+	if err != nil {
+		return err
+	}
+	if hold != store.HoldNone {
+		u.held = held
+	}
+	for _, c := range chunks {
+		u.producer.Number += c.Numbers()
+	}
+	u.note(done)
+	return nil
+}
+
+// note counts in what was stored. mu is held.
+func (u *upload) note(a store.Appended) {
+	s := &u.stored
+	s.Epoch = a.Epoch
+	if a.Count == 0 {
+		if s.Count == 0 {
+			s.First, s.Last = a.First, a.Last
+		}
+		return
+	}
+	if s.Count == 0 {
+		s.First = a.First
+	} else if a.First != 0 && a.First == s.Last { // a text that is known comes in other pieces than it is kept
+		s.Count--
+	}
+	s.Last = a.Last
+	s.Count += a.Count
+	u.added = u.added || a.Known < a.Count
+}
+
+// send asks Redis, and again where that is harmless: what was surely not stored, for as
+// long as the upload has patience; what may have been stored, if it has numbers. mu is held.
+func (u *upload) send(b store.Batch) (store.Appended, error) {
+	b.Producer, b.Life, b.Lease = u.producer, u.life, u.lease
+	unknown, patience := false, u.patience
+	for begun, pause := time.Now(), 20*time.Millisecond; ; pause = min(2*pause, time.Second) {
+		// A client that goes away does not leave us in doubt about what was stored.
+		done, err := u.api.logs.Append(context.Background(), u.session, b)
+		if err == nil {
+			u.life, u.heard = done.Life, time.Now()
+			u.added = u.added || unknown
+			return done, nil
+		}
+		switch {
+		case errors.Is(err, store.ErrOutcomeUnknown) && u.producer.ID != "":
+			unknown, patience = true, max(patience, doubtPatience)
+		case !errors.Is(err, store.ErrAway):
+			return done, err
+		}
+		if time.Since(begun) < patience {
+			select {
+			case <-time.After(pause/2 + rand.N(pause)):
+				continue
+			case <-u.ctx.Done():
+			}
+		}
+		if unknown && errors.Is(err, store.ErrAway) { // this time it was surely not stored, but before?
+			err = store.ErrOutcomeUnknown
+		}
+		return done, err
+	}
+}
+
+// lost says that the producer's connection broke.
+func (u *upload) lost() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.held) == 0 {
+		return
+	}
+	if _, err := u.send(store.Batch{Hold: store.HoldBroken, Messages: u.held}); err != nil {
+		// Its lease runs out instead.
+		u.api.log.LogAttrs(u.ctx, slog.LevelInfo, "upload broke, its messages end by their leases", slog.String("session", u.session), slog.Any("err", err))
+	}
+}
+
+// look asks whether the upload may go on, unless it was told just now.
+func (u *upload) look() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.closed || u.ctx.Err() != nil {
+		return
+	}
+	every := u.api.cfg.Look
+	if quiet := time.Since(u.heard); !u.doubtful.Swap(false) && quiet < every {
+		u.watch.Reset(every - quiet)
+		return
+	}
+	done, err := u.api.logs.Append(context.Background(), u.session, store.Batch{
+		Hold: store.HoldLook, Messages: u.held, Producer: u.producer, Life: u.life, Lease: u.lease,
+	})
+	if err == nil {
+		u.life, u.heard = done.Life, time.Now()
+	} else if !store.Away(err) {
+		u.stop(err)
+		return
+	}
+	u.watch.Reset(every)
+}
+
+// doubt has the upload look soon. It may come late: look knows an upload that has ended.
+func (u *upload) doubt(after time.Duration) {
+	u.doubtful.Store(true)
+	u.watch.Reset(after)
+}
+
+// uploads are the ones that are watched. While there are any, it listens to which
+// sessions have to be looked at.
+type uploads struct {
+	logs Logs
+	api  *API
+
+	wire sync.Mutex // held while listening begins and ends
+	stop func()
+
+	mu  sync.Mutex
+	all map[string]map[*upload]struct{} // by session
+}
+
+func (l *uploads) add(u *upload) {
+	l.mu.Lock()
+	if l.all[u.session] == nil {
+		l.all[u.session] = map[*upload]struct{}{}
+	}
+	l.all[u.session][u] = struct{}{}
+	l.mu.Unlock()
+	l.listen()
+}
+
+func (l *uploads) remove(u *upload) {
+	l.mu.Lock()
+	if delete(l.all[u.session], u); len(l.all[u.session]) == 0 {
+		delete(l.all, u.session)
+	}
+	l.mu.Unlock()
+	l.listen()
+}
+
+// listen begins or ends to listen, as the number of uploads demands.
+func (l *uploads) listen() {
+	l.wire.Lock()
+	defer l.wire.Unlock()
+	l.mu.Lock()
+	want := len(l.all) > 0
+	l.mu.Unlock()
+	switch {
+	case want && l.stop == nil:
+		l.stop = l.logs.ListenUploads(l)
+	case !want && l.stop != nil:
+		l.stop()
+		l.stop = nil
+	}
+}
+
+// Live implements store.Listener: a session is named.
+func (l *uploads) Live(session string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for u := range l.all[session] {
+		u.doubt(0)
+	}
+}
+
+// Resync implements store.Listener: names may have been missed.
+func (l *uploads) Resync() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, all := range l.all {
+		for u := range all {
+			u.doubt(rand.N(l.api.cfg.Look/2 + 1))
+		}
+	}
+}
+
+// interruption wakes a request that waits for its body. It is of one request: behind
+// over, the connection is another's.
+type interruption struct {
+	ctl  *http.ResponseController
+	mu   sync.Mutex
+	past bool
+}
+
+func (i *interruption) now() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if !i.past {
+		_ = i.ctl.SetReadDeadline(time.Now())
+	}
+}
+
+func (i *interruption) over() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.past = true
+}

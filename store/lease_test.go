@@ -1,0 +1,444 @@
+package store_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+// saying is what a log's chunks say of messages: "type message_id reason", in order.
+func saying(t testing.TB, s *store.Store, id string) (all []string) {
+	t.Helper()
+	for _, element := range mustRead(t, s, id, 1, lots, lots).Elements {
+		var c struct {
+			Type    string
+			Message string `json:"message_id"`
+			Reason  string
+		}
+		if err := json.Unmarshal([]byte(element), &c); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, strings.TrimSpace(c.Type+" "+c.Message+" "+c.Reason))
+	}
+	return all
+}
+
+func of(message string) store.Chunk { return store.NewChunk(store.TypeDelta, message, "", "x") }
+
+func (b batch) to(t testing.TB, s *store.Store) error {
+	t.Helper()
+	_, err := s.Append(t.Context(), "s", store.Batch(b))
+	return err
+}
+
+type batch store.Batch
+
+// must fails the test on an error.
+func (b batch) must(t testing.TB, s *store.Store) {
+	t.Helper()
+	if err := b.to(t, s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+const lost = "failed m producer_lost"
+
+// untilLost reads until the message was declared lost, and answers how long that took.
+func untilLost(t *testing.T, s *store.Store) time.Duration {
+	t.Helper()
+	for begun := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		if all := saying(t, s, "s"); all[len(all)-1] == lost {
+			return time.Since(begun)
+		}
+		if time.Since(begun) > 10*time.Second {
+			t.Fatal("no one noticed that the producer is lost:", saying(t, s, "s"))
+		}
+	}
+}
+
+func short(c *store.Config) { c.Grace = 500 * time.Millisecond }
+
+// ended checks that a message has exactly one end, and takes nothing more.
+func ended(t *testing.T, s *store.Store, how string) {
+	t.Helper()
+	err := batch{Chunks: []store.Chunk{of("m")}}.to(t, s)
+	if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.How != how {
+		t.Fatal(err)
+	}
+	ends := 0
+	for _, text := range saying(t, s, "s") {
+		if !strings.HasPrefix(text, "delta") && !strings.HasPrefix(text, "message") {
+			ends++
+		}
+	}
+	if ends != 1 {
+		t.Fatal(saying(t, s, "s"))
+	}
+}
+
+// A message whose lease nobody renews ends once, whoever looks.
+func TestLease_lapsesOnceAlthoughManyLook(t *testing.T) {
+	r := storetest.Redis(t)
+	a := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	b := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	batch{Chunks: []store.Chunk{of("m")}, Lease: 500 * time.Millisecond}.must(t, a)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			s := []*store.Store{a, b}[i%2]
+			if took := untilLost(t, s); took < 480*time.Millisecond {
+				t.Errorf("the lease lapsed after %v", took)
+			}
+		})
+	}
+	wg.Wait()
+	ended(t, b, "failed")
+}
+
+func TestLease_isRenewedByAppendsAndByNamingTheMessage(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		batch{Messages: []string{"m"}, Lease: 400 * time.Millisecond}.must(t, s)
+		for i := range 8 {
+			time.Sleep(100 * time.Millisecond) // the producer's pace
+			b := batch{Chunks: []store.Chunk{of("m")}}
+			if i%2 == 0 {
+				b = batch{Messages: []string{"m"}}
+			}
+			b.must(t, s)
+		}
+		if all := saying(t, s, "s"); !slices.Equal(all, slices.Repeat([]string{"delta m"}, 4)) {
+			t.Fatal(all)
+		}
+		untilLost(t, s)
+		ended(t, s, "failed")
+		if e, ok := errors.AsType[*store.MessageEndedError](batch{Messages: []string{"m"}}.to(t, s)); !ok || e.How != "failed" {
+			t.Fatal("a lost message is renewed:", e)
+		}
+	})
+}
+
+func TestLease_isNotThereUnlessAskedFor(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
+	batch{Chunks: []store.Chunk{of("m")}}.must(t, s)
+	batch{Messages: []string{"other"}}.must(t, s) // nothing begins by being named without a lease
+	hash := r.HGetAll(t.Context(), "chat:session:s").Val()
+	if hash["m:m"] != "open" || hash["due"] != "" || hash["m:other"] != "" {
+		t.Fatal(hash)
+	}
+	batch{Chunks: []store.Chunk{store.NewChunk(store.TypeDone, "m", "", "")}}.must(t, s)
+	if hash := r.HGetAll(t.Context(), "chat:session:s").Val(); hash["m:m"] != "done" {
+		t.Fatal(hash)
+	}
+}
+
+// An upload that is under way is a sign of life; when its node dies, nobody gives any more.
+func TestHold_openUploadCountsAsAlive_aDeadNodesDoesNot(t *testing.T) {
+	both(t, short, func(t *testing.T, s *store.Store) {
+		begun := time.Now()
+		batch{Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+		for time.Since(begun) < time.Second {
+			time.Sleep(100 * time.Millisecond)
+			batch{Hold: store.HoldLook, Messages: []string{"m"}}.must(t, s)
+		}
+		if took := untilLost(t, s); took < 400*time.Millisecond {
+			t.Fatal("lost after", took)
+		}
+		ended(t, s, "failed")
+		if _, ok := errors.AsType[*store.MessageEndedError](batch{Hold: store.HoldLook, Messages: []string{"m"}}.to(t, s)); !ok {
+			t.Fatal("an upload may go on with a message that was lost")
+		}
+		batch{Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
+		batch{Hold: store.HoldClosed, Messages: []string{"m"}}.must(t, s)
+		ended(t, s, "failed")
+	})
+}
+
+func TestHold_closed_leavesNoLeaseButTheOneThatWasAskedFor(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
+	hash := func(name string) string { return r.HGet(t.Context(), "chat:session:s", name).Val() }
+	batch{Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+	if !strings.HasSuffix(hash("m:m"), " 0 =") {
+		t.Fatal(hash("m:m"))
+	}
+	batch{Hold: store.HoldClosed, Messages: []string{"m"}}.must(t, s)
+	if hash("m:m") != "open" {
+		t.Fatal(hash("m:m"))
+	}
+	batch{Chunks: []store.Chunk{of("m")}, Lease: 400 * time.Millisecond}.must(t, s)
+	batch{Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+	batch{Hold: store.HoldClosed, Messages: []string{"m"}}.must(t, s)
+	if took := untilLost(t, s); took < 350*time.Millisecond {
+		t.Fatal(took)
+	}
+}
+
+func TestHold_broken_failsAtOnceWithoutNumbers(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		batch{Chunks: []store.Chunk{of("m"), of("other")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+		batch{Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
+		if all := saying(t, s, "s"); !slices.Equal(all, []string{"delta m", "delta other", lost}) {
+			t.Fatal(all)
+		}
+		ended(t, s, "failed")
+	})
+}
+
+func TestHold_broken_hasAGraceWithNumbers(t *testing.T) {
+	both(t, short, func(t *testing.T, s *store.Store) {
+		p := store.Producer{ID: "p"}
+		batch{Producer: p, Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+		p.Number++
+		batch{Producer: p, Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
+		// Others neither renew it nor take it away.
+		batch{Chunks: []store.Chunk{of("m")}}.must(t, s)
+		if took := untilLost(t, s); took < 450*time.Millisecond {
+			t.Fatal(took)
+		}
+		ended(t, s, "failed")
+		err := batch{Producer: p, Chunks: []store.Chunk{of("m")}}.to(t, s)
+		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.How != "failed" {
+			t.Fatal("it came back too late:", err)
+		}
+	})
+}
+
+func TestHold_broken_aProducerThatComesBackInTimeGoesOn(t *testing.T) {
+	both(t, short, func(t *testing.T, s *store.Store) {
+		p := store.Producer{ID: "p"}
+		batch{Producer: p, Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+		p.Number++
+		batch{Producer: p, Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
+		time.Sleep(300 * time.Millisecond)
+		batch{Producer: p, Chunks: []store.Chunk{of("m")}}.must(t, s)
+		time.Sleep(time.Second) // longer than any grace: that was asked of an upload, and this is none
+		if all := saying(t, s, "s"); !slices.Equal(all, []string{"delta m", "delta m"}) {
+			t.Fatal(all)
+		}
+	})
+}
+
+// While Redis is away nobody can renew a lease: what was to end meanwhile is asked first.
+func TestLease_isAskedOnceMoreBeforeItLapses(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Grace = time.Second })
+	e := newEar()
+	defer s.ListenUploads(e)()
+	e.wait(t, "the acknowledgement", func() bool { return e.resyncs == 1 })
+	batch{Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
+	time.Sleep(1500 * time.Millisecond) // the outage: no script runs
+	if all := saying(t, s, "s"); !slices.Equal(all, []string{"delta m"}) {
+		t.Fatal(all)
+	}
+	e.wait(t, "the question", func() bool { return slices.Equal(e.heard, []string{"s"}) })
+	batch{Hold: store.HoldLook, Messages: []string{"m"}}.must(t, s)
+	time.Sleep(500 * time.Millisecond)
+	if all := saying(t, s, "s"); !slices.Equal(all, []string{"delta m"}) {
+		t.Fatal(all)
+	}
+	untilLost(t, s)
+}
+
+func TestCancel_endsTheMessageInTheLog(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		ctx := t.Context()
+		if _, err := s.Cancel(ctx, "s", ""); !errors.Is(err, store.ErrNotFound) {
+			t.Fatal(err)
+		}
+		question := store.NewChunk(store.TypeMessage, "q", "user", "Why?")
+		batch{Chunks: []store.Chunk{question, of("m"), of("n"), of("f"), store.NewChunk(store.TypeDone, "f", "", "")}}.must(t, s)
+		if _, err := s.Cancel(ctx, "s", "nobody"); !errors.Is(err, store.ErrMessageUnknown) {
+			t.Fatal(err)
+		}
+		_, err := s.Cancel(ctx, "s", "f")
+		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.How != "done" || e.MessageID != "f" {
+			t.Fatal(err)
+		}
+		c, err := s.Cancel(ctx, "s", "m")
+		if err != nil || !slices.Equal(c.Messages, []string{"m"}) || c.First != 6 || c.Last != 6 || c.Epoch == "" {
+			t.Fatal(c, err)
+		}
+		if c, err := s.Cancel(ctx, "s", "m"); err != nil || len(c.Messages) != 0 {
+			t.Fatal("repeating it:", c, err)
+		}
+		err = batch{Chunks: []store.Chunk{of("m")}}.to(t, s)
+		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.How != store.Stopped {
+			t.Fatal(err)
+		}
+		batch{Messages: []string{"begun without a chunk"}, Hold: store.HoldOpen}.must(t, s)
+		if c, err := s.Cancel(ctx, "s", ""); err != nil || !slices.Equal(c.Messages, []string{"begun without a chunk", "n"}) {
+			t.Fatal(c, err)
+		}
+		if c, err := s.Cancel(ctx, "s", ""); err != nil || len(c.Messages) != 0 {
+			t.Fatal(c, err)
+		}
+		want := []string{"message q", "delta m", "delta n", "delta f", "done f", "cancelled m", "cancelled begun without a chunk", "cancelled n"}
+		if all := saying(t, s, "s"); !slices.Equal(all, want) {
+			t.Fatal(all)
+		}
+		batch{Chunks: []store.Chunk{of("z"), store.NewEnding(store.TypeEnd, store.Fill{})}}.must(t, s)
+		if _, err := s.Cancel(ctx, "s", "z"); !errors.Is(err, store.ErrSessionEnded) {
+			t.Fatal(err)
+		}
+		if err := s.Delete(ctx, "s"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Cancel(ctx, "s", ""); !errors.Is(err, store.ErrNotFound) {
+			t.Fatal(err)
+		}
+	})
+}
+
+// Ids are any text.
+func TestCancel_ofAnIDThatNeedsQuoting(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		for _, id := range []string{`"`, `\`, "a b", "é🍞", "</script>", "\u2028\x00\x1f", "open 1 2 =", "%d%%"} {
+			batch{Chunks: []store.Chunk{of(id)}, Lease: time.Hour}.must(t, s)
+			c, err := s.Cancel(t.Context(), "s", "")
+			if err != nil || !slices.Equal(c.Messages, []string{id}) {
+				t.Fatalf("%q: %v %v", id, c, err)
+			}
+			if all := saying(t, s, "s"); all[len(all)-1] != strings.TrimSpace("cancelled "+id) {
+				t.Fatalf("%q", all)
+			}
+		}
+	})
+}
+
+// Nothing of a message comes behind its cancelled chunk.
+func TestCancel_racingWithAppends(t *testing.T) {
+	r := storetest.Redis(t)
+	a := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	b := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	for round := range 200 {
+		id := fmt.Sprint("s", round)
+		var wg sync.WaitGroup
+		for _, s := range []*store.Store{a, b} {
+			wg.Go(func() {
+				for {
+					_, err := s.Append(t.Context(), id, store.Batch{Chunks: []store.Chunk{of("m"), of("m")}})
+					if e, ok := errors.AsType[*store.MessageEndedError](err); ok && e.How == store.Stopped {
+						return
+					}
+					if err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		wg.Go(func() {
+			for {
+				_, err := b.Cancel(t.Context(), id, "m")
+				if err == nil {
+					return
+				}
+				if !errors.Is(err, store.ErrNotFound) && !errors.Is(err, store.ErrMessageUnknown) {
+					t.Error(err)
+					return
+				}
+			}
+		})
+		wg.Wait()
+		all := saying(t, a, id)
+		if i := slices.Index(all, "cancelled m"); i < 0 || i != len(all)-1 {
+			t.Fatal(all)
+		}
+	}
+}
+
+// What other hands push counts: it begins messages, and ends them.
+func TestForeign_messagesAreKnownToTheAPI(t *testing.T) {
+	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
+		r := storetest.Redis(t)
+		s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.HistoryOrder = order })
+		push := func(element string) {
+			if order == store.NewestFirst {
+				r.LPush(t.Context(), "chat:history:s", element)
+			} else {
+				r.RPush(t.Context(), "chat:history:s", element)
+			}
+		}
+		how := func(id string) string {
+			err := batch{Chunks: []store.Chunk{of(id)}}.to(t, s)
+			if e, ok := errors.AsType[*store.MessageEndedError](err); ok {
+				return e.How
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return ""
+		}
+		push(`{"message_id":"m1","content":"a"}`)
+		push(`{"message_id":"m1","content":"","is_complete":true}`)
+		push(`{"message\u005fid":"m2","type":"failed"}`)
+		push(`not JSON: "message_id"`)
+		push(`{"message_id":7}`)
+		push(`["message_id"]`)
+		push(`{"message_id":"m3","content":"a","is_complete":false}`)
+		push(`{"message_id":"q","type":"message"}`)
+		if how("m1") != "done" || how("m2") != "failed" || how("m4") != "" {
+			t.Fatal(order, r.HGetAll(t.Context(), "chat:session:s").Val())
+		}
+		c, err := s.Cancel(t.Context(), "s", "")
+		if err != nil || !slices.Equal(c.Messages, []string{"m3", "m4"}) {
+			t.Fatal(order, c, err)
+		}
+		// It cannot be refused, and it does not begin the message again.
+		push(`{"message_id":"m3","content":"b","is_complete":true}`)
+		if how("m3") != store.Stopped {
+			t.Fatal(order)
+		}
+		if p := mustRead(t, s, "s", 1, lots, lots); p.Last != 12 {
+			t.Fatal(order, p)
+		}
+	}
+}
+
+// The time that a lease takes is Redis's own: an upload under way may go on with a log
+// that has ended only if it is told so.
+func TestHold_look_tellsWhatEndedElsewhere(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		first, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}, Producer: store.Producer{ID: "p"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		look := batch{Hold: store.HoldLook, Messages: []string{"m"}, Life: first.Life, Producer: store.Producer{ID: "p", Number: 1}}
+		look.must(t, s)
+		if _, err := s.Cancel(t.Context(), "s", ""); err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := errors.AsType[*store.MessageEndedError](look.to(t, s)); !ok || e.How != store.Stopped {
+			t.Fatal(e)
+		}
+		batch{Producer: store.Producer{ID: "p", Epoch: 1}}.must(t, s)
+		if e, ok := errors.AsType[*store.FencedError](look.to(t, s)); !ok || e.Epoch != 1 {
+			t.Fatal(e)
+		}
+		look.Producer = store.Producer{}
+		batch{Chunks: []store.Chunk{store.NewEnding(store.TypeEnd, store.Fill{})}}.must(t, s)
+		if err := look.to(t, s); !errors.Is(err, store.ErrSessionEnded) {
+			t.Fatal(err)
+		}
+		if err := s.Delete(t.Context(), "s"); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := look.to(t, s); !errors.Is(err, store.ErrSessionDeleted) {
+				t.Fatal(err)
+			}
+			if _, _, err := s.Create(t.Context(), "s"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}

@@ -1,0 +1,234 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// known is what the log has of a producer's numbers, from those of a batch on.
+type known struct {
+	epoch string
+	life  int64
+	runs  []run
+	end   int64 // the number behind the last run
+}
+
+// run is consecutive chunks of a log that have consecutive numbers of a producer
+// (append.lua).
+type run struct {
+	number, seq int64
+	text        bool // each chunk takes a number a byte
+	filled      int  // how many bytes of each one's members were not posted
+}
+
+func parseKnown(r *replyFields) (*known, error) {
+	k := &known{epoch: r.text(1), life: r.int(12), end: r.int(9)}
+	members, _ := r.at(10).([]any)
+	for _, m := range members {
+		text, _ := m.(string)
+		run, err := parseRun(text)
+		if err != nil {
+			return nil, err
+		}
+		k.runs = append(k.runs, run)
+	}
+	if text := r.text(11); text != "" {
+		behind, err := parseRun(text)
+		if err != nil {
+			return nil, err
+		}
+		k.end = behind.number
+	}
+	return k, nil
+}
+
+func parseRun(member string) (r run, err error) {
+	f := strings.Fields(member)
+	if len(f) != 5 {
+		return r, fmt.Errorf("run %q: %w", member, errReply)
+	}
+	var errs [3]error
+	r.number, errs[0] = strconv.ParseInt(f[1], 10, 64)
+	r.seq, errs[1] = strconv.ParseInt(f[2], 10, 64)
+	r.text = f[3] == "t"
+	r.filled, errs[2] = strconv.Atoi(f[4])
+	return r, errors.Join(errs[:]...)
+}
+
+// at is the run that has a number, and the number behind it. ok is false where the index
+// does not go back so far.
+func (k *known) at(number int64) (r run, end int64, ok bool) {
+	end = k.end
+	for i := len(k.runs) - 1; i >= 0; i-- {
+		if k.runs[i].number <= number {
+			return k.runs[i], end, true
+		}
+		end = k.runs[i].number
+	}
+	return run{}, end, false
+}
+
+// compare holds what the log has of a batch against what was posted now, as it was
+// posted, and takes it off the batch. It answers where that is in the log, and how many
+// of the batch's chunks it was. What is no longer kept is not compared.
+//
+// A log does not change under its numbers, so it need not be of one instant.
+func (s *Store) compare(ctx context.Context, session string, b *Batch, k *known) (taken int, found Appended, err error) {
+	c := comparison{batch: b, elements: elements{store: s, ctx: ctx, session: session}, number: b.Producer.Number}
+	to := c.number
+	for _, chunk := range b.Chunks {
+		to += chunk.Numbers()
+	}
+	for to = min(to, k.end); c.number < to; {
+		r, end, ok := k.at(c.number)
+		end = min(end, to)
+		switch {
+		case !ok:
+			c.pass(end)
+		case r.text:
+			err = c.text(r, end)
+		default:
+			err = c.chunks(r, end)
+		}
+		if err != nil {
+			return 0, Appended{}, err
+		}
+	}
+	b.Chunks, b.Producer.Number = b.Chunks[c.i:], c.number
+	if c.off > 0 {
+		b.Chunks = slices.Clone(b.Chunks) // it is the caller's
+		rest := b.Chunks[0]
+		b.Chunks[0] = newText(rest.text[c.off:], rest.fill)
+	}
+	return c.i, c.found, nil
+}
+
+// comparison goes along a batch and the log.
+type comparison struct {
+	batch    *Batch
+	elements elements
+	number   int64 // the next to be compared,
+	i, off   int   // which is in this chunk, this many bytes in
+	found    Appended
+}
+
+// advance goes past n numbers, or to the end of a chunk. It answers how many it were.
+func (c *comparison) advance(n int64) int64 {
+	chunk := &c.batch.Chunks[c.i]
+	n = min(n, chunk.Numbers()-int64(c.off))
+	if c.number, c.off = c.number+n, c.off+int(n); int64(c.off) == chunk.Numbers() {
+		c.i, c.off = c.i+1, 0
+	}
+	return n
+}
+
+// pass takes what follows, up to number to, for what was posted before.
+func (c *comparison) pass(to int64) {
+	for c.number < to {
+		c.advance(to - c.number)
+		c.note(0)
+	}
+}
+
+// note counts chunk seq of the log in; 0: nobody knows which.
+func (c *comparison) note(seq int64) {
+	f := &c.found
+	if seq != 0 && seq == f.Last {
+		return
+	}
+	if f.Count == 0 {
+		f.First = seq
+	}
+	f.Last = seq
+	f.Count++
+	f.Known++
+}
+
+func (c *comparison) conflict() error {
+	return &RefusedError{Index: c.i, Err: ErrProducerConflict}
+}
+
+func (c *comparison) chunks(r run, to int64) error {
+	for c.number < to {
+		seq := r.seq + c.number - r.number
+		chunk := &c.batch.Chunks[c.i]
+		element, kept, err := c.elements.at(seq)
+		if err != nil {
+			return err
+		}
+		if chunk.text != "" || kept && postedOf(element, r.filled) != chunk.posted() {
+			return c.conflict()
+		}
+		c.advance(1)
+		c.note(seq)
+	}
+	return nil
+}
+
+// text compares bytes: the same text may come in other pieces now.
+func (c *comparison) text(r run, to int64) error {
+	for seq, number := r.seq, r.number; number < to; seq++ {
+		element, kept, err := c.elements.at(seq)
+		if err != nil {
+			return err
+		}
+		text := contentOf(element)
+		if !kept || text == "" { // where the others begin is not known either
+			c.pass(to)
+			return nil
+		}
+		end := min(number+int64(len(text)), to)
+		for c.number < end {
+			piece, off := text[c.number-number:end-number], c.off
+			chunk := c.batch.Chunks[c.i]
+			n := min(len(piece), len(chunk.text)-off)
+			if chunk.text == "" || piece[:n] != chunk.text[off:off+n] {
+				return c.conflict()
+			}
+			c.advance(int64(n))
+			c.note(seq)
+		}
+		number += int64(len(text))
+	}
+	return nil
+}
+
+// postedOf is what was posted of an element of the log. A Chunk's is Chunk.posted.
+func postedOf(element string, filled int) string {
+	_, members, _ := strings.Cut(element, `,"ts":`)
+	_, members, _ = strings.Cut(members, ",")
+	return members[min(filled, len(members)):]
+}
+
+func contentOf(element string) string {
+	var chunk struct{ Content string }
+	_ = json.Unmarshal([]byte(element), &chunk) // what is not ours says nothing
+	return chunk.Content
+}
+
+// elements reads a log here and there, mostly forwards.
+type elements struct {
+	store   *Store
+	ctx     context.Context
+	session string
+	page    Page
+}
+
+// at is the element at seq, if it is kept.
+func (e *elements) at(seq int64) (element string, kept bool, err error) {
+	if seq < e.page.From || seq >= e.page.Next() {
+		const bytes, count = 1 << 20, 256
+		if e.page, err = e.store.Read(e.ctx, e.session, seq, bytes, count); err != nil {
+			return "", false, err
+		}
+	}
+	if seq < e.page.From || seq >= e.page.Next() {
+		return "", false, nil
+	}
+	return e.page.Elements[seq-e.page.From], true, nil
+}
