@@ -35,4 +35,8 @@ unit:
 fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store
 	go test -run xxx -fuzz FuzzEvent -fuzztime 30s ./sse
+	go test -run xxx -fuzz FuzzParser -fuzztime 30s ./sse
+	go test -run xxx -fuzz FuzzRaw -fuzztime 30s ./sse
 	go test -run xxx -fuzz FuzzParseNumber -fuzztime 30s ./api
+	go test -run xxx -fuzz FuzzText -fuzztime 30s ./api
+	go test -run xxx -fuzz FuzzLines -fuzztime 30s ./api

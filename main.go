@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -185,6 +186,9 @@ func run(ctx context.Context, cfg config) error {
 		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
 	}
 	if cfg.store.Redis == store.Embedded {
+		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage
+			debug.SetGCPercent(50)
+		}
 		cfg.log.Warn("redis is embedded: in this process's memory, for one node, gone when it stops; -redis redis://… keeps logs and serves many nodes")
 	}
 	cfg.log.Info("gapless serves", slog.String("page", "http://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))

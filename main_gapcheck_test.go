@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,7 +24,12 @@ type gapcheck struct {
 	chunks  int
 	produce producer
 	// ended says whether the producer ends the log; foreign ones cannot.
-	ended bool
+	ended       bool
+	newestFirst bool // the list is in the other order
+
+	mu     sync.Mutex // of nodes, where they are restarted
+	client http.Client
+	calm   func() // ends what restarts them
 }
 
 // producer writes count chunks to a session and answers the acknowledged ones by number.
@@ -42,7 +48,13 @@ func tempo(ctx context.Context) {
 	pause(ctx, min(time.Duration(rand.ExpFloat64()*float64(gapPace)), 20*gapPace))
 }
 
-func (g *gapcheck) any() *node { return g.nodes[rand.IntN(len(g.nodes))] }
+func (g *gapcheck) any() *node { return g.node(rand.IntN(len(g.nodes))) }
+
+func (g *gapcheck) node(i int) *node {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.nodes[i]
+}
 
 // text is what chunk i of a session says. It is unlike that of any other.
 func text(session string, i int) string {
@@ -95,14 +107,21 @@ func (g *gapcheck) run(t *testing.T) {
 		}
 	}
 	wg.Wait()
+	if g.calm != nil {
+		g.calm()
+	}
 	if ctx.Err() != nil {
 		t.Fatal("not all have finished")
 	}
 	var connections int
 	for _, r := range results {
-		want := g.nodes[0].pages(t, r.session)
+		want := g.node(0).pages(t, r.session)
 		if g.redis != nil {
-			if list := history(t, g.redis, r.session); strings.Join(list, "\n") != strings.Join(want, "\n") {
+			list := history(t, g.redis, r.session)
+			if g.newestFirst {
+				slices.Reverse(list)
+			}
+			if strings.Join(list, "\n") != strings.Join(want, "\n") {
 				t.Errorf("%s: the list and its pages differ", r.session)
 			}
 		}
@@ -214,7 +233,7 @@ func byUpload(ctx context.Context, g *gapcheck, session string, count int) (map[
 
 // byForeign publishes, pauses up to 5 ms, and pushes.
 func byForeign(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
-	f := foreign{g.redis, session}
+	f := foreign{g.redis, session, g.newestFirst}
 	for i := 1; i <= count; i++ {
 		b, err := json.Marshal(map[string]any{"content": text(session, i), "is_complete": i == count})
 		if err != nil {
@@ -302,7 +321,7 @@ func TestGapcheck_controlTheNaiveViewerLosesChunks(t *testing.T) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for range 20 {
-		f := foreign{redis, newID()}
+		f := foreign{redis: redis, session: newID()}
 		const count = 60
 		wg.Go(func() {
 			for i := 1; i <= count; i++ {

@@ -37,7 +37,7 @@ func TestLatency_aViewerHearsOfAForeignPushLongBeforeTheNextReconciliation(t *te
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis, "-reconcile", "2s")[0]
-	f := foreign{redis, newID()}
+	f := foreign{redis: redis, session: newID()}
 	i := 0
 	delays(t, n, f.session, func() time.Time {
 		i++

@@ -183,7 +183,7 @@ func TestOutage_aRedisThatIsSilentForAWhileCostsOnlyTime(t *testing.T) {
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis, "-heartbeat", "50ms")[0]
 	ctx := deadline(t)
-	f := foreign{redis, newID()}
+	f := foreign{redis: redis, session: newID()}
 	n.append(t, f.session, words(1, 3))
 	v := &viewer{session: f.session}
 	wait := background(t, func() { v.follow(ctx, at(n.addr), func(event) bool { return v.cursor == 6 }) })

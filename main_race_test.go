@@ -20,7 +20,7 @@ import (
 // the end of the log.
 func producing(t *testing.T, ctx context.Context, redis *storetest.Server, end *node, session string, count int, pace time.Duration) (wait func()) {
 	t.Helper()
-	f := foreign{redis, session}
+	f := foreign{redis: redis, session: session}
 	return background(t, func() {
 		for i := 1; i <= count; i++ {
 			if err := f.say(ctx, foreignChunk(i), pace/2); err != nil {
@@ -194,7 +194,7 @@ func TestRace_deterministicRaceHistory1To6Then7PublishedInTheWindowThen8To10(t *
 		places <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-places }()
-			f := foreign{redis, newID()}
+			f := foreign{redis: redis, session: newID()}
 			last := 10
 			if repetition%2 == 1 {
 				last = 7
@@ -245,7 +245,7 @@ func TestRace_stress100ConnectionsInARowEachCutDuringOneAnswerLoseNothing(t *tes
 	produce, enough := context.WithCancel(ctx)
 	defer enough()
 	wait := background(t, func() { // one answer, for as long as the connections last
-		f := foreign{redis, session}
+		f := foreign{redis: redis, session: session}
 		for i := 1; produce.Err() == nil; i++ {
 			if err := f.say(ctx, foreignChunk(i), 5*time.Millisecond); err != nil {
 				t.Errorf("produce: %v", err)
@@ -316,7 +316,7 @@ func TestRace_chunksThatNobodyAnnouncesComeWithinTheReconcileInterval(t *testing
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis, "-reconcile", "300ms")[0]
 	ctx := deadline(t)
-	f := foreign{redis, newID()}
+	f := foreign{redis: redis, session: newID()}
 	v := &viewer{session: f.session}
 	wait := background(t, func() { v.follow(ctx, at(n.addr), func(event) bool { return v.cursor == 6 }) })
 	eventually(t, "the viewer is held", func() bool { return v.status.Load() != 0 })
@@ -343,7 +343,7 @@ func TestRace_announcementsThatAreWrongMisleadNobody(t *testing.T) {
 	both := nodes(t, 2, redis, "-reconcile", "300ms")
 	ctx := deadline(t)
 	session := newID()
-	f := foreign{redis, session}
+	f := foreign{redis: redis, session: session}
 	viewers := make([]*viewer, 4)
 	var wg sync.WaitGroup
 	for i := range viewers {

@@ -118,10 +118,23 @@ func start(t *testing.T, args ...string) *node {
 // SIGTERM, and must exit with 0: with the race detector in it, that says no race either.
 func launch(t *testing.T, args ...string) *node {
 	t.Helper()
+	return launchProgram(t, binary, args...)
+}
+
+// startProgram is start, of another program than the one with the race detector in it.
+func startProgram(t *testing.T, program string, args ...string) *node {
+	t.Helper()
+	n := launchProgram(t, program, args...)
+	n.waitReady()
+	return n
+}
+
+func launchProgram(t *testing.T, program string, args ...string) *node {
+	t.Helper()
 	n := &node{t: t, exited: make(chan struct{}), http: &http.Client{
 		Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: patience,
 	}}
-	n.cmd = exec.Command(binary, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s"}, args...)...)
+	n.cmd = exec.Command(program, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s"}, args...)...)
 	n.cmd.Dir = t.TempDir()
 	n.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // it would sleep a second
 	n.cmd.Stdout, n.cmd.Stderr = &n.log, &n.log
@@ -619,8 +632,9 @@ func (v *viewer) unreset(t *testing.T) {
 // foreign is a producer that knows nothing of this server, like the one of RACE.md: it
 // publishes first and pushes later.
 type foreign struct {
-	redis   *storetest.Server
-	session string
+	redis       *storetest.Server
+	session     string
+	newestFirst bool // it uses LPUSH
 }
 
 func (f foreign) publish(ctx context.Context, chunk string) error {
@@ -631,6 +645,9 @@ func (f foreign) push(ctx context.Context, chunks ...string) error {
 	all := make([]any, len(chunks))
 	for i, c := range chunks {
 		all[i] = c
+	}
+	if f.newestFirst {
+		return f.redis.LPush(ctx, "chat:history:"+f.session, all...).Err()
 	}
 	return f.redis.RPush(ctx, "chat:history:"+f.session, all...).Err()
 }

@@ -187,7 +187,7 @@ func TestWire_foreignElementsAreSentAsTheyAreOrAsText(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis)[0]
-	f := foreign{redis, newID()}
+	f := foreign{redis: redis, session: newID()}
 	raw := []string{
 		`{"content":"as it is", "seq": 77}`, `plain text`, "two\nlines", `{"broken":`, "{\"a\":\n1}", `[1]`, "bad \xff utf-8", ``, `{"a":1} {"b":2}`,
 		`{"is_complete":true}`,
@@ -357,7 +357,7 @@ func TestWire_aSessionThatDoesNotExistIsWaitedForAndMakesNoKeys(t *testing.T) {
 		t.Errorf("the session is %d %s", a.status, a.body)
 	}
 	n.append(t, byPost.session, words(1, 3))
-	f := foreign{redis, byPush.session}
+	f := foreign{redis: redis, session: byPush.session}
 	for i := range 3 {
 		if err := f.say(ctx, foreignChunk(i), time.Millisecond); err != nil {
 			t.Fatal(err)
@@ -621,7 +621,7 @@ func TestWire_aListThatWasReplacedIsAnotherEpoch(t *testing.T) {
 	for _, length := range []int{3, 5, 8} {
 		t.Run(fmt.Sprintf("by one of %d", length), func(t *testing.T) {
 			ctx := deadline(t)
-			f := foreign{redis, newID()}
+			f := foreign{redis: redis, session: newID()}
 			n.append(t, f.session, words(1, 5))
 			var other []string
 			for i := range length {

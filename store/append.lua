@@ -37,7 +37,7 @@ if log and life > 0 and log.deletions + 1 > life then return refuse('session_del
 --
 -- in which a number is found without a scan. Runs of text are short, since a number's place in them is not known.
 local function place(number) return producer .. ' ' .. string.format('%016.0f', number) end
-local position
+local position, behind
 if producer ~= '' then
   local epoch, number = tonumber(ARGV[13]), tonumber(ARGV[14])
   local text = log and redis.call('HGET', session, 'p:' .. producer)
@@ -51,14 +51,16 @@ if producer ~= '' then
     position = { epoch = epoch, next = 0, seq = 0, first = 0, form = 'c', filled = '0', fresh = true, fences = position ~= nil }
   elseif number > position.next then
     return refuse('producer_gap', int(position.next))
-  elseif number < position.next and chunks > 0 then
+  elseif number < position.next and chunks == 0 then
+    behind = true -- it sends again what is known: no matter what has ended since
+  elseif number < position.next then
     local to = number
     for i = 1, chunks do to = to + tonumber(field(i, 4)) end
     to = math.min(to, position.next)
     local from = redis.call('ZREVRANGEBYLEX', index, '(' .. place(number) .. '!', '[' .. producer .. ' ', 'LIMIT', 0, 1)
     local runs = redis.call('ZRANGEBYLEX', index, '[' .. (from[1] or producer .. ' '), '(' .. place(to - 1) .. '!', 'LIMIT', 0, 1000)
-    local behind = runs[1] and redis.call('ZRANGEBYLEX', index, '(' .. runs[#runs], '(' .. producer .. '!', 'LIMIT', 0, 1)
-    return refuse('producer_known', int(position.next), runs, behind and behind[1] or '', log.deletions + 1)
+    local next_run = runs[1] and redis.call('ZRANGEBYLEX', index, '(' .. runs[#runs], '(' .. producer .. '!', 'LIMIT', 0, 1)
+    return refuse('producer_known', int(position.next), runs, next_run and next_run[1] or '', log.deletions + 1)
   end
   redis.call('ZCARD', index) -- fails on a key of another type, in time
 end
@@ -74,7 +76,7 @@ for i = 1, chunks do
   end
   ended = kind == 'end'
 end
-if chunks == 0 and (hold == '' or hold == 'look') then
+if chunks == 0 and not behind and (hold == '' or hold == 'look') then
   if ended and #held > 0 then return refuse('session_ended', -1) end
   for _, id in ipairs(held) do
     local how = message(id).how

@@ -404,8 +404,19 @@ func TestForeign_messagesAreKnownToTheAPI(t *testing.T) {
 	}
 }
 
-// The time that a lease takes is Redis's own: an upload under way may go on with a log
-// that has ended only if it is told so.
+// What is sent again is known, whatever has ended since: it is not told to stop.
+func TestHold_look_ofAProducerThatSendsAgainWhatIsKnown(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		p := store.Producer{ID: "p"}
+		batch{Producer: p, Chunks: []store.Chunk{of("m"), store.NewEnding(store.TypeEnd, store.Fill{})}}.must(t, s)
+		batch{Producer: p, Hold: store.HoldLook, Messages: []string{"m"}}.must(t, s)
+		p.Number = 2
+		if err := (batch{Producer: p, Hold: store.HoldLook, Messages: []string{"m"}}).to(t, s); !errors.Is(err, store.ErrSessionEnded) {
+			t.Fatal(err)
+		}
+	})
+}
+
 func TestHold_look_tellsWhatEndedElsewhere(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		first, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}, Producer: store.Producer{ID: "p"}})
