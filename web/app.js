@@ -9,6 +9,7 @@ const $ = (id) => document.getElementById(id);
 const log = $('log');
 const scroll = $('scroll');
 const ask = $('ask');
+const stop = $('stop');
 
 // ---- the session, which is in the URL: so F5, a second tab or a link show the same
 
@@ -32,6 +33,7 @@ const byId = new Map();
 const dirty = new Set(); // messages whose drawing is behind
 let current = null;      // the message of the last chunk
 let awaited = '';        // the id of an answer that we asked for and that has not begun
+const wordless = new Set(); // ids of messages that were done without a word: they never begin
 
 const endings = ['done', 'failed', 'cancelled'];
 
@@ -64,7 +66,10 @@ function messageOf(seq, chunk, hasSomethingToShow) {
   if (!m) {
     // Nothing begins with a chunk that has nothing to show: the `done` of an answer whose
     // text was trimmed, or what an unknown producer says to unknown clients.
-    if (!hasSomethingToShow && (!named || chunk.type === 'done')) return undefined;
+    if (!hasSomethingToShow && (!named || chunk.type === 'done')) {
+      if (named) wordless.add(chunk.message_id);
+      return undefined;
+    }
     m = begin(named ? chunk.message_id : `chunk-${seq}`, role, seq);
     m.anonymous = !named;
   }
@@ -108,6 +113,7 @@ const whyCleared = {
 function clear(reason) {
   messages = [];
   byId.clear();
+  wordless.clear();
   dirty.clear();
   current = null;
   awaited = '';
@@ -118,6 +124,15 @@ function clear(reason) {
 function note(text) {
   log.append(element('p', { className: 'note', textContent: text }));
 }
+
+// The reasons that a server gives for a `failed`; a producer may give others, in words of its own.
+const whyFailed = {
+  __proto__: null, // theirs may be called anything
+  producer_lost: 'its producer was lost',
+  model_failed: 'the model failed',
+  redis_away: 'Redis was away',
+  shutdown: 'its node was stopped',
+};
 
 // ---- drawing: once a frame, however many chunks came
 
@@ -145,7 +160,7 @@ function flush() {
     set(m.range, m.first === m.last ? `chunk ${m.first}` : `chunks ${m.first}–${m.last}`);
     const label = { failed: 'Failed', cancelled: 'Stopped', unfinished: 'Unfinished' }[m.status];
     m.label.hidden = !label;
-    if (label) set(m.label, m.reason ? `${label}: ${m.reason}` : label);
+    if (label) set(m.label, m.reason ? `${label}: ${whyFailed[m.reason] ?? m.reason}` : label);
   }
   dirty.clear();
 
@@ -161,12 +176,16 @@ function flush() {
   const coming = state === 'connecting' || state === 'catching up';
   log.ariaBusy = String(coming); // what is only repeated is not announced
   $('empty').hidden = coming || state === 'disconnected' || log.childElementCount > 0 || awaited !== '';
-  $('waiting').hidden = !awaited || byId.has(awaited) || state === 'ended';
+  const waiting = awaited !== '' && !byId.has(awaited) && !wordless.has(awaited) && state !== 'ended';
+  $('waiting').hidden = !waiting;
   $('disconnected').hidden = state !== 'disconnected';
   const ended = state === 'ended';
   $('ended').hidden = !ended;
   ask.disabled = $('send').disabled = ended;
   for (const b of $('samples').querySelectorAll('button')) b.disabled = ended;
+  // What was streaming in a part of the log may have ended in the rest of it: until that is
+  // here, the button stays as it was.
+  if (!coming) offerStop(waiting || messages.some((m) => m.status === 'streaming' && !m.anonymous));
 
   if (pinned) scroll.scrollTop = scroll.scrollHeight;
   $('latest').hidden = pinned;
@@ -283,6 +302,45 @@ async function submit() {
     complain('The server did not answer. If your question does not appear above, send it again.');
   } finally {
     sending = ask.readOnly = false;
+  }
+}
+
+// ---- stopping
+
+let stopping = false;
+
+function offerStop(offered) {
+  // A button that goes away would take the focus with it.
+  if (!offered && document.activeElement === stop) (ask.disabled ? scroll : ask).focus();
+  stop.hidden = !offered;
+}
+
+stop.addEventListener('click', cancel);
+
+ask.addEventListener('keydown', (e) => {
+  // Escape may also mean an input method, as Enter may.
+  if (e.key === 'Escape' && !e.isComposing && e.keyCode !== 229) cancel();
+});
+
+// One button, so it stops everything: whoever presses it wants silence, also from a message
+// that begins while the press is on its way, and from one that this tab does not know of yet.
+// A list of what is shown would be out of date by then, and could be refused in part.
+// That something was stopped is shown when the log says so.
+async function cancel() {
+  if (stop.hidden || stopping) return;
+  stopping = true;
+  stop.ariaDisabled = 'true'; // not `disabled`, as above
+  complain('');
+  try {
+    const response = await fetch(`${api}/cancel`, { method: 'POST' });
+    // 404 and 409 say that nothing is left to stop, which is what was wanted.
+    if (!response.ok && response.status !== 404 && response.status !== 409) return complain(await reasonOf(response));
+    if (follower.state === 'disconnected') reconnect(); // to the log, which says what became of it
+  } catch {
+    complain('The server did not answer. If more is said, press Stop again.');
+  } finally {
+    stopping = false;
+    stop.ariaDisabled = null;
   }
 }
 

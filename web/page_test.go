@@ -26,6 +26,7 @@ import (
 	"github.com/chromedp/cdproto/input"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
 
 	"gapless/store/storetest"
 )
@@ -128,20 +129,27 @@ func (n *node) url(path string) string { return "http://" + n.addr + path }
 // post fails the test unless the answer is 2xx.
 func (n *node) post(t testing.TB, path string, body any) {
 	t.Helper()
+	if status, answer := n.send(t, path, body); status/100 != 2 {
+		t.Errorf("POST %s: %d\n%s", path, status, answer)
+	}
+}
+
+// send posts, and takes any answer; status 0 is none.
+func (n *node) send(t testing.TB, path string, body any) (status int, answer []byte) {
+	t.Helper()
 	text, err := json.Marshal(body)
 	if err != nil {
 		t.Error(err)
-		return
+		return 0, nil
 	}
 	r, err := http.Post(n.url(path), "application/json", bytes.NewReader(text))
 	if err != nil {
 		t.Errorf("POST %s: %v", path, err)
-		return
+		return 0, nil
 	}
 	defer r.Body.Close()
-	if answer, _ := io.ReadAll(r.Body); r.StatusCode/100 != 2 {
-		t.Errorf("POST %s: %s\n%s", path, r.Status, answer)
-	}
+	answer, _ = io.ReadAll(r.Body)
+	return r.StatusCode, answer
 }
 
 // answers appends an answer to a session, piece by piece, which is not over before finish
@@ -170,6 +178,39 @@ func (n *node) answers(t testing.TB, session string) (finish func()) {
 	}
 }
 
+// talks appends the answer "talk" to a session, piece by piece, for as long as the log takes
+// more of it: so a test that stops it stops it in the middle. told waits for the refusal:
+// behind it nothing can follow.
+func (n *node) talks(t testing.TB, session string) (told func() string) {
+	path := "/v1/sessions/" + session + "/chunks"
+	codes := make(chan string, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() { // ended by the refusal, or with the test
+		for i := 0; t.Context().Err() == nil; i++ {
+			status, answer := n.send(t, path, chunk{MessageID: "talk", Content: fmt.Sprintf("%s %d ", nasty[i%(len(nasty)-1)], i)})
+			if status != http.StatusCreated {
+				var problem struct{ Code string }
+				_ = json.Unmarshal(answer, &problem)
+				codes <- problem.Code
+				return
+			}
+			select {
+			case <-time.After(30 * time.Millisecond): // the pace of the answer
+			case <-t.Context().Done():
+			}
+		}
+	})
+	t.Cleanup(wg.Wait)
+	return func() string {
+		select {
+		case code := <-codes:
+			return code
+		case <-time.After(patience):
+			return "nothing"
+		}
+	}
+}
+
 // chunk is a chunk of the log, as far as these tests look at it.
 type chunk struct {
 	Seq       int64  `json:"seq,omitzero"`
@@ -177,6 +218,7 @@ type chunk struct {
 	MessageID string `json:"message_id,omitzero"`
 	Role      string `json:"role,omitzero"`
 	Content   string `json:"content,omitzero"`
+	Reason    string `json:"reason,omitzero"`
 }
 
 // history is the whole log of a session.
@@ -596,13 +638,19 @@ func (p *tab) until(expression string) {
 	}
 }
 
-// ask types a question.
-func (p *tab) ask(question string) {
+// types types a question.
+func (p *tab) types(question string) {
 	p.t.Helper()
 	p.run(`document.getElementById('ask').focus()`)
 	if _, err := chromedp.Call(p.ctx, input.InsertText, input.InsertTextParams{Text: question}); err != nil {
 		p.t.Fatalf("type %q: %v", question, err)
 	}
+}
+
+// ask asks a question.
+func (p *tab) ask(question string) {
+	p.t.Helper()
+	p.types(question)
 	p.do("press Enter", chromedp.KeyEvent("\r"))
 	p.until(`document.querySelector('#log article[data-role=user]') !== null`)
 }
@@ -621,6 +669,31 @@ func (p *tab) session() string {
 func (p *tab) shown() [][2]string {
 	return eval[[][2]string](p, `Array.from(document.querySelectorAll('#log article'),
 		a => [a.dataset.id, a.querySelector('.text').textContent])`)
+}
+
+// press presses a button with the mouse.
+func (p *tab) press(button string) {
+	p.t.Helper()
+	p.do("press "+button, chromedp.Click(button))
+}
+
+// stoppable says that Stop is there to be pressed.
+const stoppable = `document.getElementById('stop')?.hidden === false`
+
+// showsTheStop checks that a message is shown as stopped, exactly as far as the log has
+// it, that the log ends so, and that there is no Stop any more.
+func (p *tab) showsTheStop(n *node, session, message string) {
+	p.t.Helper()
+	p.until(`document.querySelector('#log article[data-id="` + message + `"]')?.dataset.status === 'cancelled'`)
+	p.until(`document.getElementById('stop').hidden`)
+	if got := eval[string](p, `document.querySelector('#log article[data-status=cancelled] .label').innerText`); got != "Stopped" {
+		p.t.Errorf("below it stands %q", got)
+	}
+	p.showsTheHistory(n, session)
+	chunks := n.history(p.t, session)
+	if last := chunks[len(chunks)-1]; last.Type != "cancelled" || last.MessageID != message {
+		p.t.Errorf("the log ends with %+v", last)
+	}
 }
 
 // answered says that the model's answer is there.
@@ -703,6 +776,15 @@ func TestPage(t *testing.T) {
 		{"after the end no request is made, not even after a reload", testEnd},
 		{"ten thousand chunks of history are shown", testLongHistory},
 		{"text of any kind is shown as it is", testText},
+		{"Stop ends an answer in its middle, where the log ends it", testStop},
+		{"Stop is there after a reload in the middle of an answer", testStopAfterReload},
+		{"what one tab stops is stopped in the other", testStopFromSecondTab},
+		{"an answer that has not said a word can be stopped", testStopBeforeFirstWord},
+		{"an answer that ends without a word is no longer awaited", testWordless},
+		{"after a stop by Escape another question is answered", testAskAfterStop},
+		{"a Stop that does not reach the server says so, and stops nothing", testStopOffline},
+		{"a Stop is sent once, and a refusal is shown unless nothing was left to stop", testStopRefused},
+		{"an answer whose producer is lost says so in words", testProducerLost},
 		{"an EventSource alone gets every chunk once and whole wherever connections are cut", testPlainEventSource},
 		{"an EventSource that wants only what is new loses nothing when it is cut before that came", testLatest},
 	} {
@@ -786,8 +868,8 @@ func testNetworkChange(t *testing.T, w world) {
 	session := p.session()
 	finish := w.a.answers(t, session)
 	for i, to := range []string{"a", "b"} {
-		before := len(line.seen())
 		p.until(fmt.Sprintf(`gapless.node === 'a' && gapless.seq >= %d`, 20+eval[int](p, `gapless.seq`)))
+		before := len(line.seen())
 		line.goOffline()
 		p.until(`gapless.state === 'waiting to reconnect'`)
 		// For longer than the longest retry time, so that it tries in vain.
@@ -903,6 +985,234 @@ func testText(t *testing.T, w world) {
 			t.Errorf("%q is shown as %q", nasty[i], m[1])
 		}
 	}
+}
+
+func testStop(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/?session=stop"), chromedp.WithNewBrowserContext())
+	told := w.node.talks(t, "stop")
+	p.until(`gapless.seq >= 20`)
+	p.press("#stop")
+	p.showsTheStop(w.node, "stop", "talk")
+	if got := told(); got != "message_cancelled" {
+		t.Fatalf("its producer was told %s", got)
+	}
+	p.showsTheStop(w.node, "stop", "talk")
+	if got := eval[string](p, `document.activeElement.id`); got != "ask" {
+		t.Errorf("the focus went to %q with the button", got)
+	}
+}
+
+func testStopAfterReload(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/?session=stop-reload"), chromedp.WithNewBrowserContext())
+	told := w.node.talks(t, "stop-reload")
+	p.until(`gapless.seq >= 20 && ` + stoppable)
+	p.do("reload", chromedp.Reload())
+	p.until(`gapless.seq > 20 && ` + stoppable)
+	p.press("#stop")
+	p.showsTheStop(w.node, "stop-reload", "talk")
+	if got := told(); got != "message_cancelled" {
+		t.Errorf("its producer was told %s", got)
+	}
+	p.do("reload", chromedp.Reload())
+	p.showsTheStop(w.node, "stop-reload", "talk")
+}
+
+func testStopFromSecondTab(t *testing.T, w world) {
+	first := open(t, w.browser, w.node.url("/?session=stop-tabs"), chromedp.WithNewBrowserContext())
+	told := w.node.talks(t, "stop-tabs")
+	first.until(`gapless.seq >= 20 && ` + stoppable)
+	second := open(t, first.ctx, eval[string](first, `location.href`))
+	second.until(stoppable)
+	second.press("#stop")
+	if got := told(); got != "message_cancelled" {
+		t.Fatalf("its producer was told %s", got)
+	}
+	for _, p := range []*tab{first, second} {
+		p.showsTheStop(w.node, "stop-tabs", "talk")
+	}
+}
+
+// asks has the page ask a question to which the server says that the answer will come as
+// that message. No model answers it: when its first word comes is up to the test.
+func (p *tab) asks(n *node, session, reply string) {
+	p.t.Helper()
+	n.post(p.t, "/v1/sessions/"+session+"/chunks", chunk{Type: "message", MessageID: "q-" + reply, Role: "user", Content: question})
+	p.run(`window.real ??= fetch;
+		window.fetch = (url, options) => url.endsWith('/messages')
+			? Promise.resolve(Response.json({ message_id: 'q-` + reply + `', reply_message_id: '` + reply + `' }, { status: 202 }))
+			: real(url, options)`)
+	p.types(question)
+	p.press("#send")
+	p.until(`document.getElementById('ask').value === ''`)
+}
+
+func testStopBeforeFirstWord(t *testing.T, w world) {
+	const session = "stop-awaited"
+	p := open(t, w.browser, w.a.url("/?session="+session), chromedp.WithNewBrowserContext())
+	// The answer is an upload that keeps silent.
+	body, silence := io.Pipe()
+	told := make(chan string, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() { // ended by the stop, or with the test
+		r, err := http.Post(w.a.url("/v1/sessions/"+session+"/chunks?message_id=r"), "text/plain", body)
+		if err != nil {
+			told <- err.Error()
+			return
+		}
+		answer, _ := io.ReadAll(r.Body)
+		_ = r.Body.Close()
+		told <- string(answer)
+	})
+	t.Cleanup(wg.Wait)
+	t.Cleanup(func() { _ = silence.Close() })
+	eventually(t, "the upload has begun", func() bool { return w.redis.HExists(t.Context(), "chat:session:"+session, "m:r").Val() })
+
+	p.asks(w.a, session, "r")
+	p.until(`!document.getElementById('waiting').hidden && ` + stoppable)
+	if got := len(w.a.history(t, session)); got != 1 {
+		t.Fatalf("the log has %d chunks, not the question alone", got)
+	}
+	p.press("#stop")
+	p.showsTheStop(w.a, session, "r")
+	if !eval[bool](p, `document.getElementById('waiting').hidden`) {
+		t.Error("the answer is still awaited")
+	}
+	if got := <-told; !strings.Contains(got, "message_cancelled") {
+		t.Errorf("its producer was told %s", got)
+	}
+}
+
+func testWordless(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/?session=wordless"), chromedp.WithNewBrowserContext())
+	p.asks(w.node, "wordless", "r")
+	p.until(`!document.getElementById('waiting').hidden && ` + stoppable)
+	over := `document.getElementById('waiting').hidden && document.getElementById('stop').hidden`
+	w.node.post(t, "/v1/sessions/wordless/chunks", chunk{Type: "done", MessageID: "r"})
+	p.until(over)
+
+	// The end may come before the page learns what to await.
+	w.node.post(t, "/v1/sessions/wordless/chunks", chunk{Type: "done", MessageID: "s"})
+	p.until(`gapless.seq === 3`)
+	p.asks(w.node, "wordless", "s")
+	w.node.post(t, "/v1/sessions/wordless/chunks", chunk{Type: "message", MessageID: "next", Content: "that is drawn behind it"})
+	p.until(`document.getElementById('seq').textContent === '5'`)
+	if !eval[bool](p, over) {
+		t.Error("an answer is awaited that had ended when it was promised")
+	}
+}
+
+func testAskAfterStop(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/"), chromedp.WithNewBrowserContext())
+	p.ask(question)
+	session := p.session()
+	p.until(`document.querySelector('#log article[data-role=assistant]')?.dataset.status === 'streaming' && ` + stoppable)
+	first := eval[string](p, `document.querySelector('#log article[data-role=assistant]').dataset.id`)
+	p.do("press Escape", chromedp.KeyEvent(kb.Escape))
+	p.showsTheStop(w.node, session, first)
+
+	p.ask("And what with time?")
+	p.until(`document.querySelectorAll('#log article').length === 4 && ` + stoppable)
+	p.until(`Array.from(document.querySelectorAll('#log article'), a => a.dataset.status).join() === 'done,cancelled,done,done'`)
+	p.until(`document.getElementById('stop').hidden`)
+	p.showsTheHistory(w.node, session)
+	// All the time that the second answer took, nothing came of the first.
+	var end string
+	for _, c := range w.node.history(t, session) {
+		if c.MessageID == first {
+			end = c.Type
+		}
+	}
+	if end != "cancelled" {
+		t.Errorf("the first answer went on behind its end, with a %s", end)
+	}
+}
+
+func testStopOffline(t *testing.T, w world) {
+	line := newProxy(t, w.node)
+	p := open(t, w.browser, line.url("/?session=stop-offline"), chromedp.WithNewBrowserContext())
+	told := w.node.talks(t, "stop-offline")
+	p.until(`gapless.seq >= 20 && ` + stoppable)
+	line.goOffline()
+	p.press("#stop")
+	p.until(`document.getElementById('problem').innerText.startsWith('The server did not answer.')`)
+	line.goOnline(0)
+	p.until(fmt.Sprintf(`gapless.state === 'live' && gapless.seq > %d`, 20+eval[int](p, `gapless.seq`)))
+	if got := eval[string](p, `gapless.messages[0].status`); got != "streaming" {
+		t.Errorf("nobody has stopped it, and it is shown as %s", got)
+	}
+	p.press("#stop")
+	p.showsTheStop(w.node, "stop-offline", "talk")
+	p.until(`document.getElementById('problem').hidden`)
+	if got := told(); got != "message_cancelled" {
+		t.Errorf("its producer was told %s", got)
+	}
+}
+
+func testStopRefused(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/?session=stop-refused"), chromedp.WithNewBrowserContext())
+	told := w.node.talks(t, "stop-refused")
+	p.until(stoppable)
+	p.run(`window.real = fetch, window.presses = 0;
+		window.fetch = () => (presses++, new Promise((resolve) => { window.answer = resolve; }))`)
+	for i, c := range []struct {
+		status int
+		shown  string
+	}{
+		{http.StatusServiceUnavailable, "Redis cannot be reached."},
+		{http.StatusConflict, ""},
+		{http.StatusNotFound, ""},
+	} {
+		p.press("#stop")
+		p.press("#stop")
+		if got := eval[string](p, `presses + document.getElementById('stop').ariaDisabled`); got != fmt.Sprint(i+1, "true") {
+			t.Errorf("%d: after a press that is not answered, and another one: %s", c.status, got)
+		}
+		p.run(fmt.Sprintf(`answer(Response.json({ detail: 'Redis cannot be reached.' }, { status: %d }))`, c.status))
+		p.until(`document.getElementById('stop').ariaDisabled === null`)
+		if got := eval[string](p, `document.getElementById('problem').innerText`); got != c.shown {
+			t.Errorf("%d: the page says %q, not %q", c.status, got, c.shown)
+		}
+		if got := eval[string](p, `gapless.messages[0].status`); got != "streaming" || !eval[bool](p, stoppable) {
+			t.Errorf("%d: nothing was stopped, and it is shown as %s", c.status, got)
+		}
+	}
+	p.run(`window.fetch = real`)
+	p.press("#stop")
+	p.showsTheStop(w.node, "stop-refused", "talk")
+	if got := told(); got != "message_cancelled" {
+		t.Errorf("its producer was told %s", got)
+	}
+}
+
+func testProducerLost(t *testing.T, w world) {
+	p := open(t, w.browser, w.node.url("/?session=lost"), chromedp.WithNewBrowserContext())
+	body, line := io.Pipe()
+	breakOff := func() { _ = line.CloseWithError(io.ErrUnexpectedEOF) }
+	var wg sync.WaitGroup
+	wg.Go(func() { // ended by breakOff
+		if r, err := http.Post(w.node.url("/v1/sessions/lost/chunks"), "application/x-ndjson", body); err == nil {
+			_ = r.Body.Close()
+			t.Errorf("the upload was answered: %s", r.Status)
+		}
+	})
+	t.Cleanup(wg.Wait)
+	t.Cleanup(breakOff)
+	if _, err := io.WriteString(line, `{"message_id":"half","content":"half a "}`+"\n"); err != nil {
+		t.Fatal(err)
+	}
+	p.until(`gapless.text('half') === 'half a ' && ` + stoppable)
+	breakOff()
+	label := `document.querySelector('#log article[data-id=half] .label').innerText`
+	p.until(label + ` !== ''`)
+	if got := eval[string](p, label); got != "Failed: its producer was lost" {
+		t.Errorf("below it stands %q", got)
+	}
+	p.until(`document.getElementById('stop').hidden`)
+	p.showsTheHistory(w.node, "lost")
+
+	// Any other reason is the producer's own, and is shown as it is.
+	w.node.post(t, "/v1/sessions/lost/chunks", chunk{Type: "failed", MessageID: "half too", Reason: "constructor"})
+	p.until(`document.querySelector('#log article[data-id="half too"] .label')?.innerText === 'Failed: constructor'`)
 }
 
 // No code of ours runs in this page: what is proved is the wire.
