@@ -30,7 +30,7 @@ lint:
 	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
 
 unit:
-	go test -race -timeout 15m ./...
+	go test -race -count=1 -timeout 15m ./...
 
 fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store

@@ -213,7 +213,7 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 	}
 }
 
-func clients(scripts func(name string) runner, r *rand.Rand) []client {
+func clients(scripts func(script string, args ...string) runner, r *rand.Rand) []client {
 	return []client{
 		{name: "npm eventsource", run: scripts("eventsource.mjs"), over: "closed, 204", last: http.StatusNoContent},
 		{name: "npm eventsource-parser", run: scripts("eventsource-parser.mjs"), over: "204", last: http.StatusNoContent},
@@ -295,30 +295,41 @@ func longest(messageID string) chunk {
 
 type runner = func(ctx context.Context, url string, chunk func(id, data string)) (string, error)
 
-// install installs the Node libraries that testdata/clients pins, in a copy of it, and
-// gives what runs one of its scripts. The absence of Node fails the test.
-func install(t *testing.T) func(script string) runner {
+// installed is where the Node libraries that testdata/clients pins are, beside a copy of it.
+var installed = sync.OnceValues(func() (string, error) {
+	npm, err := exec.LookPath("npm")
+	if err != nil {
+		return "", fmt.Errorf("npm is not installed: make test installs it (%w)", err)
+	}
+	to := filepath.Join(dir, "clients")
+	if err := os.CopyFS(to, os.DirFS(filepath.Join("testdata", "clients"))); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*patience)
+	defer cancel()
+	ci := exec.CommandContext(ctx, npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
+	ci.Dir = to
+	if out, err := ci.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("npm ci: %w\n%s", err, out)
+	}
+	return to, nil
+})
+
+// install gives what runs a script of testdata/clients with a URL, and with further
+// arguments. The absence of Node fails the test.
+func install(t *testing.T) func(script string, args ...string) runner {
 	t.Helper()
 	node, err := exec.LookPath("node")
 	if err != nil {
 		t.Fatalf("node is not installed: make test installs it (%v)", err)
 	}
-	npm, err := exec.LookPath("npm")
+	dir, err := installed()
 	if err != nil {
-		t.Fatalf("npm is not installed: make test installs it (%v)", err)
-	}
-	dir := t.TempDir()
-	if err := os.CopyFS(dir, os.DirFS(filepath.Join("testdata", "clients"))); err != nil {
 		t.Fatal(err)
 	}
-	ci := exec.CommandContext(t.Context(), npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
-	ci.Dir = dir
-	if out, err := ci.CombinedOutput(); err != nil {
-		t.Fatalf("npm ci: %v\n%s", err, out)
-	}
-	return func(script string) runner {
+	return func(script string, args ...string) runner {
 		return func(ctx context.Context, url string, chunk func(id, data string)) (over string, err error) {
-			cmd := exec.CommandContext(ctx, node, "--no-warnings", filepath.Join(dir, script), url)
+			cmd := exec.CommandContext(ctx, node, append([]string{"--no-warnings", filepath.Join(dir, script), url}, args...)...)
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
 			out, err := cmd.StdoutPipe()
