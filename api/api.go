@@ -141,7 +141,12 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 }
 
 // ServeHTTP implements http.Handler.
-func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.echo.ServeHTTP(w, r) }
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.ContentLength != 0 {
+		r.Body = &incoming{ReadCloser: r.Body}
+	}
+	a.echo.ServeHTTP(w, r)
+}
 
 // Drain says at /readyz that this node wants no more requests.
 func (a *API) Drain() { a.drain() }

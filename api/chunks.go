@@ -46,13 +46,21 @@ func (a *API) appendChunks(c echo.Context) error {
 		return a.appendJSON(c, p)
 	}
 	if p.kind != typeNDJSON && p.fill.MessageID == "" { // such a body is one message
-		id, err := uuid.NewV7()
-		if err != nil {
+		if p.fill.MessageID, err = makeUp(session(c), p.producer); err != nil {
 			return err
 		}
-		p.fill.MessageID = id.String()
 	}
 	return a.appendStream(c, p)
+}
+
+// makeUp is the id of a message that has none: of a request that is repeated with its
+// producer numbers, always the same.
+func makeUp(session string, p store.Producer) (string, error) {
+	if p.ID != "" {
+		return uuid.NewSHA1(uuid.Nil, fmt.Appendf(nil, "%s %s %d %d", session, p.ID, p.Epoch, p.Number)).String(), nil
+	}
+	id, err := uuid.NewV7()
+	return id.String(), err
 }
 
 func parsePosting(c echo.Context) (p posting, err error) {
@@ -172,9 +180,10 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	if p.lease > 0 && !ofMessages {
 		return invalid("lease", "a lease is of a message: name one with message_id, in the query or in a chunk")
 	}
-	if p.fill.MessageID != "" && (len(chunks) == 0 || p.lease > 0) {
+	if p.fill.MessageID != "" && len(chunks) == 0 {
 		u.held = []string{p.fill.MessageID}
 	}
+	inBody := len(chunks)
 	if p.closes {
 		chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
 	}
@@ -182,7 +191,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		return a.appendNothing(c)
 	}
 	if err := u.append(chunks, store.HoldNone); err != nil {
-		return err
+		return blame(err, 0, inBody)
 	}
 	return u.answer(c)
 }
@@ -258,23 +267,22 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 	defer wake.over()
 	defer context.AfterFunc(u.ctx, wake.now)()
 
-	err := u.copy(a.source(p, r.Body), p, r.ContentLength)
+	err := u.copy(a.source(p, r.Body), p, r.ContentLength, wake.over)
 	if err == nil {
 		if u.stored.Epoch == "" { // nothing came, and nothing was asked of the log
 			return a.appendNothing(c)
 		}
 		return u.answer(c)
 	}
+	if !store.Away(err) {
+		u.leave(store.HoldLeft)
+	}
 	problem := *problemOf(err)
 	problem.cause = err
 	if u.stored.Count > 0 {
 		problem.Stored = &u.stored
 	}
-	c.Response().Header().Set("Connection", "close")
-	a.problem(&problem, c)
-	_ = ctl.Flush()
-	wake.now() // the rest of the body is not wanted
-	return nil
+	return &problem
 }
 
 func (a *API) source(p posting, from io.Reader) source {
@@ -288,11 +296,12 @@ func (a *API) source(p posting, from io.Reader) source {
 	return &lines{body: b, fill: p.fill, limit: limit}
 }
 
-// copy appends what a source has until it ends, and what the request adds behind it.
-func (u *upload) copy(src source, p posting, length int64) error {
+// copy appends what a source has until it ends, and what the request adds behind it. arrived
+// is called when the whole body has come.
+func (u *upload) copy(src source, p posting, length int64, arrived func()) error {
 	const soon = 64 << 10 // a body that is sent in one piece: it is no matter of a while
 	if length < 0 || length > soon {
-		if p.fill.MessageID != "" {
+		if p.kind != typeNDJSON || p.lease > 0 && p.fill.MessageID != "" {
 			u.held = []string{p.fill.MessageID} // it begins now, though its first chunk may take its time
 		}
 		if len(u.held) > 0 || p.producer.ID != "" {
@@ -317,6 +326,7 @@ func (u *upload) copy(src source, p posting, length int64) error {
 		hold := store.HoldOpen
 		body := len(chunks)
 		if err == io.EOF {
+			arrived()
 			hold = store.HoldClosed
 			if p.kind != typeNDJSON {
 				chunks = append(chunks, store.NewEnding(store.TypeDone, p.fill))
@@ -338,7 +348,7 @@ func (u *upload) copy(src source, p posting, length int64) error {
 		case cause != nil:
 			return cause
 		case errors.Is(err, errBroken):
-			u.lost()
+			u.leave(store.HoldBroken)
 			if torn, ok := errors.AsType[*Problem](err); ok {
 				return torn
 			}

@@ -5,12 +5,17 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"strconv"
+	"sync/atomic"
+	"time"
 
 	"github.com/labstack/echo/v4"
 
+	"gapless/sse"
 	"gapless/store"
 )
 
@@ -143,7 +148,52 @@ func (a *API) problem(err error, c echo.Context) {
 	if c.Request().Method == http.MethodHead {
 		body = nil
 	}
+	h.Set("Content-Length", strconv.Itoa(len(body))) // whole with its last byte, whatever follows
+	late := coming(c.Request())
+	ctl := http.NewResponseController(c.Response().Writer)
+	if late {
+		// Else the server would read on to the body's end before it answers.
+		_ = ctl.EnableFullDuplex()
+		h.Set("Connection", "close")
+	}
 	if err := c.Blob(p.Status, "application/problem+json", body); err != nil {
 		a.log.Debug("problem not delivered", slog.Any("err", err))
 	}
+	if late {
+		_ = ctl.Flush()
+		linger(sse.Conn(c.Request().Context()))
+	}
+}
+
+// incoming is a request's body that knows whether all of it has come.
+type incoming struct {
+	io.ReadCloser
+	whole atomic.Bool
+}
+
+func (b *incoming) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == io.EOF {
+		b.whole.Store(true)
+	}
+	return n, err
+}
+
+// coming says whether a request's body is still on its way, and may be for long. Of a
+// short one the server takes the rest by itself.
+func coming(r *http.Request) bool {
+	const short = 64 << 10
+	b, ok := r.Body.(*incoming)
+	return ok && r.ProtoMajor == 1 && !b.whole.Load() && (r.ContentLength < 0 || r.ContentLength > short)
+}
+
+// linger takes what a client goes on to send behind its answer, for a moment: a connection
+// that is closed with something unread in it is reset, and takes the answer along.
+func linger(conn net.Conn) {
+	const moment, most = 500 * time.Millisecond, 16 << 20
+	if conn == nil {
+		return
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(moment))
+	_, _ = io.Copy(io.Discard, io.LimitReader(conn, most))
 }

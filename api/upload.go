@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,6 +25,7 @@ import (
 type upload struct {
 	api     *API
 	session string
+	token   string // names it among those that hold a message
 	lease   time.Duration
 	// patience is how long it waits for a Redis that is away, beside doubtPatience.
 	patience time.Duration
@@ -35,7 +37,7 @@ type upload struct {
 	life     int64
 	held     []string // messages that it has begun, and that have not ended
 	watched  bool
-	closed   bool
+	closed   bool      // it needs to look no more
 	heard    time.Time // when Redis was last asked
 	watch    *time.Timer
 	doubtful atomic.Bool // something has happened to the session
@@ -52,7 +54,7 @@ const doubtPatience = 5 * time.Second
 const heldMost = 64
 
 func (a *API) newUpload(session string, p store.Producer, lease, patience time.Duration) *upload {
-	u := &upload{api: a, session: session, producer: p, lease: lease, patience: patience}
+	u := &upload{api: a, session: session, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
 	u.ctx, u.stop = context.WithCancelCause(a.ending)
 	return u
 }
@@ -103,8 +105,12 @@ func (u *upload) append(chunks []store.Chunk, hold store.Hold) error {
 	if hold != store.HoldNone {
 		u.held = held
 	}
+	if hold == store.HoldClosed {
+		u.closed = true // a look behind it would hold its messages again
+	}
 	for _, c := range chunks {
 		u.producer.Number += c.Numbers()
+		u.closed = u.closed || c.EndsLog()
 	}
 	u.note(done)
 	return nil
@@ -133,7 +139,7 @@ func (u *upload) note(a store.Appended) {
 // send asks Redis, and again where that is harmless: what was surely not stored, for as
 // long as the upload has patience; what may have been stored, if it has numbers. mu is held.
 func (u *upload) send(b store.Batch) (store.Appended, error) {
-	b.Producer, b.Life, b.Lease = u.producer, u.life, u.lease
+	b.Producer, b.Life, b.Lease, b.Token = u.producer, u.life, u.lease, u.token
 	unknown, patience := false, u.patience
 	for begun, pause := time.Now(), 20*time.Millisecond; ; pause = min(2*pause, time.Second) {
 		// A client that goes away does not leave us in doubt about what was stored.
@@ -163,16 +169,18 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 	}
 }
 
-// lost says that the producer's connection broke.
-func (u *upload) lost() {
+// leave says how the upload ended that has not ended as it should: its connection broke
+// (HoldBroken), or it was answered before its end (HoldLeft).
+func (u *upload) leave(how store.Hold) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if len(u.held) == 0 {
+	if u.closed || len(u.held) == 0 {
 		return
 	}
-	if _, err := u.send(store.Batch{Hold: store.HoldBroken, Messages: u.held}); err != nil {
-		// Its lease runs out instead.
-		u.api.log.LogAttrs(u.ctx, slog.LevelInfo, "upload broke, its messages end by their leases", slog.String("session", u.session), slog.Any("err", err))
+	u.closed = true
+	if _, err := u.send(store.Batch{Hold: how, Messages: u.held}); err != nil {
+		// Their leases run out instead.
+		u.api.log.LogAttrs(context.Background(), slog.LevelInfo, "an upload's messages are left to their leases", slog.String("session", u.session), slog.Any("err", err))
 	}
 }
 
@@ -189,7 +197,7 @@ func (u *upload) look() {
 		return
 	}
 	done, err := u.api.logs.Append(context.Background(), u.session, store.Batch{
-		Hold: store.HoldLook, Messages: u.held, Producer: u.producer, Life: u.life, Lease: u.lease,
+		Hold: store.HoldLook, Messages: u.held, Producer: u.producer, Life: u.life, Lease: u.lease, Token: u.token,
 	})
 	if err == nil {
 		u.life, u.heard = done.Life, time.Now()
@@ -263,13 +271,15 @@ func (l *uploads) Live(session string) {
 	}
 }
 
-// Resync implements store.Listener: names may have been missed.
+// Resync implements store.Listener: names may have been missed. Not all of the uploads
+// look at once.
 func (l *uploads) Resync() {
+	spread := min(l.api.cfg.Look/2, time.Second)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, all := range l.all {
 		for u := range all {
-			u.doubt(rand.N(l.api.cfg.Look/2 + 1))
+			u.doubt(rand.N(spread + 1))
 		}
 	}
 }

@@ -46,6 +46,12 @@ func WithConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
 
+// Conn is the connection that a request came on, or nil.
+func Conn(ctx context.Context) net.Conn {
+	c, _ := ctx.Value(connKey{}).(net.Conn)
+	return c
+}
+
 // sendBuffer is what the kernel is asked to hold for a viewer: enough for 3 MB/s over
 // 10 ms, little enough that a viewer's pace shows.
 const sendBuffer = 32 << 10
@@ -54,7 +60,7 @@ const sendBuffer = 32 << 10
 // kept back. End must be called.
 func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
 	w := &Writer{to: to, ctl: http.NewResponseController(to), timeout: h.cfg.WriteTimeout, wrote: time.Now(), left: make(chan struct{})}
-	if c, ok := r.Context().Value(connKey{}).(net.Conn); ok && r.ProtoMajor == 1 {
+	if c := Conn(r.Context()); c != nil && r.ProtoMajor == 1 {
 		w.conn, w.http10 = c, r.ProtoMinor == 0
 		setSendBuffer(c, sendBuffer)
 	}

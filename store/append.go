@@ -18,9 +18,11 @@ type Batch struct {
 	// Lease is asked for by the messages of this batch, if not 0: each ends as failed when
 	// for so long no append belongs to it or names it.
 	Lease time.Duration
-	// Hold is what becomes of Messages, the open ones of an upload. Without a Hold they are
-	// messages that are named to renew their lease, or to begin it.
+	// Hold is what becomes of Messages, the open ones of an upload, which Token names: one
+	// word, of its own. Without a Hold they are messages that are named to renew their lease,
+	// or to begin it.
 	Hold     Hold
+	Token    string
 	Messages []string
 }
 
@@ -39,6 +41,7 @@ const (
 	HoldOpen   Hold = "open"   // it is under way: a sign of life of its messages, for as long as Config.Grace
 	HoldLook   Hold = "look"   // the same, and an error if one of them was ended from elsewhere
 	HoldClosed Hold = "closed" // it has ended as it should
+	HoldLeft   Hold = "left"   // it was answered before its end: its producer may go on in another way
 	HoldBroken Hold = "broken" // its connection broke: its messages fail, at once or after the grace
 )
 
@@ -72,13 +75,16 @@ func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, 
 			var n int
 			if n, a, err = s.compare(ctx, session, &b, known); err == nil {
 				all.add(a)
+				all.Epoch, all.Life = known.epoch, known.life
 				skipped += n
 				if len(b.Chunks) == 0 && len(b.Messages) == 0 {
-					all.Epoch, all.Life = known.epoch, known.life
 					return all, nil
 				}
 				continue
 			}
+		}
+		if len(b.Chunks) == 0 && all.Known > 0 && over(err) { // what has ended since is no matter to what is known
+			return all, nil
 		}
 		if refused, ok := errors.AsType[*RefusedError](err); ok {
 			refused.Index += skipped
@@ -87,6 +93,12 @@ func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, 
 		all.Epoch, all.Life = a.Epoch, a.Life
 		return all, err
 	}
+}
+
+// over says whether err is only that nothing more is wanted.
+func over(err error) bool {
+	_, ended := errors.AsType[*MessageEndedError](err)
+	return ended || errors.Is(err, ErrSessionEnded)
 }
 
 // add puts what follows behind a.
@@ -111,8 +123,12 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	if p.ID != "" {
 		stride = 6
 	}
-	args := make([]any, 0, 7+len(b.Messages)+stride*len(b.Chunks))
-	args = append(args, b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), len(b.Messages))
+	token := b.Token
+	if token == "" {
+		token = "-"
+	}
+	args := make([]any, 0, 8+len(b.Messages)+stride*len(b.Chunks))
+	args = append(args, b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), token, len(b.Messages))
 	for _, m := range b.Messages {
 		args = append(args, m)
 	}
@@ -141,6 +157,9 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	case "ok":
 		a := Appended{Epoch: r.text(1), First: r.int(9), Last: r.int(10), Count: len(b.Chunks), Life: r.int(11)}
 		return a, nil, r.err
+	case "nothing":
+		last := r.int(3)
+		return Appended{Epoch: r.text(1), First: last + 1, Last: last}, nil, r.err
 	case "producer_known":
 		k, err := parseKnown(r)
 		return Appended{}, k, errors.Join(r.err, err)

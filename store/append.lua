@@ -4,16 +4,20 @@
 --   ARGV[12]  the producer's id, or nothing      ARGV[13]  its epoch      ARGV[14]  its number of the first chunk
 --   ARGV[15]  the lease (ms) that is asked for, or 0
 --   ARGV[16]  what becomes of the messages that the upload holds: open (it goes on), look (the same, and may
---             it?), closed (it has ended), broken (its connection has); nothing for what is no upload
---   ARGV[17]  how many those are; then each of them
+--             it?), closed (it has ended), left (it was answered before its end), broken (its connection was);
+--             nothing for what is no upload
+--   ARGV[17]  a token that is the upload's own
+--   ARGV[18]  how many those messages are; then each of them
 --   and then for each chunk: the message it belongs to; what it does (nothing, or its type: message, done,
 --   failed, cancelled, end); its members as text, without the opening brace; and for a producer with numbers:
 --   how many numbers it takes; how many bytes of the members were filled in; c, or t if it takes a number a byte
-open()
-local producer, lease, hold, stride = ARGV[12], tonumber(ARGV[15]), ARGV[16], 3
+local producer, lease, hold, token, stride = ARGV[12], tonumber(ARGV[15]), ARGV[16], ARGV[17], 3
 if producer ~= '' then stride = 6 end
-local held, skip = {}, 17 + tonumber(ARGV[17])
-for i = 18, skip do held[#held + 1] = ARGV[i] end
+local runs = producer ~= '' and redis.call('ZCARD', index) or 0 -- it fails on a key of another type,
+redis.call('ZCARD', opens) -- and so does this
+open()
+local held, skip = {}, 18 + tonumber(ARGV[18])
+for i = 19, skip do held[#held + 1] = ARGV[i] end
 local chunks = (#ARGV - skip) / stride
 local function field(i, k) return ARGV[skip + (i - 1) * stride + k] end
 
@@ -36,15 +40,19 @@ if log and life > 0 and log.deletions + 1 > life then return refuse('session_del
 --   <id> <number of the first, 16 digits> <its seq> <c|t> <filled>
 --
 -- in which a number is found without a scan. Runs of text are short, since a number's place in them is not known.
+-- d:<id> is the epoch of a producer whose session was deleted.
 local function place(number) return producer .. ' ' .. string.format('%016.0f', number) end
 local position, behind
 if producer ~= '' then
   local epoch, number = tonumber(ARGV[13]), tonumber(ARGV[14])
   local text = log and redis.call('HGET', session, 'p:' .. producer)
+  local gone = log and log.deletions > 0 and redis.call('HGET', session, 'd:' .. producer)
+  if gone and epoch <= tonumber(gone) then return refuse('session_deleted') end
   if text then
     local e, n, seq, first, form, filled = text:match('^(%d+) (%d+) (%d+) (%d+) (%l) (%d+)$')
     position = { epoch = tonumber(e), next = tonumber(n), seq = tonumber(seq), first = tonumber(first), form = form, filled = filled }
   end
+  if position and runs == 0 then position.first = 0 end -- the index has died with the list
   if position and epoch < position.epoch then return refuse('producer_fenced', int(position.epoch)) end
   if not position or epoch > position.epoch then
     if number > 0 then return refuse('producer_gap', '0') end
@@ -58,26 +66,25 @@ if producer ~= '' then
     for i = 1, chunks do to = to + tonumber(field(i, 4)) end
     to = math.min(to, position.next)
     local from = redis.call('ZREVRANGEBYLEX', index, '(' .. place(number) .. '!', '[' .. producer .. ' ', 'LIMIT', 0, 1)
-    local runs = redis.call('ZRANGEBYLEX', index, '[' .. (from[1] or producer .. ' '), '(' .. place(to - 1) .. '!', 'LIMIT', 0, 1000)
-    local next_run = runs[1] and redis.call('ZRANGEBYLEX', index, '(' .. runs[#runs], '(' .. producer .. '!', 'LIMIT', 0, 1)
-    return refuse('producer_known', int(position.next), runs, next_run and next_run[1] or '', log.deletions + 1)
+    local found = redis.call('ZRANGEBYLEX', index, '[' .. (from[1] or producer .. ' '), '(' .. place(to - 1) .. '!', 'LIMIT', 0, 1000)
+    local next_run = found[1] and redis.call('ZRANGEBYLEX', index, '(' .. found[#found], '(' .. producer .. '!', 'LIMIT', 0, 1)
+    return refuse('producer_known', int(position.next), found, next_run and next_run[1] or '', log.deletions + 1)
   end
-  redis.call('ZCARD', index) -- fails on a key of another type, in time
 end
 
 local ended, over = log and not log.deleted and log.ended, {}
 for i = 1, chunks do
   if ended then return refuse('session_ended', i - 1) end
   local id, kind = field(i, 1), field(i, 2)
-  if id ~= '' then
+  if id ~= '' and kind ~= 'end' then
     local how = over[id] or message(id).how
     if how then return refuse('message_ended', i - 1, id, how) end
-    if kind ~= '' and kind ~= 'message' and kind ~= 'end' then over[id] = kind end
+    if kind ~= '' and kind ~= 'message' then over[id] = kind end
   end
   ended = kind == 'end'
 end
 if chunks == 0 and not behind and (hold == '' or hold == 'look') then
-  if ended and #held > 0 then return refuse('session_ended', -1) end
+  if ended and (hold == 'look' or #held > 0) then return refuse('session_ended', -1) end
   for _, id in ipairs(held) do
     local how = message(id).how
     if how and (hold == '' or how ~= 'done') then return refuse('message_ended', -1, id, how) end
@@ -85,10 +92,10 @@ if chunks == 0 and not behind and (hold == '' or hold == 'look') then
 end
 
 -- Nothing is refused any more.
-if not log then
-  make()
-elseif log.deleted then
-  revive()
+if not log or log.deleted then
+  -- A message that is named makes no session, unless something is to become of it.
+  if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing') end
+  if log then revive() else make() end
 end
 
 local members, head = {}, log.last
@@ -100,7 +107,7 @@ if ended and not log.ended then
 end
 
 if position then
-  local number, seq = tonumber(ARGV[14]), head
+  local number, seq, added = tonumber(ARGV[14]), head, 0
   if position.fresh then redis.call('ZREMRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!') end
   if position.fences then look = true end
   for i = 1, chunks do
@@ -109,7 +116,7 @@ if position then
     if form ~= position.form or filled ~= position.filled or seq ~= position.seq + 1 or position.first == 0 or
         form == 't' and seq - position.first >= 64 then
       redis.call('ZADD', index, 0, place(number) .. ' ' .. int(seq) .. ' ' .. form .. ' ' .. filled)
-      position.first, position.form, position.filled = seq, form, filled
+      position.first, position.form, position.filled, added = seq, form, filled, added + 1
     end
     position.seq, number = seq, number + tonumber(field(i, 4))
   end
@@ -120,26 +127,37 @@ if position then
     log.numbered = '1'
     redis.call('HSET', session, 'numbered', '1')
   end
-  for _ = 1, log.base > 0 and 8 or 0 do -- runs whose chunks are all gone
-    local two = redis.call('ZRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!', 'LIMIT', 0, 2)
-    if not two[2] or tonumber(two[2]:match('^%S+ %d+ (%d+)')) > log.base + 1 then break end
-    redis.call('ZREM', index, two[1])
+  if position.fresh and log.deletions > 0 then redis.call('HDEL', session, 'd:' .. producer) end
+  -- Runs whose chunks are all gone. A producer has no end, so some of all producers' are looked at, at random:
+  -- more of them than were added.
+  if log.base > 0 and added > 0 then
+    for _, run in ipairs(redis.call('ZRANDMEMBER', index, 2 + 3 * added)) do
+      local next_run = redis.call('ZRANGEBYLEX', index, '(' .. run, '+', 'LIMIT', 0, 1)[1]
+      if next_run and next_run:match('^%S+') == run:match('^%S+') and tonumber(next_run:match('^%S+ %d+ (%d+)')) <= log.base + 1 then
+        redis.call('ZREM', index, run)
+      end
+    end
   end
 end
 
--- What becomes of a message's lease. Another's upload under way, or the grace that it left, is not touched.
-local grace, holder, is_held = tonumber(ARGV[9]), '=' .. producer, {}
+-- What becomes of a message's lease when something of it is heard. An upload that holds it is not touched, nor is
+-- the grace that it left to its producer; but the producer that is back needs none.
+local grace, is_held = tonumber(ARGV[9]), {}
 for _, id in ipairs(held) do is_held[id] = true end
-local function hear(id)
+local function hear(id, has_chunk)
   local m = message(id)
-  if not m.open then begin_message(m) end
-  if lease > 0 then m.length, m.changed = lease, true end
+  begin_message(m, has_chunk)
+  if lease > 0 and m.length ~= lease then m.length, m.changed, m.deadline = lease, true, nil end
   if is_held[id] and hold ~= '' then return end -- the upload says what becomes of it
-  local ours = producer ~= '' and m.holder == holder
-  if m.deadline and m.holder ~= '' and not ours then
-    if m.length > 0 then renew(m, math.max(m.length, grace)) end
-  else
+  local back = m.producer == producer
+  if m.token == '-' or m.token == '~' and back then
     rest(m)
+  elseif back and producer ~= '' then
+    -- By its numbers its upload is no more: it may not know that yet. If it does go on, it holds the message again.
+    m.token, m.changed = '~', true
+    renew(m, math.max(m.length, grace))
+  elseif m.length > 0 then
+    renew(m, math.max(m.length, grace))
   end
 end
 
@@ -148,7 +166,7 @@ for i = 1, chunks do
   if id == '' or kind == 'end' then
     -- It is of no message.
   elseif kind == '' or kind == 'message' and message(id).open then
-    hear(id)
+    hear(id, true)
   elseif kind ~= 'message' then
     close_message(id, kind)
   end
@@ -157,20 +175,32 @@ end
 local lost = {}
 for _, id in ipairs(log.ended and {} or held) do
   local m = message(id)
-  local ours = m.holder == holder
+  local ours = m.token == token or m.token == '~' and m.producer == producer
   if m.how then
     -- It has ended.
   elseif hold == '' then
     if lease > 0 or m.length > 0 then hear(id) end
   elseif hold == 'open' or hold == 'look' then
-    hear(id)
-    m.holder = holder
-    renew(m, math.max(m.length, grace))
+    -- The newest upload of a producer holds the message; one of another producer's only when nobody does. One
+    -- that sends again what is known does not begin it anew.
+    if m.open or not behind then
+      hear(id)
+      if ours or m.token == '-' or m.producer == producer and hold == 'open' then
+        if m.token ~= token then m.token, m.producer, m.changed = token, producer, true end
+        renew(m, math.max(m.length, grace))
+      end
+    end
+  elseif not m.open or not ours and m.token ~= '-' then
+    -- It is another's to say.
   elseif hold == 'closed' then
-    if m.open and (ours or (m.holder or '') == '') then rest(m) end
-  elseif ours and producer ~= '' then
+    rest(m)
+    if m.new and m.length == 0 then m.dropped, m.changed = true, true end
+  elseif hold == 'left' and m.new then
+    m.dropped, m.changed = true, true
+  elseif hold == 'left' or producer ~= '' then
+    m.token, m.producer, m.changed = '~', producer, true
     renew(m, math.max(m.length, grace))
-  elseif ours and m.length > 0 then
+  elseif m.length > 0 then
     rest(m)
   elseif ours then
     lost[#lost + 1] = id

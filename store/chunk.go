@@ -207,6 +207,9 @@ func (c Chunk) Ends() bool {
 	return c.kind == TypeDone || c.kind == TypeFailed || c.kind == TypeCancelled
 }
 
+// EndsLog says whether it ends the log.
+func (c Chunk) EndsLog() bool { return c.kind == TypeEnd }
+
 // MessageID is the message that the chunk belongs to; empty: none.
 func (c Chunk) MessageID() string { return c.messageID }
 
@@ -257,8 +260,11 @@ func NewTexts(text string, fill Fill, limit int) ([]Chunk, error) {
 		return nil, c.check(limit)
 	}
 	half := len(text) / 2
-	for !utf8.RuneStart(text[half]) {
+	for half > 0 && !utf8.RuneStart(text[half]) {
 		half--
+	}
+	if half == 0 {
+		_, half = utf8.DecodeRuneInString(text)
 	}
 	first, err := NewTexts(text[:half], fill, limit)
 	if err != nil {

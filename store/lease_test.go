@@ -35,6 +35,9 @@ func of(message string) store.Chunk { return store.NewChunk(store.TypeDelta, mes
 
 func (b batch) to(t testing.TB, s *store.Store) error {
 	t.Helper()
+	if b.Hold != store.HoldNone && b.Token == "" {
+		b.Token = "t"
+	}
 	_, err := s.Append(t.Context(), "s", store.Batch(b))
 	return err
 }
@@ -167,7 +170,7 @@ func TestHold_closed_leavesNoLeaseButTheOneThatWasAskedFor(t *testing.T) {
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
 	hash := func(name string) string { return r.HGet(t.Context(), "chat:session:s", name).Val() }
 	batch{Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
-	if !strings.HasSuffix(hash("m:m"), " 0 =") {
+	if !strings.HasSuffix(hash("m:m"), " 0 t ") {
 		t.Fatal(hash("m:m"))
 	}
 	batch{Hold: store.HoldClosed, Messages: []string{"m"}}.must(t, s)
@@ -274,7 +277,7 @@ func TestCancel_endsTheMessageInTheLog(t *testing.T) {
 		if e, ok := errors.AsType[*store.MessageEndedError](err); !ok || e.How != store.Stopped {
 			t.Fatal(err)
 		}
-		batch{Messages: []string{"begun without a chunk"}, Hold: store.HoldOpen}.must(t, s)
+		batch{Messages: []string{"begun without a chunk"}, Hold: store.HoldOpen, Token: "u"}.must(t, s)
 		if c, err := s.Cancel(ctx, "s", ""); err != nil || !slices.Equal(c.Messages, []string{"begun without a chunk", "n"}) {
 			t.Fatal(c, err)
 		}
@@ -452,4 +455,182 @@ func TestHold_look_tellsWhatEndedElsewhere(t *testing.T) {
 			}
 		}
 	})
+}
+
+func hold(how store.Hold, token string, p store.Producer, chunks ...store.Chunk) batch {
+	return batch{Hold: how, Token: token, Producer: p, Messages: []string{"m"}, Chunks: chunks}
+}
+
+// stays reads for longer than any lease of these tests takes, and nothing may come.
+func stays(t *testing.T, s *store.Store, want ...string) {
+	t.Helper()
+	for begun := time.Now(); time.Since(begun) < 1200*time.Millisecond; time.Sleep(50 * time.Millisecond) {
+		if all := saying(t, s, "s"); !slices.Equal(all, want) {
+			t.Fatalf("%q instead of %q", all, want)
+		}
+	}
+}
+
+// A message is held by the newest upload of its producer. What becomes of the others is no
+// matter to it; and one of another producer's neither ends it nor takes it away.
+func TestHold_isOfTheUploadThatHasIt(t *testing.T) {
+	nobody, p, q := store.Producer{}, store.Producer{ID: "p"}, store.Producer{ID: "q"}
+	at := func(p store.Producer, number int64) store.Producer {
+		p.Number = number
+		return p
+	}
+	both(t, short, func(t *testing.T, s *store.Store) {
+		renewed := func(t *testing.T, by batch, until time.Duration) {
+			t.Helper()
+			for begun := time.Now(); time.Since(begun) < until; time.Sleep(100 * time.Millisecond) {
+				by.must(t, s)
+			}
+		}
+		for name, test := range map[string]func(t *testing.T){
+			"the former of two without numbers breaks": func(t *testing.T) {
+				hold(store.HoldOpen, "former", nobody, of("m")).must(t, s)
+				hold(store.HoldOpen, "newer", nobody, of("m")).must(t, s)
+				hold(store.HoldBroken, "former", nobody).must(t, s)
+				hold(store.HoldLook, "former", nobody).must(t, s) // a look takes nothing over
+				hold(store.HoldClosed, "former", nobody).must(t, s)
+				renewed(t, hold(store.HoldLook, "newer", nobody), time.Second)
+				hold(store.HoldBroken, "newer", nobody).must(t, s)
+				ended(t, s, "failed")
+			},
+			"one without numbers breaks beside one with": func(t *testing.T) {
+				hold(store.HoldOpen, "live", p, of("m")).must(t, s)
+				hold(store.HoldOpen, "other", nobody, of("m")).must(t, s)
+				hold(store.HoldBroken, "other", nobody).must(t, s)
+				renewed(t, hold(store.HoldLook, "live", at(p, 1)), time.Second)
+				untilLost(t, s)
+			},
+			"another closes while one's grace is running": func(t *testing.T) {
+				hold(store.HoldOpen, "dead", p, of("m")).must(t, s)
+				hold(store.HoldOpen, "other", q, of("m")).must(t, s)
+				hold(store.HoldClosed, "other", at(q, 1)).must(t, s)
+				untilLost(t, s)
+			},
+			"its producer comes back by a short upload": func(t *testing.T) {
+				hold(store.HoldOpen, "dead", p, of("m")).must(t, s)
+				hold(store.HoldBroken, "dead", at(p, 1)).must(t, s)
+				hold(store.HoldClosed, "back", at(p, 1), of("m")).must(t, s)
+				stays(t, s, "delta m", "delta m")
+			},
+			"its producer comes back by posts from a node that died": func(t *testing.T) {
+				hold(store.HoldOpen, "dead", p, of("m")).must(t, s)
+				batch{Producer: at(p, 1), Chunks: []store.Chunk{of("m")}}.must(t, s)
+				batch{Producer: at(p, 2), Chunks: []store.Chunk{of("m")}}.must(t, s)
+				stays(t, s, "delta m", "delta m", "delta m")
+			},
+			"its upload was answered, and its producer goes on by posts": func(t *testing.T) {
+				hold(store.HoldOpen, "a", nobody, of("m")).must(t, s)
+				hold(store.HoldLeft, "a", nobody).must(t, s)
+				batch{Chunks: []store.Chunk{of("m")}}.must(t, s)
+				stays(t, s, "delta m", "delta m")
+			},
+			"its upload was answered, and its producer gives up": func(t *testing.T) {
+				hold(store.HoldOpen, "a", nobody, of("m")).must(t, s)
+				hold(store.HoldLeft, "a", nobody).must(t, s)
+				untilLost(t, s)
+			},
+			"a post of the same producer does not take it away": func(t *testing.T) {
+				hold(store.HoldOpen, "live", p, of("m")).must(t, s)
+				batch{Producer: at(p, 1), Chunks: []store.Chunk{of("m")}}.must(t, s)
+				untilLost(t, s) // when its node dies
+			},
+			"a lease that is shorter than the grace": func(t *testing.T) {
+				b := hold(store.HoldOpen, "a", p, of("m"))
+				b.Lease = 50 * time.Millisecond
+				b.must(t, s)
+				hold(store.HoldBroken, "a", at(p, 1)).must(t, s)
+				if took := untilLost(t, s); took < 400*time.Millisecond {
+					t.Error("lost after", took)
+				}
+			},
+		} {
+			t.Run(name, func(t *testing.T) {
+				_ = s.Delete(t.Context(), "s")
+				if _, _, err := s.Create(t.Context(), "s"); err != nil {
+					t.Fatal(err)
+				}
+				p.Epoch++ // else the deletion counts
+				q.Epoch++
+				test(t)
+			})
+		}
+	})
+}
+
+// Behind the end of the log there is nothing.
+func TestEnd_nothingLapsesOrIsCancelledBehindIt(t *testing.T) {
+	both(t, short, func(t *testing.T, s *store.Store) {
+		batch{Chunks: []store.Chunk{of("m")}, Lease: 100 * time.Millisecond}.must(t, s)
+		hold(store.HoldOpen, "a", store.Producer{}, of("n"), store.NewEnding(store.TypeEnd, store.Fill{})).must(t, s)
+		if c, err := s.Cancel(t.Context(), "s", ""); err != nil || len(c.Messages) != 0 {
+			t.Fatal(c, err)
+		}
+		hold(store.HoldBroken, "a", store.Producer{}).must(t, s)
+		stays(t, s, "delta m", "delta n", "end")
+	})
+}
+
+// What has said nothing has nothing to fail, unless somebody waits for it.
+func TestHold_ofAMessageWithoutAChunk(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
+	known := func() string { return r.HGet(t.Context(), "chat:session:s", "m:m").Val() }
+	for _, how := range []store.Hold{store.HoldClosed, store.HoldLeft} {
+		hold(store.HoldLook, "a", store.Producer{}).must(t, s)
+		if !strings.HasPrefix(known(), "new ") {
+			t.Fatal(known())
+		}
+		hold(how, "a", store.Producer{}).must(t, s)
+		if known() != "" || r.ZCard(t.Context(), "chat:messages:s").Val() != 0 {
+			t.Fatal(how, known())
+		}
+	}
+	hold(store.HoldLook, "a", store.Producer{}).must(t, s)
+	hold(store.HoldBroken, "a", store.Producer{}).must(t, s) // it was to come, and never will
+	ended(t, s, "failed")
+}
+
+// Naming a message makes no session, and does not bring one back.
+func TestLease_namingAMessageMakesNothing(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	a, err := s.Append(t.Context(), "s", store.Batch{Messages: []string{"m"}})
+	if err != nil || a.First != 1 || a.Last != 0 || a.Epoch != "" || len(r.Keys(t.Context(), "*").Val()) > 0 {
+		t.Fatal(a, err, r.Keys(t.Context(), "*").Val())
+	}
+	mustAppend(t, s, "s", of("x"))
+	if err := s.Delete(t.Context(), "s"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Append(t.Context(), "s", store.Batch{Messages: []string{"m"}}); err != nil {
+		t.Fatal(err)
+	}
+	if p := mustRead(t, s, "s", 1, 0, 0); !p.Deleted {
+		t.Fatal(p)
+	}
+}
+
+// Ended messages cost a lapse nothing.
+func TestLease_lapseReadsOnlyWhatIsOpen(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
+	for i := range 100 {
+		mustAppend(t, s, "s", of(fmt.Sprint(i)), store.NewChunk(store.TypeDone, fmt.Sprint(i), "", ""))
+	}
+	hold(store.HoldOpen, "a", store.Producer{}, of("m")).must(t, s)
+	if n := r.ZCard(t.Context(), "chat:messages:s").Val(); n != 1 {
+		t.Fatalf("%d open messages", n)
+	}
+	calls := func() string { return r.Info(t.Context(), "commandstats").Val() }
+	untilLost(t, s)
+	if strings.Contains(calls(), "cmdstat_hgetall") {
+		t.Fatal(calls())
+	}
+	if due := r.HGet(t.Context(), "chat:session:s", "due").Val(); due != "" {
+		t.Fatal(due)
+	}
 }

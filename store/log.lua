@@ -2,6 +2,7 @@
 --
 --   KEYS[1]  the history list      KEYS[2]  the session hash      KEYS[3]  the live channel
 --   KEYS[4]  which of a producer's numbers are where in the log (append.lua)
+--   KEYS[5]  the messages that are open, by the time at which they end by themselves
 --   ARGV[1]  an epoch, to be used if a new one has to begin
 --   ARGV[2]  time to live of the list, ms      ARGV[3]  time to live of the hash, ms
 --   ARGV[4]  oldest-first | newest-first: which end of the list producers push to
@@ -15,7 +16,7 @@
 --
 -- Scripts are not rolled back, so everything that can fail (a key of another type) is read before
 -- anything is written. A script begins with `open` and ends with `finish`.
-local history, session, channel, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local history, session, channel, index, opens = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local newest_first = ARGV[4] == 'newest-first'
 
 -- log is what `open` found; nil when there is neither hash nor list. news is what was pushed and is to be
@@ -50,25 +51,28 @@ end
 
 -- A message is what the hash has under m:<its id>:
 --
---   open                                     it has begun and not ended
---   open <deadline> <length> <holder>        ... and ends by itself at the deadline (ms) if nobody is heard of
---   late <deadline> <length> <holder>        ... which has been asked for a sign of life, for the last time
---   done | failed | cancelled                a chunk ended it
---   stopped                                  the call to cancel it did
+--   open                                               it has begun and not ended
+--   open <deadline> <length> <token> <producer>        ... and ends by itself at the deadline (ms) if nobody is heard of
+--   late <deadline> <length> <token> <producer>        ... which has been asked for a sign of life, for the last time
+--   done | failed | cancelled                          a chunk ended it
+--   stopped                                            the call to cancel it did
 --
--- length is the lease that was asked for (ms), 0 for none. holder is "=" and a producer's id (empty for one
--- without numbers) while an upload is under way, which then counts as a sign of life; else it is empty.
+-- and new instead of open, newlate instead of late, while it has no chunk. length is the lease that was asked
+-- for (ms), 0 for none. token names the upload that holds the message: while it is under way, that is a sign of
+-- life. It is ~ when that upload is gone and its producer may come back, - when there is none. producer is whose
+-- upload that is, empty for one without numbers.
 -- Chunks without a message_id belong to no message: nothing of them is left unfinished.
 local messages = {}
 
 local function parse(text)
-  if not text then return { length = 0 } end
-  local word, deadline, length, holder = text:match('^(%l+) (%d+) (%d+) (.*)$')
-  if deadline then
-    return { open = true, late = word == 'late', deadline = tonumber(deadline), length = tonumber(length), holder = holder }
-  end
-  if text == 'open' then return { open = true, length = 0 } end
-  return { how = text, length = 0 }
+  if not text then return { length = 0, token = '-', producer = '' } end
+  local word, deadline, length, token, producer = text:match('^(%l+) (%d+) (%d+) (%S+) (.*)$')
+  word = word or text
+  if word ~= 'open' and word ~= 'late' and word ~= 'new' and word ~= 'newlate' then return { how = text, length = 0 } end
+  return {
+    open = true, new = word:sub(1, 3) == 'new', late = word:sub(-4) == 'late', deadline = deadline and tonumber(deadline),
+    length = tonumber(length or 0), token = token or '-', producer = producer or '',
+  }
 end
 
 local function message(id)
@@ -76,50 +80,53 @@ local function message(id)
   return messages[id]
 end
 
-local function begin_message(m) m.open, m.changed = true, true end
-
-local function close_message(id, how)
-  messages[id] = { how = how, length = 0, changed = true }
+-- begin_message begins a message, or says that one has a chunk.
+local function begin_message(m, has_chunk)
+  if not m.open then m.open, m.new, m.changed = true, true, true end
+  if m.new and has_chunk then m.new, m.changed = false, true end
 end
+
+local function close_message(id, how) messages[id] = { how = how, length = 0, changed = true } end
 
 -- The last part of a lease is for asking once more: after an outage of Redis nobody could renew one.
 local function last_call(length) return math.min(math.floor(length / 5), 5000) end
 
+-- renew moves the deadline on. Not for every word of an answer: only when that makes a difference.
 local function renew(m, length)
-  m.deadline, m.late, m.changed = now() + length - last_call(length), false, true
+  local deadline = now() + length - last_call(length)
+  if m.deadline and not m.late and deadline >= m.deadline and deadline - m.deadline < length / 16 then return end
+  m.deadline, m.late, m.changed = deadline, false, true
 end
 
 -- rest lets go of an upload's hold: what stays is the lease that was asked for.
 local function rest(m)
-  if not m.deadline and m.length == 0 then return end
-  m.holder, m.changed = '', true
+  if m.token ~= '-' or m.deadline and m.length == 0 then m.token, m.producer, m.changed = '-', '', true end
   if m.length > 0 then renew(m, m.length) else m.deadline = nil end
-end
-
--- each_message calls f(id, m) for every message that the hash has.
-local function each_message(f)
-  local all = redis.call('HGETALL', session)
-  for i = 1, #all, 2 do
-    if all[i]:sub(1, 2) == 'm:' then
-      local id = all[i]:sub(3)
-      if not messages[id] then messages[id] = parse(all[i + 1]) end
-    end
-  end
-  for id, m in pairs(messages) do f(id, m) end
 end
 
 -- save writes down what became of messages, and the earliest of their deadlines.
 local function save()
-  local due = log.due
+  local due, added = log.due, false
   for id, m in pairs(messages) do
-    if m.changed then
-      local text = m.how or 'open'
+    if m.changed and (m.how or m.dropped) then
+      redis.call('ZREM', opens, id)
+      if m.how then redis.call('HSET', session, 'm:' .. id, m.how) else redis.call('HDEL', session, 'm:' .. id) end
+    elseif m.changed then
+      local text = m.new and 'new' or 'open'
+      if m.late then text = m.new and 'newlate' or 'late' end
       if m.deadline then
-        text = (m.late and 'late ' or 'open ') .. int(m.deadline) .. ' ' .. int(m.length) .. ' ' .. (m.holder or '')
+        text = text .. ' ' .. int(m.deadline) .. ' ' .. int(m.length) .. ' ' .. m.token .. ' ' .. m.producer
         due = math.min(due or m.deadline, m.deadline)
       end
       redis.call('HSET', session, 'm:' .. id, text)
+      redis.call('ZADD', opens, m.deadline and int(m.deadline) or '+inf', id)
+      added = true
     end
+  end
+  if added then redis.call('PEXPIRE', opens, ARGV[3]) end
+  if log.lapsed then
+    local first = redis.call('ZRANGE', opens, 0, 0, 'WITHSCORES')
+    due = first[2] and first[2] ~= 'inf' and tonumber(first[2]) or nil
   end
   if due == log.due_seen then return end
   if due then redis.call('HSET', session, 'due', int(due)) else redis.call('HDEL', session, 'due') end
@@ -206,19 +213,19 @@ local function lose(ids) conclude(ids, 'failed', 'failed', ',"reason":"producer_
 -- lapse ends the messages whose deadline is past. Whichever script comes first does it, so that nobody
 -- needs to be alive for it.
 local function lapse()
-  local lost, due = {}, nil
-  each_message(function(id, m)
-    if m.deadline and m.deadline <= now() then
+  local lost = {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', opens, '-inf', int(now()))) do
+    local m = message(id)
+    if m.open and m.deadline and m.deadline <= now() then
       if m.late then
         lost[#lost + 1] = id
-        return
+      else
+        local length = math.max(m.length, m.token ~= '-' and tonumber(ARGV[9]) or 0)
+        m.late, m.changed, m.deadline = true, true, now() + last_call(length)
       end
-      local length = math.max(m.length, m.holder ~= '' and tonumber(ARGV[9]) or 0)
-      m.late, m.changed, m.deadline = true, true, now() + last_call(length)
     end
-    if m.deadline then due = math.min(due or m.deadline, m.deadline) end
-  end)
-  log.due, look = due, true
+  end
+  log.lapsed, look = true, true
   if #lost > 0 then lose(lost) end
 end
 
@@ -235,8 +242,8 @@ local function learn(from)
             if not m.how then close_message(id, kind) end
           elseif chunk.is_complete == true then
             if not m.how then close_message(id, 'done') end
-          elseif kind ~= 'message' and not m.open and not m.how then
-            begin_message(m)
+          elseif kind ~= 'message' and not m.how then
+            begin_message(m, true)
           end
         end
       end

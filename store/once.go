@@ -79,7 +79,7 @@ func (k *known) at(number int64) (r run, end int64, ok bool) {
 //
 // A log does not change under its numbers, so it need not be of one instant.
 func (s *Store) compare(ctx context.Context, session string, b *Batch, k *known) (taken int, found Appended, err error) {
-	c := comparison{batch: b, elements: elements{store: s, ctx: ctx, session: session}, number: b.Producer.Number}
+	c := comparison{batch: b, elements: elements{store: s, ctx: ctx, session: session, epoch: k.epoch}, number: b.Producer.Number}
 	to := c.number
 	for _, chunk := range b.Chunks {
 		to += chunk.Numbers()
@@ -213,21 +213,24 @@ func contentOf(element string) string {
 
 // elements reads a log here and there, mostly forwards.
 type elements struct {
-	store   *Store
-	ctx     context.Context
-	session string
-	page    Page
+	store          *Store
+	ctx            context.Context
+	session, epoch string
+	page           Page
 }
 
 // at is the element at seq, if it is kept.
 func (e *elements) at(seq int64) (element string, kept bool, err error) {
-	if seq < e.page.From || seq >= e.page.Next() {
+	if has := e.page.From <= seq && seq < e.page.Next(); !has {
+		if e.page.Epoch != "" && seq < e.page.First {
+			return "", false, nil // it was trimmed
+		}
 		const bytes, count = 1 << 20, 256
 		if e.page, err = e.store.Read(e.ctx, e.session, seq, bytes, count); err != nil {
 			return "", false, err
 		}
 	}
-	if seq < e.page.From || seq >= e.page.Next() {
+	if e.page.Epoch != e.epoch || e.page.Deleted || seq < e.page.From || seq >= e.page.Next() {
 		return "", false, nil
 	}
 	return e.page.Elements[seq-e.page.From], true, nil

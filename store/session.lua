@@ -18,9 +18,16 @@ if not log then return { 'absent' } end
 
 if ARGV[11] == 'delete' then
   if log.deleted then return reply('ok') end
-  redis.call('DEL', history, session, index)
-  -- What stays: where the numbers have got to, so that they go on, and how often this has happened, so that an
-  -- upload from before it does not write into what comes after.
+  -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an
+  -- upload from before it does not write into what comes after; and which producers there were, so that one
+  -- that repeats itself does not bring back what was deleted.
+  local gone, all = {}, redis.call('HGETALL', session)
+  for i = 1, #all, 2 do
+    local kind, id = all[i]:match('^([pd]:)(.*)$')
+    if kind then gone[#gone + 1] = { id, kind == 'p:' and all[i + 1]:match('^%d+') or all[i + 1] } end
+  end
+  redis.call('DEL', history, session, index, opens)
+  for _, producer in ipairs(gone) do redis.call('HSET', session, 'd:' .. producer[1], producer[2]) end
   redis.call('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
     'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', int(now()))
   redis.call('PEXPIRE', session, ARGV[3])
@@ -33,9 +40,10 @@ if ARGV[11] == 'cancel' then
   if log.deleted then return { 'absent' } end
   local ids, id, status = {}, ARGV[12], 'ok'
   if id == '' then
-    each_message(function(open_id, m)
-      if m.open and not log.ended then ids[#ids + 1] = open_id end
-    end)
+    save() -- so that the set has those that were learnt just now
+    for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
+      if message(one).open then ids[#ids + 1] = one end
+    end
   else
     local m = message(id)
     if m.how and m.how ~= 'stopped' and m.how ~= 'cancelled' then status = 'message_ended'

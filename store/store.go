@@ -275,6 +275,7 @@ func (l redisLog) Printf(ctx context.Context, format string, v ...any) {
 func historyKey(id string) string { return "chat:history:" + id }
 func sessionKey(id string) string { return "chat:session:" + id }
 func indexKey(id string) string   { return "chat:producers:" + id }
+func opensKey(id string) string   { return "chat:messages:" + id }
 func channel(id string) string    { return "chat:stream:" + id }
 
 // uploads is a channel for all sessions: a session is named on it when its uploads have
@@ -298,8 +299,8 @@ func (s *Store) run(ctx context.Context, which int, id string, args ...any) ([]a
 		return nil, fmt.Errorf("make an epoch: %w", err)
 	}
 	sc := s.scripts[which]
-	argv := make([]any, 0, 17+len(args))
-	argv = append(argv, "evalsha", sc.sha, 4, historyKey(id), sessionKey(id), channel(id), indexKey(id),
+	argv := make([]any, 0, 18+len(args))
+	argv = append(argv, "evalsha", sc.sha, 5, historyKey(id), sessionKey(id), channel(id), indexKey(id), opensKey(id),
 		epoch.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, "PUBLISH", Hint,
 		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds(), id)
 	argv = append(argv, args...)

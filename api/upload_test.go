@@ -1,0 +1,483 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+// told are settings under which an upload learns of what happens only by being told.
+func told(redis *storetest.Server) func(*setup) {
+	return func(s *setup) { s.store.Redis, s.api.Look = redis.URL(), time.Hour }
+}
+
+// beginning is an upload on a connection of its own, of which nothing was sent yet.
+func (n *node) beginning(t *testing.T, path, kind string, header ...string) conn {
+	t.Helper()
+	c := n.raw(t)
+	fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n%s\r\n", path, kind, strings.Join(append(header, ""), "\r\n"))
+	return c
+}
+
+func (c conn) send(text string) {
+	fmt.Fprintf(c, "%x\r\n%s\r\n", len(text), text)
+}
+
+// response reads the answer, which must come although the body goes on.
+func (c conn) response(t *testing.T) answer {
+	t.Helper()
+	res, err := http.ReadResponse(c.Reader, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Close {
+		res.Header.Set("Connection", "close")
+	}
+	return answer{res.StatusCode, res.Header, body}
+}
+
+// What happens elsewhere is told to an upload that is silent, at once.
+func TestUpload_isToldAtOnceWhatHappensElsewhere(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	a, b := serve(t, told(redis)), serve(t, on(redis))
+	for name, c := range map[string]struct {
+		happens func(s string)
+		status  int
+		code    string
+	}{
+		"its message is cancelled": {func(s string) { b.cancel(s, "m") }, 409, "message_cancelled"},
+		"all are cancelled":        {func(s string) { b.cancel(s, "") }, 409, "message_cancelled"},
+		"the session ends":         {func(s string) { b.append(s, `{"type":"end"}`) }, 409, "session_ended"},
+		"the session is deleted":   {func(s string) { b.do(request{method: "DELETE", path: "/v1/sessions/" + s}) }, 409, "session_deleted"},
+		"its producer is fenced": {func(s string) {
+			b.do(request{method: "POST", path: "/v1/sessions/" + s + "/chunks", kind: typeJSON, body: "[]", header: numbers("p", 1, 0)})
+		}, 403, "producer_fenced"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := strings.ReplaceAll(name, " ", "-")
+			f := a.upload(t, s, numbers("p", 0, 0))
+			f.write(`{"message_id":"m","content":"sesame"}` + "\n")
+			eventually(t, "a chunk", func() bool {
+				r := b.get("/v1/sessions/" + s + "/chunks")
+				return r.status == 200 && b.page(s, "").Last == 1
+			})
+			c.happens(s)
+			if p := f.result().refused(t, c.status, c.code); p.Stored == nil || p.Stored.Count != 1 {
+				t.Errorf("%+v", p)
+			}
+		})
+	}
+	// Also one that is of no message.
+	f := a.upload(t, "anonymous", nil)
+	f.write(line("sesame"))
+	eventually(t, "a chunk", func() bool { return b.get("/v1/sessions/anonymous").status == 200 && b.page("anonymous", "").Last == 1 })
+	b.append("anonymous", `{"type":"end"}`)
+	f.result().refused(t, 409, "session_ended")
+}
+
+// A subscription that was lost may have missed a name.
+func TestUpload_looksWhenItsSubscriptionStandsAgain(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n, other := serve(t, told(redis)), serve(t, on(redis))
+	f := n.upload(t, "s", nil)
+	f.write(`{"message_id":"m"}` + "\n")
+	eventually(t, "a subscription", func() bool { return len(redis.PubSubChannels(t.Context(), "chat:uploads").Val()) == 1 })
+	for range 50 { // until a name is lost with the connection: the node comes back after 10 ms at least
+		redis.ClientKillByFilter(t.Context(), "TYPE", "pubsub")
+	}
+	other.cancel("s", "m")
+	f.result().refused(t, 409, "message_cancelled")
+}
+
+// A message that is over is not begun again by an upload that has still to say its first word.
+func TestUpload_ofAMessageThatIsOverIsRefusedBeforeItSaysAnything(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	n.append("s", `{"message_id":"m"}`)
+	n.cancel("s", "m")
+	c := n.beginning(t, "/v1/sessions/s/chunks?message_id=m", typeText)
+	c.response(t).refused(t, 409, "message_cancelled")
+}
+
+// Whoever sends without looking gets the answer all the same.
+func TestUpload_answerReachesASenderThatDoesNotStop(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	client := &http.Client{Transport: &http.Transport{}, Timeout: patience}
+	defer client.CloseIdleConnections()
+	const times = 40
+	for i := range times {
+		s := fmt.Sprint("s", i)
+		r, w := io.Pipe()
+		var wg sync.WaitGroup
+		wg.Go(func() { // ends with the body, which the answer closes
+			text := []byte(strings.Repeat(`{"message_id":"m","content":"sesame"}`+"\n", 100))
+			for {
+				if _, err := w.Write(text); err != nil {
+					return
+				}
+			}
+		})
+		go func() {
+			for n.cancel(s, "m").status != 200 {
+			}
+		}()
+		res, err := client.Post(n.server.URL+"/v1/sessions/"+s+"/chunks", typeNDJSON, r)
+		if err != nil {
+			t.Errorf("round %d: %v", i, err)
+		} else {
+			body, err := io.ReadAll(res.Body)
+			res.Body.Close()
+			if err != nil || res.StatusCode != 409 {
+				t.Errorf("round %d: %d %s %v", i, res.StatusCode, body, err)
+			}
+		}
+		r.Close()
+		wg.Wait()
+	}
+}
+
+// What is wrong with a request is said before its body has come, if that takes long.
+func TestUpload_whatIsWrongInItsHeadersIsAnsweredAtOnce(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for name, c := range map[string]struct {
+		path, kind string
+		header     []string
+		status     int
+		code       string
+	}{
+		"content type": {"/v1/sessions/s/chunks", "application/xml", nil, 415, "unsupported_media_type"},
+		"lease":        {"/v1/sessions/s/chunks?lease=x", typeNDJSON, nil, 400, "invalid_parameter"},
+		"producer":     {"/v1/sessions/s/chunks", typeNDJSON, []string{"Producer-Id: p"}, 400, "invalid_parameter"},
+		"session":      {"/v1/sessions/a%20b/chunks", typeNDJSON, nil, 400, "invalid_session_id"},
+		"origin":       {"/v1/sessions/s/chunks", typeNDJSON, []string{"Origin: https://evil.example"}, 403, "cross_origin"},
+		"path":         {"/v1/nothing", typeNDJSON, nil, 404, "not_found"},
+		"gap":          {"/v1/sessions/s/chunks", typeNDJSON, []string{"Producer-Id: p", "Producer-Epoch: 0", "Producer-Chunk: 3"}, 409, "producer_gap"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c1 := n.beginning(t, c.path, c.kind, c.header...)
+			c1.send("{}\n")
+			a := c1.response(t)
+			a.refused(t, c.status, c.code)
+			if a.header.Get("Connection") != "close" {
+				t.Errorf("%v", a.header)
+			}
+		})
+	}
+	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
+}
+
+// The end of the log that an upload says itself is no news to it.
+func TestUpload_thatEndsTheLogItself(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) { s.store.Redis, s.api.Look = redis.URL(), 50*time.Millisecond })
+	f := n.uploadWith(t, "s", "?message_id=m", nil)
+	f.write(`{"content":"sesame"}` + "\n" + `{"type":"end"}` + "\n")
+	eventually(t, "the end", func() bool {
+		r := n.get("/v1/sessions/s")
+		return r.status == 200 && strings.Contains(string(r.body), `"ended":true`)
+	})
+	for begun := time.Now(); time.Since(begun) < 300*time.Millisecond; {
+		select {
+		case a := <-f.answer:
+			t.Fatalf("%d %s", a.status, a.body)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	f.w.Close()
+	if got := into[Stored](t, f.result(), 201); got.Count != 2 {
+		t.Errorf("%+v", got)
+	}
+}
+
+// A text that is repeated with its numbers is the same message, though nobody has named it.
+func TestProducer_aTextWithoutAMessageIDThatComesAgain(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	grace := func(s *setup) {
+		s.store.Redis, s.store.Grace, s.api.Look = redis.URL(), 500*time.Millisecond, 100*time.Millisecond
+	}
+	a, b := serve(t, grace), serve(t, grace)
+	const text = "Hello world, all of you"
+	c := a.beginning(t, "/v1/sessions/s/chunks", typeText, "Producer-Id: p", "Producer-Epoch: 0", "Producer-Chunk: 0")
+	c.send(text[:9])
+	eventually(t, "a part", func() bool { return b.get("/v1/sessions/s").status == 200 && len(b.contents("s")) == 1 })
+	c.Close()
+	again := request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeText, from: io.MultiReader(strings.NewReader(text)), header: numbers("p", 0, 0)}
+	first := into[Stored](t, b.do(again), 201)
+	again.from = io.MultiReader(strings.NewReader(text))
+	if second := into[Stored](t, a.do(again), 200); second != first {
+		t.Errorf("%+v and then %+v", first, second)
+	}
+	begun := time.Now()
+	eventually(t, "a time that is longer than any grace", func() bool { return b.get("/v1/sessions/s").status == 200 && time.Since(begun) > 1200*time.Millisecond })
+	for i, c := range b.chunks("s") {
+		if c.Message != first.MessageID || c.Type != []string{"delta", "delta", "done"}[i] {
+			t.Errorf("%+v", c)
+		}
+	}
+	other := into[Stored](t, b.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeText, body: "x", header: numbers("p", 0, int64(len(text)+1))}), 201)
+	if other.MessageID == first.MessageID {
+		t.Error("another text is the same message")
+	}
+}
+
+// Who was told what is wrong may go on in another way.
+func TestDeath_anUploadThatWasAnsweredIsNone(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 500*time.Millisecond, 100*time.Millisecond })
+	bad := func(s string) {
+		f := n.upload(t, s, nil)
+		f.write(`{"message_id":"m","content":"sesame"}` + "\nno JSON\n")
+		f.result().refused(t, 400, "invalid_json")
+	}
+	bad("goes-on")
+	n.append("goes-on", `{"message_id":"m","content":"sesame"}`)
+	bad("gives-up")
+	eventually(t, "the end of the message", func() bool { all := n.chunks("gives-up"); return all[len(all)-1].Reason == "producer_lost" })
+	begun := time.Now()
+	eventually(t, "a time that is longer than any grace", func() bool { return n.get("/v1/sessions/goes-on").status == 200 && time.Since(begun) > time.Second })
+	if all := n.chunks("goes-on"); len(all) != 2 {
+		t.Errorf("%+v", all)
+	}
+	// A text of which nothing could be taken has begun nothing.
+	n.postText("nothing", "?message_id=m", "\xff", nil).refused(t, 400, "invalid_utf8")
+	c := n.beginning(t, "/v1/sessions/nothing/chunks?message_id=n", typeText)
+	c.send("\xff")
+	c.response(t).refused(t, 400, "invalid_utf8")
+	n.cancel("nothing", "n").refused(t, 404, "message_not_found")
+	// And one that was stopped is left alone.
+	f := n.upload(t, "stopped", nil)
+	f.write(`{"message_id":"m"}` + "\n")
+	eventually(t, "a cancel", func() bool { return n.cancel("stopped", "m").status == 200 })
+	f.result().refused(t, 409, "message_cancelled")
+	if all := n.chunks("stopped"); len(all) != 2 || all[1].Type != "cancelled" {
+		t.Errorf("%+v", all)
+	}
+}
+
+// An outage that ends before the grace does is no matter to an upload that is silent.
+func TestDeath_aSilentUploadOutlivesAnOutage(t *testing.T) {
+	t.Parallel()
+	var f *faulty
+	n := serve(t, func(s *setup) {
+		s.store.Grace, s.api.Look = 2*time.Second, 50*time.Millisecond
+		s.logs = func(l Logs) Logs { f = &faulty{Logs: &deaf{l}}; return f }
+	})
+	u := n.upload(t, "s", nil)
+	u.write(`{"message_id":"m"}` + "\n")
+	eventually(t, "a chunk", func() bool { return n.get("/v1/sessions/s").status == 200 })
+	f.fail(store.ErrAway)
+	select {
+	case a := <-u.answer:
+		t.Fatalf("%d %s", a.status, a.body)
+	case <-time.After(500 * time.Millisecond): // the outage
+	}
+	f.err.Store(nil)
+	select { // and nobody but itself keeps it alive
+	case a := <-u.answer:
+		t.Fatalf("%d %s", a.status, a.body)
+	case <-time.After(3 * time.Second):
+	}
+	u.write(`{"message_id":"m","type":"done"}` + "\n")
+	u.w.Close()
+	into[Stored](t, u.result(), 201)
+	if all := n.chunks("s"); len(all) != 2 {
+		t.Errorf("%+v", all)
+	}
+}
+
+// A look that comes during the last append does not hold anew what that has let go of.
+func TestUpload_aLookBehindItsEndHoldsNothing(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) {
+		s.store.Redis = redis.URL()
+		s.logs = func(l Logs) Logs {
+			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
+				a, err := next()
+				redis.Publish(context.Background(), "chat:uploads", "s")
+				time.Sleep(3 * time.Millisecond) // an answer that takes its time
+				return a, err
+			}}
+		}
+	})
+	for i := range 30 {
+		f := n.upload(t, "s", nil)
+		f.write(fmt.Sprintf(`{"message_id":"m%d"}`+"\n", i))
+		eventually(t, "a chunk", func() bool {
+			r := n.get("/v1/sessions/s/chunks")
+			return r.status == 200 && n.page("s", "").Last == int64(i+1)
+		})
+		f.w.Close()
+		into[Stored](t, f.result(), 201)
+	}
+	for name, value := range redis.HGetAll(t.Context(), "chat:session:s").Val() {
+		if strings.HasPrefix(name, "m:") && value != "open" {
+			t.Errorf("%s is %s", name, value)
+		}
+	}
+}
+
+// A connection that goes on behind an upload is not interrupted for it.
+func TestUpload_leavesItsConnectionAlone(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	var deleting atomic.Bool
+	n := serve(t, func(s *setup) {
+		s.store.Redis = redis.URL()
+		s.logs = func(l Logs) Logs {
+			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
+				a, err := next()
+				if deleting.Load() { // behind the last append the session is deleted, and the upload told
+					_ = l.Delete(context.Background(), "s")
+					time.Sleep(5 * time.Millisecond)
+				}
+				return a, err
+			}}
+		}
+	})
+	for range 60 {
+		deleting.Store(false)
+		c := n.beginning(t, "/v1/sessions/s/chunks", typeNDJSON)
+		c.send(line("sesame"))
+		eventually(t, "a chunk", func() bool {
+			return n.get("/v1/sessions/s").status == 200 && len(redis.PubSubChannels(t.Context(), "chat:uploads").Val()) == 1
+		})
+		deleting.Store(true)
+		c.send(line("sesame"))
+		fmt.Fprint(c, "0\r\n\r\n")
+		a := c.response(t)
+		if a.header.Get("Connection") == "close" {
+			c.Close()
+			continue // it was told before its end
+		}
+		fmt.Fprint(c, "GET /v1/sessions/other/chunks HTTP/1.1\r\nHost: localhost\r\n\r\n")
+		c.response(t).refused(t, 404, "session_not_found")
+		c.Close()
+	}
+}
+
+// An upload holds so many messages, and no more.
+func TestUpload_holdsALimitedNumberOfMessages(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, on(redis))
+	f := n.upload(t, "s", nil)
+	const more = 6
+	for i := range heldMost + more {
+		f.write(fmt.Sprintf(`{"message_id":"m%02d"}`+"\n", i))
+	}
+	eventually(t, "all", func() bool {
+		r := n.get("/v1/sessions/s")
+		return r.status == 200 && n.page("s", "?limit=1").Last == heldMost+more
+	})
+	held := 0
+	for name, value := range redis.HGetAll(t.Context(), "chat:session:s").Val() {
+		if strings.HasPrefix(name, "m:") && value != "open" {
+			held++
+		}
+	}
+	if held != heldMost {
+		t.Errorf("%d are held", held)
+	}
+	f.w.Close()
+	into[Stored](t, f.result(), 201)
+}
+
+// What may have been stored at first is not called surely not stored later.
+func TestProducer_anOutcomeThatIsUnknownStaysSo(t *testing.T) {
+	t.Parallel()
+	var appends atomic.Int64
+	n := serve(t, func(s *setup) {
+		s.logs = func(l Logs) Logs {
+			return &faulty{Logs: l, append: func(func() (store.Appended, error)) (store.Appended, error) {
+				if appends.Add(1) == 1 {
+					return store.Appended{}, store.ErrOutcomeUnknown
+				}
+				return store.Appended{}, fmt.Errorf("append: %w", store.ErrAway)
+			}}
+		}
+	})
+	n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "{}", header: numbers("p", 0, 0)}).refused(t, 504, "outcome_unknown")
+	if appends.Load() < 3 {
+		t.Errorf("it was tried %d times", appends.Load())
+	}
+}
+
+// A raw viewer that falls behind what is kept is broken off: it has no way to be told.
+func TestRaw_viewerThatFallsBehindIsBrokenOff(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.store.HistoryMax, s.sse.Window, s.sse.WriteTimeout = 200, 0, time.Minute })
+	big := strings.Repeat("x", 30_000)
+	fill := func(count int) {
+		for range count {
+			n.append("s", `[`+strings.Repeat(`{"raw":"`+big+`"},`, 9)+`{"raw":"`+big+`"}]`)
+		}
+	}
+	fill(10)
+	c := n.raw(t)
+	_ = c.Conn.(*net.TCPConn).SetReadBuffer(8 << 10)
+	fmt.Fprint(c, "GET /v1/sessions/s/stream?format=raw HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	if _, err := c.Reader.Peek(100); err != nil {
+		t.Fatal(err)
+	}
+	fill(40) // while it does not read
+	res, err := http.ReadResponse(c.Reader, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err == nil || errors.Is(err, io.EOF) || strings.Contains(string(body), "reset") {
+		t.Errorf("it ended with %v after %d bytes", err, len(body))
+	}
+	var ids []string
+	for text := range strings.SplitSeq(string(body), "\n") {
+		if id, ok := strings.CutPrefix(text, "id: "); ok {
+			ids = append(ids, id)
+		}
+	}
+	for i, id := range ids[:max(len(ids)-1, 0)] { // the last one may be torn
+		if id != fmt.Sprint(i+1) {
+			t.Fatalf("a hole: %v", ids)
+		}
+	}
+}
+
+// A tag is of the page as it is now: what was trimmed is another page.
+func TestRead_tagOfAPageThatWasTrimmed(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, on(redis))
+	n.append("s", `[{"content":"sesame"},{},{},{"type":"end"}]`)
+	a := n.get("/v1/sessions/s/chunks?after=2")
+	redis.Del(t.Context(), "chat:history:s") // it expires
+	b := n.do(request{method: "GET", path: "/v1/sessions/s/chunks?after=2", header: map[string]string{"If-None-Match": a.header.Get("ETag")}})
+	if b.status != 200 || into[pageJSON](t, b, 200).First != 5 {
+		t.Errorf("%d %s", b.status, b.body)
+	}
+	if !slices.Equal(n.contents("s"), nil) {
+		t.Error(n.contents("s"))
+	}
+}
