@@ -256,8 +256,6 @@ func (u *upload) answer(c echo.Context) error {
 func (a *API) appendStream(c echo.Context, p posting) error {
 	r := c.Request()
 	ctl := http.NewResponseController(c.Response().Writer)
-	// Without this, an answer to an upload that goes on waits until the upload ends.
-	_ = ctl.EnableFullDuplex()
 	u := a.newUpload(session(c), p.producer, p.lease, a.cfg.UploadPatience)
 	defer u.end()
 	if p.kind != typeNDJSON {

@@ -149,10 +149,12 @@ func (a *API) problem(err error, c echo.Context) {
 		body = nil
 	}
 	h.Set("Content-Length", strconv.Itoa(len(body))) // whole with its last byte, whatever follows
-	late := coming(c.Request())
 	ctl := http.NewResponseController(c.Response().Writer)
+	late := coming(ctl, c.Request())
 	if late {
-		// Else the server would read on to the body's end before it answers.
+		// Else the server would read on to the body's end before it answers. Never on a
+		// connection that is kept: the server panics at its next request, if a body was
+		// not read to its end (golang.org/issue/68560).
 		_ = ctl.EnableFullDuplex()
 		h.Set("Connection", "close")
 	}
@@ -180,11 +182,19 @@ func (b *incoming) Read(p []byte) (int, error) {
 }
 
 // coming says whether a request's body is still on its way, and may be for long. Of a
-// short one the server takes the rest by itself.
-func coming(r *http.Request) bool {
-	const short = 64 << 10
+// short one, the rest is taken if it is there, so that the connection can be kept.
+func coming(ctl *http.ResponseController, r *http.Request) bool {
+	const short, moment = 64 << 10, 100 * time.Millisecond
 	b, ok := r.Body.(*incoming)
-	return ok && r.ProtoMajor == 1 && !b.whole.Load() && (r.ContentLength < 0 || r.ContentLength > short)
+	if !ok || r.ProtoMajor != 1 || b.whole.Load() {
+		return false
+	}
+	if r.ContentLength >= 0 && r.ContentLength <= short && r.Header.Get("Expect") == "" {
+		_ = ctl.SetReadDeadline(time.Now().Add(moment))
+		_, _ = io.Copy(io.Discard, b)
+		_ = ctl.SetReadDeadline(time.Time{})
+	}
+	return !b.whole.Load()
 }
 
 // linger takes what a client goes on to send behind its answer, for a moment: a connection

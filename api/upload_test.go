@@ -155,6 +155,34 @@ func TestUpload_answerReachesASenderThatDoesNotStop(t *testing.T) {
 	}
 }
 
+// A connection whose upload was refused before its end serves what follows on it.
+func TestUpload_refusedEarlyLeavesItsConnectionInOrder(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	c := n.raw(t)
+	bad := "no\n" + strings.Repeat("{}\n", 2_000) // more than a read takes
+	for range 20 {
+		for _, body := range []string{bad, "{}\n"} {
+			fmt.Fprintf(c, "POST /v1/sessions/s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			want := map[string]int{bad: 400, "{}\n": 201}[body]
+			if a := c.response(t); a.status != want || a.header.Get("Connection") != "" {
+				t.Fatalf("%d %s: %s", a.status, a.header, a.body)
+			}
+		}
+	}
+}
+
+// One that has said how short it is, and does not come, is not waited for either.
+func TestUpload_shortAndStalledIsAnsweredAtOnce(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	c := n.raw(t)
+	fmt.Fprintf(c, "POST /v1/sessions/s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nContent-Length: 5000\r\n\r\nno\n")
+	if a := c.response(t); a.status != 400 || a.header.Get("Connection") != "close" {
+		t.Fatalf("%d %s: %s", a.status, a.header, a.body)
+	}
+}
+
 // What is wrong with a request is said before its body has come, if that takes long.
 func TestUpload_whatIsWrongInItsHeadersIsAnsweredAtOnce(t *testing.T) {
 	t.Parallel()

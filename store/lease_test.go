@@ -490,8 +490,8 @@ func TestHold_isOfTheUploadThatHasIt(t *testing.T) {
 			"the former of two without numbers breaks": func(t *testing.T) {
 				hold(store.HoldOpen, "former", nobody, of("m")).must(t, s)
 				hold(store.HoldOpen, "newer", nobody, of("m")).must(t, s)
-				hold(store.HoldBroken, "former", nobody).must(t, s)
 				hold(store.HoldLook, "former", nobody).must(t, s) // a look takes nothing over
+				hold(store.HoldBroken, "former", nobody).must(t, s)
 				hold(store.HoldClosed, "former", nobody).must(t, s)
 				renewed(t, hold(store.HoldLook, "newer", nobody), time.Second)
 				hold(store.HoldBroken, "newer", nobody).must(t, s)
