@@ -262,10 +262,12 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 		u.stored.MessageID = p.fill.MessageID
 	}
 	wake := &interruption{ctl: ctl}
-	defer wake.over()
 	defer context.AfterFunc(u.ctx, wake.now)()
 
-	err := u.copy(a.source(p, r.Body), p, r.ContentLength, wake.over)
+	err := u.copy(a.source(p, r.Body), p, r.ContentLength, func() { wake.over() })
+	if wake.over() && r.ProtoMajor == 1 {
+		c.Response().Header().Set("Connection", "close")
+	}
 	if err == nil {
 		if u.stored.Epoch == "" { // nothing came, and nothing was asked of the log
 			return a.appendNothing(c)

@@ -287,21 +287,27 @@ func (l *uploads) Resync() {
 // interruption wakes a request that waits for its body. It is of one request: behind
 // over, the connection is another's.
 type interruption struct {
-	ctl  *http.ResponseController
-	mu   sync.Mutex
-	past bool
+	ctl   *http.ResponseController
+	mu    sync.Mutex
+	past  bool
+	fired bool
 }
 
 func (i *interruption) now() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if !i.past {
+		i.fired = true
 		_ = i.ctl.SetReadDeadline(time.Now())
 	}
 }
 
-func (i *interruption) over() {
+// over says whether the request was interrupted. Then its connection must not be kept: if
+// the body had come to its end at that moment, the server was reading ahead for the next
+// request, takes the connection for broken, and would cancel all that comes on it.
+func (i *interruption) over() (fired bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.past = true
+	return i.fired
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"slices"
@@ -380,13 +381,13 @@ func TestUpload_leavesItsConnectionAlone(t *testing.T) {
 				a, err := next()
 				if deleting.Load() { // behind the last append the session is deleted, and the upload told
 					_ = l.Delete(context.Background(), "s")
-					time.Sleep(5 * time.Millisecond)
+					time.Sleep(rand.N(2 * time.Millisecond)) // or in the moment of its end, or later
 				}
 				return a, err
 			}}
 		}
 	})
-	for range 60 {
+	for range 200 {
 		deleting.Store(false)
 		c := n.beginning(t, "/v1/sessions/s/chunks", typeNDJSON)
 		c.send(line("sesame"))
