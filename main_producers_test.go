@@ -95,11 +95,11 @@ func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int
 func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	p, acks := numbered{g: g, session: session}, map[int64]string{}
 	for done := 0; done < count; {
-		part := min(count-done, 30+rand.IntN(60))
+		first, part := done+1, min(count-done, 30+rand.IntN(60))
 		body := func() io.Reader {
 			r, w := io.Pipe()
-			go func() { // ends with the body, which the request closes
-				for i := done + 1; i <= done+part; i++ {
+			go func() { // ends with the body, which the request closes, perhaps after its answer
+				for i := first; i < first+part; i++ {
 					b, err := json.Marshal(map[string]string{"content": text(session, i)})
 					if err == nil {
 						_, err = w.Write(append(b, '\n'))
