@@ -4,7 +4,7 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 REDOCLY     := @redocly/cli@1.34.5
 
-.PHONY: run build test setup lint unit fuzz
+.PHONY: run build test setup lint unit torture soak fuzz
 
 run: ## the server, on the embedded Redis
 	go run .
@@ -31,6 +31,16 @@ lint:
 
 unit:
 	go test -race -count=1 -timeout 15m ./...
+
+# Three nodes, a Redis, producers and viewers, and whatever can happen to them, from a seed:
+# make torture FOR=10m SEED=7
+FOR  := 3m
+SEED := 0
+torture: setup ## the fault test, and its table
+	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for $(FOR) -torture.seed $(SEED)
+
+soak: setup ## ten minutes of three hundred sessions: memory stays as it is
+	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s
 
 fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store

@@ -14,12 +14,15 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"gapless/api"
 	"gapless/api/model"
@@ -74,7 +77,12 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.sse.Node, "node", host, "this node's `name`, as viewers and logs are told it")
 	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a stop may take: viewers are sent to other nodes spread over it")
 
-	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://… or rediss://…, or embedded: in this process, in memory, for one node")
+	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded: in this process, in memory, for one node")
+	fs.StringVar(&cfg.store.RedisCA, "redis-ca", "", "`file` of the certificates that vouch for a rediss:// server, instead of the system's")
+	fs.StringVar(&cfg.store.RedisCert, "redis-cert", "", "`file` of the certificate by which Redis knows this node")
+	fs.StringVar(&cfg.store.RedisKey, "redis-key", "", "`file` of its private key")
+	fs.IntVar(&cfg.store.WaitReplicas, "wait-replicas", 0, "how many replicas must have an append before it is acknowledged")
+	fs.DurationVar(&cfg.store.WaitTimeout, "wait-timeout", cfg.store.WaitTimeout, "how long they may take; after that the outcome is unknown")
 	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use")
 	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
 	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message outlives the upload that it came from: one whose connection broke and that has producer numbers, or whose node died")
@@ -176,7 +184,7 @@ func run(ctx context.Context, cfg config) error {
 		return errors.Join(err, listener.Close())
 	}
 	hub := sse.NewHub(cfg.sse, logs)
-	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract)
+	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract, metrics(logs, hub))
 	server := &http.Server{
 		Handler:           handler,
 		ConnContext:       sse.WithConn,
@@ -214,9 +222,32 @@ func run(ctx context.Context, cfg config) error {
 	return err
 }
 
-// drain ends everything within the drain time. Viewers leave spread over its first part;
-// what is under way may finish; then uploads are told to go elsewhere, and answers of
-// the model end as failed.
+// metrics is what /metrics serves: what the packages say of themselves, the runtime, and
+// which build this is.
+func metrics(logs *store.Store, hub *sse.Hub) *prometheus.Registry {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(logs.Metrics()...)
+	registry.MustRegister(hub.Metrics()...)
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	version, revision := "unknown", "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				revision = s.Value
+			}
+		}
+	}
+	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "gapless_build_info", Help: "1, of the build that runs."}, []string{"version", "revision", "go"})
+	build.WithLabelValues(version, revision, runtime.Version()).Set(1)
+	registry.MustRegister(build)
+	return registry
+}
+
+// drain ends everything within the drain time. Viewers leave spread over its first part,
+// in which calls are still served, so that none fails that was sent before its sender saw
+// that the node is not ready; what is under way may finish; then uploads are told to go
+// elsewhere, and answers of the model end as failed.
 func drain(cfg config, handler *api.API, hub *sse.Hub, server *http.Server, failed <-chan error) error {
 	cfg.log.Info("gapless drains", slog.Duration("within", cfg.drain))
 	begun := time.Now()
@@ -225,6 +256,9 @@ func drain(cfg config, handler *api.API, hub *sse.Hub, server *http.Server, fail
 	}
 	handler.Drain()
 	hub.Drain(cfg.drain * 60 / 100)
+	calls, cancel := until(60)
+	defer cancel()
+	handler.Quiet(calls, cfg.drain/10)
 
 	soft, cancel := until(80)
 	defer cancel()

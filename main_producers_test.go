@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -24,7 +23,8 @@ import (
 // numbered makes requests whose chunks have a producer's numbers, and repeats each until
 // it is answered, at whatever node.
 type numbered struct {
-	g       *gapcheck
+	addr    func() string
+	client  *http.Client
 	session string
 	next    int64 // the number of the next chunk
 }
@@ -32,7 +32,7 @@ type numbered struct {
 // post appends count chunks, and repeats it until that is acknowledged.
 func (p *numbered) post(ctx context.Context, kind string, count int, body func() io.Reader, closes bool) (s stored, err error) {
 	for ctx.Err() == nil {
-		r, err := http.NewRequestWithContext(ctx, "POST", "http://"+p.g.any().addr+"/v1/sessions/"+p.session+"/chunks?message_id=m1", body())
+		r, err := http.NewRequestWithContext(ctx, "POST", "http://"+p.addr()+"/v1/sessions/"+p.session+"/chunks?message_id=m1", body())
 		if err != nil {
 			return s, err
 		}
@@ -44,7 +44,7 @@ func (p *numbered) post(ctx context.Context, kind string, count int, body func()
 			r.Header.Set("Stream-Closed", "true")
 			count++
 		}
-		response, err := p.g.client.Do(r)
+		response, err := p.client.Do(r)
 		if err != nil {
 			pause(ctx, rand.N(20*time.Millisecond)) // the node is dead, or the connection
 			continue
@@ -66,7 +66,7 @@ func (p *numbered) post(ctx context.Context, kind string, count int, body func()
 
 // byNumberedPosts appends a chunk a request, each one once or twice.
 func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
-	p, acks := numbered{g: g, session: session}, map[int64]string{}
+	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
 	for i := 1; i <= count; i++ {
 		content := text(session, i)
 		b, err := json.Marshal(map[string]string{"content": content})
@@ -93,7 +93,7 @@ func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int
 // byNumberedUploads appends as lines of a few uploads. One that breaks is sent again
 // from its first line: what is there already is known by its numbers.
 func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
-	p, acks := numbered{g: g, session: session}, map[int64]string{}
+	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
 	for done := 0; done < count; {
 		first, part := done+1, min(count-done, 30+rand.IntN(60))
 		body := func() io.Reader {
@@ -496,10 +496,7 @@ func rss(t *testing.T, pid int) int {
 // less than 32 MiB more for it. The race detector would count, too: this is the plain program.
 func TestUpload_aHundredThousandLinesTakeLittleMemory(t *testing.T) {
 	t.Parallel()
-	plain := filepath.Join(t.TempDir(), "gapless")
-	if out, err := exec.Command("go", "build", "-o", plain, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	plain := plainProgram(t)
 	redis := storetest.Redis(t)
 	for name, args := range map[string][]string{"embedded": nil, "redis": {"-redis", redis.URL()}} {
 		n := startProgram(t, plain, args...)

@@ -1,12 +1,21 @@
 package main
 
 import (
+	"encoding/json"
+	"flag"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"gapless/store/storetest"
 )
 
 const largeCount = 24
@@ -72,6 +81,181 @@ func TestSlow_aViewerThatIsSlowAndTakesSomethingIsNotCut(t *testing.T) {
 		t.Errorf("it took only %v: the viewer was not slow", took)
 	}
 	v.check(t, n.pages(t, session))
+}
+
+// One that reads a little now and then gets everything, on one connection, and delays nobody.
+func TestSlow_oneBesideManyFastOnesDelaysNone(t *testing.T) {
+	t.Parallel()
+	n := start(t, "-write-timeout", "5s")
+	ctx := deadline(t)
+	session := newID()
+	const count = 400
+	body := strings.Repeat("x", 1000)
+	slow := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
+	slow.nextConnection(false)
+	var took atomic.Int64
+	others := make(chan struct{}) // closed when they have everything
+	ended := background(t, func() {
+		how := slow.raw(ctx, n.addr, func(b []byte) bool {
+			took.Add(int64(len(b)))
+			select {
+			case <-others:
+			case <-time.After(time.Duration(len(b)) * time.Second / (4 << 10)): // 4 KiB a second
+			}
+			return slow.feed(b, func(e event) bool { slow.take(e); return true })
+		})
+		if how != clean {
+			t.Errorf("the slow viewer ended %s, at %d", how, slow.cursor)
+		}
+	})
+	fast := make([]*viewer, 200)
+	var wg sync.WaitGroup
+	for i := range fast {
+		fast[i] = &viewer{session: session}
+		wg.Go(func() { fast[i].follow(ctx, at(n.addr), nil) })
+	}
+	for _, v := range fast {
+		eventually(t, "the viewer is there", func() bool { return v.status.Load() == http.StatusOK })
+	}
+	for i := range count {
+		n.append(t, session, fmt.Sprintf(`{"content":"%d %s"}`, i, body))
+	}
+	n.append(t, session, `{"type":"end"}`)
+	wg.Wait()
+	close(others)
+	if took.Load() > count*1000/2 {
+		t.Errorf("the slow viewer has %d bytes already: it was not slow", took.Load())
+	}
+	ended()
+	for _, v := range append(fast, slow) {
+		v.check(t, n.pages(t, session))
+		v.unreset(t)
+	}
+}
+
+// A thousand viewers that stop reading, on a session that goes on: the node's memory stays
+// within 64 MiB more, and a viewer beside them has everything. How late its chunks are is said
+// beside how late they were without them: times are for benchmarks to judge.
+func TestSlow_aThousandViewersThatTakeNothingCostLittle(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-write-timeout", "1h")
+	ctx := deadline(t)
+	chunk := func(at time.Time) string {
+		return fmt.Sprintf(`{"content":"%d %s"}`, at.UnixNano(), strings.Repeat("x", 1000))
+	}
+	run := func(session string, count int) (p99 time.Duration) {
+		v := &viewer{session: session}
+		var late []time.Duration
+		wait := background(t, func() {
+			v.follow(ctx, at(n.addr), func(e event) bool {
+				var c struct{ Content string }
+				var said int64
+				if json.Unmarshal([]byte(e.data), &c) == nil {
+					if _, err := fmt.Sscanf(c.Content, "%d ", &said); err == nil {
+						late = append(late, time.Since(time.Unix(0, said)))
+					}
+				}
+				return false
+			})
+		})
+		lines, answered := upload(t, n, session)
+		for i := range count {
+			if _, err := io.WriteString(lines, chunk(time.Now())+"\n"); err != nil {
+				t.Fatal(err)
+			}
+			if i%4 == 3 {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		_ = lines.(io.Closer).Close()
+		if a := <-answered; a.status != http.StatusCreated {
+			t.Fatalf("%d %s (%v)", a.status, a.body, a.err)
+		}
+		n.append(t, session, `{"type":"end"}`)
+		wait()
+		v.check(t, history(t, redis, session))
+		v.unreset(t)
+		slices.Sort(late)
+		return late[len(late)*99/100]
+	}
+	count := *stalledChunks
+	alone := run(newID(), count)
+	session := newID()
+	n.append(t, session, words(1, 1))
+	before := rss(t, n.cmd.Process.Pid)
+	for range 1000 {
+		stalled(t, n, session)
+	}
+	begun := rss(t, n.cmd.Process.Pid)
+	beside := run(session, count)
+	after := rss(t, n.cmd.Process.Pid)
+	t.Logf("1,000 viewers that take nothing, %d chunks of 1 KiB: %d KiB more when they came, %d KiB more behind all; p99 of one that reads: %v, alone %v",
+		count, (begun-before)>>10, (after-before)>>10, beside, alone)
+	if grown := after - before; grown > 64<<20 {
+		t.Errorf("the node has %d KiB more", grown>>10)
+	}
+}
+
+var stalledChunks = flag.Int("stalled.chunks", 8_000, "how many chunks a viewer gets beside a thousand that take nothing")
+
+// Viewers that come and go leave nothing: no goroutine, no subscription, no memory.
+func TestViewers_tenThousandThatComeAndGoLeaveNothing(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-linger", "100ms")
+	all := make([]string, 100)
+	for i := range all {
+		all[i] = newID()
+		n.append(t, all[i], words(1, 20))
+	}
+	// wave has a number of viewers come, hear a chunk live, and go.
+	wave := func(count int) {
+		var wg sync.WaitGroup
+		places := make(chan struct{}, 200)
+		for i := range count {
+			places <- struct{}{}
+			wg.Go(func() {
+				v := &viewer{session: all[i%len(all)]}
+				v.connect(deadline(t), n.addr, func(event) bool { return v.cursor >= 20 })
+				if len(v.faults) > 0 || v.cursor < 20 {
+					t.Errorf("%d: %v", v.cursor, v.faults)
+				}
+				<-places
+			})
+		}
+		wg.Wait()
+	}
+	quiet := func() (m metricsOf) {
+		eventually(t, "all have left", func() bool {
+			m, _ = n.scrape(t)
+			return m["gapless_viewers"] == 0 && m["gapless_feeds"] == 0 && m["gapless_subscriptions"] == 0
+		})
+		eventually(t, "goroutines have ended", func() bool {
+			now, _ := n.scrape(t)
+			settled := now["go_goroutines"] >= m["go_goroutines"]
+			m = now
+			return settled
+		})
+		return m
+	}
+	wave(1000) // pools are filled, once
+	before, memory := quiet(), rss(t, n.cmd.Process.Pid)
+	wave(10_000)
+	after, grown := quiet(), rss(t, n.cmd.Process.Pid)-memory
+	t.Logf("goroutines %.0f, then %.0f; %d KiB more", before["go_goroutines"], after["go_goroutines"], grown>>10)
+	if after["go_goroutines"] > before["go_goroutines"]+10 {
+		t.Errorf("%.0f goroutines are left, %.0f were there", after["go_goroutines"], before["go_goroutines"])
+	}
+	if after["gapless_window_bytes"] > 0 {
+		t.Errorf("windows have %.0f bytes", after["gapless_window_bytes"])
+	}
+	if grown > 24<<20 {
+		t.Errorf("the node has %d KiB more", grown>>10)
+	}
+	if channels := redis.PubSubChannels(t.Context(), "chat:stream:*").Val(); len(channels) > 0 {
+		t.Errorf("%d channels are subscribed", len(channels))
+	}
 }
 
 // smallReceiveBuffer has the kernel hold little for a viewer that does not read.

@@ -19,10 +19,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/labstack/echo/v4"
 	"github.com/labstack/echo/v4/middleware"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"gapless/api/model"
 	"gapless/sse"
@@ -95,7 +97,10 @@ type API struct {
 	log   *slog.Logger
 	echo  *echo.Echo
 
-	places  chan struct{} // one for each answer under way
+	registry *prometheus.Registry
+
+	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
+	places  chan struct{}             // one for each answer under way
 	answers sync.WaitGroup
 	uploads *uploads
 	// draining ends first: not ready any more. ending ends uploads and answers.
@@ -104,9 +109,10 @@ type API struct {
 	end              context.CancelCauseFunc
 }
 
-// New wires the calls. files is the page, contract the text of openapi.yaml.
-func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte) *API {
-	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), places: make(chan struct{}, cfg.Answers)}
+// New wires the calls. files is the page, contract the text of openapi.yaml, registry what
+// is served at /metrics: New adds the calls' own.
+func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte, registry *prometheus.Registry) *API {
+	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, places: make(chan struct{}, cfg.Answers)}
 	a.draining, a.drain = context.WithCancel(context.Background())
 	a.ending, a.end = context.WithCancelCause(context.Background())
 	a.uploads = &uploads{logs: logs, api: a, all: map[string]map[*upload]struct{}{}}
@@ -115,7 +121,8 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.HideBanner, e.HidePort = true, true
 	e.IPExtractor = echo.ExtractIPDirect()
 	e.HTTPErrorHandler = a.problem
-	e.Pre(a.checkHost, a.checkOrigin())
+	counted := newMetrics(a)
+	e.Pre(counted.observe, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
 	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{LogErrorFunc: func(_ echo.Context, err error, stack []byte) error {
 		a.log.Error("panic in a request", slog.Any("err", err), slog.String("stack", string(stack)))
 		return err
@@ -124,6 +131,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
 	e.GET("/readyz", a.ready)
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
+	e.GET("/metrics", a.serveMetrics())
 	a.page(files)
 
 	// Each route has its own check: a group's would answer every other method with 404.
@@ -137,6 +145,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET(one+"/stream", a.stream, checkID)
 	e.POST(one+"/messages", a.ask, checkID)
 	e.POST(one+"/cancel", a.cancel, checkID)
+	counted.begin(e.Routes())
 	return a
 }
 
@@ -145,11 +154,39 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 {
 		r.Body = &incoming{ReadCloser: r.Body}
 	}
+	if strings.HasPrefix(r.URL.Path, "/v1/") {
+		now := time.Now()
+		a.heard.Store(&now)
+	}
+	if a.draining.Err() != nil && r.ProtoMajor == 1 {
+		// The client's next request comes on another connection. One that is closed while
+		// it lies idle may be closed just when the client sends something.
+		w.Header().Set("Connection", "close")
+	}
 	a.echo.ServeHTTP(w, r)
 }
 
 // Drain says at /readyz that this node wants no more requests.
 func (a *API) Drain() { a.drain() }
+
+// Quiet waits, until ctx ends, for a time without any call: until those who send them here
+// have seen that this node is not ready.
+func (a *API) Quiet(ctx context.Context, long time.Duration) {
+	for ctx.Err() == nil {
+		last := a.heard.Load()
+		if last == nil {
+			return
+		}
+		rest := long - time.Since(*last)
+		if rest <= 0 {
+			return
+		}
+		select {
+		case <-time.After(rest):
+		case <-ctx.Done():
+		}
+	}
+}
 
 // End ends uploads with what they have stored, and answers with a failed chunk.
 func (a *API) End() {

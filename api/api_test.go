@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
 	"gapless/api/model"
@@ -100,7 +101,7 @@ func serve(t testing.TB, change func(*setup)) *node {
 		t.Fatal(err)
 	}
 	n.hub = sse.NewHub(s.sse, n.store)
-	n.api = New(s.api, s.logs(n.store), n.hub, s.model, web.Files, theContract().text)
+	n.api = New(s.api, s.logs(n.store), n.hub, s.model, web.Files, theContract().text, prometheus.NewRegistry())
 	n.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPost {
 			n.active.Add(1)

@@ -262,6 +262,15 @@ func (l *uploads) listen() {
 	}
 }
 
+func (l *uploads) count() (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, all := range l.all {
+		n += len(all)
+	}
+	return n
+}
+
 // Live implements store.Listener: a session is named.
 func (l *uploads) Live(session string) {
 	l.mu.Lock()

@@ -49,20 +49,63 @@ type feed struct {
 	retry   time.Duration
 	timer   *time.Timer // runs ask after retry
 	readAt  time.Time   // when the last read ended, or the feed began
-	viewers int
+	viewers map[*Viewer]struct{}
 	idle    time.Time // since when nobody views
 	closed  bool
-	stop    func() // ends the subscription
+	stop    func()    // ends the subscription
+	begun   time.Time // when the log was first read; zero once a chunk has come live
+	routine bool      // the read that is asked for is only the periodic one
+	missed  missed
 	// foreign balances announcements without a number against chunks without one, by the
 	// hash of their bytes: above zero it was announced and not seen in the list yet, below
 	// it was seen before its announcement came.
 	foreign map[uint64]int
 }
 
+// missed is what a feed knows of announcements that did not come, for those who watch
+// over the node: nothing depends on it.
+type missed struct {
+	gap      bool  // a live chunk has shown that others are missing
+	again    bool  // the subscription stands again: what came meanwhile was not heard
+	from, to int64 // the last of those found chunks from+1..to, which nobody has announced yet
+}
+
+// heard notes that chunk seq was announced, after it had been read.
+func (m *missed) heard(seq int64) {
+	if seq > m.from {
+		m.from = min(seq, m.to)
+	}
+}
+
+// found notes what a read has found, and answers how many gaps that shows, and how many it
+// has repaired.
+func (m *missed) found(w, n *window, want int64, trusted, routine bool) (gaps, repaired int) {
+	_, ours := store.Number(n.tip)
+	more := w.known() && n.Epoch == w.Epoch && n.Last > w.Last
+	if routine && m.from < m.to { // one interval ago, and still nobody has said so
+		gaps, repaired = 1, 1
+	}
+	if routine {
+		m.from, m.to = 0, 0
+	}
+	switch {
+	case m.gap && n.Last >= want:
+		repaired++
+	case m.again && more:
+		gaps, repaired = gaps+1, repaired+1
+	case routine && more && ours && trusted:
+		m.from, m.to = w.Last, n.Last
+	}
+	if m.again = false; n.Last >= want {
+		m.gap = false
+	}
+	return gaps, repaired
+}
+
 const firstRetry = 10 * time.Millisecond
 
 func newFeed(h *Hub, session string) *feed {
-	f := &feed{hub: h, session: session, trust: 1, readAt: time.Now(), idle: time.Now(), retry: firstRetry}
+	f := &feed{hub: h, session: session, viewers: map[*Viewer]struct{}{}, trust: 1, readAt: time.Now(), idle: time.Now(), retry: firstRetry}
 	f.window.Store(&window{Bounds: store.Bounds{First: 1}, memory: newMemory(1), next: make(chan struct{})})
 	f.timer = time.AfterFunc(time.Hour, f.again)
 	f.timer.Stop()
@@ -82,8 +125,9 @@ func (f *feed) listen() {
 	}
 }
 
-// close lets go of the subscription. The window stays as it is.
+// close lets go of the subscription, and of older pages. The window stays as it is.
 func (f *feed) close() {
+	f.hub.pages.drop(f)
 	f.mu.Lock()
 	f.closed = true
 	f.timer.Stop()
@@ -103,7 +147,7 @@ func (f *feed) publish(w *window) {
 func (f *feed) Resync() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.trust = f.reads + 1
+	f.trust, f.missed.again = f.reads+1, f.done > 0
 	for key, n := range f.foreign { // chunks whose announcements may be lost
 		if n < 0 {
 			delete(f.foreign, key)
@@ -133,12 +177,18 @@ func (f *feed) Live(payload string) {
 	case trusted && seq == w.Last+1 && !w.absent() && !w.Ended && !w.Deleted:
 		n := w.with(payload, f.hub.limit())
 		f.publish(n)
+		f.hub.metrics.live.Inc()
+		if !f.begun.IsZero() {
+			f.hub.metrics.firstLive.Observe(n.arrived.Sub(f.begun).Seconds())
+			f.begun = time.Time{}
+		}
 		if n.lastStop == seq { // is it the end? the log says so
 			f.ask()
 		}
 	default:
 		known, same := w.holds(seq, payload)
 		if same && trusted {
+			f.missed.heard(seq)
 			return
 		}
 		if known && !same {
@@ -150,6 +200,10 @@ func (f *feed) Live(payload string) {
 		if trusted && seq > w.Last+1 {
 			f.hub.log.LogAttrs(context.Background(), slog.LevelWarn, "gap found, reading the log",
 				slog.String("session", f.session), slog.Int64("seq", seq), slog.Int64("last", w.Last))
+			if !f.missed.gap {
+				f.missed.gap = true
+				f.hub.metrics.found.Inc()
+			}
 		}
 		f.want = max(f.want, seq)
 		f.ask()
@@ -224,7 +278,10 @@ func (f *feed) read(ctx context.Context) {
 	f.pending = false
 	f.timer.Stop()
 	f.reads++
+	f.hub.metrics.reads.WithLabelValues("feed").Inc()
 	number, w, from := f.reads, f.window.Load(), int64(store.Newest)
+	routine := f.routine
+	f.routine = false
 	if !w.absent() && w.tip != "" {
 		from = w.Last
 		if f.suspect >= w.firstSeq() {
@@ -249,7 +306,20 @@ func (f *feed) read(ctx context.Context) {
 	}
 	f.suspect = 0
 	w = f.window.Load()
+	trusted := f.done >= f.trust
 	n := f.merge(w, page, number)
+	gaps, repaired := f.missed.found(w, n, f.want, trusted, routine)
+	f.hub.metrics.found.Add(float64(gaps))
+	f.hub.metrics.repaired.Add(float64(repaired))
+	if repaired > 0 {
+		f.hub.log.LogAttrs(ctx, slog.LevelWarn, "gap repaired, from the log",
+			slog.String("session", f.session), slog.Int64("from", w.Last+1), slog.Int64("last", n.Last))
+	}
+	if !w.known() {
+		f.begun = f.readAt
+		f.hub.log.LogAttrs(ctx, slog.LevelInfo, "log is watched", slog.String("session", f.session), slog.String("epoch", n.Epoch),
+			slog.Int64("first", n.First), slog.Int64("last", n.Last), slog.Bool("subscribed", trusted || f.trust > 1))
+	}
 	if n.Last > w.Last || n.Epoch != w.Epoch {
 		f.retry = firstRetry
 	}
@@ -264,6 +334,7 @@ func (f *feed) read(ctx context.Context) {
 		f.retry, f.want = firstRetry, 0
 	case f.retry >= f.hub.cfg.Reconcile: // whatever was announced, it was not pushed
 		f.retry, f.want, f.foreign = firstRetry, 0, nil
+		f.missed.gap = false // found, and never repaired
 	default:
 		f.later(f.retry)
 	}
@@ -287,6 +358,7 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 		epoch, given, another := f.known(w, page)
 		switch {
 		case another:
+			f.hub.metrics.epochs.Inc()
 			f.hub.log.LogAttrs(ctx, slog.LevelWarn, "the log is not the one that was delivered: another epoch",
 				slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", given), slog.Int64("found", page.Last))
 			if err := log.Renew(ctx, f.session, epoch, given); err != nil {
@@ -374,7 +446,7 @@ func (f *feed) merge(w *window, page store.Page, number uint64) *window {
 	case w.known():
 		f.given = max(f.given, w.Last)
 		if f.want > page.Last { // a number of which log? look once more
-			f.pending, f.want = true, 0
+			f.pending, f.want, f.missed.gap = true, 0, false
 		}
 	}
 	if !goesOn {

@@ -10,8 +10,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
-
-	"gapless/store"
 )
 
 // Hub owns the feeds of a node, the workers that read for them, and the clock that
@@ -31,7 +29,8 @@ type Hub struct {
 	spread  time.Duration
 
 	away      atomic.Bool // the last read failed
-	pages     singleflight.Group
+	pages     pages
+	reading   singleflight.Group
 	pageReads chan struct{} // a place for each read of pages under way
 
 	// mu is taken before a feed's mutex, never after it.
@@ -40,6 +39,12 @@ type Hub struct {
 	viewers sync.WaitGroup
 
 	share atomic.Int64 // how many bytes of events one feed may keep now
+
+	metrics *metrics
+	census  struct {
+		sync.Mutex
+		census
+	}
 
 	// line is the feeds that wait for a worker, each once. Its mutex may be taken under a feed's.
 	line struct {
@@ -56,6 +61,8 @@ func NewHub(cfg Config, data Log) *Hub {
 		cfg: cfg, data: data, log: cfg.Logger, feeds: map[string]*feed{},
 		pageReads: make(chan struct{}, max(cfg.Reads, 1)),
 	}
+	h.metrics = newMetrics(h)
+	h.pages = pages{budget: cfg.WindowTotal / 4, of: map[*feed][]*page{}}
 	h.share.Store(int64(cfg.Window))
 	h.ctx, h.quit = context.WithCancel(context.Background())
 	h.leaving, h.drain = context.WithCancel(context.Background())
@@ -103,39 +110,41 @@ func (h *Hub) Viewers(session string) int {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.viewers
+	return len(f.viewers)
 }
 
 // divide shares the memory of the node among the feeds. mu is held.
 func (h *Hub) divide() {
-	h.share.Store(int64(min(h.cfg.Window, h.cfg.WindowTotal/max(len(h.feeds), 1))))
+	h.share.Store(int64(min(h.cfg.Window, (h.cfg.WindowTotal-h.pages.budget)/max(len(h.feeds), 1))))
 }
 
-// enter finds or begins the feed of a session, and counts a viewer in; leave counts it
+// enter finds or begins the feed of a viewer's session, and counts it in; leave counts it
 // out. While the hub drains, nobody enters.
-func (h *Hub) enter(session string) (f *feed, ok bool) {
+func (h *Hub) enter(v *Viewer) (ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.leaving.Err() != nil {
-		return nil, false
+		return false
 	}
-	f = h.feeds[session]
+	f := h.feeds[v.Session]
 	if f == nil {
-		f = newFeed(h, session)
-		h.feeds[session] = f
+		f = newFeed(h, v.Session)
+		h.feeds[v.Session] = f
 		h.divide()
 		h.wg.Go(f.listen) // a write to Redis, which may take its time
 	}
 	f.mu.Lock()
-	f.viewers++
+	f.viewers[v] = struct{}{}
 	f.mu.Unlock()
+	v.feed = f
 	h.viewers.Add(1)
-	return f, true
+	return true
 }
 
-func (h *Hub) leave(f *feed) {
+func (h *Hub) leave(v *Viewer) {
+	f := v.feed
 	f.mu.Lock()
-	f.viewers--
+	delete(f.viewers, v)
 	f.idle = time.Now()
 	f.mu.Unlock()
 	h.viewers.Done()
@@ -204,8 +213,9 @@ func (h *Hub) clock() {
 		h.mu.Unlock()
 		for _, f := range feeds {
 			f.mu.Lock()
-			idle := f.viewers == 0 && now.Sub(f.idle) >= h.cfg.Linger
+			idle := len(f.viewers) == 0 && now.Sub(f.idle) >= h.cfg.Linger
 			if !idle && now.Sub(f.readAt) >= h.cfg.Reconcile*3/4 { // ticks and the read itself make up the rest
+				f.routine = !f.pending && !f.busy
 				f.ask()
 			}
 			f.mu.Unlock()
@@ -220,7 +230,7 @@ func (h *Hub) clock() {
 func (h *Hub) forget(f *feed) {
 	h.mu.Lock()
 	f.mu.Lock()
-	idle := f.viewers == 0 && h.feeds[f.session] == f
+	idle := len(f.viewers) == 0 && h.feeds[f.session] == f
 	f.mu.Unlock()
 	if idle {
 		delete(h.feeds, f.session)
@@ -230,35 +240,37 @@ func (h *Hub) forget(f *feed) {
 	h.mu.Unlock()
 }
 
-// page reads chunks that no window has any more, and answers a *page. Viewers that want
+// read reads chunks that no window has any more, and answers a *page. Viewers that want
 // the same at the same time share one read and its events.
-func (h *Hub) page(session, epoch string, from int64, bytes int) <-chan singleflight.Result {
-	return h.pages.DoChan(fmt.Sprint(session, " ", epoch, " ", from, " ", bytes), func() (any, error) {
+func (h *Hub) read(f *feed, epoch string, from int64, bytes int) <-chan singleflight.Result {
+	return h.reading.DoChan(fmt.Sprint(f.session, " ", epoch, " ", from, " ", bytes), func() (any, error) {
 		select {
 		case h.pageReads <- struct{}{}:
 			defer func() { <-h.pageReads }()
 		case <-h.ctx.Done():
 			return nil, h.ctx.Err()
 		}
-		p, err := h.data.Read(h.ctx, session, from, bytes, all)
+		h.metrics.reads.WithLabelValues("viewer").Inc()
+		p, err := h.data.Read(h.ctx, f.session, from, bytes, all)
 		if err != nil {
 			return nil, err
 		}
-		events := &page{Bounds: p.Bounds, memory: newMemory(p.From)}
+		events := &page{Bounds: p.Bounds, memory: newMemory(p.From), feed: f}
 		for _, element := range p.Elements {
 			events.append(element, all)
+		}
+		if len(p.Elements) > 0 {
+			h.pages.put(events)
+			f.mu.Lock()
+			closed := f.closed
+			f.mu.Unlock()
+			if closed { // while it was read
+				h.pages.drop(f)
+			}
 		}
 		return events, nil
 	})
 }
-
-// page is older chunks as events.
-type page struct {
-	store.Bounds
-	memory
-}
-
-func (p *page) base() int64 { return p.First - 1 }
 
 // all asks for as many chunks as the bytes allow.
 const all = 1 << 30

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -33,18 +34,20 @@ type Viewer struct {
 	joined bool   // the cursor was compared with the log
 	ticket uint64 // the read that a window must rest on, where that matters (fresh)
 
-	old      *page // older chunks, while the cursor is among them
-	oldBytes int   // how large the next page is to be
-	oldAt    time.Time
+	shown atomic.Int64 // the cursor, for those who count; -1: not joined yet
+	tally int          // of live writes, of which some are measured
+
+	hand      *page     // one that was read just now, until something of it is taken
+	pageBytes int       // how large the next one is to be
+	pageAt    time.Time // when the last one came
 
 	raw []byte // Raw: the last events, as they came
 }
 
-// A page is small for a viewer that takes long over it, since it keeps all of it in
-// memory meanwhile, and grows for one that is quick.
+// A page is small at first, since what is read for a viewer that then stands still is read
+// for nothing, and grows for one that is quick.
 const (
 	leastPage = segmentSize
-	firstPage = 4 * segmentSize
 	mostPage  = 64 * segmentSize
 	quickPage = 250 * time.Millisecond
 )
@@ -54,15 +57,20 @@ var ErrDraining = errors.New("this node is draining")
 
 // View begins to view. Close must be called.
 func (h *Hub) View(a Ask) (*Viewer, error) {
-	f, ok := h.enter(a.Session)
-	if !ok {
+	v := &Viewer{Ask: a, hub: h, pageBytes: leastPage}
+	v.shown.Store(-1)
+	if !h.enter(v) {
 		return nil, ErrDraining
 	}
-	return &Viewer{Ask: a, hub: h, feed: f, oldBytes: firstPage}, nil
+	h.metrics.begun.Inc()
+	if a.Cursor > 0 {
+		h.metrics.resumed.Inc()
+	}
+	return v, nil
 }
 
 // Close lets go of the feed.
-func (v *Viewer) Close() { v.hub.leave(v.feed) }
+func (v *Viewer) Close() { v.hub.leave(v) }
 
 // LogValue implements slog.LogValuer.
 func (v *Viewer) LogValue() slog.Value {
@@ -72,8 +80,17 @@ func (v *Viewer) LogValue() slog.Value {
 // Over waits, for as long as patience, until the log is known, and says whether there is
 // nothing to view and never will be: the log has Ended or was Deleted, and the cursor
 // has all of it; or, for a Raw viewer, what follows the cursor is not to be had
-// (Outside). It is empty when there is something to view, or when patience ends first.
+// (Outside). It is empty when there is something to view, or when patience ends first:
+// then Serve is to be called, which counts how the stream ends.
 func (v *Viewer) Over(ctx context.Context, patience time.Duration) Cause {
+	cause := v.over(ctx, patience)
+	if cause != "" {
+		v.hub.metrics.ended.WithLabelValues(string(cause)).Inc()
+	}
+	return cause
+}
+
+func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -118,7 +135,7 @@ func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 			continue
 		}
 		select {
-		case r := <-v.hub.page(v.Session, w.Epoch, cursor+1, mostPage):
+		case r := <-v.hub.read(v.feed, w.Epoch, cursor+1, mostPage):
 			p, _ := r.Val.(*page)
 			if r.Err != nil || p.Epoch != w.Epoch || p.base() > cursor || p.nextSeq() <= cursor+1 {
 				return true // let it be seen when it is viewed
@@ -148,6 +165,7 @@ func (v *Viewer) fresh(w *window) bool {
 type step struct {
 	events []byte
 	cursor int64 // the viewer's, when the events are written
+	chunks bool  // they are chunks
 	end    Cause // nothing more comes behind the events
 	fetch  bool  // what comes next is no longer in the window
 }
@@ -179,6 +197,7 @@ func (v *Viewer) next(w *window) step {
 		if v.Raw && reason != resetDeleted {
 			return step{cursor: cursor, end: Outside}
 		}
+		v.hub.metrics.resets.WithLabelValues(reason).Inc()
 		events = appendReset(events, reason, cursor, to, w.Bounds)
 		cursor = to
 		if reason == resetDeleted {
@@ -195,29 +214,32 @@ func (v *Viewer) next(w *window) step {
 		}
 		return step{cursor: cursor}
 	}
-	s, ok := v.take(&w.memory, cursor, w.Last)
-	if ok {
-		v.old = nil
+	if s, ok := v.take(&w.memory, cursor, w.Last); ok {
 		return s
 	}
-	if v.old != nil && v.old.Epoch == w.Epoch {
-		if to := v.old.base(); to > cursor { // trimmed since the feed has read
-			if v.Raw {
-				return step{cursor: cursor, end: Outside}
-			}
-			return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, v.old.Bounds)}
-		}
-		if s, ok = v.take(&v.old.memory, cursor, w.Last); ok && len(s.events) > 0 {
-			return s
-		}
+	p := v.hand
+	if v.hand = nil; p == nil || p.Epoch != w.Epoch {
+		p = v.hub.pages.find(v.feed, w.Epoch, cursor)
 	}
-	return step{cursor: cursor, fetch: true}
+	if p == nil {
+		return step{cursor: cursor, fetch: true}
+	}
+	if to := p.base(); to > cursor && !p.has(cursor) { // trimmed since the feed has read
+		if v.Raw {
+			return step{cursor: cursor, end: Outside}
+		}
+		v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
+		return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
+	}
+	s, _ := v.take(&p.memory, cursor, w.Last)
+	s.fetch = len(s.events) == 0
+	return s
 }
 
 // take is the events behind cursor, up to last, that memory has.
 func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 	events, cursor, stopped, ok := m.after(cursor, last, v.UntilDone)
-	s := step{events: events, cursor: cursor}
+	s := step{events: events, cursor: cursor, chunks: len(events) > 0}
 	if stopped {
 		s.end = Done
 	}
@@ -226,13 +248,12 @@ func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 
 // fetch begins to read the page behind the cursor.
 func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
-	if v.old != nil && time.Since(v.oldAt) < quickPage {
-		v.oldBytes = min(2*v.oldBytes, mostPage)
-	} else if v.old != nil {
-		v.oldBytes = leastPage
+	if time.Since(v.pageAt) < quickPage {
+		v.pageBytes = min(2*v.pageBytes, mostPage)
+	} else {
+		v.pageBytes = leastPage
 	}
-	v.old = nil
-	return v.hub.page(v.Session, w.Epoch, v.Cursor+1, v.oldBytes)
+	return v.hub.read(v.feed, w.Epoch, v.Cursor+1, v.pageBytes)
 }
 
 // fetched takes a page, or says how long to wait before the next try.
@@ -246,7 +267,7 @@ func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration)
 		v.feed.doubt() // the feed does not know this log yet: it tells by a window
 		return v.hub.cfg.Reconcile
 	}
-	v.old, v.oldAt = p, time.Now()
+	v.hand, v.pageAt = p, time.Now()
 	return 0
 }
 
@@ -279,6 +300,12 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 // Serve gives the viewer all there is, and then what comes, until the response has to
 // end, and says why. ctx is the request's.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
+	cause := v.serve(ctx, w)
+	v.hub.metrics.ended.WithLabelValues(string(cause)).Inc()
+	return cause
+}
+
+func (v *Viewer) serve(ctx context.Context, w *Writer) Cause {
 	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), w.leave) })()
 	begin := []byte(heartbeat)
 	if v.Raw { // it has no welcome that could say this
@@ -304,11 +331,10 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 			if len(events) > 0 && w.write(events) != nil {
 				return w.cause()
 			}
+			v.note(s, window)
 			v.Cursor = s.cursor
 			if v.Cursor != window.Last || window.Ended {
 				more = ready
-			} else {
-				v.old = nil
 			}
 		}
 		if s.end != "" {
@@ -344,6 +370,18 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 			return Gone
 		}
 	}
+}
+
+// note counts what was written.
+func (v *Viewer) note(s step, w *window) {
+	if s.chunks {
+		v.hub.metrics.delivered.Add(float64(s.cursor - v.Cursor))
+		const some = 16
+		if v.tally++; v.tally%some == 0 && !w.arrived.IsZero() && s.cursor == w.Last {
+			v.hub.metrics.write.Observe(time.Since(w.arrived).Seconds())
+		}
+	}
+	v.shown.Store(s.cursor)
 }
 
 // ready is a window that is there already.

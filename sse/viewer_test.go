@@ -598,8 +598,8 @@ func TestViewer_caughtUp_keepsNoPage(t *testing.T) {
 		synctest.Wait()
 		cut()
 		<-done
-		if v.Cursor != 3000 || v.old != nil {
-			t.Errorf("at %d it keeps %v", v.Cursor, v.old != nil)
+		if v.Cursor != 3000 || v.hand != nil {
+			t.Errorf("at %d it keeps %v", v.Cursor, v.hand != nil)
 		}
 	})
 }

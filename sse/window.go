@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"slices"
 	"sort"
+	"time"
 
 	"gapless/store"
 )
@@ -20,6 +21,8 @@ type window struct {
 	memory
 	tip  string        // the element at Last, to be compared when the log is read again; empty: unknown
 	next chan struct{} // closed when a newer window is there
+
+	arrived time.Time // when its newest chunk came live; zero: it was read
 }
 
 func (w *window) known() bool  { return w.read > 0 }
@@ -38,6 +41,7 @@ func (w *window) sameBounds(other *window) bool {
 func (w *window) with(element string, limit int) *window {
 	n := *w
 	n.next = make(chan struct{})
+	n.arrived = time.Now()
 	n.Last++
 	n.memory.append(element, limit)
 	n.tip = element

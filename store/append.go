@@ -67,6 +67,16 @@ type Appended struct {
 // ErrSessionDeleted, *FencedError, *GapError, ErrAway (surely nothing was stored),
 // ErrOutcomeUnknown.
 func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, error) {
+	a, err := s.appendOnce(ctx, session, b)
+	if err == nil {
+		s.metrics.appended.Add(float64(a.Count - a.Known))
+		s.metrics.known.Add(float64(a.Known))
+	}
+	return a, err
+}
+
+// appendOnce appends what of b the log does not have.
+func (s *Store) appendOnce(ctx context.Context, session string, b Batch) (Appended, error) {
 	var all Appended
 	skipped := 0 // chunks of b that were found in the log
 	for {
@@ -142,7 +152,7 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 			args = append(args, c.Numbers(), c.filled, form)
 		}
 	}
-	reply, err := s.run(ctx, scriptAppend, session, args...)
+	reply, err := s.run(ctx, scriptAppend, session, s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0, args...)
 	if err != nil {
 		return Appended{}, nil, fmt.Errorf("append to %s: %w", session, err)
 	}

@@ -27,20 +27,65 @@ type Listener interface {
 // Listen subscribes l to a session until stop is called. Nothing is heard before the
 // first Resync. A session has one Listener: a later one takes the place of the former.
 func (s *Store) Listen(session string, l Listener) (stop func()) {
-	sub := s.subs[maphash.String(spread, session)%uint64(len(s.subs))]
-	sub.add(channel(session), l)
-	return func() { sub.remove(channel(session), l) }
+	return s.ears.listen(s.key("stream", session), l)
 }
 
 // ListenUploads subscribes l to the names of sessions whose uploads have to look whether
 // they may go on (HoldLook): Live hands over a session's id. There is one such Listener.
-func (s *Store) ListenUploads(l Listener) (stop func()) {
-	sub := s.subs[0]
-	sub.add(uploads, l)
-	return func() { sub.remove(uploads, l) }
+func (s *Store) ListenUploads(l Listener) (stop func()) { return s.ears.listenUploads(l) }
+
+// ears hold the Pub/Sub connections.
+type ears interface {
+	listen(channel string, l Listener) (stop func())
+	listenUploads(l Listener) (stop func())
+	count() int // channels
+	close()
 }
 
-var spread = maphash.MakeSeed()
+// spread is the sessions of one server, spread over a few connections.
+type spread []*subscriber
+
+func newSpread(rdb redis.UniversalClient, cfg Config, m *metrics) spread {
+	all := make(spread, cfg.Listeners)
+	for i := range all {
+		all[i] = newSubscriber(cfg, m, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return rdb.Subscribe(ctx), nil }, nil)
+	}
+	return all
+}
+
+var seed = maphash.MakeSeed()
+
+func (s spread) listen(channel string, l Listener) (stop func()) {
+	return s[maphash.String(seed, channel)%uint64(len(s))].listen(channel, l)
+}
+
+func (s spread) listenUploads(l Listener) (stop func()) { return s[0].listen(uploads, l) }
+
+func (s spread) count() (n int) {
+	for _, sub := range s {
+		n += sub.count()
+	}
+	return n
+}
+
+func (s spread) close() {
+	var wg sync.WaitGroup
+	for _, sub := range s {
+		wg.Go(sub.close)
+	}
+	wg.Wait()
+}
+
+// kind is how channels are subscribed to.
+type kind struct {
+	subscribe, unsubscribe func(ps *redis.PubSub, ctx context.Context, channels ...string) error
+	acknowledged, ended    string // the kinds of the answers
+}
+
+var (
+	ordinary = kind{(*redis.PubSub).Subscribe, (*redis.PubSub).Unsubscribe, "subscribe", "unsubscribe"}
+	sharded  = kind{(*redis.PubSub).SSubscribe, (*redis.PubSub).SUnsubscribe, "ssubscribe", "sunsubscribe"}
+)
 
 // subscriber is one Pub/Sub connection, shared by many sessions, with the loop that
 // receives from it.
@@ -51,11 +96,14 @@ var spread = maphash.MakeSeed()
 // without a reset, so the loop asks for a pong and, when none comes, begins again
 // with a new connection.
 type subscriber struct {
-	rdb  redis.UniversalClient
-	ping time.Duration
-	log  *slog.Logger
-	quit context.CancelFunc
-	done chan struct{} // closed when the loop has ended
+	kind
+	open    func(ctx context.Context) (*redis.PubSub, error)
+	misfit  func() // a channel is not, or not any more, this server's; may be nil
+	ping    time.Duration
+	metrics *metrics
+	log     *slog.Logger
+	quit    context.CancelFunc
+	done    chan struct{} // closed when the loop has ended
 
 	// wire is held while listeners change and Redis is told so, so that both happen in
 	// the same order: an unsubscribe that overtakes a later subscribe would leave a
@@ -65,13 +113,14 @@ type subscriber struct {
 
 	mu        sync.RWMutex
 	listeners map[string]Listener // by channel
+	heard     map[string]bool     // channels whose subscription stands
 }
 
-func newSubscriber(rdb redis.UniversalClient, cfg Config) *subscriber {
+func newSubscriber(cfg Config, m *metrics, k kind, open func(ctx context.Context) (*redis.PubSub, error), misfit func()) *subscriber {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &subscriber{
-		rdb: rdb, ping: cfg.Ping, log: cfg.Logger,
-		quit: cancel, done: make(chan struct{}), listeners: map[string]Listener{},
+		kind: k, open: open, misfit: misfit, ping: cfg.Ping, metrics: m, log: cfg.Logger,
+		quit: cancel, done: make(chan struct{}), listeners: map[string]Listener{}, heard: map[string]bool{},
 	}
 	// Ended by close, which waits for it. Only it receives.
 	go func() {
@@ -91,6 +140,11 @@ func (s *subscriber) close() {
 	<-s.done
 }
 
+func (s *subscriber) listen(channel string, l Listener) (stop func()) {
+	s.add(channel, l)
+	return func() { s.remove(channel, l) }
+}
+
 func (s *subscriber) add(channel string, l Listener) {
 	s.wire.Lock()
 	defer s.wire.Unlock()
@@ -98,7 +152,7 @@ func (s *subscriber) add(channel string, l Listener) {
 	s.listeners[channel] = l
 	s.mu.Unlock()
 	if s.ps != nil {
-		s.tell(s.ps.Subscribe(context.Background(), channel))
+		s.tell(s.subscribe(s.ps, context.Background(), channel))
 	}
 }
 
@@ -112,7 +166,7 @@ func (s *subscriber) remove(channel string, l Listener) {
 	}
 	s.mu.Unlock()
 	if mine && s.ps != nil {
-		s.tell(s.ps.Unsubscribe(context.Background(), channel))
+		s.tell(s.unsubscribe(s.ps, context.Background(), channel))
 	}
 }
 
@@ -138,12 +192,17 @@ func (s *subscriber) run(ctx context.Context) {
 			if s.ps == ps {
 				s.ps = nil
 			}
+			s.mu.Lock()
+			clear(s.heard)
+			s.mu.Unlock()
 			s.wire.Unlock()
 		}
 		if ctx.Err() != nil {
 			return
 		}
+		s.metrics.lost.Inc()
 		s.log.LogAttrs(ctx, slog.LevelWarn, "pub/sub connection lost", slog.Any("err", err))
+		s.amiss()
 		select { // jittered, so that the nodes do not come back to a restarted Redis all at once
 		case <-time.After(pause/2 + rand.N(pause)):
 		case <-ctx.Done():
@@ -152,9 +211,18 @@ func (s *subscriber) run(ctx context.Context) {
 	}
 }
 
+func (s *subscriber) amiss() {
+	if s.misfit != nil {
+		s.misfit()
+	}
+}
+
 // connect makes a connection that is subscribed to all that anybody listens to.
 func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
-	ps := s.rdb.Subscribe(ctx)
+	ps, err := s.open(ctx)
+	if err != nil {
+		return nil, err
+	}
 	if err := ps.Ping(ctx); err != nil {
 		return nil, errors.Join(err, ps.Close())
 	}
@@ -166,9 +234,12 @@ func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
 		channels = append(channels, c)
 	}
 	s.mu.RUnlock()
-	const batch = 1000
+	batch := 1000
+	if s.kind.acknowledged == sharded.acknowledged {
+		batch = 1 // the channels of one command must be of one slot
+	}
 	for i := 0; i < len(channels); i += batch {
-		if err := ps.Subscribe(ctx, channels[i:min(i+batch, len(channels))]...); err != nil {
+		if err := s.subscribe(ps, ctx, channels[i:min(i+batch, len(channels))]...); err != nil {
 			return nil, errors.Join(err, ps.Close())
 		}
 	}
@@ -193,6 +264,10 @@ func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) error {
 		} else {
 			asked = false
 		}
+		if redis.HasErrorPrefix(err, "MOVED") { // the answer to a subscription; the connection is well
+			s.amiss()
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -202,11 +277,41 @@ func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) error {
 				l.Live(m.Payload)
 			}
 		case *redis.Subscription:
-			if l := s.listener(m.Channel); l != nil && m.Kind == "subscribe" {
+			l := s.note(m.Channel, m.Kind == s.acknowledged)
+			switch {
+			case l == nil:
+			case m.Kind == s.acknowledged:
 				l.Resync()
+			case m.Kind == s.ended: // nobody here has asked for it: its slot has moved
+				s.amiss()
 			}
 		}
 	}
+}
+
+// note writes down whether a subscription stands, and answers who listens.
+func (s *subscriber) note(channel string, stands bool) Listener {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if stands {
+		s.heard[channel] = true
+	} else {
+		delete(s.heard, channel)
+	}
+	return s.listeners[channel]
+}
+
+// hears says whether a subscription stands.
+func (s *subscriber) hears(channel string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.heard[channel]
+}
+
+func (s *subscriber) count() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return len(s.listeners)
 }
 
 var errSilent = errors.New("no sign of life from redis")
@@ -215,4 +320,171 @@ func (s *subscriber) listener(channel string) Listener {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.listeners[channel]
+}
+
+// shards is the sessions of a Cluster: a connection for each master, since a sharded
+// channel is heard only where its slot is. What belongs where is compared now and then,
+// and whenever something is amiss; what is missed until then, the reads of the log find.
+type shards struct {
+	cluster *redis.ClusterClient
+	cfg     Config
+	metrics *metrics
+	uploads *subscriber // an ordinary channel: every server hears of it
+	kick    chan struct{}
+	quit    context.CancelFunc
+	done    chan struct{}
+
+	mu      sync.Mutex
+	masters map[string]*subscriber // by address
+	homes   map[string]home        // by channel
+}
+
+// home is where a channel is listened to.
+type home struct {
+	l       Listener
+	address string // empty: nowhere yet
+}
+
+func newShards(cluster *redis.ClusterClient, cfg Config, m *metrics) *shards {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &shards{
+		cluster: cluster, cfg: cfg, metrics: m, kick: make(chan struct{}, 1), quit: cancel, done: make(chan struct{}),
+		masters: map[string]*subscriber{}, homes: map[string]home{},
+	}
+	s.uploads = newSubscriber(cfg, m, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return cluster.Subscribe(ctx), nil }, nil)
+	go func() { // ended by close, which waits for it
+		defer close(s.done)
+		s.tend(ctx)
+	}()
+	return s
+}
+
+func (s *shards) listenUploads(l Listener) (stop func()) { return s.uploads.listen(uploads, l) }
+
+func (s *shards) listen(channel string, l Listener) (stop func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settle(channel, home{l: l})
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if h := s.homes[channel]; h.l == l {
+			delete(s.homes, channel)
+			if sub := s.masters[h.address]; sub != nil {
+				sub.remove(channel, l)
+			}
+		}
+	}
+}
+
+// settle brings a channel to the master that has its slot now. mu is held.
+func (s *shards) settle(channel string, h home) {
+	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.Timeout)
+	defer cancel()
+	address := ""
+	if master, err := s.cluster.MasterForKey(ctx, channel); err == nil {
+		address = master.Options().Addr
+	} else {
+		s.amiss()
+	}
+	old := s.masters[h.address]
+	if address == "" || address == h.address && old.hears(channel) {
+		s.homes[channel] = h
+		return
+	}
+	if old != nil {
+		old.remove(channel, h.l)
+	}
+	sub := s.masters[address]
+	if sub == nil {
+		sub = newSubscriber(s.cfg, s.metrics, sharded, func(ctx context.Context) (*redis.PubSub, error) { return s.open(ctx, address) }, s.amiss)
+		s.masters[address] = sub
+	}
+	h.address = address
+	s.homes[channel] = h
+	sub.add(channel, h.l)
+}
+
+// open connects to the master at an address, by the client that the cluster has for it.
+func (s *shards) open(ctx context.Context, address string) (ps *redis.PubSub, err error) {
+	var mu sync.Mutex // the masters are asked at the same time
+	err = s.cluster.ForEachMaster(ctx, func(ctx context.Context, master *redis.Client) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if master.Options().Addr == address && ps == nil {
+			ps = master.SSubscribe(ctx)
+		}
+		return nil
+	})
+	if ps == nil {
+		return nil, errors.Join(err, errNoMaster)
+	}
+	return ps, nil
+}
+
+// amiss has everything compared soon.
+func (s *shards) amiss() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// tend keeps channels where their slots are, and lets go of masters that have none.
+func (s *shards) tend(ctx context.Context) {
+	const calm, hasty = 5 * time.Second, 100 * time.Millisecond
+	for {
+		select {
+		case <-time.After(calm):
+		case <-s.kick:
+			s.cluster.ReloadState(ctx)
+			select { // it takes a moment; and many kicks are one
+			case <-time.After(hasty):
+			case <-ctx.Done():
+			}
+		case <-ctx.Done():
+			return
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		for _, idle := range s.compare() {
+			idle.close()
+		}
+	}
+}
+
+// compare settles every channel, and answers the masters that are left without one.
+func (s *shards) compare() (idle []*subscriber) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	used := map[string]bool{}
+	for channel, h := range s.homes {
+		s.settle(channel, h)
+		used[s.homes[channel].address] = true
+	}
+	for address, sub := range s.masters {
+		if !used[address] {
+			idle = append(idle, sub)
+			delete(s.masters, address)
+		}
+	}
+	return idle
+}
+
+func (s *shards) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.homes) + s.uploads.count()
+}
+
+func (s *shards) close() {
+	s.quit()
+	<-s.done
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, sub := range s.masters {
+		sub.close()
+	}
+	s.uploads.close()
 }

@@ -39,7 +39,7 @@ const Newest = 0
 // The log of a session that does not exist has an empty Epoch, and reading it makes
 // nothing. ErrAway means away, never empty.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
-	reply, err := s.run(ctx, scriptRead, session, from, bytes, count)
+	reply, err := s.run(ctx, scriptRead, session, false, from, bytes, count)
 	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
 		err = fmt.Errorf("%w: %v", ErrAway, err)
 	}

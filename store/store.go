@@ -26,7 +26,6 @@ import (
 	"log/slog"
 	"net"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -35,8 +34,17 @@ import (
 
 // Config says where the logs are and how long they are kept.
 type Config struct {
-	// Redis is "embedded" (in this process, in memory) or a redis:// or rediss:// URL.
+	// Redis is "embedded" (in this process, in memory) or a URL: of one server, of the
+	// Sentinels of a master, or of a Cluster (connect.go).
 	Redis string
+	// RedisCA is a file of certificates that vouch for a rediss:// server, instead of the
+	// system's; RedisCert and RedisKey are files by which it knows us.
+	RedisCA, RedisCert, RedisKey string
+	// WaitReplicas is how many replicas must have an append before it is acknowledged;
+	// WaitTimeout is how long they may take. A failover then loses nothing that was
+	// acknowledged, if it chooses one of those.
+	WaitReplicas int
+	WaitTimeout  time.Duration
 	// Dial makes the connections to Redis, if not nil.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// HistoryTTL is how long a list is kept after its last use. A day: an answer is
@@ -86,6 +94,7 @@ func DefaultConfig() Config {
 		Listeners:    2,
 		Ping:         5 * time.Second,
 		Timeout:      3 * time.Second,
+		WaitTimeout:  time.Second,
 		Logger:       slog.New(slog.DiscardHandler),
 	}
 }
@@ -94,9 +103,16 @@ func DefaultConfig() Config {
 func (c Config) Validate() error {
 	var errs []error
 	if c.Redis != Embedded {
-		if _, err := redis.ParseURL(c.Redis); err != nil {
-			errs = append(errs, fmt.Errorf("-redis: %q or a redis:// or rediss:// URL: %w", Embedded, err))
-		}
+		_, err := parseRedis(c)
+		errs = append(errs, err)
+	} else if c.WaitReplicas > 0 {
+		errs = append(errs, errors.New("-wait-replicas: the embedded Redis has none"))
+	}
+	if c.WaitReplicas < 0 {
+		errs = append(errs, fmt.Errorf("-wait-replicas: %d is less than none", c.WaitReplicas))
+	}
+	if c.WaitReplicas > 0 && (c.WaitTimeout < 10*time.Millisecond || c.WaitTimeout >= c.Timeout) {
+		errs = append(errs, fmt.Errorf("-wait-timeout: %v is not between 10ms and %v", c.WaitTimeout, c.Timeout))
 	}
 	if c.HistoryTTL < time.Second {
 		errs = append(errs, fmt.Errorf("-history-ttl: %v is less than a second", c.HistoryTTL))
@@ -173,12 +189,14 @@ func (e *GapError) Error() string {
 
 // Store is the logs of one Redis. Its methods may be called from many goroutines.
 type Store struct {
-	cfg     Config
-	rdb     redis.UniversalClient
-	scripts [3]script
-	subs    []*subscriber
-	log     *slog.Logger
-	closers []func()
+	cfg       Config
+	rdb       redis.UniversalClient
+	scripts   [3]script
+	clustered bool
+	ears      ears
+	metrics   *metrics
+	log       *slog.Logger
+	closers   []func()
 }
 
 const (
@@ -186,6 +204,8 @@ const (
 	scriptRead
 	scriptSession
 )
+
+var scriptNames = [...]string{"append", "read", "session"}
 
 //go:embed log.lua
 var luaLog string
@@ -214,12 +234,12 @@ func Open(cfg Config) (*Store, error) {
 		text = luaLog + text
 		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
 	}
-	opt := &redis.Options{Addr: "127.0.0.1:0"} // of nobody: the embedded one has none
+	opt := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}} // of nobody: the embedded one has none
 	switch {
 	case cfg.Redis != Embedded:
 		var err error
-		if opt, err = redis.ParseURL(cfg.Redis); err != nil {
-			return nil, fmt.Errorf("parse redis URL: %w", err)
+		if opt, err = parseRedis(cfg); err != nil {
+			return nil, err
 		}
 	case cfg.Dial == nil:
 		embedded, err := openEmbedded()
@@ -229,32 +249,21 @@ func Open(cfg Config) (*Store, error) {
 		cfg.Dial = embedded.dial
 		s.closers = append(s.closers, embedded.close)
 	}
-	opt.Dialer = cfg.Dial
-	// Nothing is repeated behind our back: an append that is sent twice is stored twice.
-	opt.MaxRetries = -1
-	opt.DialerRetries = 1
-	opt.DialTimeout = 2 * time.Second
-	opt.ReadTimeout = cfg.Timeout
-	opt.WriteTimeout = cfg.Timeout
-	opt.ContextTimeoutEnabled = true
-	opt.Protocol = 2 // Pub/Sub is received by our own loop, which needs nothing of RESP3
-	opt.DisableIdentity = true
-	opt.MaintNotificationsConfig = noMaintNotifications
-	s.rdb = redis.NewClient(opt)
+	s.metrics = newMetrics(func() int { return s.ears.count() })
+	s.rdb = connect(cfg, opt)
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
-	for range cfg.Listeners {
-		s.subs = append(s.subs, newSubscriber(s.rdb, cfg))
+	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
+		s.clustered = true
+		s.ears = newShards(cluster, cfg, s.metrics)
+	} else {
+		s.ears = newSpread(s.rdb, cfg, s.metrics)
 	}
 	return s, nil
 }
 
 // Close ends the receive loops, then the connections.
 func (s *Store) Close() {
-	var wg sync.WaitGroup
-	for _, sub := range s.subs {
-		wg.Go(sub.close)
-	}
-	wg.Wait()
+	s.ears.close()
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		s.closers[i]()
 	}
@@ -272,11 +281,13 @@ func (l redisLog) Printf(ctx context.Context, format string, v ...any) {
 	l.LogAttrs(ctx, slog.LevelDebug, "go-redis", slog.String("says", fmt.Sprintf(format, v...)))
 }
 
-func historyKey(id string) string { return "chat:history:" + id }
-func sessionKey(id string) string { return "chat:session:" + id }
-func indexKey(id string) string   { return "chat:producers:" + id }
-func opensKey(id string) string   { return "chat:messages:" + id }
-func channel(id string) string    { return "chat:stream:" + id }
+// key is the name of what a session has in Redis. In a Cluster all of it is in one slot.
+func (s *Store) key(what, id string) string {
+	if s.clustered {
+		id = "{" + id + "}"
+	}
+	return "chat:" + what + ":" + id
+}
 
 // uploads is a channel for all sessions: a session is named on it when its uploads have
 // to look whether they may go on.
@@ -292,34 +303,94 @@ type once struct{ *redis.Cmd }
 
 func (once) NoRetry() bool { return true }
 
-// run executes a script on one session and returns its reply's fields.
-func (s *Store) run(ctx context.Context, which int, id string, args ...any) ([]any, error) {
+// run executes a script on one session and returns its reply's fields. With wait, it
+// also waits until the replicas have what it wrote.
+func (s *Store) run(ctx context.Context, which int, id string, wait bool, args ...any) (reply []any, failed error) {
 	epoch, err := uuid.NewRandom()
 	if err != nil {
 		return nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	sc := s.scripts[which]
+	sc, publish := s.scripts[which], "PUBLISH"
+	if s.clustered {
+		publish = "SPUBLISH"
+	}
 	argv := make([]any, 0, 18+len(args))
-	argv = append(argv, "evalsha", sc.sha, 5, historyKey(id), sessionKey(id), channel(id), indexKey(id), opensKey(id),
-		epoch.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, "PUBLISH", Hint,
+	argv = append(argv, "evalsha", sc.sha, 5, s.key("history", id), s.key("session", id), s.key("stream", id), s.key("producers", id), s.key("messages", id),
+		epoch.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, publish, Hint,
 		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds(), id)
 	argv = append(argv, args...)
-	cmd := once{redis.NewCmd(ctx, argv...)}
-	err = s.rdb.Process(ctx, cmd)
+	begun := time.Now()
+	defer func() { s.metrics.ran(which, begun, failed) }()
+	send := s.send
+	if wait {
+		send = s.sendAndWait
+	}
+	cmd, err := send(ctx, argv)
 	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
 		argv[0], argv[1] = "eval", sc.text
-		cmd = once{redis.NewCmd(ctx, argv...)}
-		err = s.rdb.Process(ctx, cmd)
+		cmd, err = send(ctx, argv)
 	}
 	if err != nil {
 		return nil, classify(err)
 	}
-	reply, err := cmd.Slice()
+	reply, err = cmd.Slice()
 	if err != nil || len(reply) == 0 {
 		return nil, fmt.Errorf("script answered %v: %w", cmd.Val(), errors.Join(err, errReply))
 	}
 	return reply, nil
 }
+
+// send sends a command once.
+func (s *Store) send(ctx context.Context, argv []any) (*redis.Cmd, error) {
+	for pause := redirectPause; ; pause *= 2 {
+		cmd := once{redis.NewCmd(ctx, argv...)}
+		err := s.rdb.Process(ctx, cmd)
+		if !s.clustered || !redis.HasErrorPrefix(err, "TRYAGAIN") || pause > redirectMost {
+			return cmd.Cmd, err
+		}
+		time.Sleep(pause) // a part of the session is in another place already: it was not executed
+	}
+}
+
+// A slot that moves takes a session along within moments.
+const (
+	redirectPause = 5 * time.Millisecond
+	redirectMost  = 500 * time.Millisecond
+)
+
+// sendAndWait sends a command once, and on the same connection asks that replicas have
+// it: WAIT counts only what its own connection wrote, and scripts may not use it. So in a
+// Cluster the redirections are followed here.
+func (s *Store) sendAndWait(ctx context.Context, argv []any) (*redis.Cmd, error) {
+	for pause := redirectPause; ; pause *= 2 {
+		master, err := s.master(ctx, argv[3].(string))
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", errNoMaster, err)
+		}
+		cmd, pipe := once{redis.NewCmd(ctx, argv...)}, master.Pipeline()
+		_ = pipe.Process(ctx, cmd)
+		wait := pipe.Do(ctx, "wait", s.cfg.WaitReplicas, s.cfg.WaitTimeout.Milliseconds())
+		_, _ = pipe.Exec(ctx)
+		err = cmd.Err()
+		if err == nil {
+			if n, waitErr := wait.Int(); waitErr != nil {
+				return nil, waitErr
+			} else if n < s.cfg.WaitReplicas {
+				return nil, fmt.Errorf("%w: it is stored, but %d of %d replicas have it (-wait-replicas)", ErrOutcomeUnknown, n, s.cfg.WaitReplicas)
+			}
+			return cmd.Cmd, nil
+		}
+		cluster, clustered := s.rdb.(*redis.ClusterClient)
+		moved := redis.HasErrorPrefix(err, "MOVED") || redis.HasErrorPrefix(err, "ASK") || redis.HasErrorPrefix(err, "TRYAGAIN")
+		if !clustered || !moved || pause > redirectMost {
+			return nil, err
+		}
+		cluster.ReloadState(ctx)
+		time.Sleep(pause)
+	}
+}
+
+var errNoMaster = errors.New("no master is known")
 
 var errReply = errors.New("not a reply of ours")
 
@@ -345,7 +416,7 @@ func classify(err error) error {
 		}
 		return err
 	case errors.As(err, &op) && op.Op == "dial", errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted),
-		errors.Is(err, redis.ErrClosed):
+		errors.Is(err, redis.ErrClosed), errors.Is(err, errNoMaster):
 		return fmt.Errorf("%w: %w", ErrAway, err)
 	}
 	// Whatever else is no reply of Redis: the connection broke, or time ran out.

@@ -1,14 +1,20 @@
-// Package storetest holds what tests of several packages need of a store: a real Redis,
-// and a log on fake time that fails in every way that a real one can.
+// Package storetest holds what tests of several packages need of a store: real Redis
+// servers, as they are run in production, and a log on fake time that fails in every way
+// that a real one can.
 package storetest
 
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -24,6 +30,7 @@ type Server struct {
 	t    testing.TB
 	addr string
 	args []string
+	ping func(ctx context.Context) error // whether it answers
 
 	mu  sync.Mutex
 	cmd *exec.Cmd
@@ -34,11 +41,27 @@ type Server struct {
 // need be, and stops it when the test ends. Its absence fails the test.
 func Redis(t testing.TB, args ...string) *Server {
 	t.Helper()
-	port := FreePort(t)
-	s := &Server{t: t, addr: fmt.Sprintf("127.0.0.1:%d", port), args: append([]string{
-		"--port", strconv.Itoa(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", t.TempDir(), "--loglevel", "warning",
-	}, args...)}
-	s.Client = redis.NewClient(&redis.Options{Addr: s.addr, MaxRetries: -1})
+	return redisAt(t, FreePort(t), nil, args...)
+}
+
+// redisAt starts a redis-server on a port. security is for a client of a server over TLS.
+func redisAt(t testing.TB, port int, security *tls.Config, args ...string) *Server {
+	t.Helper()
+	addr := fmt.Sprintf("127.0.0.1:%d", port)
+	own := []string{"--port", strconv.Itoa(port)}
+	if security != nil {
+		own = []string{"--port", "0", "--tls-port", strconv.Itoa(port)}
+	}
+	s := &Server{t: t, addr: addr, args: append(append(own,
+		"--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", t.TempDir(), "--loglevel", "warning"), args...)}
+	opt := &redis.Options{Addr: addr, MaxRetries: -1, TLSConfig: security}
+	for i, arg := range args {
+		if arg == "--requirepass" {
+			opt.Password = args[i+1]
+		}
+	}
+	s.Client = redis.NewClient(opt)
+	s.ping = func(ctx context.Context) error { return s.Client.Ping(ctx).Err() }
 	t.Cleanup(func() {
 		_ = s.Client.Close()
 		s.Kill()
@@ -68,14 +91,24 @@ func (s *Server) Start() {
 	if err != nil {
 		s.t.Fatalf("start redis-server: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	for s.Client.Ping(ctx).Err() != nil {
+	for s.ping(ctx) != nil {
 		if ctx.Err() != nil {
 			s.t.Fatalf("redis-server does not answer:\n%s", &s.out)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// StartAsReplica starts a server that was a master as a replica of the one that has taken
+// over. (Empty, and still a master for a moment, it would take writes.)
+func (s *Server) StartAsReplica(of *Server) {
+	s.t.Helper()
+	_, port, _ := strings.Cut(of.addr, ":")
+	s.args = append(s.args, "--replicaof", "127.0.0.1 "+port)
+	s.Start()
+	synced(s.t, s)
 }
 
 // Kill ends the server without letting it save anything.
@@ -93,16 +126,282 @@ func (s *Server) Kill() {
 func (s *Server) Signal(sig syscall.Signal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_ = s.cmd.Process.Signal(sig)
+	if s.cmd != nil {
+		_ = s.cmd.Process.Signal(sig)
+	}
 }
 
-// FreePort is a port that nobody listens on.
+// FreePort is a port that nobody listens on; neither on the one that a Cluster's servers
+// add for each other.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := l.Addr().(*net.TCPAddr).Port
+		_ = l.Close()
+		if port > 65535-busOffset {
+			port -= busOffset
+			if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err != nil {
+				continue
+			}
+			_ = l.Close()
+		}
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port+busOffset)); err == nil {
+			_ = l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal("there is no free port")
+	return 0
+}
+
+const busOffset = 10000
+
+// Watched is a master with replicas, and the Sentinels that watch it.
+type Watched struct {
+	t         testing.TB
+	Servers   []*Server // the first one is the master at first
+	Sentinels []*Server
+}
+
+// Sentinel starts a master, a replica and three Sentinels.
+func Sentinel(t testing.TB, args ...string) *Watched {
+	t.Helper()
+	w := &Watched{t: t}
+	master := Redis(t, args...)
+	_, port, _ := strings.Cut(master.addr, ":")
+	w.Servers = []*Server{master, Redis(t, append(args, "--replicaof", "127.0.0.1 "+port, "--repl-diskless-sync-delay", "0")...)}
+	w.Synced()
+	for range 3 {
+		at := FreePort(t)
+		file := filepath.Join(t.TempDir(), "sentinel.conf")
+		conf := fmt.Sprintf("port %d\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 %s 2\nsentinel down-after-milliseconds main 500\n"+
+			"sentinel failover-timeout main 3000\nsentinel parallel-syncs main 1\n", at, port)
+		if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s := &Server{t: t, addr: fmt.Sprintf("127.0.0.1:%d", at), args: []string{file, "--sentinel"}}
+		s.Client = redis.NewClient(&redis.Options{Addr: s.addr, MaxRetries: -1})
+		s.ping = func(ctx context.Context) error { return s.Client.Ping(ctx).Err() }
+		t.Cleanup(func() { _ = s.Client.Close(); s.Kill() })
+		s.Start()
+		w.Sentinels = append(w.Sentinels, s)
+	}
+	w.wait("the Sentinels know each other", func(ctx context.Context) bool {
+		for _, s := range w.Sentinels {
+			info, err := s.Client.Do(ctx, "SENTINEL", "CKQUORUM", "main").Text()
+			if err != nil || !strings.HasPrefix(info, "OK 3 ") {
+				return false
+			}
+			state, err := s.Client.Do(ctx, "SENTINEL", "REPLICAS", "main").Slice()
+			if err != nil || len(state) != len(w.Servers)-1 {
+				return false
+			}
+		}
+		return true
+	})
+	return w
+}
+
+// URL is what -redis takes.
+func (w *Watched) URL() string {
+	var all []string
+	for _, s := range w.Sentinels {
+		all = append(all, s.addr)
+	}
+	return "redis+sentinel://" + strings.Join(all, ",") + "/main"
+}
+
+// Master is the server that the Sentinels call so.
+func (w *Watched) Master() *Server {
+	w.t.Helper()
+	var master *Server
+	w.wait("there is a master", func(ctx context.Context) bool {
+		at, err := w.Sentinels[0].Client.Do(ctx, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main").StringSlice()
+		for _, s := range w.Servers {
+			if err == nil && len(at) == 2 && s.addr == at[0]+":"+at[1] {
+				master = s
+			}
+		}
+		return master != nil
+	})
+	return master
+}
+
+// Synced waits until the replicas have all that the first server has.
+func (w *Watched) Synced() {
+	w.t.Helper()
+	for _, s := range w.Servers[1:] {
+		synced(w.t, s)
+	}
+}
+
+func synced(t testing.TB, replica *Server) {
+	t.Helper()
+	waitFor(t, "the replica is in step", func(ctx context.Context) bool {
+		info, err := replica.Client.Info(ctx, "replication").Result()
+		return err == nil && strings.Contains(info, "master_link_status:up")
+	})
+}
+
+func (w *Watched) wait(what string, ok func(ctx context.Context) bool) {
+	w.t.Helper()
+	waitFor(w.t, what, ok)
+}
+
+func waitFor(t testing.TB, what string, ok func(ctx context.Context) bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+	defer cancel()
+	for !ok(ctx) {
+		if ctx.Err() != nil {
+			t.Fatal("waited in vain: ", what)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// Clustered is a Redis Cluster of three masters with a replica each.
+type Clustered struct {
+	*redis.ClusterClient
+	t       testing.TB
+	Servers []*Server // three masters, then their replicas, at first
+}
+
+// Cluster starts one.
+func Cluster(t testing.TB, args ...string) *Clustered {
+	t.Helper()
+	c := &Clustered{t: t}
+	var addrs []string
+	for range 6 {
+		port := FreePort(t)
+		s := redisAt(t, port, nil, append(args, "--cluster-enabled", "yes", "--cluster-node-timeout", "1000",
+			"--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0")...)
+		c.Servers, addrs = append(c.Servers, s), append(addrs, s.addr)
+	}
+	out, err := exec.Command("redis-cli", append(append([]string{"--cluster", "create"}, addrs...), "--cluster-replicas", "1", "--cluster-yes")...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("make the cluster: %v\n%s", err, out)
+	}
+	c.ClusterClient = redis.NewClusterClient(&redis.ClusterOptions{Addrs: addrs, MaxRetries: -1})
+	t.Cleanup(func() { _ = c.ClusterClient.Close() })
+	waitFor(t, "the cluster is well", func(ctx context.Context) bool {
+		for _, s := range c.Servers {
+			info, err := s.Client.ClusterInfo(ctx).Result()
+			if err != nil || !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_slots_ok:16384") {
+				return false
+			}
+			nodes, err := s.Client.ClusterNodes(ctx).Result()
+			if err != nil || strings.Count(nodes, "slave") != 3 {
+				return false
+			}
+		}
+		return true
+	})
+	for _, s := range c.Servers {
+		if info, err := s.Client.Info(t.Context(), "replication").Result(); err == nil && strings.Contains(info, "role:slave") {
+			synced(t, s)
+		}
+	}
+	return c
+}
+
+// URL is what -redis takes.
+func (c *Clustered) URL() string {
+	var all []string
+	for _, s := range c.Servers {
+		all = append(all, s.addr)
+	}
+	return "redis+cluster://" + strings.Join(all[:3], ",")
+}
+
+// At is the server at an address.
+func (c *Clustered) At(addr string) *Server {
+	for _, s := range c.Servers {
+		if s.addr == addr {
+			return s
+		}
+	}
+	c.t.Fatalf("there is no server at %s", addr)
+	return nil
+}
+
+// MasterOf is the server that has a key's slot now.
+func (c *Clustered) MasterOf(key string) *Server {
+	c.t.Helper()
+	var found *Server
+	waitFor(c.t, "the slot has a master", func(ctx context.Context) bool {
+		slot, err := c.anyone(ctx).ClusterKeySlot(ctx, key).Result()
+		if err != nil {
+			return false
+		}
+		shards, err := c.anyone(ctx).ClusterShards(ctx).Result()
+		if err != nil {
+			return false
+		}
+		for _, shard := range shards {
+			if !slices.ContainsFunc(shard.Slots, func(r redis.SlotRange) bool { return r.Start <= slot && slot <= r.End }) {
+				continue
+			}
+			for _, n := range shard.Nodes {
+				if n.Role == "master" && n.Health == "online" {
+					found = c.At(fmt.Sprintf("%s:%d", n.IP, n.Port))
+				}
+			}
+		}
+		return found != nil
+	})
+	return found
+}
+
+func (c *Clustered) anyone(ctx context.Context) *redis.Client {
+	for _, s := range c.Servers {
+		if s.Client.Ping(ctx).Err() == nil {
+			return s.Client
+		}
+	}
+	return c.Servers[0].Client
+}
+
+// Move takes a key's slot to another master, as resharding does, and says where to.
+func (c *Clustered) Move(key string) {
+	c.t.Helper()
+	from := c.MasterOf(key)
+	var to *Server
+	for _, s := range c.Servers[:3] {
+		if s != from {
+			to = s
+		}
+	}
+	ctx := c.t.Context()
+	slot := int(from.Client.ClusterKeySlot(ctx, key).Val())
+	id := func(s *Server) string { return s.Client.Do(ctx, "CLUSTER", "MYID").String()[len("CLUSTER MYID: "):] }
+	_, port, _ := strings.Cut(to.addr, ":")
+	must := func(err error) {
+		c.t.Helper()
+		if err != nil {
+			c.t.Fatalf("move slot %d: %v", slot, err)
+		}
+	}
+	must(to.Client.Do(ctx, "CLUSTER", "SETSLOT", slot, "IMPORTING", id(from)).Err())
+	must(from.Client.Do(ctx, "CLUSTER", "SETSLOT", slot, "MIGRATING", id(to)).Err())
+	for {
+		keys, err := from.Client.ClusterGetKeysInSlot(ctx, slot, 10).Result()
+		must(err)
+		if len(keys) == 0 {
+			break
+		}
+		for _, k := range keys { // one by one, so that a session is in two places for a while
+			must(from.Client.Migrate(ctx, "127.0.0.1", port, k, 0, 5*time.Second).Err())
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
+	must(to.Client.Do(ctx, "CLUSTER", "SETSLOT", slot, "NODE", id(to)).Err())
+	must(from.Client.Do(ctx, "CLUSTER", "SETSLOT", slot, "NODE", id(to)).Err())
+	for _, s := range c.Servers[:3] {
+		_ = s.Client.Do(ctx, "CLUSTER", "SETSLOT", slot, "NODE", id(to)).Err()
+	}
 }

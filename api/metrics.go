@@ -1,0 +1,87 @@
+package api
+
+import (
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+
+	"github.com/labstack/echo/v4"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics is what the HTTP face says of itself to Prometheus.
+type metrics struct {
+	requests *prometheus.CounterVec // by method, route and status
+}
+
+func newMetrics(a *API) *metrics {
+	m := &metrics{requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "gapless_http_requests_total", Help: "Requests that were answered, streams included. Status 0: broken off, as a stream is whose log has not ended.",
+	}, []string{"method", "route", "status"})}
+	gauge := func(name, help string, value func() int) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "gapless_" + name, Help: help}, func() float64 { return float64(value()) })
+	}
+	a.registry.MustRegister(m.requests,
+		gauge("uploads", "Uploads and answers under way that are watched.", a.uploads.count),
+		gauge("answers", "Answers of the model under way.", func() int { return len(a.places) }),
+		gauge("draining", "1 while this node drains.", func() int {
+			if a.draining.Err() != nil {
+				return 1
+			}
+			return 0
+		}))
+	return m
+}
+
+// begin counts zero faults for every route: a first one that made its own series would be
+// no increase, and nobody would be called.
+func (m *metrics) begin(routes []*echo.Route) {
+	for _, r := range routes {
+		m.requests.WithLabelValues(r.Method, r.Path, strconv.Itoa(http.StatusInternalServerError))
+	}
+}
+
+// observe counts each request when it has been answered.
+func (m *metrics) observe(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) (err error) {
+		status := 0
+		defer func() { // a stream that is broken off panics
+			route := c.Path()
+			if route == "" {
+				route = "none"
+			}
+			m.requests.WithLabelValues(method(c.Request().Method), route, strconv.Itoa(status)).Inc()
+		}()
+		err = next(c)
+		if status = c.Response().Status; err != nil && !c.Response().Committed {
+			status = problemOf(err).Status
+		}
+		return err
+	}
+}
+
+// method is a label that a stranger cannot multiply.
+func method(m string) string {
+	switch m {
+	case http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodHead, http.MethodOptions, http.MethodPut, http.MethodPatch:
+		return m
+	}
+	return "other"
+}
+
+// serveMetrics answers a scrape.
+func (a *API) serveMetrics() echo.HandlerFunc {
+	return echo.WrapHandler(promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{
+		// What cannot be read is left out and said in the log: the rest is still wanted.
+		ErrorHandling: promhttp.ContinueOnError,
+		ErrorLog:      scrapeLog{a},
+	}))
+}
+
+type scrapeLog struct{ *API }
+
+func (l scrapeLog) Println(v ...any) {
+	l.log.Error("metrics cannot be read", slog.String("err", fmt.Sprint(v...)))
+}

@@ -1,0 +1,70 @@
+package store
+
+import (
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics is what the store says of itself to Prometheus.
+type metrics struct {
+	seconds  *prometheus.HistogramVec // by script
+	errors   *prometheus.CounterVec   // by script and kind
+	appended prometheus.Counter
+	known    prometheus.Counter
+	lost     prometheus.Counter
+	all      []prometheus.Collector
+}
+
+// Kinds of error in gapless_redis_errors_total.
+const (
+	kindAway    = "away"    // it was surely not executed
+	kindUnknown = "unknown" // its answer was lost
+	kindFault   = "fault"   // Redis refused it
+)
+
+func newMetrics(subscriptions func() int) *metrics {
+	m := &metrics{
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "gapless_redis_seconds", Help: "Time that Redis took for a script, its failures included.",
+			Buckets: []float64{0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5},
+		}, []string{"script"}),
+		errors: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gapless_redis_errors_total", Help: "Scripts that failed: away (surely not executed), unknown (no answer), fault (refused).",
+		}, []string{"script", "kind"}),
+		appended: prometheus.NewCounter(prometheus.CounterOpts{Name: "gapless_chunks_appended_total", Help: "Chunks that this node appended to logs."}),
+		known: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "gapless_chunks_known_total", Help: "Chunks that producers sent again, and that were in their logs already.",
+		}),
+		lost: prometheus.NewCounter(prometheus.CounterOpts{Name: "gapless_pubsub_lost_total", Help: "Pub/Sub connections that were lost, or could not be made."}),
+	}
+	for _, name := range scriptNames {
+		m.seconds.WithLabelValues(name)
+		for _, kind := range []string{kindAway, kindUnknown, kindFault} { // so that a rate is known from the first one on
+			m.errors.WithLabelValues(name, kind)
+		}
+	}
+	m.all = []prometheus.Collector{m.seconds, m.errors, m.appended, m.known, m.lost, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "gapless_subscriptions", Help: "Pub/Sub channels that this node listens to.",
+	}, func() float64 { return float64(subscriptions()) })}
+	return m
+}
+
+// ran counts one run of a script.
+func (m *metrics) ran(which int, begun time.Time, err error) {
+	name := scriptNames[which]
+	m.seconds.WithLabelValues(name).Observe(time.Since(begun).Seconds())
+	switch {
+	case err == nil:
+	case errors.Is(err, ErrAway):
+		m.errors.WithLabelValues(name, kindAway).Inc()
+	case errors.Is(err, ErrOutcomeUnknown):
+		m.errors.WithLabelValues(name, kindUnknown).Inc()
+	default:
+		m.errors.WithLabelValues(name, kindFault).Inc()
+	}
+}
+
+// Metrics are the store's collectors for a Prometheus registry.
+func (s *Store) Metrics() []prometheus.Collector { return s.metrics.all }
