@@ -2,7 +2,6 @@ package store
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
@@ -322,7 +321,7 @@ func AppendElement(b []byte, seq int64, element string) []byte {
 	start := len(b)
 	b = append(b, element...)
 	if e := b[start:]; len(e) > 0 && e[0] == '{' && bytes.IndexByte(e, '\n') < 0 && bytes.IndexByte(e, '\r') < 0 &&
-		utf8.Valid(e) && json.Valid(e) {
+		utf8.Valid(e) && jsontext.Value(e).IsValid(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) {
 		return b
 	}
 	b = append(b[:start], `{"seq":`...)
@@ -352,9 +351,7 @@ func Number(element string) (seq int64, ours bool) {
 
 // Ends says whether a chunk, as AppendElement wrote it, ends its message or the log.
 func Ends(chunk []byte) (ends bool) {
-	// Most chunks hold none of the words, in any spelling: they are not parsed again.
-	if !bytes.Contains(chunk, []byte(`"done"`)) && !bytes.Contains(chunk, []byte(`"failed"`)) && !bytes.Contains(chunk, []byte(`"cancelled"`)) &&
-		!bytes.Contains(chunk, []byte(`"end"`)) && !bytes.Contains(chunk, []byte(`"is_complete"`)) && !bytes.Contains(chunk, []byte(`\u`)) {
+	if !mayEnd(chunk) {
 		return false
 	}
 	eachMember(chunk, func(name string, value jsontext.Value) {
@@ -368,6 +365,38 @@ func Ends(chunk []byte) (ends bool) {
 		}
 	})
 	return ends
+}
+
+// mayEnd says whether a chunk holds one of the words by which one ends something, in any
+// spelling. Most do not, and are not parsed again.
+func mayEnd(chunk []byte) bool {
+	for rest := chunk; ; {
+		i := bytes.IndexByte(rest, '"')
+		if i < 0 {
+			return bytes.Contains(chunk, []byte(`\u`))
+		}
+		if rest = rest[i+1:]; len(rest) == 0 {
+			continue
+		}
+		var word string
+		switch rest[0] {
+		case 'd':
+			word = `done"`
+		case 'f':
+			word = `failed"`
+		case 'c':
+			word = `cancelled"`
+		case 'e':
+			word = `end"`
+		case 'i':
+			word = `is_complete"`
+		default:
+			continue
+		}
+		if len(rest) >= len(word) && string(rest[:len(word)]) == word {
+			return true
+		}
+	}
 }
 
 // Raw is the event that a chunk, as AppendElement wrote it, was ingested from. ok is

@@ -3,6 +3,7 @@ package store_test
 import (
 	"encoding/json"
 	"errors"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -167,5 +168,58 @@ func TestEnds(t *testing.T) {
 		if got := store.Ends([]byte(text)); got != want {
 			t.Errorf("%s: %t", text, got)
 		}
+	}
+}
+
+// Whatever text is in a list: what is JSON, and what ends something, is told as a plain
+// reading of it tells.
+func TestElement_isReadAsAnybodyReadsIt(t *testing.T) {
+	parts := []string{
+		"{", "}", "[", "]", ":", ",", `"`, `\`, `\u`, `\ud800`, `\u00e9`, "é", "\xff", "done", "end", "true", "null", "1", "-", ".", "e5", "0", " ", "\t", "\n", "\x01",
+		`"a":1`, `"type":"done"`, `"type":"end"`, `"type":"delta"`, `"type":"failed"`, `"typ\u0065":"cancelled"`, `"is_complete":true`, `"is_complete":false`, `{"a":1}`, "01", "1.",
+	}
+	valid, ended := 0, 0
+	for range 200_000 {
+		b := []byte{'{'}
+		for range rand.IntN(8) {
+			b = append(b, parts[rand.IntN(len(parts))]...)
+		}
+		if rand.IntN(4) > 0 {
+			b = append(b, '}')
+		}
+		isChunk := json.Valid(b) && utf8.Valid(b) && !strings.ContainsAny(string(b), "\r\n")
+		if got := store.AppendElement(nil, 1, string(b)); (string(got) == string(b)) != isChunk {
+			t.Fatalf("%q becomes %q", b, got)
+		}
+		if !isChunk {
+			continue
+		}
+		valid++
+		ends := false
+		dec := json.NewDecoder(strings.NewReader(string(b)))
+		dec.UseNumber()
+		_, _ = dec.Token()
+		for dec.More() {
+			name, _ := dec.Token()
+			var value any
+			if err := dec.Decode(&value); err != nil {
+				t.Fatal(err)
+			}
+			switch value {
+			case "done", "failed", "cancelled", "end":
+				ends = ends || name == "type"
+			case true:
+				ends = ends || name == "is_complete"
+			}
+		}
+		if store.Ends(b) != ends {
+			t.Fatalf("%s: %v", b, !ends)
+		}
+		if ends {
+			ended++
+		}
+	}
+	if valid < 1000 || ended < 100 {
+		t.Fatalf("%d of them were JSON, and %d ended something", valid, ended)
 	}
 }

@@ -45,6 +45,7 @@ end
 
 local function mark(position)
   if position < 1 then return '' end
+  if position == log.length and log.tip then return redis.sha1hex(log.tip) end
   local found = range(position, position)
   return found[1] and redis.sha1hex(found[1]) or ''
 end
@@ -188,7 +189,7 @@ local function add(members)
   for i = 1, #elements, 1000 do -- unpack has limits
     redis.call(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
-  log.length, log.last = log.length + #elements, log.last + #elements
+  log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
   local excess = log.length - tonumber(ARGV[8])
   if excess > 0 then
     if newest_first then redis.call('LTRIM', history, 0, -1 - excess)

@@ -192,6 +192,7 @@ type Store struct {
 	cfg       Config
 	rdb       redis.UniversalClient
 	scripts   [3]script
+	pipes     [len(scriptNames)]*pipe
 	clustered bool
 	ears      ears
 	metrics   *metrics
@@ -251,6 +252,9 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s.metrics = newMetrics(func() int { return s.ears.count() })
 	s.rdb = connect(cfg, opt)
+	for i := range s.pipes {
+		s.pipes[i] = &pipe{rdb: s.rdb, most: 2, timeout: cfg.Timeout}
+	}
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
 		s.clustered = true
@@ -298,10 +302,23 @@ const uploads = "chat:uploads"
 // channel themselves may pass over it.
 const Hint = `{"type":"hint"}`
 
-// once is a command that go-redis never sends twice.
-type once struct{ *redis.Cmd }
+// once is a command that go-redis never sends twice. A reply that has come is kept: when a
+// connection breaks in the middle of a pipeline, go-redis gives the error to all of its commands.
+type once struct {
+	*redis.Cmd
+	answered bool
+}
 
-func (once) NoRetry() bool { return true }
+func (*once) NoRetry() bool { return true }
+
+// SetErr implements redis.Cmder.
+func (o *once) SetErr(err error) {
+	if o.answered {
+		return
+	}
+	o.answered = err == nil
+	o.Cmd.SetErr(err)
+}
 
 // run executes a script on one session and returns its reply's fields. With wait, it
 // also waits until the replicas have what it wrote.
@@ -325,10 +342,10 @@ func (s *Store) run(ctx context.Context, which int, id string, wait bool, args .
 	if wait {
 		send = s.sendAndWait
 	}
-	cmd, err := send(ctx, argv)
+	cmd, err := send(ctx, which, argv)
 	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
 		argv[0], argv[1] = "eval", sc.text
-		cmd, err = send(ctx, argv)
+		cmd, err = send(ctx, which, argv)
 	}
 	if err != nil {
 		return nil, classify(err)
@@ -341,10 +358,15 @@ func (s *Store) run(ctx context.Context, which int, id string, wait bool, args .
 }
 
 // send sends a command once.
-func (s *Store) send(ctx context.Context, argv []any) (*redis.Cmd, error) {
+func (s *Store) send(ctx context.Context, which int, argv []any) (*redis.Cmd, error) {
 	for pause := redirectPause; ; pause *= 2 {
-		cmd := once{redis.NewCmd(ctx, argv...)}
-		err := s.rdb.Process(ctx, cmd)
+		cmd := &once{Cmd: redis.NewCmd(ctx, argv...)}
+		var err error
+		if s.clustered {
+			err = s.rdb.Process(ctx, cmd)
+		} else {
+			err = s.pipes[which].do(ctx, cmd)
+		}
 		if !s.clustered || !redis.HasErrorPrefix(err, "TRYAGAIN") || pause > redirectMost {
 			return cmd.Cmd, err
 		}
@@ -361,13 +383,13 @@ const (
 // sendAndWait sends a command once, and on the same connection asks that replicas have
 // it: WAIT counts only what its own connection wrote, and scripts may not use it. So in a
 // Cluster the redirections are followed here.
-func (s *Store) sendAndWait(ctx context.Context, argv []any) (*redis.Cmd, error) {
+func (s *Store) sendAndWait(ctx context.Context, _ int, argv []any) (*redis.Cmd, error) {
 	for pause := redirectPause; ; pause *= 2 {
 		master, err := s.master(ctx, argv[3].(string))
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", errNoMaster, err)
 		}
-		cmd, pipe := once{redis.NewCmd(ctx, argv...)}, master.Pipeline()
+		cmd, pipe := &once{Cmd: redis.NewCmd(ctx, argv...)}, master.Pipeline()
 		_ = pipe.Process(ctx, cmd)
 		wait := pipe.Do(ctx, "wait", s.cfg.WaitReplicas, s.cfg.WaitTimeout.Milliseconds())
 		_, _ = pipe.Exec(ctx)
@@ -416,7 +438,7 @@ func classify(err error) error {
 		}
 		return err
 	case errors.As(err, &op) && op.Op == "dial", errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted),
-		errors.Is(err, redis.ErrClosed), errors.Is(err, errNoMaster):
+		errors.Is(err, redis.ErrClosed), errors.Is(err, errNoMaster), errors.Is(err, errUnsent):
 		return fmt.Errorf("%w: %w", ErrAway, err)
 	}
 	// Whatever else is no reply of Redis: the connection broke, or time ran out.

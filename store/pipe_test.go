@@ -1,0 +1,148 @@
+package store_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+// While Redis is silent, a few commands are on their way, whose outcome is not known; those
+// that wait behind them were surely not executed, and are not later.
+func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
+	redis := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis, c.Timeout = redis.URL(), 500*time.Millisecond })
+	mustAppend(t, s, "s", delta("first"))
+	redis.Signal(syscall.SIGSTOP)
+	const count = 20
+	errs := make([]error, count)
+	var wg sync.WaitGroup
+	for i := range count {
+		wg.Go(func() {
+			_, errs[i] = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta(fmt.Sprint("chunk", i))}})
+		})
+	}
+	wg.Wait()
+	redis.Signal(syscall.SIGCONT)
+	list := strings.Join(redis.LRange(t.Context(), "chat:history:s", 0, -1).Val(), "\n")
+	var away, unknown int
+	for i, err := range errs {
+		switch stored := strings.Contains(list, fmt.Sprintf("chunk%d\"", i)); {
+		case errors.Is(err, store.ErrAway):
+			if away++; stored {
+				t.Errorf("chunk %d was surely not stored, and is in the list", i)
+			}
+		case errors.Is(err, store.ErrOutcomeUnknown):
+			unknown++
+		default:
+			t.Errorf("chunk %d: %v", i, err)
+		}
+	}
+	if away == 0 || unknown == 0 || unknown > 4 {
+		t.Errorf("%d were surely not stored, of %d it is not known", away, unknown)
+	}
+	mustAppend(t, s, "s", delta("last"))
+}
+
+// Appends that come together go together: Redis is written to far less often than they are many. Each
+// one is executed once, and gets the answer that is its own.
+func TestPipe_manyGoTogether(t *testing.T) {
+	redis := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
+	const sessions, each = 50, 40
+	var wg sync.WaitGroup
+	for i := range sessions {
+		wg.Go(func() {
+			id := fmt.Sprint("s", i)
+			for k := range int64(each) {
+				a, err := s.Append(t.Context(), id, store.Batch{Chunks: []store.Chunk{delta(fmt.Sprint(i, " ", k))}})
+				if err != nil || a.First != k+1 || a.Last != k+1 {
+					t.Errorf("%s, chunk %d: %+v, %v", id, k+1, a, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	for i := range sessions {
+		for k, got := range contents(t, s, fmt.Sprint("s", i)) {
+			if got != fmt.Sprint(i, " ", k) {
+				t.Errorf("session %d, chunk %d says %s", i, k+1, got)
+			}
+		}
+	}
+	info := redis.Info(t.Context(), "stats").Val()
+	var reads int
+	if _, after, ok := strings.Cut(info, "total_reads_processed:"); ok {
+		_, _ = fmt.Sscanf(after, "%d", &reads)
+	}
+	t.Logf("%d appends in %d reads of Redis", sessions*each, reads)
+	if reads == 0 || reads > sessions*each/2 {
+		t.Errorf("%d reads for %d appends", reads, sessions*each)
+	}
+}
+
+// A connection that breaks takes a whole batch along: none of it is executed twice.
+func TestPipe_aBatchThatBreaksIsNotRepeated(t *testing.T) {
+	redis := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
+	stop := make(chan struct{})
+	var wg, killing sync.WaitGroup
+	killing.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(5 * time.Millisecond):
+				_ = redis.ClientKillByFilter(t.Context(), "TYPE", "normal", "SKIPME", "yes").Err()
+			}
+		}
+	})
+	var mu sync.Mutex
+	acknowledged := map[string]bool{}
+	unknown := 0
+	for i := range 30 {
+		wg.Go(func() {
+			for k := range 100 {
+				text := fmt.Sprintf("%d.%d.", i, k)
+				_, err := s.Append(t.Context(), fmt.Sprint("s", i), store.Batch{Chunks: []store.Chunk{delta(text)}})
+				mu.Lock()
+				if err == nil {
+					acknowledged[text] = true
+				} else if errors.Is(err, store.ErrOutcomeUnknown) {
+					unknown++
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	close(stop)
+	killing.Wait()
+	times := map[string]int{}
+	for i := range 30 {
+		for _, text := range contents(t, s, fmt.Sprint("s", i)) {
+			times[text]++
+		}
+	}
+	for text, n := range times {
+		if n > 1 {
+			t.Errorf("%s is there %d times", text, n)
+		}
+	}
+	for text := range acknowledged {
+		if times[text] != 1 {
+			t.Errorf("%s was acknowledged, and is there %d times", text, times[text])
+		}
+	}
+	t.Logf("%d acknowledged, %d unknown", len(acknowledged), unknown)
+	if unknown == 0 {
+		t.Error("no connection broke under an append")
+	}
+}
