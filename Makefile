@@ -4,7 +4,7 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 REDOCLY     := @redocly/cli@1.34.5
 
-.PHONY: run build test setup lint unit torture soak fuzz
+.PHONY: run build test setup lint unit torture soak bench fuzz
 
 run: ## the server, on the embedded Redis
 	go run .
@@ -41,6 +41,9 @@ torture: setup ## the fault test, and its table
 
 soak: setup ## ten minutes of three hundred sessions: memory stays as it is
 	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s
+
+bench: setup ## what a chunk and an append cost
+	go test -run xxx -bench . -benchmem ./sse ./store
 
 fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store

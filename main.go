@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"os/signal"
 	"runtime"
@@ -20,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/dustin/go-humanize"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -55,6 +57,7 @@ func main() {
 // config is what flags and environment say.
 type config struct {
 	listen string
+	pprof  string
 	drain  time.Duration
 	store  store.Config
 	sse    sse.Config
@@ -95,6 +98,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
 	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
 	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "the largest event that a chunk may make in a stream, in `bytes`")
+
+	fs.BoolVar(&cfg.sse.Plain, "plain", false, "leave viewers' connections to the HTTP server, instead of taking them over where HTTP/1.1 allows it: slower, for comparison")
+	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
 
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
@@ -157,10 +163,13 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if err != nil {
 		errs = append(errs, fmt.Errorf("-listen: %w", err))
 	}
-	switch ip := net.ParseIP(address); {
+	if host, _, err := net.SplitHostPort(cfg.pprof); cfg.pprof != "" && (err != nil || !isLoopback(host)) {
+		errs = append(errs, fmt.Errorf("-pprof: %q is no address and port on loopback: profiles tell much, so they are for this machine alone", cfg.pprof))
+	}
+	switch {
 	case hosts != "":
 		cfg.api.Hosts = strings.Split(strings.ToLower(hosts), ",")
-	case address != "localhost" && (ip == nil || !ip.IsLoopback()):
+	case !isLoopback(address):
 		cfg.api.Hosts = nil // reachable by more names than can be known here
 	}
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
@@ -172,6 +181,40 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	return cfg, errors.Join(errs...)
 }
 
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// profiles serves them until the process ends, to this machine alone: no page of a browser can
+// call them by a name of its own (DNS rebinding).
+func profiles(cfg config) (stop func(), err error) {
+	if cfg.pprof == "" {
+		return func() {}, nil
+	}
+	listener, err := net.Listen("tcp", cfg.pprof)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s (-pprof): %w", cfg.pprof, err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it may hold a password
+	server := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil || !isLoopback(host) {
+			http.Error(w, "profiles are served to loopback alone", http.StatusMisdirectedRequest)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})}
+	go func() { _ = server.Serve(listener) }() // ended by stop
+	cfg.log.Info("profiles are served", slog.String("at", "http://"+listener.Addr().String()+"/debug/pprof/"))
+	return func() { _ = server.Close() }, nil
+}
+
 // run serves until ctx ends, and then stops in the order that loses nothing: not ready,
 // viewers, requests, store.
 func run(ctx context.Context, cfg config) error {
@@ -179,9 +222,19 @@ func run(ctx context.Context, cfg config) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s (-listen): %w", cfg.listen, err)
 	}
+	stop, err := profiles(cfg)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	defer stop()
 	logs, err := store.Open(cfg.store)
 	if err != nil {
 		return errors.Join(err, listener.Close())
+	}
+	// The heap stays within nine tenths of what the container may have (GOMEMLIMIT, if that
+	// is not set): better to collect more often than to be killed.
+	if _, err := memlimit.Set(memlimit.WithProvider(memlimit.FromCgroup)); err != nil {
+		cfg.log.Debug("no limit of memory was set", slog.Any("err", err))
 	}
 	hub := sse.NewHub(cfg.sse, logs)
 	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract, metrics(logs, hub))
@@ -192,6 +245,9 @@ func run(ctx context.Context, cfg config) error {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
+	}
+	if os.Getenv("GOGC") == "" && cfg.store.Redis != store.Embedded {
+		debug.SetGCPercent(75) // ten thousand idle viewers cost a fifth less memory, and a busy node a few hundredths more time
 	}
 	if cfg.store.Redis == store.Embedded {
 		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage

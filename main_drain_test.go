@@ -36,53 +36,54 @@ func (n *node) exits(t *testing.T, within time.Duration) {
 }
 
 func TestDrain_viewersAreBrokenOffOneByOneWhileTheNodeIsNotReady(t *testing.T) {
-	t.Parallel()
-	n := start(t, "-drain", "3s")
-	ctx := deadline(t)
-	session := newID()
-	n.append(t, session, words(1, 3))
-	const count = 30
-	var left atomic.Int64
-	left.Store(count)
-	ends := make([]time.Time, count)
-	viewers := make([]*viewer, count)
-	var wg sync.WaitGroup
-	for i := range viewers {
-		viewers[i] = &viewer{session: session}
-		wg.Go(func() {
-			if how := viewers[i].connect(ctx, n.addr, nil); how != aborted {
-				t.Errorf("viewer %d ended %s", i, how)
-			}
-			ends[i] = time.Now()
-			left.Add(-1)
-		})
-	}
-	for _, v := range viewers {
-		eventually(t, "the viewer has all", func() bool { return v.seen.Load() == 3 })
-	}
-	begun := time.Now()
-	n.terminate()
-	eventually(t, "not ready", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable })
-	if left.Load() < count/2 {
-		t.Errorf("the node was not ready only after %d of %d viewers had gone", count-left.Load(), count)
-	}
-	// One that comes now is sent away so that it comes back: 200, and a broken stream.
-	late := &viewer{session: session}
-	if how := late.connect(ctx, n.addr, nil); how != aborted || late.retry == "" && late.cursor == 0 {
-		t.Errorf("a late viewer ended %s, with retry %q", how, late.retry)
-	}
-	wg.Wait()
-	n.exits(t, 3*time.Second)
-	slices.SortFunc(ends, time.Time.Compare)
-	if spread := ends[count-1].Sub(ends[0]); spread < 500*time.Millisecond {
-		t.Errorf("all viewers were broken off within %v", spread)
-	}
-	if last := ends[count-1].Sub(begun); last > 3*time.Second {
-		t.Errorf("the last viewer was broken off after %v", last)
-	}
-	for _, v := range viewers {
-		v.check(t, viewers[0].chunks)
-	}
+	bothWays(t, func(t *testing.T, args ...string) {
+		n := start(t, append(args, "-drain", "3s")...)
+		ctx := deadline(t)
+		session := newID()
+		n.append(t, session, words(1, 3))
+		const count = 30
+		var left atomic.Int64
+		left.Store(count)
+		ends := make([]time.Time, count)
+		viewers := make([]*viewer, count)
+		var wg sync.WaitGroup
+		for i := range viewers {
+			viewers[i] = &viewer{session: session}
+			wg.Go(func() {
+				if how := viewers[i].connect(ctx, n.addr, nil); how != aborted {
+					t.Errorf("viewer %d ended %s", i, how)
+				}
+				ends[i] = time.Now()
+				left.Add(-1)
+			})
+		}
+		for _, v := range viewers {
+			eventually(t, "the viewer has all", func() bool { return v.seen.Load() == 3 })
+		}
+		begun := time.Now()
+		n.terminate()
+		eventually(t, "not ready", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable })
+		if left.Load() < count/2 {
+			t.Errorf("the node was not ready only after %d of %d viewers had gone", count-left.Load(), count)
+		}
+		// One that comes now is sent away so that it comes back: 200, and a broken stream.
+		late := &viewer{session: session}
+		if how := late.connect(ctx, n.addr, nil); how != aborted || late.retry == "" && late.cursor == 0 {
+			t.Errorf("a late viewer ended %s, with retry %q", how, late.retry)
+		}
+		wg.Wait()
+		n.exits(t, 3*time.Second)
+		slices.SortFunc(ends, time.Time.Compare)
+		if spread := ends[count-1].Sub(ends[0]); spread < 500*time.Millisecond {
+			t.Errorf("all viewers were broken off within %v", spread)
+		}
+		if last := ends[count-1].Sub(begun); last > 3*time.Second {
+			t.Errorf("the last viewer was broken off after %v", last)
+		}
+		for _, v := range viewers {
+			v.check(t, viewers[0].chunks)
+		}
+	})
 }
 
 // upload begins an upload whose lines the test writes, and hands over its answer.
@@ -147,6 +148,8 @@ func TestDrain_requestsUnderWayFinish(t *testing.T) {
 	response, err := http.ReadResponse(conn.in, nil)
 	if err != nil || response.StatusCode != http.StatusCreated {
 		t.Errorf("the POST under way: %v %v", response, err)
+	} else if !response.Close { // its client would send the next one on a connection that is about to be closed
+		t.Error("the connection of a node that drains is kept")
 	}
 	if a := <-answered; a.status != http.StatusCreated {
 		t.Errorf("the upload under way: %d %s (%v)", a.status, a.body, a.err)
@@ -202,19 +205,20 @@ func stalled(t *testing.T, n *node, session string) net.Conn {
 }
 
 func TestDrain_aViewerThatTakesNothingHoldsNothingUp(t *testing.T) {
-	t.Parallel()
-	n := start(t, "-drain", "2s")
-	session := newID()
-	large(t, n, session, "")
-	stalled(t, n, session)
-	other := &viewer{session: session}
-	wait := background(t, func() { other.connect(deadline(t), n.addr, nil) })
-	eventually(t, "the other viewer has all", func() bool { return other.seen.Load() == largeCount })
-	n.exits(t, 2*time.Second)
-	wait()
-	if other.check(t, other.chunks); len(other.chunks) != largeCount {
-		t.Errorf("the other viewer has %d chunks", len(other.chunks))
-	}
+	bothWays(t, func(t *testing.T, args ...string) {
+		n := start(t, append(args, "-drain", "2s")...)
+		session := newID()
+		large(t, n, session, "")
+		stalled(t, n, session)
+		other := &viewer{session: session}
+		wait := background(t, func() { other.connect(deadline(t), n.addr, nil) })
+		eventually(t, "the other viewer has all", func() bool { return other.seen.Load() == largeCount })
+		n.exits(t, 2*time.Second)
+		wait()
+		if other.check(t, other.chunks); len(other.chunks) != largeCount {
+			t.Errorf("the other viewer has %d chunks", len(other.chunks))
+		}
+	})
 }
 
 func TestDrain_aRequestThatNeverEndsHoldsNothingUp(t *testing.T) {
@@ -229,21 +233,22 @@ func TestDrain_aRequestThatNeverEndsHoldsNothingUp(t *testing.T) {
 // Waiting viewers do not keep a node from stopping when Redis is away, and are told to
 // come back.
 func TestDrain_worksWhileRedisIsAway(t *testing.T) {
-	t.Parallel()
-	redis := storetest.Redis(t)
-	n := nodes(t, 1, redis, "-drain", "3s", "-heartbeat", "50ms")[0]
-	session := newID()
-	redis.Kill()
-	v := &viewer{session: session}
-	how := make(chan ending, 1)
-	wait := background(t, func() { how <- v.connect(deadline(t), n.addr, nil) })
-	eventually(t, "the viewer is held", func() bool { return v.beats.Load() > 3 })
-	n.exits(t, 3*time.Second)
-	wait()
-	if how := <-how; how != aborted || v.comments == 0 {
-		t.Errorf("the viewer ended %s", how)
-	}
-	if string(v.line) == "" && v.retry == "" {
-		t.Error("the viewer was not told when to come back")
-	}
+	bothWays(t, func(t *testing.T, args ...string) {
+		redis := storetest.Redis(t)
+		n := nodes(t, 1, redis, append(args, "-drain", "3s", "-heartbeat", "50ms")...)[0]
+		session := newID()
+		redis.Kill()
+		v := &viewer{session: session}
+		how := make(chan ending, 1)
+		wait := background(t, func() { how <- v.connect(deadline(t), n.addr, nil) })
+		eventually(t, "the viewer is held", func() bool { return v.beats.Load() > 3 })
+		n.exits(t, 3*time.Second)
+		wait()
+		if how := <-how; how != aborted || v.comments == 0 {
+			t.Errorf("the viewer ended %s", how)
+		}
+		if string(v.line) == "" && v.retry == "" {
+			t.Error("the viewer was not told when to come back")
+		}
+	})
 }

@@ -289,11 +289,12 @@ func TestGapcheck_twoNodesOnOneRedis(t *testing.T) {
 }
 
 func TestGapcheck_twoNodesWhilePubSubConnectionsAreKilled(t *testing.T) {
-	t.Parallel()
-	redis := storetest.Redis(t)
-	g := gapcheck{nodes: nodes(t, 2, redis), redis: redis, chunks: gapChunks, produce: byUpload, ended: true}
-	killing(t, redis)
-	g.run(t)
+	bothWays(t, func(t *testing.T, args ...string) {
+		redis := storetest.Redis(t)
+		g := gapcheck{nodes: nodes(t, 2, redis, args...), redis: redis, chunks: gapChunks, produce: byUpload, ended: true}
+		killing(t, redis)
+		g.run(t)
+	})
 }
 
 func TestGapcheck_foreignProducersThatPublishBeforeTheyPush(t *testing.T) {

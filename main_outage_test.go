@@ -54,127 +54,129 @@ func held(t *testing.T, viewers []*viewer) {
 }
 
 func TestOutage_viewersAreHeldWhileRedisIsDeadAndThenGetEverything(t *testing.T) {
-	t.Parallel()
-	redis := storetest.Redis(t, durable...)
-	both := nodes(t, 2, redis, "-heartbeat", "50ms")
-	ctx := deadline(t)
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	var viewers []*viewer
-	acks := map[string]map[int64]string{}
-	for range 4 {
-		session := newID()
-		mine := map[int64]string{}
-		acks[session] = mine
-		for k := range 2 {
-			v := &viewer{session: session}
-			viewers = append(viewers, v)
-			wg.Go(func() { v.follow(ctx, at(both[k].addr), nil) })
-		}
-		wg.Go(func() { // a producer that goes on with its next chunk when one surely failed
-			for i := 1; ; i++ {
-				select {
-				case <-stop:
-					eventually(t, "the log takes its end", func() bool {
-						a := both[0].post("/v1/sessions/"+session+"/chunks", "application/json", `{"type":"end"}`)
-						return a.status == http.StatusCreated || a.status == http.StatusConflict
-					})
-					return
-				case <-time.After(5 * time.Millisecond):
-				}
-				content := fmt.Sprint("word", i)
-				a := both[i%2].post("/v1/sessions/"+session+"/chunks", "application/json", fmt.Sprintf(`{"content":%q}`, content))
-				switch {
-				case a.status == http.StatusCreated:
-					var s stored
-					decode(t, a.body, &s)
-					mine[s.First] = content
-				case a.status == http.StatusServiceUnavailable && a.header.Get("Retry-After") != "", a.status == http.StatusGatewayTimeout:
-				default:
-					t.Errorf("an append was answered with %d %s (%v)", a.status, a.body, a.err)
-					return
-				}
+	bothWays(t, func(t *testing.T, args ...string) {
+		redis := storetest.Redis(t, durable...)
+		both := nodes(t, 2, redis, append(args, "-heartbeat", "50ms")...)
+		ctx := deadline(t)
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		var viewers []*viewer
+		acks := map[string]map[int64]string{}
+		for range 4 {
+			session := newID()
+			mine := map[int64]string{}
+			acks[session] = mine
+			for k := range 2 {
+				v := &viewer{session: session}
+				viewers = append(viewers, v)
+				wg.Go(func() { v.follow(ctx, at(both[k].addr), nil) })
 			}
-		})
-	}
-	for range 2 {
+			wg.Go(func() { // a producer that goes on with its next chunk when one surely failed
+				for i := 1; ; i++ {
+					select {
+					case <-stop:
+						eventually(t, "the log takes its end", func() bool {
+							a := both[0].post("/v1/sessions/"+session+"/chunks", "application/json", `{"type":"end"}`)
+							return a.status == http.StatusCreated || a.status == http.StatusConflict
+						})
+						return
+					case <-time.After(5 * time.Millisecond):
+					}
+					content := fmt.Sprint("word", i)
+					a := both[i%2].post("/v1/sessions/"+session+"/chunks", "application/json", fmt.Sprintf(`{"content":%q}`, content))
+					switch {
+					case a.status == http.StatusCreated:
+						var s stored
+						decode(t, a.body, &s)
+						mine[s.First] = content
+					case a.status == http.StatusServiceUnavailable && a.header.Get("Retry-After") != "", a.status == http.StatusGatewayTimeout:
+					default:
+						t.Errorf("an append was answered with %d %s (%v)", a.status, a.body, a.err)
+						return
+					}
+				}
+			})
+		}
+		for range 2 {
+			for _, v := range viewers {
+				from := v.seen.Load()
+				eventually(t, "the viewer is live", func() bool { return v.seen.Load() > from+10 })
+			}
+			redis.Kill()
+			eventually(t, "not ready", func() bool { return both[0].get("/readyz").status == http.StatusServiceUnavailable })
+			held(t, viewers)
+			redis.Start()
+		}
+		for _, n := range both {
+			n.waitReady()
+		}
+		close(stop)
+		wg.Wait()
 		for _, v := range viewers {
-			from := v.seen.Load()
-			eventually(t, "the viewer is live", func() bool { return v.seen.Load() > from+10 })
-		}
-		redis.Kill()
-		eventually(t, "not ready", func() bool { return both[0].get("/readyz").status == http.StatusServiceUnavailable })
-		held(t, viewers)
-		redis.Start()
-	}
-	for _, n := range both {
-		n.waitReady()
-	}
-	close(stop)
-	wg.Wait()
-	for _, v := range viewers {
-		list := history(t, redis, v.session)
-		v.check(t, list)
-		v.unreset(t)
-		if v.connections > 2 { // the one, and the one that is told 204
-			t.Errorf("viewer of %s made %d connections: it was not held", v.session, v.connections)
-		}
-		for seq, content := range acks[v.session] {
-			if seq > int64(len(list)) || !strings.Contains(list[seq-1], `"`+content+`"`) {
-				t.Errorf("%s: chunk %d, %q, was acknowledged and is not in the list", v.session, seq, content)
+			list := history(t, redis, v.session)
+			v.check(t, list)
+			v.unreset(t)
+			if v.connections > 2 { // the one, and the one that is told 204
+				t.Errorf("viewer of %s made %d connections: it was not held", v.session, v.connections)
+			}
+			for seq, content := range acks[v.session] {
+				if seq > int64(len(list)) || !strings.Contains(list[seq-1], `"`+content+`"`) {
+					t.Errorf("%s: chunk %d, %q, was acknowledged and is not in the list", v.session, seq, content)
+				}
+			}
+			if len(acks[v.session]) < 20 {
+				t.Errorf("only %d appends were acknowledged", len(acks[v.session]))
 			}
 		}
-		if len(acks[v.session]) < 20 {
-			t.Errorf("only %d appends were acknowledged", len(acks[v.session]))
-		}
-	}
+	})
 }
 
 func TestOutage_theFirstConnectionDuringAnOutageIsHeldToo(t *testing.T) {
-	t.Parallel()
-	redis := storetest.Redis(t, durable...)
-	old := nodes(t, 1, redis, "-heartbeat", "50ms")[0]
-	session := newID()
-	old.append(t, session, words(1, 5))
-	redis.Kill()
-	young := launch(t, "-redis", redis.URL(), "-heartbeat", "50ms") // it has never seen Redis
-	if a := young.get("/healthz"); a.status != http.StatusOK {
-		t.Errorf("healthz during the outage: %d", a.status)
-	}
-	if a := young.get("/readyz"); a.status != http.StatusServiceUnavailable {
-		t.Errorf("readyz during the outage: %d", a.status)
-	}
-	ctx := deadline(t)
-	var viewers []*viewer
-	var wg sync.WaitGroup
-	for _, n := range []*node{old, young} {
-		for _, id := range []string{"", "3"} {
-			v := &viewer{session: session, parser: parser{id: id, lastID: id}}
-			if id != "" {
-				v.cursor = 3
+	bothWays(t, func(t *testing.T, args ...string) {
+		redis := storetest.Redis(t, durable...)
+		old := nodes(t, 1, redis, append(args, "-heartbeat", "50ms")...)[0]
+		session := newID()
+		old.append(t, session, words(1, 5))
+		redis.Kill()
+		young := launch(t, "-redis", redis.URL(), "-heartbeat", "50ms") // it has never seen Redis
+		if a := young.get("/healthz"); a.status != http.StatusOK {
+			t.Errorf("healthz during the outage: %d", a.status)
+		}
+		if a := young.get("/readyz"); a.status != http.StatusServiceUnavailable {
+			t.Errorf("readyz during the outage: %d", a.status)
+		}
+		ctx := deadline(t)
+		var viewers []*viewer
+		var wg sync.WaitGroup
+		for _, n := range []*node{old, young} {
+			for _, id := range []string{"", "3"} {
+				v := &viewer{session: session, parser: parser{id: id, lastID: id}}
+				if id != "" {
+					v.cursor = 3
+				}
+				viewers = append(viewers, v)
+				wg.Go(func() { v.follow(ctx, at(n.addr), func(event) bool { return v.cursor == 6 }) })
 			}
-			viewers = append(viewers, v)
-			wg.Go(func() { v.follow(ctx, at(n.addr), func(event) bool { return v.cursor == 6 }) })
 		}
-	}
-	held(t, viewers)
-	a := old.post("/v1/sessions/"+session+"/chunks", "application/json", `{}`)
-	if p := a.problem(t); a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" || p.Code == "" {
-		t.Errorf("an append during the outage: %d %s", a.status, a.body)
-	}
-	redis.Start()
-	old.waitReady()
-	young.waitReady()
-	old.append(t, session, words(6, 1))
-	wg.Wait()
-	list := history(t, redis, session)
-	for _, v := range viewers {
-		v.check(t, list[len(list)-len(v.chunks):])
-		v.unreset(t)
-		if v.connections != 1 || v.cursor != 6 {
-			t.Errorf("the viewer made %d connections and is at %d", v.connections, v.cursor)
+		held(t, viewers)
+		a := old.post("/v1/sessions/"+session+"/chunks", "application/json", `{}`)
+		if p := a.problem(t); a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" || p.Code == "" {
+			t.Errorf("an append during the outage: %d %s", a.status, a.body)
 		}
-	}
+		redis.Start()
+		old.waitReady()
+		young.waitReady()
+		old.append(t, session, words(6, 1))
+		wg.Wait()
+		list := history(t, redis, session)
+		for _, v := range viewers {
+			v.check(t, list[len(list)-len(v.chunks):])
+			v.unreset(t)
+			if v.connections != 1 || v.cursor != 6 {
+				t.Errorf("the viewer made %d connections and is at %d", v.connections, v.cursor)
+			}
+		}
+	})
 }
 
 // A peer that falls silent without a reset sends no message that anyone could miss.

@@ -237,39 +237,40 @@ func TestRace_deterministicRaceHistory1To6Then7PublishedInTheWindowThen8To10(t *
 }
 
 func TestRace_stress100ConnectionsInARowEachCutDuringOneAnswerLoseNothing(t *testing.T) {
-	t.Parallel()
-	redis := storetest.Redis(t)
-	both := nodes(t, 2, redis)
-	ctx := deadline(t)
-	session := newID()
-	produce, enough := context.WithCancel(ctx)
-	defer enough()
-	wait := background(t, func() { // one answer, for as long as the connections last
-		f := foreign{redis: redis, session: session}
-		for i := 1; produce.Err() == nil; i++ {
-			if err := f.say(ctx, foreignChunk(i), 5*time.Millisecond); err != nil {
-				t.Errorf("produce: %v", err)
-				return
+	bothWays(t, func(t *testing.T, args ...string) {
+		redis := storetest.Redis(t)
+		both := nodes(t, 2, redis, args...)
+		ctx := deadline(t)
+		session := newID()
+		produce, enough := context.WithCancel(ctx)
+		defer enough()
+		wait := background(t, func() { // one answer, for as long as the connections last
+			f := foreign{redis: redis, session: session}
+			for i := 1; produce.Err() == nil; i++ {
+				if err := f.say(ctx, foreignChunk(i), 5*time.Millisecond); err != nil {
+					t.Errorf("produce: %v", err)
+					return
+				}
+				pause(produce, rand.N(6*time.Millisecond))
 			}
-			pause(produce, rand.N(6*time.Millisecond))
+		})
+		v := &viewer{session: session}
+		for i := range 100 {
+			life, cancel := context.WithTimeout(ctx, 15*time.Millisecond+rand.N(30*time.Millisecond))
+			v.connect(life, both[i%2].addr, nil)
+			cancel()
+		}
+		enough()
+		wait()
+		want := history(t, redis, session)
+		v.follow(ctx, at(both[0].addr), func(event) bool { return v.cursor >= int64(len(want)) })
+		v.check(t, want)
+		v.unreset(t)
+		t.Logf("%d of 101 connections were welcomed, up to chunk %d", len(v.welcomes), v.cursor)
+		if len(v.welcomes) < 30 || v.cursor < 100 {
+			t.Errorf("only %d of 101 connections were welcomed, up to chunk %d: this shows nothing", len(v.welcomes), v.cursor)
 		}
 	})
-	v := &viewer{session: session}
-	for i := range 100 {
-		life, cancel := context.WithTimeout(ctx, 15*time.Millisecond+rand.N(30*time.Millisecond))
-		v.connect(life, both[i%2].addr, nil)
-		cancel()
-	}
-	enough()
-	wait()
-	want := history(t, redis, session)
-	v.follow(ctx, at(both[0].addr), func(event) bool { return v.cursor >= int64(len(want)) })
-	v.check(t, want)
-	v.unreset(t)
-	t.Logf("%d of 101 connections were welcomed, up to chunk %d", len(v.welcomes), v.cursor)
-	if len(v.welcomes) < 30 || v.cursor < 100 {
-		t.Errorf("only %d of 101 connections were welcomed, up to chunk %d: this shows nothing", len(v.welcomes), v.cursor)
-	}
 }
 
 func TestRace_concurrency10ClientsConnectAtTheSameMomentDuringAnAnswer(t *testing.T) {

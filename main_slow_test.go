@@ -34,53 +34,55 @@ func large(t *testing.T, n *node, session string, end string) {
 }
 
 func TestSlow_aViewerThatTakesNothingIsCutAndComesBackForTheRest(t *testing.T) {
-	t.Parallel()
-	n := start(t, "-write-timeout", "500ms")
-	ctx := deadline(t)
-	session := newID()
-	large(t, n, session, `{"type":"end"}`)
-	v := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
-	waited := false
-	v.nextConnection(false)
-	how := v.raw(ctx, n.addr, func(b []byte) bool {
-		if !waited {
-			waited = true
-			other := &viewer{session: session} // whom that costs nothing
-			other.follow(ctx, at(n.addr), nil)
-			other.check(t, n.pages(t, session))
-			eventually(t, "the viewer is cut", func() bool { return strings.Contains(n.log.String(), "cause=slow") })
+	bothWays(t, func(t *testing.T, args ...string) {
+		n := start(t, append(args, "-write-timeout", "500ms")...)
+		ctx := deadline(t)
+		session := newID()
+		large(t, n, session, `{"type":"end"}`)
+		v := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
+		waited := false
+		v.nextConnection(false)
+		how := v.raw(ctx, n.addr, func(b []byte) bool {
+			if !waited {
+				waited = true
+				other := &viewer{session: session} // whom that costs nothing
+				other.follow(ctx, at(n.addr), nil)
+				other.check(t, n.pages(t, session))
+				eventually(t, "the viewer is cut", func() bool { return strings.Contains(n.log.String(), "cause=slow") })
+			}
+			return v.feed(b, func(e event) bool { v.take(e); return true })
+		})
+		if how != aborted || v.cursor > largeCount {
+			t.Errorf("the viewer ended %s, at %d", how, v.cursor)
 		}
-		return v.feed(b, func(e event) bool { v.take(e); return true })
+		v.dialer = net.Dialer{}
+		v.follow(ctx, at(n.addr), nil)
+		v.check(t, n.pages(t, session))
+		v.unreset(t)
 	})
-	if how != aborted || v.cursor > largeCount {
-		t.Errorf("the viewer ended %s, at %d", how, v.cursor)
-	}
-	v.dialer = net.Dialer{}
-	v.follow(ctx, at(n.addr), nil)
-	v.check(t, n.pages(t, session))
-	v.unreset(t)
 }
 
 func TestSlow_aViewerThatIsSlowAndTakesSomethingIsNotCut(t *testing.T) {
-	t.Parallel()
-	n := start(t, "-write-timeout", "500ms")
-	ctx := deadline(t)
-	session := newID()
-	large(t, n, session, `{"type":"end"}`)
-	v := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
-	v.nextConnection(false)
-	begun := time.Now()
-	how := v.raw(ctx, n.addr, func(b []byte) bool {
-		time.Sleep(10 * time.Millisecond) // a slow reader, in portions of at most 8 KB
-		return v.feed(b, func(e event) bool { v.take(e); return true })
+	bothWays(t, func(t *testing.T, args ...string) {
+		n := start(t, append(args, "-write-timeout", "500ms")...)
+		ctx := deadline(t)
+		session := newID()
+		large(t, n, session, `{"type":"end"}`)
+		v := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
+		v.nextConnection(false)
+		begun := time.Now()
+		how := v.raw(ctx, n.addr, func(b []byte) bool {
+			time.Sleep(10 * time.Millisecond) // a slow reader, in portions of at most 8 KB
+			return v.feed(b, func(e event) bool { v.take(e); return true })
+		})
+		if how != clean {
+			t.Errorf("the viewer ended %s, at %d", how, v.cursor)
+		}
+		if took := time.Since(begun); took < time.Second {
+			t.Errorf("it took only %v: the viewer was not slow", took)
+		}
+		v.check(t, n.pages(t, session))
 	})
-	if how != clean {
-		t.Errorf("the viewer ended %s, at %d", how, v.cursor)
-	}
-	if took := time.Since(begun); took < time.Second {
-		t.Errorf("it took only %v: the viewer was not slow", took)
-	}
-	v.check(t, n.pages(t, session))
 }
 
 // One that reads a little now and then gets everything, on one connection, and delays nobody.
@@ -147,12 +149,13 @@ func TestSlow_aThousandViewersThatTakeNothingCostLittle(t *testing.T) {
 	run := func(session string, count int) (p99 time.Duration) {
 		v := &viewer{session: session}
 		var late []time.Duration
+		begun := time.Now()
 		wait := background(t, func() {
 			v.follow(ctx, at(n.addr), func(e event) bool {
 				var c struct{ Content string }
 				var said int64
 				if json.Unmarshal([]byte(e.data), &c) == nil {
-					if _, err := fmt.Sscanf(c.Content, "%d ", &said); err == nil {
+					if _, err := fmt.Sscanf(c.Content, "%d ", &said); err == nil && time.Unix(0, said).After(begun) {
 						late = append(late, time.Since(time.Unix(0, said)))
 					}
 				}
@@ -188,6 +191,17 @@ func TestSlow_aThousandViewersThatTakeNothingCostLittle(t *testing.T) {
 		stalled(t, n, session)
 	}
 	begun := rss(t, n.cmd.Process.Pid)
+	for range 30 { // what their sockets take
+		n.append(t, session, "["+strings.Repeat(chunk(time.Now())+",", 9)+chunk(time.Now())+"]")
+	}
+	for given := -1.0; ; time.Sleep(200 * time.Millisecond) {
+		m, _ := n.scrape(t)
+		if now := m["gapless_chunks_delivered_total"]; now == given {
+			break
+		} else {
+			given = now
+		}
+	}
 	beside := run(session, count)
 	after := rss(t, n.cmd.Process.Pid)
 	t.Logf("1,000 viewers that take nothing, %d chunks of 1 KiB: %d KiB more when they came, %d KiB more behind all; p99 of one that reads: %v, alone %v",
@@ -203,7 +217,7 @@ var stalledChunks = flag.Int("stalled.chunks", 8_000, "how many chunks a viewer 
 func TestViewers_tenThousandThatComeAndGoLeaveNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-linger", "100ms")
+	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-linger", "100ms", "-heartbeat", "10m") // no write finds out who has gone
 	all := make([]string, 100)
 	for i := range all {
 		all[i] = newID()

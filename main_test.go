@@ -187,6 +187,20 @@ func launchProgram(t *testing.T, program string, args ...string) *node {
 	return n
 }
 
+// bothWays runs a test over connections that are taken over, and over those that are not.
+func bothWays(t *testing.T, run func(t *testing.T, args ...string)) {
+	t.Helper()
+	t.Parallel()
+	t.Run("taken over", func(t *testing.T) {
+		t.Parallel()
+		run(t)
+	})
+	t.Run("plain", func(t *testing.T) {
+		t.Parallel()
+		run(t, "-plain")
+	})
+}
+
 func (n *node) cleanup() {
 	n.http.CloseIdleConnections()
 	n.terminate()
@@ -575,6 +589,9 @@ func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) en
 	case response.StatusCode != http.StatusOK || response.Header.Get("Content-Type") != "text/event-stream":
 		v.fault("status %d, %s: an EventSource would never come back", response.StatusCode, response.Header.Get("Content-Type"))
 		return refused
+	}
+	if response.Close {
+		v.fault("the stream says Connection: close: some clients take its break for its end")
 	}
 	b := make([]byte, 8<<10)
 	for {

@@ -98,6 +98,7 @@ type API struct {
 	echo  *echo.Echo
 
 	registry *prometheus.Registry
+	metrics  *metrics
 
 	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
 	places  chan struct{}             // one for each answer under way
@@ -121,8 +122,8 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.HideBanner, e.HidePort = true, true
 	e.IPExtractor = echo.ExtractIPDirect()
 	e.HTTPErrorHandler = a.problem
-	counted := newMetrics(a)
-	e.Pre(counted.observe, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
+	a.metrics = newMetrics(a)
+	e.Pre(a.partInDrain, a.metrics.observe, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
 	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{LogErrorFunc: func(_ echo.Context, err error, stack []byte) error {
 		a.log.Error("panic in a request", slog.Any("err", err), slog.String("stack", string(stack)))
 		return err
@@ -145,7 +146,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET(one+"/stream", a.stream, checkID)
 	e.POST(one+"/messages", a.ask, checkID)
 	e.POST(one+"/cancel", a.cancel, checkID)
-	counted.begin(e.Routes())
+	a.metrics.begin(e.Routes())
 	return a
 }
 
@@ -158,12 +159,20 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		now := time.Now()
 		a.heard.Store(&now)
 	}
-	if a.draining.Err() != nil && r.ProtoMajor == 1 {
-		// The client's next request comes on another connection. One that is closed while
-		// it lies idle may be closed just when the client sends something.
-		w.Header().Set("Connection", "close")
-	}
 	a.echo.ServeHTTP(w, r)
+}
+
+// partInDrain has the client's next request come on another connection while this node
+// drains: one that is closed while it lies idle may be closed just when the client sends something.
+func (a *API) partInDrain(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		c.Response().Before(func() {
+			if a.draining.Err() != nil && c.Request().ProtoMajor == 1 {
+				c.Response().Header().Set("Connection", "close")
+			}
+		})
+		return next(c)
+	}
 }
 
 // Drain says at /readyz that this node wants no more requests.

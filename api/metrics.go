@@ -1,6 +1,7 @@
 package api
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -48,11 +49,11 @@ func (m *metrics) observe(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) (err error) {
 		status := 0
 		defer func() { // a stream that is broken off panics
-			route := c.Path()
-			if route == "" {
-				route = "none"
+			if errors.Is(err, errTaken) {
+				err = nil
+				return
 			}
-			m.requests.WithLabelValues(method(c.Request().Method), route, strconv.Itoa(status)).Inc()
+			m.count(c.Request().Method, c.Path(), status)
 		}()
 		err = next(c)
 		if status = c.Response().Status; err != nil && !c.Response().Committed {
@@ -60,6 +61,13 @@ func (m *metrics) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		}
 		return err
 	}
+}
+
+func (m *metrics) count(verb, route string, status int) {
+	if route == "" {
+		route = "none"
+	}
+	m.requests.WithLabelValues(method(verb), route, strconv.Itoa(status)).Inc()
 }
 
 // method is a label that a stranger cannot multiply.

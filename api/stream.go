@@ -1,9 +1,11 @@
 package api
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net/http"
+	"strings"
 
 	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
@@ -18,7 +20,7 @@ func (a *API) stream(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	view := sse.Ask{Session: session(c), Connection: connection.String()}
+	view := sse.Ask{Session: strings.Clone(session(c)), Connection: connection.String()}
 	if err := parseView(c, &view); err != nil {
 		return err
 	}
@@ -31,7 +33,35 @@ func (a *API) stream(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	defer v.Close()
+	mine := true
+	defer func() {
+		if mine {
+			v.Close()
+		}
+	}()
+	begins := func() {
+		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
+	}
+	ends := func(cause sse.Cause) {
+		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
+	}
+	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
+	if a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
+		status := 0
+		switch {
+		case !begun && cause.Clean():
+			status = http.StatusNoContent
+		case begun:
+			ends(cause)
+			if cause.Clean() {
+				status = http.StatusOK
+			}
+		}
+		a.metrics.count(method, route, status)
+	}}) {
+		mine, c.Response().Committed = false, true
+		return errTaken
+	}
 	switch v.Over(r.Context(), a.cfg.Patience) {
 	case sse.Ended, sse.Deleted:
 		return c.NoContent(http.StatusNoContent)
@@ -39,12 +69,16 @@ func (a *API) stream(c echo.Context) error {
 		return &Problem{Status: http.StatusGone, Code: "cursor_outside", Member: "Last-Event-ID",
 			Detail: "the log has not what follows this cursor: it was trimmed, or it is another log. Begin again without a cursor, or view it without format=raw, which tells what happened"}
 	}
-	a.log.LogAttrs(r.Context(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
+	begins()
 	w := a.hub.NewWriter(c.Response().Writer, r)
 	cause := v.Serve(r.Context(), w)
-	a.log.LogAttrs(r.Context(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
+	ends(cause)
 	return w.End(cause)
 }
+
+// errTaken says that a request's connection is not the server's any more, and that it is counted
+// when its response ends.
+var errTaken = errors.New("taken over")
 
 // parseView reads the cursor. The header is a browser's own and the newest; the URL
 // stays what it was when the page was made.

@@ -33,6 +33,7 @@ type feed struct {
 	hub     *Hub
 	session string
 	window  atomic.Pointer[window] // published by whoever holds mu
+	row     row                    // its mutex may be held when mu is taken, and not the other way round
 
 	mu      sync.Mutex
 	reads   uint64    // reads that have begun
@@ -141,6 +142,7 @@ func (f *feed) close() {
 // publish replaces the window and wakes whoever waits on the old one. mu is held.
 func (f *feed) publish(w *window) {
 	close(f.window.Swap(w).next)
+	f.wake()
 }
 
 // Resync implements store.Listener: messages may have been missed.
@@ -197,7 +199,7 @@ func (f *feed) Live(payload string) {
 		if seq <= w.Last { // not the next, and not one that is known: perhaps another log's
 			f.trust = f.reads + 1
 		}
-		if trusted && seq > w.Last+1 {
+		if trusted && seq > w.Last+1 && !w.absent() {
 			f.hub.log.LogAttrs(context.Background(), slog.LevelWarn, "gap found, reading the log",
 				slog.String("session", f.session), slog.Int64("seq", seq), slog.Int64("last", w.Last))
 			if !f.missed.gap {

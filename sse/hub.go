@@ -30,6 +30,7 @@ type Hub struct {
 
 	away      atomic.Bool // the last read failed
 	pages     pages
+	gone      departures
 	reading   singleflight.Group
 	pageReads chan struct{} // a place for each read of pages under way
 
@@ -78,6 +79,15 @@ func (h *Hub) Drain(over time.Duration) {
 	if h.leaving.Err() == nil {
 		h.spread = over
 		h.drain()
+		for _, f := range h.feeds {
+			f.mu.Lock()
+			for v := range f.viewers {
+				if v.seat != nil {
+					time.AfterFunc(rand.N(over+1), v.seat.leave)
+				}
+			}
+			f.mu.Unlock()
+		}
 	}
 	h.mu.Unlock()
 	h.viewers.Wait()
@@ -87,6 +97,7 @@ func (h *Hub) Drain(over time.Duration) {
 func (h *Hub) Close() {
 	h.Drain(0)
 	h.quit()
+	h.gone.close()
 	h.line.Lock()
 	h.line.closed = true
 	h.line.Unlock()
@@ -196,7 +207,8 @@ func (h *Hub) work() {
 // clock has each feed read its log once per reconcile interval, and lets go of feeds
 // that nobody has viewed for a while.
 func (h *Hub) clock() {
-	tick := time.NewTicker(max(h.cfg.Reconcile/8, time.Millisecond))
+	every := max(min(h.cfg.Reconcile/8, h.cfg.Heartbeat/4), time.Millisecond)
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		select {
@@ -222,6 +234,7 @@ func (h *Hub) clock() {
 			if idle {
 				h.forget(f)
 			}
+			f.beat(h.cfg.Heartbeat - every)
 		}
 	}
 }

@@ -76,3 +76,25 @@ func TestMetrics_streamsBegunAreEndedOrViewers(t *testing.T) {
 		}
 	})
 }
+
+// A log that begins while it is watched has no gap at its beginning.
+func TestMetrics_logThatBeginsHasNoGap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		h := started(t, testConfig(), log)
+		w := now(t, h, log, Ask{})
+		defer w.leave()
+		time.Sleep(time.Second)
+		log.Append("a")
+		log.Append("b")
+		log.Deliver(0)
+		log.Deliver(0)
+		time.Sleep(time.Minute)
+		if found := sum(t, h, "gapless_gaps_found_total"); found != 0 {
+			t.Errorf("%v gaps were found", found)
+		}
+		if err := w.check(log.Contents()); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -18,7 +18,8 @@
 // Nothing queues for a viewer. A slow one blocks in its own socket write, under a
 // deadline that only a socket which takes nothing can reach; by the time it comes back
 // it takes all that is new in one piece, or pages through the history if the window has
-// moved on.
+// moved on. One that has all there is waits without a goroutine, where its connection can
+// be taken over from the HTTP server (seat.go).
 //
 // What cannot be assumed: that a live chunk arrives, or arrives once, or in order; that
 // the log in Redis is still the one that was read a moment ago (then there is a new
@@ -61,6 +62,8 @@ type Config struct {
 	// Reads is how many reads of Redis are under way at once, at most, for feeds, and as
 	// many for viewers: after a restart of Redis every feed has to read its log.
 	Reads int
+	// Plain leaves all connections to the HTTP server, also those that could be taken over.
+	Plain bool
 
 	Logger *slog.Logger
 }

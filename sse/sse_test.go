@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"strconv"
@@ -18,7 +21,26 @@ import (
 	"gapless/store"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// Every test runs twice: over responses of a server, and over connections that were taken
+// over from one.
+func TestMain(m *testing.M) { goleak.VerifyTestMain(twice{m}) }
+
+type twice struct{ m *testing.M }
+
+var takenOver bool
+
+func (t twice) Run() (code int) {
+	for _, takenOver = range []bool{false, true} {
+		if takenOver && flag.Lookup("test.bench").Value.String() != "" {
+			break
+		}
+		if code = t.m.Run(); code != 0 {
+			fmt.Println("with connections taken over:", takenOver)
+			break
+		}
+	}
+	return code
+}
 
 // event is one parsed event.
 type event struct {
@@ -105,8 +127,13 @@ func (s *screen) take(events []event) error {
 	return nil
 }
 
-// sink is a response that takes what it is given.
+// sink is a response, or a connection that was taken over, that takes what it is given.
 type sink struct {
+	taken    bool
+	gone     func() // is called when the peer closes its end,
+	left     bool   // which it has
+	closed   bool
+	room     int // bytes that fit before the socket is full, once; 0: all
 	deadline time.Time
 	stall    chan struct{} // while it is not nil and open, the socket takes nothing
 	mu       sync.Mutex
@@ -131,6 +158,9 @@ func (s *sink) Write(p []byte) (int, error) {
 	for stalled := stall != nil; stalled; {
 		s.mu.Lock()
 		left := time.Until(s.deadline)
+		if s.deadline.IsZero() { // none
+			left = time.Hour
+		}
 		s.mu.Unlock()
 		if left <= 0 {
 			return 0, os.ErrDeadlineExceeded
@@ -156,10 +186,104 @@ func (s *sink) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-func (s *sink) bytes() []byte {
+// bytes is the body as far as it came.
+func (s *sink) bytes() (body []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return bytes.Clone(s.body)
+	if !s.taken {
+		return bytes.Clone(s.body)
+	}
+	for rest := s.body; ; {
+		size, after, ok := bytes.Cut(rest, []byte("\r\n"))
+		n, err := strconv.ParseInt(string(size), 16, 32)
+		if !ok {
+			return body
+		}
+		if err != nil {
+			panic(fmt.Sprintf("the frame begins with %q", size))
+		}
+		body = append(body, after[:min(int(n), len(after))]...)
+		if len(after) < int(n)+2 {
+			return body
+		}
+		if string(after[n:n+2]) != "\r\n" {
+			panic(fmt.Sprintf("a frame of %d ends with %q", n, after[n:n+2]))
+		}
+		rest = after[n+2:]
+	}
+}
+
+// A sink is a socket, too.
+
+func (s *sink) Read([]byte) (int, error)        { panic("nobody reads") }
+func (s *sink) LocalAddr() net.Addr             { return nil }
+func (s *sink) RemoteAddr() net.Addr            { return nil }
+func (s *sink) SetDeadline(time.Time) error     { return nil }
+func (s *sink) SetReadDeadline(time.Time) error { return nil }
+
+func (s *sink) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	return nil
+}
+
+func (s *sink) finish() { _ = s.Close() }
+
+// try takes all, a part, or nothing.
+func (s *sink) try(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stalled := s.stall != nil
+	if stalled {
+		select {
+		case <-s.stall:
+			stalled = false
+		default:
+		}
+	}
+	switch {
+	case s.closed:
+		panic("written to behind its end")
+	case s.fail != nil:
+		return 0, s.fail
+	case stalled:
+		return 0, nil
+	case s.room > 0 && len(s.body)+len(p) > s.room:
+		p = p[:max(s.room-len(s.body), 0)]
+		s.room = 0
+	case s.room == 0 && len(s.body) > 0 && rand.IntN(8) == 0: // the head of a response fits
+		p = p[:rand.IntN(len(p)+1)]
+	}
+	s.body = append(s.body, p...)
+	return len(p), nil
+}
+
+func (s *sink) watch(gone func()) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gone = gone
+	if s.left {
+		go gone()
+	}
+	return nil
+}
+
+func (s *sink) unwatch() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gone = nil
+}
+
+// leave is the peer's going.
+func (s *sink) leave() {
+	s.mu.Lock()
+	gone := s.gone
+	s.left = true
+	s.mu.Unlock()
+	if gone != nil {
+		gone()
+	}
 }
 
 func (s *sink) events() []event {
@@ -171,7 +295,7 @@ func (s *sink) events() []event {
 type watcher struct {
 	*sink
 	screen
-	cut  context.CancelFunc
+	cut  func()
 	done chan Cause // gets the cause when the response has ended
 }
 
@@ -182,8 +306,14 @@ func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	if err != nil {
 		t.Fatal(err)
 	}
+	w := &watcher{sink: &sink{taken: takenOver}, done: make(chan Cause, 1)}
+	if takenOver && !a.Raw { // those are never taken over
+		w.cut = w.sink.leave
+		go h.sit(v, w.sink, []byte{}, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
+		return w
+	}
 	ctx, cut := context.WithCancel(context.Background())
-	w := &watcher{sink: &sink{}, cut: cut, done: make(chan Cause, 1)}
+	w.cut = cut
 	r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
 	out := h.NewWriter(w.sink, r)
 	go func() {

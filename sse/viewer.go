@@ -42,6 +42,8 @@ type Viewer struct {
 	pageAt    time.Time // when the last one came
 
 	raw []byte // Raw: the last events, as they came
+
+	seat *seat // where its connection was taken over; its feed's mu guards it
 }
 
 // A page is small at first, since what is read for a viewer that then stands still is read
@@ -96,19 +98,16 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
 	for {
 		w := v.feed.window.Load()
 		if w.known() && v.fresh(w) {
-			cursor := v.Cursor
-			if cursor == Latest {
-				cursor = w.Last
+			cause, cursor := v.nothing(w)
+			if cause == "" && v.Raw {
+				if reason, _ := v.misplaced(w, cursor); reason != "" {
+					return Outside
+				}
+				if w.Ended && !v.rawFollows(ctx, w, cursor) {
+					return Ended
+				}
 			}
-			switch reason, _ := v.misplaced(w, cursor); {
-			case w.Deleted:
-				return Deleted
-			case v.Raw && reason != "":
-				return Outside
-			case w.Ended && !v.Unknown && (cursor == w.Last || v.Raw && !v.rawFollows(ctx, w, cursor)):
-				return Ended
-			}
-			return ""
+			return cause
 		}
 		select {
 		case <-w.next:
@@ -116,6 +115,20 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
 			return ""
 		}
 	}
+}
+
+// nothing says why there is nothing to view in w and never will be, if so. w is known, and fresh.
+func (v *Viewer) nothing(w *window) (cause Cause, cursor int64) {
+	if cursor = v.Cursor; cursor == Latest {
+		cursor = w.Last
+	}
+	switch {
+	case w.Deleted:
+		cause = Deleted
+	case w.Ended && !v.Unknown && cursor == w.Last:
+		cause = Ended
+	}
+	return cause, cursor
 }
 
 // rawFollows says whether, for all that is known before ctx ends, a chunk that was
@@ -300,21 +313,29 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 // Serve gives the viewer all there is, and then what comes, until the response has to
 // end, and says why. ctx is the request's.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
-	cause := v.serve(ctx, w)
-	v.hub.metrics.ended.WithLabelValues(string(cause)).Inc()
-	return cause
+	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), w.leave) })()
+	cause := w.cause
+	if w.write(v.begin()) == nil {
+		cause = func() Cause { return v.serve(ctx, w, nil) }
+	}
+	c := cause()
+	v.hub.metrics.ended.WithLabelValues(string(c)).Inc()
+	return c
 }
 
-func (v *Viewer) serve(ctx context.Context, w *Writer) Cause {
-	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), w.leave) })()
+// begin is what a response begins with.
+func (v *Viewer) begin() []byte {
 	begin := []byte(heartbeat)
 	if v.Raw { // it has no welcome that could say this
 		begin = appendRetry(begin, retry())
 	}
-	if w.write(begin) != nil {
-		return w.cause()
-	}
-	beat := time.NewTimer(v.hub.cfg.Heartbeat)
+	return begin
+}
+
+// serve is Serve behind the response's first bytes. A viewer that has all there is, and wait
+// takes it, is left there: no cause.
+func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) Cause {
+	beat := time.NewTimer(v.hub.cfg.Heartbeat - time.Since(w.wrote))
 	defer beat.Stop()
 	var reading <-chan singleflight.Result // the page that is under way
 	var pause <-chan time.Time             // before the next
@@ -331,7 +352,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer) Cause {
 			if len(events) > 0 && w.write(events) != nil {
 				return w.cause()
 			}
-			v.note(s, window)
+			v.note(s.chunks, v.Cursor, s.cursor, window)
 			v.Cursor = s.cursor
 			if v.Cursor != window.Last || window.Ended {
 				more = ready
@@ -342,6 +363,9 @@ func (v *Viewer) serve(ctx context.Context, w *Writer) Cause {
 		}
 		if s.fetch && reading == nil && pause == nil {
 			reading = v.fetch(window)
+		}
+		if wait != nil && more != ready && reading == nil && pause == nil && wait(window) {
+			return ""
 		}
 		select { // with more ready, it still notices in time that it must go
 		case <-more:
@@ -372,20 +396,21 @@ func (v *Viewer) serve(ctx context.Context, w *Writer) Cause {
 	}
 }
 
-// note counts what was written.
-func (v *Viewer) note(s step, w *window) {
-	if s.chunks {
-		v.hub.metrics.delivered.Add(float64(s.cursor - v.Cursor))
+// note counts what was written: chunks behind from, up to to. w is the window that they came
+// from, or nil if it is long ago.
+func (v *Viewer) note(chunks bool, from, to int64, w *window) {
+	if chunks {
+		v.hub.metrics.delivered.Add(float64(to - from))
 		const some = 16
-		if v.tally++; v.tally%some == 0 && !w.arrived.IsZero() && s.cursor == w.Last {
+		if v.tally++; v.tally%some == 0 && w != nil && !w.arrived.IsZero() && to == w.Last {
 			v.hub.metrics.write.Observe(time.Since(w.arrived).Seconds())
 		}
 	}
-	v.shown.Store(s.cursor)
+	v.shown.Store(to)
 }
 
 // ready is a window that is there already.
-var ready = func() chan struct{} {
+var ready = func() <-chan struct{} {
 	c := make(chan struct{})
 	close(c)
 	return c

@@ -3,6 +3,7 @@ package sse
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -19,8 +20,7 @@ import (
 // the time. So the send buffer is small, a write is at most 16 KiB, and one that is
 // blocked is given up only when the peer has acknowledged nothing for the time-out.
 type Writer struct {
-	to      http.ResponseWriter
-	ctl     *http.ResponseController
+	out     out
 	conn    net.Conn // nil where several responses share it, as in HTTP/2
 	http10  bool
 	timeout time.Duration
@@ -36,6 +36,19 @@ type Writer struct {
 	seen    uint64      // what look saw last: writing,
 	acked   uint64      // the bytes that the peer had acknowledged,
 	since   time.Time   // and when that changed
+}
+
+// out is where a response goes.
+type out interface {
+	io.Writer
+	Flush() error
+	SetWriteDeadline(time.Time) error
+}
+
+// response is a server's own.
+type response struct {
+	http.ResponseWriter
+	*http.ResponseController
 }
 
 type connKey struct{}
@@ -59,20 +72,35 @@ const sendBuffer = 32 << 10
 // NewWriter begins the response: status 200, the headers of a stream, nothing of it
 // kept back. End must be called.
 func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
-	w := &Writer{to: to, ctl: http.NewResponseController(to), timeout: h.cfg.WriteTimeout, wrote: time.Now(), left: make(chan struct{})}
-	if c := Conn(r.Context()); c != nil && r.ProtoMajor == 1 {
-		w.conn, w.http10 = c, r.ProtoMinor == 0
-		setSendBuffer(c, sendBuffer)
+	conn := Conn(r.Context())
+	if r.ProtoMajor != 1 {
+		conn = nil
 	}
+	if conn != nil {
+		setSendBuffer(conn, sendBuffer)
+	}
+	w := h.newWriter(response{to, http.NewResponseController(to)}, conn)
+	w.http10 = conn != nil && r.ProtoMinor == 0
+	streamHeader(to.Header())
+	to.WriteHeader(http.StatusOK)
+	return w
+}
+
+// newWriter begins to watch over the writes of a response. stop ends that.
+func (h *Hub) newWriter(to out, conn net.Conn) *Writer {
+	w := &Writer{out: to, conn: conn, timeout: h.cfg.WriteTimeout, wrote: time.Now(), left: make(chan struct{})}
 	w.mu.Lock()
 	w.watch = time.AfterFunc(w.timeout/4, w.look)
 	w.mu.Unlock()
-	header := to.Header()
+	return w
+}
+
+// streamHeader is the header of every stream.
+func streamHeader(header http.Header) http.Header {
 	header.Set("Content-Type", "text/event-stream")
 	header.Set("Cache-Control", "no-cache, no-transform")
 	header.Set("X-Accel-Buffering", "no") // nginx
-	to.WriteHeader(http.StatusOK)
-	return w
+	return header
 }
 
 // write returns when the kernel has all of p, or with the error that ends the response.
@@ -81,8 +109,8 @@ func (w *Writer) write(p []byte) error {
 		piece := p[:min(len(p), segmentSize)]
 		p = p[len(piece):]
 		w.writing.Add(1)
-		if _, w.err = w.to.Write(piece); w.err == nil {
-			w.err = w.ctl.Flush()
+		if _, w.err = w.out.Write(piece); w.err == nil {
+			w.err = w.out.Flush()
 		}
 		w.writing.Add(1)
 	}
@@ -110,7 +138,7 @@ func (w *Writer) look() {
 	if writing != w.seen || acked != w.acked {
 		w.seen, w.acked, w.since = writing, acked, time.Now()
 	} else if time.Since(w.since) >= w.timeout {
-		_ = w.ctl.SetWriteDeadline(time.Now())
+		_ = w.out.SetWriteDeadline(time.Now())
 	}
 }
 
@@ -125,12 +153,12 @@ func (w *Writer) leave() {
 	w.leaving = true
 	w.watch.Stop()
 	close(w.left)
-	_ = w.ctl.SetWriteDeadline(time.Now())
+	_ = w.out.SetWriteDeadline(time.Now())
 }
 
 // last writes after leave, if the socket takes it at once.
 func (w *Writer) last(p []byte) {
-	_ = w.ctl.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	_ = w.out.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	_ = w.write(p)
 }
 
@@ -150,10 +178,7 @@ func (w *Writer) cause() Cause {
 // End ends the response as its cause demands: by returning nil, which ends it as HTTP
 // ends one, or by a panic with http.ErrAbortHandler, which breaks the connection off.
 func (w *Writer) End(c Cause) error {
-	w.mu.Lock()
-	w.leaving = true
-	w.watch.Stop()
-	w.mu.Unlock()
+	w.stop()
 	if c.Clean() {
 		return nil
 	}
@@ -163,6 +188,14 @@ func (w *Writer) End(c Cause) error {
 		}
 	}
 	panic(http.ErrAbortHandler)
+}
+
+// stop ends the watch over writes: behind it the connection is another's.
+func (w *Writer) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.leaving = true
+	w.watch.Stop()
 }
 
 // Refuse sends a viewer away before its first event, in the only way after which every

@@ -1,0 +1,503 @@
+package sse
+
+import (
+	"bytes"
+	"context"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A viewer that waits in its handler costs a goroutine with its stack, and the server's
+// buffers: 25 KB. Where the protocol allows it, its connection is taken over
+// (http.Hijacker) and the handler returns. What is left is a seat in its feed's row.
+//
+// Whoever has a seat may read and write the viewer and its socket, and nobody else: a
+// seat in the row is of whoever holds the row's mutex, and one that is not there is of one
+// goroutine. When there is a new window, one goroutine a feed goes along the row and gives
+// each viewer what comes next, in writes that never wait. A viewer whose socket is full,
+// or that needs older pages, leaves the row with a goroutine of its own, which runs what a
+// handler runs (Viewer.serve), and sits down again when it has all there is.
+type seat struct {
+	*Viewer
+	conn  socket
+	told  Told
+	at    int       // in the row; -1: a goroutine has it
+	wrote time.Time // when the last write ended
+
+	// head is what the response begins with, until it does: that waits until the log is known, or
+	// for as long as patience.
+	head     []byte
+	patience time.Duration
+
+	// What is left of a write that did not fit, for the goroutine that takes it on.
+	rest  []byte
+	skip  int
+	end   Cause
+	since int64 // the cursor before that write,
+	count bool  // whose events are chunks
+
+	// The row's mutex guards these: what befalls a seat that a goroutine has.
+	gone, left bool
+	cut        context.CancelFunc
+	writer     *Writer
+}
+
+// Told is called when the response on a connection that was taken over begins, and when it
+// has ended. If it never began, there was nothing to view, and 204 was answered, or the peer went away.
+type Told struct {
+	Begins func()
+	Ends   func(c Cause, begun bool)
+}
+
+// socket is a connection that can also be written to without waiting.
+type socket interface {
+	net.Conn
+	// try writes what fits at once: all of p, or less and no error.
+	try(p []byte) (int, error)
+	// watch calls gone, once, when the peer has closed its end. It ends with unwatch, which
+	// comes before Close.
+	watch(gone func()) error
+	unwatch()
+	// finish ends what is written, and closes when the peer has read it.
+	finish()
+}
+
+// row is the seats of a feed.
+type row struct {
+	mu      sync.Mutex
+	seats   []*seat // nil: free
+	free    int
+	walking bool // somebody goes along the row: no seat is moved
+
+	taken atomic.Int64 // seats that are not free
+	busy  atomic.Bool  // somebody goes along the row, or is about to
+}
+
+// add puts a seat into the row. mu is held.
+func (r *row) add(s *seat) {
+	r.compact()
+	s.at = len(r.seats)
+	r.seats = append(r.seats, s)
+	s.writer, s.cut, s.hand = nil, nil, nil
+}
+
+// compact moves seats together when half of them are free. mu is held.
+func (r *row) compact() {
+	if r.walking || r.free <= len(r.seats)/2 {
+		return
+	}
+	kept := make([]*seat, 0, len(r.seats)-r.free+1)
+	for _, s := range r.seats {
+		if s != nil {
+			s.at = len(kept)
+			kept = append(kept, s)
+		}
+	}
+	r.seats, r.free = kept, 0
+}
+
+// remove takes a seat out. mu is held.
+func (r *row) remove(s *seat) {
+	r.seats[s.at] = nil
+	s.at = -1
+	r.free++
+	r.taken.Add(-1)
+}
+
+// Take takes the connection of a viewer over, if it can be. If it answers false, nothing has
+// happened. What follows is what Over decides, with its patience, and then Serve.
+func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience time.Duration, told Told) bool {
+	if h.cfg.Plain || v.Raw || r.ProtoMajor != 1 || r.ProtoMinor != 1 { // what is Raw may have to be read before it is answered
+		return false
+	}
+	conn, ok := h.hijack(to, r)
+	if !ok {
+		return false
+	}
+	header := streamHeader(to.Header())
+	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	header.Set("Transfer-Encoding", "chunked")
+	// Not Connection: close, although it is closed at the end: undici, for one, takes the end of such a
+	// connection for the end of its response, which breaks off like that.
+	head := bytes.NewBufferString("HTTP/1.1 200 OK\r\n")
+	_ = header.Write(head)
+	h.sit(v, conn, append(head.Bytes(), "\r\n"...), patience, told)
+	return true
+}
+
+// sit has a viewer viewed on a connection that was taken over.
+func (h *Hub) sit(v *Viewer, conn socket, head []byte, patience time.Duration, told Told) {
+	s := &seat{Viewer: v, conn: conn, told: told, at: -1, wrote: time.Now(), head: head, patience: patience}
+	v.feed.mu.Lock()
+	v.seat = s
+	v.feed.mu.Unlock()
+	if h.leaving.Err() != nil { // Drain may not have seen it
+		time.AfterFunc(rand.N(h.spread+1), s.leave)
+	}
+	if conn.watch(s.leftByPeer) != nil {
+		s.close(Gone)
+		return
+	}
+	for {
+		w := v.feed.window.Load()
+		switch cause, run := s.advance(w, &frame{}, time.Now()); {
+		case cause != "":
+			s.close(cause)
+			return
+		case run:
+			h.wg.Go(s.run)
+			return
+		}
+		switch sits, cause := s.wait(w); {
+		case sits:
+			return
+		case cause == Shutdown:
+			s.sendAway()
+			return
+		case cause != "":
+			s.close(cause)
+			return
+		}
+	}
+}
+
+// greet begins the response. What it begins with fits into a socket that has taken nothing yet.
+func (s *seat) greet() bool {
+	begin := appendFrame(s.head, s.begin())
+	s.head = nil
+	s.told.Begins()
+	n, err := s.conn.try(begin)
+	return err == nil && n == len(begin)
+}
+
+// wait puts the seat into the row, unless there is something to do: there is another window
+// than w, or it has to go.
+func (s *seat) wait(w *window) (sits bool, over Cause) {
+	r := &s.feed.row
+	r.taken.Add(1) // before the window is looked at: whoever replaces it looks in the other order
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case s.gone:
+		over = Gone
+	case s.left:
+		over = Shutdown
+	case s.feed.window.Load() == w:
+		r.add(s)
+		return true, ""
+	}
+	r.taken.Add(-1)
+	return false, over
+}
+
+// leftByPeer ends the response of a viewer that has gone.
+func (s *seat) leftByPeer() {
+	r := &s.feed.row
+	r.mu.Lock()
+	s.gone = true
+	sits := s.at >= 0
+	if sits {
+		r.remove(s)
+	} else if s.cut != nil {
+		s.cut()
+	}
+	r.mu.Unlock()
+	if sits {
+		s.close(Gone)
+	}
+}
+
+// leave ends it because the node drains.
+func (s *seat) leave() {
+	r := &s.feed.row
+	r.mu.Lock()
+	s.left = true
+	sits := s.at >= 0
+	if sits {
+		r.remove(s)
+	} else if s.writer != nil {
+		s.writer.leave()
+	}
+	r.mu.Unlock()
+	if sits {
+		s.sendAway()
+	}
+}
+
+// sendAway ends the response so that its viewer comes back.
+func (s *seat) sendAway() {
+	if !s.joined {
+		if s.head != nil {
+			s.greet()
+		}
+		_, _ = s.conn.try(appendFrame(nil, appendRetry(nil, retry())))
+	}
+	s.close(Shutdown)
+}
+
+// advance gives the viewer what window w has for it, as far as its socket takes that at
+// once. It answers why the response is over, or that the seat needs a goroutine, or
+// neither: there is nothing more in w.
+func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool) {
+	if s.head != nil {
+		if !w.known() || !s.fresh(w) {
+			return "", false
+		}
+		if over, _ := s.nothing(w); over != "" {
+			_, _ = s.conn.try([]byte("HTTP/1.1 204 No Content\r\nConnection: close\r\nDate: " + now.UTC().Format(http.TimeFormat) +
+				"\r\nGapless-Connection: " + s.Connection + "\r\n\r\n"))
+			return over, false
+		}
+		if !s.greet() {
+			return Gone, false
+		}
+	}
+	for {
+		step := s.next(w)
+		if step.fetch {
+			return "", true
+		}
+		if events := step.events; len(events) > 0 {
+			before := s.Cursor
+			s.Cursor, s.wrote = step.cursor, now
+			for len(events) > 0 {
+				piece := events[:min(len(events), segmentSize)]
+				framed := f.of(piece)
+				n, err := s.conn.try(framed)
+				if err != nil {
+					return Gone, false
+				}
+				if n < len(framed) {
+					s.rest, s.skip, s.end, s.since, s.count = events, n, step.end, before, step.chunks
+					return "", true
+				}
+				events = events[len(piece):]
+			}
+			s.note(step.chunks, before, s.Cursor, w)
+		}
+		switch {
+		case step.end.Clean():
+			if n, err := s.conn.try([]byte(lastFrame)); err == nil && n < len(lastFrame) {
+				s.rest, s.skip, s.end = nil, n, step.end
+				return "", true
+			}
+			return step.end, false
+		case step.end != "":
+			return step.end, false
+		case len(step.events) == 0 || s.Cursor == w.Last && !w.Ended:
+			return "", false
+		}
+	}
+}
+
+// run takes on what did not fit, and goes on until the viewer has all there is, or its
+// response is over.
+func (s *seat) run() {
+	out := &framed{Conn: s.conn, skip: s.skip}
+	_ = s.conn.SetWriteDeadline(time.Time{}) // one may have been set in the moment in which a write ended
+	w := s.hub.newWriter(out, s.conn)
+	w.wrote = s.wrote
+	ctx, cut := context.WithCancel(context.Background())
+	defer cut()
+	r := &s.feed.row
+	r.mu.Lock()
+	s.writer, s.cut = w, cut
+	if s.gone {
+		cut()
+	}
+	if s.left {
+		w.leave()
+	}
+	r.mu.Unlock()
+
+	rest, cause := s.rest, s.end
+	s.rest, s.skip, s.end = nil, 0, ""
+	switch {
+	case len(rest) == 0:
+	case w.write(rest) != nil:
+		cause = w.cause()
+	default:
+		s.note(s.count, s.since, s.Cursor, nil)
+	}
+	if cause == "" {
+		cause = s.serve(ctx, w, func(now *window) bool {
+			s.wrote = w.wrote
+			sits, _ := s.wait(now)
+			return sits
+		})
+	}
+	if cause.Clean() {
+		w.writing.Add(1) // so that it is given up, too, if it takes too long
+		_, w.err = s.conn.Write([]byte(lastFrame)[out.skip:])
+		w.writing.Add(1)
+	}
+	w.stop()
+	if cause != "" {
+		s.close(cause)
+	}
+}
+
+// close ends the response. The seat is in no row.
+func (s *seat) close(c Cause) {
+	s.conn.unwatch()
+	if c.Clean() {
+		s.conn.finish() // a 204 ends there, too
+	} else {
+		_ = s.conn.Close()
+	}
+	s.hub.metrics.ended.WithLabelValues(string(c)).Inc()
+	s.told.Ends(c, s.head == nil)
+	s.Close()
+}
+
+// wake has somebody go along the row, if somebody sits there. It is called behind each
+// new window.
+func (f *feed) wake() {
+	if f.row.taken.Load() > 0 && f.row.busy.CompareAndSwap(false, true) {
+		f.hub.wg.Go(f.walk)
+	}
+}
+
+// walk gives all in the row what is new, and again until nothing is.
+func (f *feed) walk() {
+	for {
+		w := f.window.Load()
+		f.along((*seat).advance)
+		f.row.busy.Store(false)
+		if f.window.Load() == w || !f.row.busy.CompareAndSwap(false, true) {
+			return
+		}
+	}
+}
+
+// beat gives a sign of life to those who have got nothing for nearly a heartbeat interval.
+func (f *feed) beat(least time.Duration) {
+	w := f.window.Load()
+	if f.row.taken.Load() == 0 || !f.row.busy.CompareAndSwap(false, true) {
+		return // somebody goes along; the next time will do, it is less than a quarter of the interval away
+	}
+	f.along(func(s *seat, _ *window, fr *frame, now time.Time) (Cause, bool) {
+		quiet := now.Sub(s.wrote)
+		if s.head != nil && quiet >= s.patience {
+			s.wrote = now
+			if !s.greet() {
+				return Gone, false
+			}
+			return "", false
+		}
+		if quiet < least || s.head != nil {
+			return "", false
+		}
+		s.wrote = now
+		beat := fr.of(beatBytes)
+		switch n, err := s.conn.try(beat); {
+		case err != nil:
+			return Gone, false
+		case n < len(beat):
+			s.rest, s.skip, s.since, s.count = beatBytes, n, s.Cursor, false
+			return "", true
+		}
+		return "", false
+	})
+	f.row.busy.Store(false)
+	if f.window.Load() != w { // it came meanwhile, and nobody has gone along for it
+		f.wake()
+	}
+}
+
+var beatBytes = []byte(heartbeat)
+
+// along goes along the row as it is. Now and then it lets others at it, who may leave, and
+// sit down at its end, meanwhile. Those have seen the newest window.
+func (f *feed) along(do func(*seat, *window, *frame, time.Time) (over Cause, run bool)) {
+	const some = 64
+	type leaving struct {
+		s *seat
+		c Cause
+	}
+	var (
+		r    = &f.row
+		fr   frame
+		outs []leaving
+	)
+	r.mu.Lock()
+	r.walking = true
+	length := len(r.seats) // those behind it have seen the window, or a newer one
+	for i := 0; i < length; {
+		now, w := time.Now(), f.window.Load()
+		for end := min(i+some, length); i < end; i++ {
+			s := r.seats[i]
+			if s == nil {
+				continue
+			}
+			over, run := do(s, w, &fr, now)
+			if over == "" && !run {
+				continue
+			}
+			r.remove(s)
+			if run {
+				f.hub.wg.Go(s.run)
+			} else {
+				outs = append(outs, leaving{s, over})
+			}
+		}
+		r.mu.Unlock()
+		for _, l := range outs {
+			l.s.close(l.c)
+		}
+		outs = outs[:0]
+		r.mu.Lock()
+	}
+	r.walking = false
+	r.compact()
+	r.mu.Unlock()
+}
+
+// frame is events as a chunk of HTTP/1.1 (RFC 9112, section 7.1), made once for all viewers
+// that are given the same events.
+type frame struct{ events, framed []byte }
+
+func (f *frame) of(events []byte) []byte {
+	if len(f.events) != len(events) || &f.events[0] != &events[0] {
+		f.events, f.framed = events, appendFrame(f.framed[:0], events)
+	}
+	return f.framed
+}
+
+func appendFrame(b, events []byte) []byte {
+	b = strconv.AppendInt(b, int64(len(events)), 16)
+	b = append(append(b, "\r\n"...), events...)
+	return append(b, "\r\n"...)
+}
+
+const lastFrame = "0\r\n\r\n"
+
+// framed is a connection whose writes are frames. Of the first one, skip bytes were
+// written already.
+type framed struct {
+	net.Conn
+	skip int
+}
+
+func (f *framed) Write(p []byte) (int, error) {
+	head := strconv.AppendInt(make([]byte, 0, 8), int64(len(p)), 16)
+	parts := net.Buffers{append(head, "\r\n"...), p, []byte("\r\n")}
+	for f.skip > 0 && len(parts) > 0 {
+		n := min(f.skip, len(parts[0]))
+		f.skip -= n
+		if parts[0] = parts[0][n:]; len(parts[0]) == 0 {
+			parts = parts[1:]
+		}
+	}
+	if _, err := parts.WriteTo(f.Conn); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (f *framed) Flush() error { return nil }

@@ -1,0 +1,156 @@
+package sse
+
+import (
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// hijack takes a connection over if it is plain TCP.
+func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
+	tcp, ok := Conn(r.Context()).(*net.TCPConn)
+	if !ok || !h.gone.start(h) {
+		return nil, false
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return nil, false
+	}
+	if _, _, err := http.NewResponseController(to).Hijack(); err != nil {
+		return nil, false
+	}
+	setSendBuffer(tcp, sendBuffer)
+	s := &tcpSocket{TCPConn: tcp, gone: &h.gone, fd: -1} // on which all fails, if the connection is closed already
+	_ = raw.Control(func(fd uintptr) { s.fd = int(fd) })
+	return s, true
+}
+
+// tcpSocket has the descriptor of its connection, which stays open, and in non-blocking
+// mode, until Close: whoever has the seat may write to it.
+type tcpSocket struct {
+	*net.TCPConn
+	fd   int
+	gone *departures
+}
+
+func (s *tcpSocket) try(p []byte) (n int, err error) {
+	for n < len(p) {
+		k, err := unix.Write(s.fd, p[n:])
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EAGAIN:
+			return n, nil
+		case err != nil:
+			return n, err
+		default:
+			n += k
+			return n, nil // less than all: no more fits
+		}
+	}
+	return n, nil
+}
+
+// NetConn is what Writer asks how far the peer has got.
+func (s *tcpSocket) NetConn() net.Conn { return s.TCPConn }
+
+func (s *tcpSocket) watch(gone func()) error { return s.gone.add(s.fd, gone) }
+func (s *tcpSocket) unwatch()                { s.gone.remove(s.fd) }
+
+// finish closes once the peer had the time to read the end: a connection that is closed with something
+// unread in it is reset, and takes along what was sent last.
+func (s *tcpSocket) finish() {
+	_ = s.CloseWrite()
+	time.AfterFunc(500*time.Millisecond, func() { _ = s.Close() })
+}
+
+// departures notices that peers have closed their connections, for all viewers of a node:
+// epoll tells, and no goroutine waits in a read for each.
+type departures struct {
+	once  sync.Once
+	ready bool
+	epoll int
+	stop  int // an eventfd
+
+	mu    sync.Mutex
+	calls map[int32]departure // by descriptor
+	count int32
+}
+
+type departure struct {
+	number int32 // a descriptor may be another connection's by the time that its event is read
+	call   func()
+}
+
+// start begins to watch, and says whether that works.
+func (d *departures) start(h *Hub) bool {
+	d.once.Do(func() {
+		var err error
+		if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+			return
+		}
+		if d.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+			_ = unix.Close(d.epoll)
+			return
+		}
+		if unix.EpollCtl(d.epoll, unix.EPOLL_CTL_ADD, d.stop, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(d.stop)}) != nil {
+			return
+		}
+		d.calls, d.ready = map[int32]departure{}, true
+		h.wg.Go(d.wait) // ended by close
+	})
+	return d.ready
+}
+
+func (d *departures) add(fd int, call func()) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.count++
+	d.calls[int32(fd)] = departure{d.count, call}
+	e := unix.EpollEvent{Events: unix.EPOLLRDHUP | unix.EPOLLONESHOT, Fd: int32(fd), Pad: d.count}
+	err := unix.EpollCtl(d.epoll, unix.EPOLL_CTL_ADD, fd, &e)
+	if err != nil {
+		delete(d.calls, int32(fd))
+	}
+	return err
+}
+
+func (d *departures) remove(fd int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.calls[int32(fd)]; ok {
+		delete(d.calls, int32(fd))
+		_ = unix.EpollCtl(d.epoll, unix.EPOLL_CTL_DEL, fd, nil)
+	}
+}
+
+func (d *departures) wait() {
+	defer unix.Close(d.epoll)
+	defer unix.Close(d.stop)
+	events := make([]unix.EpollEvent, 128)
+	for {
+		n, err := unix.EpollWait(d.epoll, events, -1)
+		if err != nil && err != unix.EINTR {
+			return
+		}
+		for _, e := range events[:max(n, 0)] {
+			if e.Fd == int32(d.stop) {
+				return
+			}
+			d.mu.Lock()
+			c, ok := d.calls[e.Fd]
+			d.mu.Unlock()
+			if ok && c.number == e.Pad {
+				c.call()
+			}
+		}
+	}
+}
+
+func (d *departures) close() {
+	if d.ready {
+		_, _ = unix.Write(d.stop, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	}
+}

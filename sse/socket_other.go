@@ -1,0 +1,12 @@
+//go:build !linux
+
+package sse
+
+import "net/http"
+
+// hijack is for Linux: elsewhere viewers wait in their handlers.
+func (h *Hub) hijack(http.ResponseWriter, *http.Request) (socket, bool) { return nil, false }
+
+type departures struct{}
+
+func (d *departures) close() {}
