@@ -246,9 +246,6 @@ func run(ctx context.Context, cfg config) error {
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
 	}
-	if os.Getenv("GOGC") == "" && cfg.store.Redis != store.Embedded {
-		debug.SetGCPercent(75) // ten thousand idle viewers cost a fifth less memory, and a busy node a few hundredths more time
-	}
 	if cfg.store.Redis == store.Embedded {
 		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage
 			debug.SetGCPercent(50)
