@@ -96,6 +96,7 @@ func (d *departures) start(h *Hub) bool {
 			return
 		}
 		if unix.EpollCtl(d.epoll, unix.EPOLL_CTL_ADD, d.stop, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(d.stop)}) != nil {
+			_, _ = unix.Close(d.epoll), unix.Close(d.stop)
 			return
 		}
 		d.calls, d.ready = map[int32]departure{}, true

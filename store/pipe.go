@@ -20,7 +20,7 @@ import (
 type pipe struct {
 	rdb     redis.UniversalClient
 	most    int           // batches under way at a time
-	timeout time.Duration // how long a command waits for its reply, if it does not go alone
+	timeout time.Duration // of the client: half of it is how long a command waits for its turn
 
 	mu      sync.Mutex
 	waiting []*sending
@@ -29,10 +29,9 @@ type pipe struct {
 
 // sending is a command of a caller who waits.
 type sending struct {
-	cmd   *once
-	size  int // bytes, about
-	since time.Time
-	done  chan struct{} // closed when cmd has its reply, or its error
+	cmd  *once
+	size int           // bytes, about
+	done chan struct{} // closed when cmd has its reply, or its error
 }
 
 // A batch has one write and one time-out: so many commands, and so many bytes.
@@ -52,7 +51,7 @@ func (p *pipe) do(ctx context.Context, cmd *once) error {
 		defer p.next()
 		return p.rdb.Process(ctx, cmd)
 	}
-	s := &sending{cmd: cmd, since: time.Now(), done: make(chan struct{})}
+	s := &sending{cmd: cmd, done: make(chan struct{})}
 	for _, arg := range cmd.Args() {
 		if text, ok := arg.(string); ok {
 			s.size += len(text)

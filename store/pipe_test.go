@@ -1,10 +1,14 @@
 package store_test
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -144,5 +148,89 @@ func TestPipe_aBatchThatBreaksIsNotRepeated(t *testing.T) {
 	t.Logf("%d acknowledged, %d unknown", len(acknowledged), unknown)
 	if unknown == 0 {
 		t.Error("no connection broke under an append")
+	}
+}
+
+// Replies that came before the connection broke are kept: what they acknowledge is not
+// called unknown, however many commands were behind them.
+func TestPipe_repliesBeforeTheBreakAreKept(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	const reply = "*12\r\n$2\r\nok\r\n$1\r\ne\r\n$1\r\n0\r\n$1\r\n1\r\n$1\r\n0\r\n:0\r\n:0\r\n$0\r\n\r\n$0\r\n\r\n$1\r\n1\r\n$1\r\n1\r\n:1\r\n"
+	var waiting, replied atomic.Int64
+	release := make(chan struct{}) // closed when the first ones are to be answered
+	go func() {                    // ends with the listener
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { // ends with the connection: the store's
+				defer c.Close()
+				in := bufio.NewReader(c)
+				for n := 0; ; {
+					line, err := in.ReadString('\n')
+					var parts int
+					if _, bad := fmt.Sscanf(line, "*%d", &parts); err != nil || bad != nil {
+						return
+					}
+					var name string
+					for i := range parts {
+						var size int
+						line, _ := in.ReadString('\n')
+						_, _ = fmt.Sscanf(line, "$%d", &size)
+						word := make([]byte, size+2)
+						_, _ = io.ReadFull(in, word)
+						if i == 0 {
+							name = strings.ToLower(string(word[:size]))
+						}
+					}
+					if name != "evalsha" {
+						_, _ = io.WriteString(c, "-ERR unknown command\r\n")
+						continue
+					}
+					if n++; n == 1 {
+						waiting.Add(1)
+						<-release
+					}
+					replied.Add(1)
+					_, _ = io.WriteString(c, reply)
+					if n == 2 { // among the first of a batch: what is behind it gets none
+						_ = c.(*net.TCPConn).CloseWrite()
+						_, _ = io.Copy(io.Discard, in) // else its replies might be lost, too
+						return
+					}
+				}
+			}()
+		}
+	}()
+	s := open(t, func(c *store.Config) { c.Redis = "redis://" + l.Addr().String() })
+	const count = 12
+	errs := make([]error, count)
+	var wg sync.WaitGroup
+	for i := range count {
+		wg.Go(func() {
+			_, errs[i] = s.Append(t.Context(), fmt.Sprint("s", i), store.Batch{Chunks: []store.Chunk{delta("x")}})
+		})
+		for i < 2 && waiting.Load() < int64(i+1) { // two are on their way, the others wait
+			time.Sleep(time.Millisecond)
+		}
+	}
+	time.Sleep(50 * time.Millisecond)
+	close(release)
+	wg.Wait()
+	acknowledged := 0
+	for _, err := range errs {
+		if err == nil {
+			acknowledged++
+		} else if !errors.Is(err, store.ErrOutcomeUnknown) {
+			t.Error(err)
+		}
+	}
+	if acknowledged != int(replied.Load()) || acknowledged < 3 || acknowledged == count {
+		t.Errorf("%d were acknowledged, and %d had their reply", acknowledged, replied.Load())
 	}
 }
