@@ -42,8 +42,13 @@ torture: setup ## the fault test, and its table
 soak: setup ## ten minutes of three hundred sessions: memory stays as it is
 	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s
 
-bench: setup ## what a chunk and an append cost
-	go test -run xxx -bench . -benchmem ./sse ./store
+# The scenarios of main_bench_linux_test.go, beside a server that checks nothing; a quarter of an
+# hour on two idle cores. ONLY is a part of their names: make bench RUNS=1 ONLY=fanout
+RUNS := 3
+ONLY :=
+bench: setup ## what a chunk and an append cost, and how fast the whole is: a table
+	$(if $(ONLY),,go test -run xxx -bench . -benchmem ./sse ./store)
+	go test -count=1 -timeout 0 -run xxx -bench 'Scenarios$$/$(ONLY)' -benchtime 1x . -scenarios.runs $(RUNS)
 
 fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store

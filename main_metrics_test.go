@@ -45,7 +45,7 @@ func tool(t *testing.T, name string) string {
 type metricsOf map[string]float64
 
 // scrape reads /metrics, and the names of its families.
-func (n *node) scrape(t *testing.T) (all metricsOf, families []string) {
+func (n *node) scrape(t testing.TB) (all metricsOf, families []string) {
 	t.Helper()
 	a := n.get("/metrics")
 	if a.status != http.StatusOK {

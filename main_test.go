@@ -32,7 +32,16 @@ import (
 // binary is the program, built once.
 var binary string
 
+// roles are other programs that this one is: when its last argument names one, it runs
+// that, with the arguments before it, and no tests.
+var roles = map[string]func(args []string){}
+
 func TestMain(m *testing.M) {
+	last := len(os.Args) - 1
+	if role := roles[os.Args[last]]; role != nil {
+		role(os.Args[1:last])
+		return
+	}
 	dir, err := os.MkdirTemp("", "gapless-test-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -52,7 +61,7 @@ func TestMain(m *testing.M) {
 }
 
 // plainProgram is the program without the race detector, which costs memory and time.
-func plainProgram(t *testing.T) string {
+func plainProgram(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(filepath.Dir(binary), "plain")
 	if err := buildPlain(path); err != nil {
@@ -87,7 +96,7 @@ func deadline(t *testing.T) context.Context {
 }
 
 // eventually polls until ok, and fails the test when that takes too long.
-func eventually(t *testing.T, what string, ok func() bool) {
+func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -116,7 +125,7 @@ func (b *buffer) String() string {
 
 // node is a running gapless.
 type node struct {
-	t    *testing.T
+	t    testing.TB
 	addr string
 	cmd  *exec.Cmd
 	log  buffer
@@ -145,14 +154,14 @@ func launch(t *testing.T, args ...string) *node {
 }
 
 // startProgram is start, of another program than the one with the race detector in it.
-func startProgram(t *testing.T, program string, args ...string) *node {
+func startProgram(t testing.TB, program string, args ...string) *node {
 	t.Helper()
 	n := launchProgram(t, program, args...)
 	n.waitReady()
 	return n
 }
 
-func launchProgram(t *testing.T, program string, args ...string) *node {
+func launchProgram(t testing.TB, program string, args ...string) *node {
 	t.Helper()
 	n := &node{t: t, exited: make(chan struct{}), http: &http.Client{
 		Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: patience,
