@@ -101,7 +101,7 @@ func upload(t *testing.T, n *node, session string) (lines io.Writer, answered <-
 func TestDrain_anUploadUnderWayIsToldWhatIsStored(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := nodes(t, 1, redis, "-drain", "2s")[0]
+	n := nodes(t, 1, redis, "-drain", "4s")[0]
 	session := newID()
 	lines, answered := upload(t, n, session)
 	for i := range 3 {
@@ -109,7 +109,7 @@ func TestDrain_anUploadUnderWayIsToldWhatIsStored(t *testing.T) {
 	}
 	_, _ = io.WriteString(lines, `{"content":"half a li`)
 	eventually(t, "three lines are stored", func() bool { return len(history(t, redis, session)) == 3 })
-	n.exits(t, 2*time.Second)
+	n.exits(t, 4*time.Second)
 	select {
 	case a := <-answered:
 		if a.err != nil {

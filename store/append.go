@@ -129,22 +129,65 @@ func (a *Appended) add(next Appended) {
 
 // append is one call of the script.
 func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, *known, error) {
-	p, stride := b.Producer, 3
-	if p.ID != "" {
-		stride = 6
+	size := 0
+	for _, c := range b.Chunks {
+		size += len(c.members)
 	}
-	token := b.Token
-	if token == "" {
-		token = "-"
+	reply, err := s.run(ctx, scriptAppend, session, size, s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0, b.arguments()...)
+	if err != nil {
+		return Appended{}, nil, fmt.Errorf("append to %s: %w", session, err)
 	}
-	args := make([]any, 0, 8+len(b.Messages)+stride*len(b.Chunks))
-	args = append(args, b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), token, len(b.Messages))
-	for _, m := range b.Messages {
-		args = append(args, m)
+	r := fields(reply)
+	refused := func(err error) error {
+		if i := r.int(2); i >= 0 {
+			err = &RefusedError{Index: int(i), Err: err}
+		}
+		return errors.Join(r.err, err)
+	}
+	switch r.status() {
+	case "ok":
+		a := Appended{Epoch: r.text(1), First: r.int(2), Count: len(b.Chunks), Life: r.int(3)}
+		a.Last = a.First + int64(a.Count) - 1
+		return a, nil, r.err
+	case "nothing":
+		last := r.int(2)
+		return Appended{Epoch: r.text(1), First: last + 1, Last: last}, nil, r.err
+	case "producer_known":
+		k, err := parseKnown(r)
+		return Appended{}, k, errors.Join(r.err, err)
+	case "producer_fenced":
+		return Appended{}, nil, errors.Join(r.err, &FencedError{Epoch: r.int(2)})
+	case "producer_gap":
+		return Appended{}, nil, errors.Join(r.err, &GapError{Expected: r.int(2)})
+	case "session_ended":
+		return Appended{}, nil, refused(ErrSessionEnded)
+	case "session_deleted":
+		return Appended{}, nil, ErrSessionDeleted
+	case "message_ended":
+		return Appended{}, nil, refused(&MessageEndedError{r.text(3), r.text(4)})
+	default:
+		return Appended{}, nil, fmt.Errorf("append to %s: status %q: %w", session, r.status(), errReply)
+	}
+}
+
+// arguments are what the script is told (append.lua).
+func (b Batch) arguments() []any {
+	args := make([]any, 0, 8+len(b.Messages)+6*len(b.Chunks))
+	if b.Life == 0 && b.Producer.ID == "" && b.Lease == 0 && b.Hold == HoldNone && len(b.Messages) == 0 {
+		args = append(args, 0)
+	} else {
+		p, token := b.Producer, b.Token
+		if token == "" {
+			token = "-"
+		}
+		args = append(args, 7+len(b.Messages), b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), token)
+		for _, m := range b.Messages {
+			args = append(args, m)
+		}
 	}
 	for _, c := range b.Chunks {
 		args = append(args, c.messageID, c.kind, c.members)
-		if stride > 3 {
+		if b.Producer.ID != "" {
 			form := "c"
 			if c.text != "" {
 				form = "t"
@@ -152,40 +195,7 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 			args = append(args, c.Numbers(), c.filled, form)
 		}
 	}
-	reply, err := s.run(ctx, scriptAppend, session, s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0, args...)
-	if err != nil {
-		return Appended{}, nil, fmt.Errorf("append to %s: %w", session, err)
-	}
-	r := fields(reply)
-	refused := func(err error) error {
-		if i := r.int(9); i >= 0 {
-			err = &RefusedError{Index: int(i), Err: err}
-		}
-		return errors.Join(r.err, err)
-	}
-	switch r.status() {
-	case "ok":
-		a := Appended{Epoch: r.text(1), First: r.int(9), Last: r.int(10), Count: len(b.Chunks), Life: r.int(11)}
-		return a, nil, r.err
-	case "nothing":
-		last := r.int(3)
-		return Appended{Epoch: r.text(1), First: last + 1, Last: last}, nil, r.err
-	case "producer_known":
-		k, err := parseKnown(r)
-		return Appended{}, k, errors.Join(r.err, err)
-	case "producer_fenced":
-		return Appended{}, nil, errors.Join(r.err, &FencedError{Epoch: r.int(9)})
-	case "producer_gap":
-		return Appended{}, nil, errors.Join(r.err, &GapError{Expected: r.int(9)})
-	case "session_ended":
-		return Appended{}, nil, refused(ErrSessionEnded)
-	case "session_deleted":
-		return Appended{}, nil, ErrSessionDeleted
-	case "message_ended":
-		return Appended{}, nil, refused(&MessageEndedError{r.text(10), r.text(11)})
-	default:
-		return Appended{}, nil, fmt.Errorf("append to %s: status %q: %w", session, r.status(), errReply)
-	}
+	return args
 }
 
 // replyFields reads a script's reply, whose numbers come as text or as integers, and

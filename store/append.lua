@@ -1,34 +1,45 @@
--- Checks, numbers, pushes, trims, refreshes and publishes chunks: all of them, or none.
+-- Checks, numbers, pushes, trims, refreshes and publishes chunks: all of them, or none. Its arguments:
 --
---   ARGV[11]  which life of the session the upload began in, or 0: a deleted one is not gone on with
---   ARGV[12]  the producer's id, or nothing      ARGV[13]  its epoch      ARGV[14]  its number of the first chunk
---   ARGV[15]  the lease (ms) that is asked for, or 0
---   ARGV[16]  what becomes of the messages that the upload holds: open (it goes on), look (the same, and may
---             it?), closed (it has ended), left (it was answered before its end), broken (its connection was);
---             nothing for what is no upload
---   ARGV[17]  a token that is the upload's own
---   ARGV[18]  how many those messages are; then each of them
+--   how many of the following there are (0: it is an append that nothing is to be known of), and they:
+--     which life of the session the upload began in, or 0: a deleted one is not gone on with
+--     the producer's id, or nothing; its epoch; its number of the first chunk
+--     the lease (ms) that is asked for, or 0
+--     what becomes of the messages that the upload holds: open (it goes on), look (the same, and may it?), closed (it
+--       has ended), left (it was answered before its end), broken (its connection was); nothing for what is no upload
+--     a token that is the upload's own
+--     those messages
 --   and then for each chunk: the message it belongs to; what it does (nothing, or its type: message, done,
 --   failed, cancelled, end); its members as text, without the opening brace; and for a producer with numbers:
 --   how many numbers it takes; how many bytes of the members were filled in; c, or t if it takes a number a byte
-local producer, lease, hold, token, stride = ARGV[12], tonumber(ARGV[15]), ARGV[16], ARGV[17], 3
-if producer ~= '' then stride = 6 end
-local runs = producer ~= '' and redis.call('ZCARD', index) or 0 -- it fails on a key of another type,
-redis.call('ZCARD', opens) -- and so does this
-open()
-local held, skip = {}, 18 + tonumber(ARGV[18])
-for i = 19, skip do held[#held + 1] = ARGV[i] end
-local chunks = (#ARGV - skip) / stride
-local function field(i, k) return ARGV[skip + (i - 1) * stride + k] end
+local skip, stride, chunks
+local life, producer, epoch, number, lease, hold, token, held, is_held
+local none, grace = {}, tonumber(ARGV[9])
 
-local function refuse(status, ...)
-  if not log then return { status, '', '0', '0', '0', 0, 0, '', '', ... } end
-  finish()
-  return reply(status, ...)
+local function take_arguments()
+  skip, stride = 1 + tonumber(argument(1)), 3
+  life, producer, epoch, number, lease, hold, token, held, is_held = 0, '', 0, 0, 0, '', '-', none, none
+  if skip > 1 then
+    life, producer, epoch, number = tonumber(argument(2)), argument(3), tonumber(argument(4)), tonumber(argument(5))
+    lease, hold, token, held = tonumber(argument(6)), argument(7), argument(8), {}
+    for k = 9, skip do held[k - 8] = argument(k) end
+  end
+  if producer ~= '' then stride = 6 end
+  if #held > 0 then
+    is_held = {}
+    for _, id in ipairs(held) do is_held[id] = true end
+  end
+  chunks = (count - skip) / stride
 end
 
-local life = tonumber(ARGV[11])
-if log and life > 0 and log.deletions + 1 > life then return refuse('session_deleted') end
+local function field(i, k) return ARGV[at + skip + (i - 1) * stride + k] end
+
+-- An append is told where its chunks are, and no more of the log.
+local function answer(status, ...) return { status, log and log.epoch or '', ... } end
+
+local function refuse(...)
+  if log then finish() end
+  return answer(...)
+end
 
 -- A producer's numbers go on without a hole in each of its epochs. p:<id> is
 --
@@ -41,10 +52,11 @@ if log and life > 0 and log.deletions + 1 > life then return refuse('session_del
 --
 -- in which a number is found without a scan. Runs of text are short, since a number's place in them is not known.
 -- d:<id> is the epoch of a producer whose session was deleted.
-local function place(number) return producer .. ' ' .. string.format('%016.0f', number) end
 local position, behind
-if producer ~= '' then
-  local epoch, number = tonumber(ARGV[13]), tonumber(ARGV[14])
+local function place(n) return producer .. ' ' .. string.format('%016.0f', n) end
+
+-- locate finds out where the producer has got to, and refuses what does not go on there.
+local function locate(runs)
   local text = log and redis.call('HGET', session, 'p:' .. producer)
   local gone = log and log.deletions > 0 and redis.call('HGET', session, 'd:' .. producer)
   if gone and epoch <= tonumber(gone) then return refuse('session_deleted') end
@@ -72,42 +84,9 @@ if producer ~= '' then
   end
 end
 
-local ended, over = log and not log.deleted and log.ended, {}
-for i = 1, chunks do
-  if ended then return refuse('session_ended', i - 1) end
-  local id, kind = field(i, 1), field(i, 2)
-  if id ~= '' and kind ~= 'end' then
-    local how = over[id] or message(id).how
-    if how then return refuse('message_ended', i - 1, id, how) end
-    if kind ~= '' and kind ~= 'message' then over[id] = kind end
-  end
-  ended = kind == 'end'
-end
-if chunks == 0 and not behind and (hold == '' or hold == 'look') then
-  if ended and (hold == 'look' or #held > 0) then return refuse('session_ended', -1) end
-  for _, id in ipairs(held) do
-    local how = message(id).how
-    if how and (hold == '' or how ~= 'done') then return refuse('message_ended', -1, id, how) end
-  end
-end
-
--- Nothing is refused any more.
-if not log or log.deleted then
-  -- A message that is named makes no session, unless something is to become of it.
-  if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing') end
-  if log then revive() else make() end
-end
-
-local members, head = {}, log.last
-for i = 1, chunks do members[i] = field(i, 3) end
-add(members)
-if ended and not log.ended then
-  log.ended, look = int(log.last), true
-  redis.call('HSET', session, 'ended', log.ended)
-end
-
-if position then
-  local number, seq, added = tonumber(ARGV[14]), head, 0
+-- advance writes down where the producer has got to. Its chunks are those behind head.
+local function advance(head)
+  local seq, added = head, 0
   if position.fresh then redis.call('ZREMRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!') end
   if position.fences then look = true end
   for i = 1, chunks do
@@ -142,8 +121,6 @@ end
 
 -- What becomes of a message's lease when something of it is heard. An upload that holds it is not touched, nor is
 -- the grace that it left to its producer; but the producer that is back needs none.
-local grace, is_held = tonumber(ARGV[9]), {}
-for _, id in ipairs(held) do is_held[id] = true end
 local function hear(id, has_chunk)
   local m = message(id)
   begin_message(m, has_chunk)
@@ -161,51 +138,109 @@ local function hear(id, has_chunk)
   end
 end
 
-for i = 1, chunks do
-  local id, kind = field(i, 1), field(i, 2)
-  if id == '' or kind == 'end' then
-    -- It is of no message.
-  elseif kind == '' or kind == 'message' and message(id).open then
-    hear(id, true)
-  elseif kind ~= 'message' then
-    close_message(id, kind)
+-- hear_all has the messages hear of their chunks, and of what becomes of the upload.
+local function hear_all()
+  for i = 1, chunks do
+    local id, kind = field(i, 1), field(i, 2)
+    if id == '' or kind == 'end' then
+      -- It is of no message.
+    elseif kind == '' or kind == 'message' and message(id).open then
+      hear(id, true)
+    elseif kind ~= 'message' then
+      close_message(id, kind)
+    end
   end
+
+  local lost = {}
+  for _, id in ipairs(log.ended and {} or held) do
+    local m = message(id)
+    local ours = m.token == token or m.token == '~' and m.producer == producer
+    if m.how then
+      -- It has ended.
+    elseif hold == '' then
+      if lease > 0 or m.length > 0 then hear(id) end
+    elseif hold == 'open' or hold == 'look' then
+      -- The newest upload of a producer holds the message; one of another producer's only when nobody does. One
+      -- that sends again what is known does not begin it anew.
+      if m.open or not behind then
+        hear(id)
+        if ours or m.token == '-' or m.producer == producer and hold == 'open' then
+          if m.token ~= token then m.token, m.producer, m.changed = token, producer, true end
+          renew(m, math.max(m.length, grace))
+        end
+      end
+    elseif not m.open or not ours and m.token ~= '-' then
+      -- It is another's to say.
+    elseif hold == 'closed' then
+      rest(m)
+      if m.new and m.length == 0 then m.dropped, m.changed = true, true end
+    elseif hold == 'left' and m.new then
+      m.dropped, m.changed = true, true
+    elseif hold == 'left' or producer ~= '' then
+      m.token, m.producer, m.changed = '~', producer, true
+      renew(m, math.max(m.length, grace))
+    elseif m.length > 0 then
+      rest(m)
+    elseif ours then
+      lost[#lost + 1] = id
+    end
+  end
+  if #lost > 0 then lose(lost) end
 end
 
-local lost = {}
-for _, id in ipairs(log.ended and {} or held) do
-  local m = message(id)
-  local ours = m.token == token or m.token == '~' and m.producer == producer
-  if m.how then
-    -- It has ended.
-  elseif hold == '' then
-    if lease > 0 or m.length > 0 then hear(id) end
-  elseif hold == 'open' or hold == 'look' then
-    -- The newest upload of a producer holds the message; one of another producer's only when nobody does. One
-    -- that sends again what is known does not begin it anew.
-    if m.open or not behind then
-      hear(id)
-      if ours or m.token == '-' or m.producer == producer and hold == 'open' then
-        if m.token ~= token then m.token, m.producer, m.changed = token, producer, true end
-        renew(m, math.max(m.length, grace))
-      end
-    end
-  elseif not m.open or not ours and m.token ~= '-' then
-    -- It is another's to say.
-  elseif hold == 'closed' then
-    rest(m)
-    if m.new and m.length == 0 then m.dropped, m.changed = true, true end
-  elseif hold == 'left' and m.new then
-    m.dropped, m.changed = true, true
-  elseif hold == 'left' or producer ~= '' then
-    m.token, m.producer, m.changed = '~', producer, true
-    renew(m, math.max(m.length, grace))
-  elseif m.length > 0 then
-    rest(m)
-  elseif ours then
-    lost[#lost + 1] = id
+local function work()
+  take_arguments()
+  position, behind = nil, false
+  local runs = producer ~= '' and redis.call('ZCARD', index) -- it fails on a key of another type
+  local first = chunks > 0 and field(1, 1)
+  open(first ~= '' and first or nil)
+  if log and life > 0 and log.deletions + 1 > life then return refuse('session_deleted') end
+  if producer ~= '' then
+    local refusal = locate(runs)
+    if refusal then return refusal end
   end
+
+  local ended, over, writes = log and not log.deleted and log.ended, nil, #held > 0 or log and log.learned
+  for i = 1, chunks do
+    if ended then return refuse('session_ended', i - 1) end
+    local id, kind = field(i, 1), field(i, 2)
+    if id ~= '' and kind ~= 'end' then
+      local m = message(id)
+      local how = over and over[id] or m.how
+      if how then return refuse('message_ended', i - 1, id, how) end
+      if kind ~= '' and kind ~= 'message' then
+        over = over or {}
+        over[id] = kind
+      end
+      writes = writes or kind ~= '' or m.deadline or not m.open
+    end
+    ended = kind == 'end'
+  end
+  if writes then redis.call('ZCARD', opens) end -- it fails as well
+  if chunks == 0 and not behind and (hold == '' or hold == 'look') then
+    if ended and (hold == 'look' or #held > 0) then return refuse('session_ended', -1) end
+    for _, id in ipairs(held) do
+      local how = message(id).how
+      if how and (hold == '' or how ~= 'done') then return refuse('message_ended', -1, id, how) end
+    end
+  end
+
+  -- Nothing is refused any more.
+  if not log or log.deleted then
+    -- A message that is named makes no session, unless something is to become of it.
+    if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing', int(log and log.last or 0)) end
+    if log then revive() else make() end
+  end
+
+  local head, members = log.last, {}
+  for i = 1, chunks do members[i] = field(i, 3) end
+  add(members)
+  if ended and not log.ended then
+    log.ended, look = int(log.last), true
+    redis.call('HSET', session, 'ended', log.ended)
+  end
+  if position then advance(head) end
+  if #held > 0 or next(messages) then hear_all() end
+  finish()
+  return answer('ok', int(head + 1), log.deletions + 1)
 end
-if #lost > 0 then lose(lost) end
-finish()
-return reply('ok', int(head + 1), int(head + chunks), log.deletions + 1)

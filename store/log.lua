@@ -1,9 +1,12 @@
--- The part that every script begins with: the log as Redis holds it.
+-- The log as Redis holds it: what every script begins with. One run serves several callers, each with a log and
+-- arguments of its own (run.lua): a script is the function `work`, which begins with `open`, ends with `finish`, and
+-- returns its caller's reply.
 --
---   KEYS[1]  the history list      KEYS[2]  the session hash      KEYS[3]  the live channel
---   KEYS[4]  which of a producer's numbers are where in the log (append.lua)
---   KEYS[5]  the messages that are open, by the time at which they end by themselves
---   ARGV[1]  an epoch, to be used if a new one has to begin
+--   KEYS     five for each caller:
+--            the history list, the session hash, the live channel,
+--            which of a producer's numbers are where in the log (append.lua),
+--            the messages that are open, by the time at which they end by themselves
+--   ARGV[1]  something new and random, for epochs that have to begin
 --   ARGV[2]  time to live of the list, ms      ARGV[3]  time to live of the hash, ms
 --   ARGV[4]  oldest-first | newest-first: which end of the list producers push to
 --   ARGV[5]  PUBLISH | SPUBLISH
@@ -11,17 +14,19 @@
 --   ARGV[7]  the channel on which a session is named whose uploads have to look whether they may go on
 --   ARGV[8]  how many chunks to keep
 --   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
---   ARGV[10] the session's id
---   ARGV[11] and up: what the script itself takes
+--   and then for each caller: how many arguments it has, and they
 --
 -- Scripts are not rolled back, so everything that can fail (a key of another type) is read before
--- anything is written. A script begins with `open` and ends with `finish`.
-local history, session, channel, index, opens = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+-- anything is written.
 local newest_first = ARGV[4] == 'newest-first'
 
--- log is what `open` found; nil when there is neither hash nor list. news is what was pushed and is to be
--- published; look says that uploads may have to end.
-local log, news, look = nil, {}, false
+-- The log at hand. log is what `open` found; nil when there is neither hash nor list. messages are those that were
+-- looked at, news is what was pushed and is to be published; look says that uploads may have to end. Its caller's
+-- arguments are ARGV[at + 1] to ARGV[at + count].
+local history, session, channel, index, opens
+local log, messages, news, look
+local due_written -- the earliest of its deadlines, as it is written down
+local at, count
 
 local function int(n) return string.format('%.0f', n) end
 
@@ -32,6 +37,14 @@ local function now()
     clock = t[1] * 1000 + math.floor(t[2] / 1000)
   end
   return clock
+end
+
+-- An epoch of the log at hand: no two logs have the same, nor has one it twice.
+local begun = 0
+local function new_epoch()
+  begun = begun + 1
+  local hash = redis.sha1hex(ARGV[1] .. begun)
+  return hash:sub(1, 8) .. '-' .. hash:sub(9, 12) .. '-4' .. hash:sub(14, 16) .. '-8' .. hash:sub(18, 20) .. '-' .. hash:sub(21, 32)
 end
 
 -- Chunks are addressed by position, 1 for the oldest. An index from the end that producers push to
@@ -63,8 +76,6 @@ end
 -- life. It is ~ when that upload is gone and its producer may come back, - when there is none. producer is whose
 -- upload that is, empty for one without numbers.
 -- Chunks without a message_id belong to no message: nothing of them is left unfinished.
-local messages = {}
-
 local function parse(text)
   if not text then return { length = 0, token = '-', producer = '' } end
   local word, deadline, length, token, producer = text:match('^(%l+) (%d+) (%d+) (%S+) (.*)$')
@@ -129,13 +140,13 @@ local function save()
     local first = redis.call('ZRANGE', opens, 0, 0, 'WITHSCORES')
     due = first[2] and first[2] ~= 'inf' and tonumber(first[2]) or nil
   end
-  if due == log.due_seen then return end
+  if due == due_written then return end
   if due then redis.call('HSET', session, 'due', int(due)) else redis.call('HDEL', session, 'due') end
 end
 
 -- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there.
 local function begin(base)
-  log.epoch, log.base, log.former, log.last = ARGV[1], base, base, base + log.length
+  log.epoch, log.base, log.former, log.last = new_epoch(), base, base, base + log.length
   redis.call('HSET', session, 'epoch', log.epoch, 'base', int(base), 'former', int(base))
   if not log.created_at then
     log.created_at = int(now())
@@ -147,6 +158,7 @@ end
 -- make begins a log where there is nothing.
 local function make()
   log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, deletions = 0 }
+  due_written = nil
   begin(0)
 end
 
@@ -162,9 +174,12 @@ end
 local function seen()
   if log.last_seen == log.last and log.base == log.base_seen and not log.begun then return end
   if log.last_seen ~= log.last or not log.updated_at then log.updated_at = int(now()) end
-  redis.call('HSET', session, 'base', int(log.base), 'last_seen', int(log.last),
-    'mark', mark(log.last - log.base), 'updated_at', log.updated_at)
+  redis.call('HSET', session, 'last_seen', int(log.last), 'mark', mark(log.last - log.base), 'updated_at', log.updated_at)
+  if log.base ~= log.base_seen then redis.call('HSET', session, 'base', int(log.base)) end
 end
+
+-- call_uploads has the session's uploads look whether they may go on.
+local function call_uploads() redis.call('PUBLISH', ARGV[7], (channel:match('^chat:stream:{?(.-)}?$'))) end
 
 -- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
 -- chunk does.
@@ -176,14 +191,14 @@ local function finish()
   if log.numbered then redis.call('PEXPIRE', index, ARGV[2]) end
   if log.begun and log.former > 0 then redis.call(ARGV[5], channel, ARGV[6]) end
   for i = 1, #news do redis.call(ARGV[5], channel, news[i]) end
-  if look then redis.call('PUBLISH', ARGV[7], ARGV[10]) end
+  if look then call_uploads() end
 end
 
 -- add numbers and pushes chunks, given as text without the opening brace, and trims.
 local function add(members)
-  local head, ts, elements = log.last, int(now()), {}
+  local head, ts, elements = log.last, ',"ts":' .. int(now()) .. ',', {}
   for i = 1, #members do
-    elements[i] = '{"seq":' .. int(head + i) .. ',"ts":' .. ts .. ',' .. members[i]
+    elements[i] = '{"seq":' .. int(head + i) .. ts .. members[i]
     news[#news + 1] = elements[i]
   end
   for i = 1, #elements, 1000 do -- unpack has limits
@@ -232,6 +247,7 @@ end
 
 -- learn finds out which messages the chunks from a position on begin or end: other hands pushed them.
 local function learn(from)
+  log.learned = true
   for i = from, log.length, 1000 do
     for _, element in ipairs(range(i, math.min(i + 999, log.length))) do
       if element:find('message_id', 1, true) or element:find('\\u', 1, true) then
@@ -252,19 +268,29 @@ local function learn(from)
   end
 end
 
--- open reads the log's bounds, finds out whether the list is still the one that was seen last, and does
--- what is due.
-local function open()
+-- known reads the element at a position, the last one that was seen, and how long the list is: mostly that is
+-- where it ends.
+local function known(position)
+  if position < 1 then return nil, redis.call('LLEN', history) end
+  local found = range(position, position + 1)
+  return found[1], #found == 1 and position or redis.call('LLEN', history)
+end
+
+-- open reads the log's bounds, and a message's state if it is told one, finds out whether the list is still the one
+-- that was seen last, and does what is due.
+local function open(id)
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
-    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered')
-  local length = redis.call('LLEN', history)
+    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'm:' .. (id or ''))
+  local base, last_seen = tonumber(h[2] or 0), tonumber(h[3] or 0)
+  local tip, length = known(last_seen - base)
   if not h[1] and length == 0 then return end
   log = {
-    epoch = h[1], base = tonumber(h[2] or 0), last_seen = tonumber(h[3] or 0), former = tonumber(h[5] or 0),
-    base_seen = tonumber(h[2] or 0), ended = h[6], deleted = h[7], created_at = h[8], updated_at = h[9],
-    deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12], length = length,
+    epoch = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
+    created_at = h[8], updated_at = h[9], deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12],
+    length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
   }
-  log.due_seen = log.due
+  due_written = log.due
+  if id then messages[id] = parse(h[13]) end
   if not h[1] then
     begin(log.base) -- a list that a foreign producer began
   elseif log.deleted then
@@ -273,13 +299,15 @@ local function open()
   elseif length == 0 then
     log.base = log.last_seen -- expired: the same log, with nothing of it left
   elseif log.last_seen > log.base and
-      (log.last_seen - log.base > length or mark(log.last_seen - log.base) ~= h[4]) then
+      (not tip or redis.sha1hex(tip) ~= h[4]) then
     begin(log.last_seen) -- another list stands where the known one stood
   end
   log.last = log.base + length
   if log.last > log.last_seen then learn(math.max(log.last_seen - log.base, 0) + 1) end
   if log.due and not log.ended and now() >= log.due then lapse() end
 end
+
+local function argument(k) return ARGV[at + k] end
 
 local function reply(status, ...)
   return { status, log.epoch, int(log.base), int(log.last), int(log.former), log.ended and 1 or 0,

@@ -2,114 +2,106 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/redis/go-redis/v9"
 )
 
-// pipe sends the commands of many callers together (group commit): while some are on their
-// way, those that come meanwhile wait, and then share one write and one read. One that
-// comes alone goes at once.
-//
-// In a Cluster each goes by itself: there go-redis sends a pipeline's commands again when a connection
-// breaks, whatever they are. (Its own automatic pipelines do not say which commands were never sent.)
+// pipe has the calls of many callers share the runs of a script (group commit): while one is under way, those
+// that come meanwhile wait, and then go together. One that comes alone goes at once. Where half a run waits
+// already, a second one is under way beside the first: then the way to Redis is what takes long.
 type pipe struct {
-	rdb     redis.UniversalClient
-	most    int           // batches under way at a time
-	timeout time.Duration // of the client: half of it is how long a command waits for its turn
+	// run runs the script for calls, and leaves with each its reply, or its error.
+	run func(ctx context.Context, calls []*call)
+	// A run has at most calls calls, and so many bytes: nobody else is served by Redis meanwhile, and it has
+	// one time-out.
+	calls, bytes int
+	patience     time.Duration // how long a call waits for its turn
 
 	mu      sync.Mutex
-	waiting []*sending
-	under   int // batches that are under way
+	waiting []*call
+	under   int // runs that are under way
 }
 
-// sending is a command of a caller who waits.
-type sending struct {
-	cmd  *once
-	size int           // bytes, about
-	done chan struct{} // closed when cmd has its reply, or its error
+// call is what one caller wants of a script, and has of it once done is closed.
+type call struct {
+	session string
+	args    []any
+	size    int  // bytes, about, of what it sends or wants
+	wait    bool // for the replicas to have it
+
+	reply []any
+	err   error
+	done  chan struct{}
 }
 
-// A batch has one write and one time-out: so many commands, and so many bytes.
-const (
-	batchMost  = 128
-	batchBytes = 1 << 20
-)
-
-// do executes a command, once. It waits for its turn for half of the time-out at most, and no
-// longer than ctx: behind that it is not sent (errUnsent). One that is on its way is waited
-// for: the client's own time-outs bound that.
-func (p *pipe) do(ctx context.Context, cmd *once) error {
+// do executes a call, once. It waits for its turn, and no longer than ctx: a call that had none was
+// not sent (errUnsent). One that is on its way is waited for: the client's own time-outs bound that.
+func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	p.mu.Lock()
-	if p.under < p.most {
-		p.under++
+	if p.under == 0 {
+		p.under = 1
 		p.mu.Unlock()
 		defer p.next()
-		return p.rdb.Process(ctx, cmd)
+		p.run(ctx, []*call{c})
+		return c.reply, c.err
 	}
-	s := &sending{cmd: cmd, done: make(chan struct{})}
-	for _, arg := range cmd.Args() {
-		if text, ok := arg.(string); ok {
-			s.size += len(text)
-		}
+	c.done = make(chan struct{})
+	p.waiting = append(p.waiting, c)
+	if p.under == 1 && len(p.waiting) >= p.calls/2 {
+		p.under = 2
+		p.begin()
 	}
-	p.waiting = append(p.waiting, s)
 	p.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, p.timeout/2)
-	defer cancel()
+	patience := time.NewTimer(p.patience)
+	defer patience.Stop()
+	why := context.DeadlineExceeded
 	select {
-	case <-s.done:
-		return cmd.Err()
+	case <-c.done:
+		return c.reply, c.err
 	case <-ctx.Done():
+		why = ctx.Err()
+	case <-patience.C:
 	}
 	p.mu.Lock()
-	i := slices.Index(p.waiting, s)
+	i := slices.Index(p.waiting, c)
 	if i >= 0 {
 		p.waiting = slices.Delete(p.waiting, i, i+1)
 	}
 	p.mu.Unlock()
 	if i >= 0 {
-		return fmt.Errorf("%w: %w", errUnsent, ctx.Err())
+		return nil, fmt.Errorf("%w: %w", errUnsent, why)
 	}
-	<-s.done
-	return cmd.Err()
+	<-c.done
+	return c.reply, c.err
 }
 
-var errUnsent = errors.New("the command was not sent")
-
-// next ends a batch's way, and begins that of those who wait.
+// next ends a run, and begins that of those who wait.
 func (p *pipe) next() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n, bytes := 0, 0
-	for n < len(p.waiting) && n < batchMost && (n == 0 || bytes+p.waiting[n].size <= batchBytes) {
-		bytes += p.waiting[n].size
-		n++
-	}
-	if n == 0 {
+	if len(p.waiting) == 0 {
 		p.under--
 		return
 	}
-	batch := slices.Clone(p.waiting[:n])
-	p.waiting = slices.Delete(p.waiting, 0, n)
-	go p.send(batch) // ends within the client's time-outs
+	p.begin()
 }
 
-func (p *pipe) send(batch []*sending) {
-	defer p.next()
-	together := p.rdb.Pipeline()
-	for _, s := range batch {
-		_ = together.Process(context.Background(), s.cmd)
+// begin begins a run of those who have waited longest. mu is held.
+func (p *pipe) begin() {
+	n, bytes := 0, 0
+	for n < len(p.waiting) && n < p.calls && (n == 0 || bytes+p.waiting[n].size <= p.bytes) {
+		bytes += p.waiting[n].size
+		n++
 	}
-	_, err := together.Exec(context.Background())
-	for _, s := range batch {
-		if err != nil && !s.cmd.answered && s.cmd.Err() == nil {
-			s.cmd.SetErr(err)
+	calls := slices.Clone(p.waiting[:n])
+	p.waiting = slices.Delete(p.waiting, 0, n)
+	go func() { // ends within the client's time-outs
+		defer p.next()
+		p.run(context.Background(), calls)
+		for _, c := range calls {
+			close(c.done)
 		}
-		close(s.done)
-	}
+	}()
 }

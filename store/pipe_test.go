@@ -1,14 +1,11 @@
 package store_test
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"io"
-	"net"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -151,86 +148,94 @@ func TestPipe_aBatchThatBreaksIsNotRepeated(t *testing.T) {
 	}
 }
 
-// Replies that came before the connection broke are kept: what they acknowledge is not
-// called unknown, however many commands were behind them.
-func TestPipe_repliesBeforeTheBreakAreKept(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+// Those that share a run of the script have nothing else in common: the mistake of one is its own, logs that begin
+// in it have epochs of their own, a message is one session's, and each channel hears of its own log.
+func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
+	redis := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
+	mustAppend(t, s, "first", delta("x"))
+	redis.Set(t.Context(), "chat:history:wrong1", "text", 0)
+	redis.Set(t.Context(), "chat:session:wrong2", "text", 0)
+	redis.Set(t.Context(), "chat:messages:wrong3", "text", 0)
+	heard := redis.PSubscribe(t.Context(), "chat:stream:*")
+	defer heard.Close()
+	if _, err := heard.Receive(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	const reply = "*12\r\n$2\r\nok\r\n$1\r\ne\r\n$1\r\n0\r\n$1\r\n1\r\n$1\r\n0\r\n:0\r\n:0\r\n$0\r\n\r\n$0\r\n\r\n$1\r\n1\r\n$1\r\n1\r\n:1\r\n"
-	var waiting, replied atomic.Int64
-	release := make(chan struct{}) // closed when the first ones are to be answered
-	go func() {                    // ends with the listener
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() { // ends with the connection: the store's
-				defer c.Close()
-				in := bufio.NewReader(c)
-				for n := 0; ; {
-					line, err := in.ReadString('\n')
-					var parts int
-					if _, bad := fmt.Sscanf(line, "*%d", &parts); err != nil || bad != nil {
-						return
-					}
-					var name string
-					for i := range parts {
-						var size int
-						line, _ := in.ReadString('\n')
-						_, _ = fmt.Sscanf(line, "$%d", &size)
-						word := make([]byte, size+2)
-						_, _ = io.ReadFull(in, word)
-						if i == 0 {
-							name = strings.ToLower(string(word[:size]))
-						}
-					}
-					if name != "evalsha" {
-						_, _ = io.WriteString(c, "-ERR unknown command\r\n")
-						continue
-					}
-					if n++; n == 1 {
-						waiting.Add(1)
-						<-release
-					}
-					replied.Add(1)
-					_, _ = io.WriteString(c, reply)
-					if n == 2 { // among the first of a batch: what is behind it gets none
-						_ = c.(*net.TCPConn).CloseWrite()
-						_, _ = io.Copy(io.Discard, in) // else its replies might be lost, too
-						return
-					}
-				}
-			}()
-		}
-	}()
-	s := open(t, func(c *store.Config) { c.Redis = "redis://" + l.Addr().String() })
-	const count = 12
-	errs := make([]error, count)
+	redis.ConfigResetStat(t.Context())
+	redis.Signal(syscall.SIGSTOP)
 	var wg sync.WaitGroup
-	for i := range count {
+	wg.Go(func() { mustAppend(t, s, "first", delta("y")) })
+	untilAppends(t, s, 0, 1)
+	ids := []string{"right1", "wrong1", "right2", "wrong2", "right1", "wrong3", "right3", "first", "ends"}
+	epochs, errs := make([]string, len(ids)), make([]error, len(ids))
+	for i, id := range slices.Backward(ids) {
+		if id == "right3" { // behind the end of another session's message
+			untilAppends(t, s, 2, 1)
+		}
 		wg.Go(func() {
-			_, errs[i] = s.Append(t.Context(), fmt.Sprint("s", i), store.Batch{Chunks: []store.Chunk{delta("x")}})
+			chunk := delta("z")
+			switch id {
+			case "wrong3", "right3":
+				chunk = store.NewChunk(store.TypeDelta, "m", "", "z")
+			case "ends":
+				chunk = store.NewChunk(store.TypeDone, "m", "", "z")
+			}
+			a, err := s.Append(t.Context(), id, store.Batch{Chunks: []store.Chunk{chunk}})
+			epochs[i], errs[i] = a.Epoch, err
 		})
-		for i < 2 && waiting.Load() < int64(i+1) { // two are on their way, the others wait
-			time.Sleep(time.Millisecond)
-		}
 	}
-	time.Sleep(50 * time.Millisecond)
-	close(release)
+	untilAppends(t, s, len(ids), 1)
+	redis.Signal(syscall.SIGCONT)
 	wg.Wait()
-	acknowledged := 0
-	for _, err := range errs {
-		if err == nil {
-			acknowledged++
-		} else if !errors.Is(err, store.ErrOutcomeUnknown) {
-			t.Error(err)
+	if stats := redis.Info(t.Context(), "commandstats").Val(); !strings.Contains(stats, "cmdstat_evalsha:calls=2,") {
+		t.Errorf("they did not go together: %s", stats)
+	}
+	seen := map[string]string{}
+	for i, id := range ids {
+		if wrong := strings.HasPrefix(id, "wrong"); wrong != (errs[i] != nil) || wrong && !strings.HasPrefix(errs[i].Error(), "append to "+id+": WRONGTYPE") {
+			t.Errorf("%s: %v", id, errs[i])
+		} else if of, ok := seen[epochs[i]]; !wrong && ok && of != id {
+			t.Errorf("%s and %s have one epoch", id, of)
+		}
+		seen[epochs[i]] = id
+	}
+	for id, want := range map[string]int{"first": 3, "right1": 2, "right2": 1, "right3": 1, "ends": 1} {
+		if got := contents(t, s, id); len(got) != want {
+			t.Errorf("%s has %q", id, got)
 		}
 	}
-	if acknowledged != int(replied.Load()) || acknowledged < 3 || acknowledged == count {
-		t.Errorf("%d were acknowledged, and %d had their reply", acknowledged, replied.Load())
+	redis.Publish(t.Context(), "chat:stream:last", "")
+	for count := 0; ; count++ {
+		m, err := heard.ReceiveMessage(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := strings.TrimPrefix(m.Channel, "chat:stream:")
+		if id == "last" {
+			if count != 7 {
+				t.Errorf("%d messages for 7 chunks", count)
+			}
+			break
+		}
+		if !slices.Contains(redis.LRange(t.Context(), "chat:history:"+id, 0, -1).Val(), m.Payload) {
+			t.Errorf("%s heard %s, of another log", m.Channel, m.Payload)
+		}
+	}
+	if n := redis.LLen(t.Context(), "chat:history:wrong3").Val(); n != 0 {
+		t.Errorf("%d chunks of an append that failed are stored", n)
+	}
+}
+
+func untilAppends(t *testing.T, s *store.Store, waiting, under int) {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		w, u := s.Appends()
+		if w == waiting && u == under {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d appends wait and %d runs are under way", w, u)
+		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -39,7 +40,7 @@ const Newest = 0
 // The log of a session that does not exist has an empty Epoch, and reading it makes
 // nothing. ErrAway means away, never empty.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
-	reply, err := s.run(ctx, scriptRead, session, false, from, bytes, count)
+	reply, err := s.run(ctx, scriptRead, session, bytes, false, from, bytes, count)
 	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
 		err = fmt.Errorf("%w: %v", ErrAway, err)
 	}
@@ -51,13 +52,17 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 		return Page{Bounds: Bounds{First: 1}, From: 1}, nil
 	}
 	p := Page{Bounds: r.bounds(), From: r.int(9)}
-	elements, ok := r.at(10).([]any)
+	parts, ok := r.at(10).([]any)
 	if r.err != nil || !ok || r.status() != "ok" {
 		return Page{}, fmt.Errorf("read log %s: %v: %w", session, r.err, errReply)
 	}
-	p.Elements = make([]string, len(elements))
-	for i, e := range elements {
-		p.Elements[i], _ = e.(string)
+	for _, part := range parts {
+		elements, _ := part.([]any)
+		p.Elements = slices.Grow(p.Elements, len(elements))
+		for _, e := range elements {
+			element, _ := e.(string)
+			p.Elements = append(p.Elements, element)
+		}
 	}
 	return p, nil
 }

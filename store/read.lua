@@ -1,40 +1,40 @@
--- The bounds of the log and chunks of it, all of one instant.
---
---   ARGV[11]  the first number wanted; 0: the newest that fit
---   ARGV[12]  how many bytes of chunks to answer at most: but one chunk at least
---   ARGV[13]  how many chunks at most; 0: only the bounds
+-- The bounds of the log and chunks of it, all of one instant. Its arguments: the first number wanted, or 0 for the
+-- newest that fit; how many bytes of chunks to answer at most, but one chunk at least; how many chunks at most, 0 for
+-- only the bounds. The chunks are answered as they were read, in parts: to copy them would cost as much again.
 --
 -- Waiting for a session creates no keys: where there is nothing, nothing is written.
-open()
-if not log then return { 'absent' } end
-finish()
+local function work()
+  open()
+  if not log then return { 'absent' } end
+  finish()
 
-local from, bytes, count = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
-local first, last = math.max(from - log.base, 1), log.length
-if from == 0 then
-  -- Size from the newest backwards, in steps that grow, then take that many.
-  local size, step, fit = 0, 32, 0
-  first = last + 1
-  while first > 1 and fit >= 0 and last - first + 1 < count do
-    local part = range(math.max(first - step, 1), first - 1)
-    for i = #part, 1, -1 do
-      size = size + #part[i]
-      if (size > bytes and first <= last) or last - first + 1 >= count then fit = -1 break end
-      first = first - 1
+  local from, bytes, most = tonumber(argument(1)), tonumber(argument(2)), tonumber(argument(3))
+  local newest = from == 0 -- then parts are read from the end backwards
+  local first = newest and log.length + 1 or math.max(from - log.base, 1)
+  local last = newest and log.length or first - 1
+  local taken, size, step, parts = 0, 0, 64, {}
+  while taken < most and (size < bytes or taken == 0) do
+    step = math.min(step, most - taken)
+    local part
+    if newest then part = range(math.max(first - step, 1), first - 1) else part = range(last + 1, math.min(last + step, log.length)) end
+    local fit, length = 0, #part
+    for k = 1, length do
+      size = size + #part[newest and length + 1 - k or k]
+      if size > bytes and taken + k > 1 then break end
+      fit = k
     end
-    step = step * 2
+    if newest then
+      for k = 1, fit < length and fit or 0 do part[k] = part[length - fit + k] end
+      table.insert(parts, 1, part)
+      first = first - fit
+    else
+      table.insert(parts, part)
+      last = last + fit
+    end
+    for k = length, fit + 1, -1 do part[k] = nil end
+    taken = taken + fit
+    if fit < length or length < step then break end
+    step = math.min(4 * step, math.max(math.floor((bytes - size) * taken / math.max(size, 1)), 1)) -- as many as may fit
   end
-  return reply('ok', int(log.base + first), range(first, last))
+  return reply('ok', int(log.base + first), parts)
 end
-
-local chunks, size, position, step = {}, 0, first, 32
-while position <= last and size < bytes and #chunks < count do
-  local part = range(position, math.min(position + step, last + 1) - 1)
-  for i = 1, #part do
-    size = size + #part[i]
-    if (size > bytes and #chunks > 0) or #chunks >= count then position = last break end
-    chunks[#chunks + 1] = part[i]
-  end
-  position, step = position + #part, step * 2
-end
-return reply('ok', int(log.base + first), chunks)

@@ -51,7 +51,7 @@ type Cancelled struct {
 // Errors: ErrNotFound, ErrMessageUnknown, *MessageEndedError (it has ended by itself),
 // ErrSessionEnded.
 func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled, error) {
-	reply, err := s.run(ctx, scriptSession, session, s.cfg.WaitReplicas > 0, "cancel", message)
+	reply, err := s.run(ctx, scriptSession, session, 0, s.cfg.WaitReplicas > 0, "cancel", message)
 	if err != nil {
 		return Cancelled{}, fmt.Errorf("cancel in session %s: %w", session, err)
 	}
@@ -79,7 +79,7 @@ func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled,
 }
 
 func (s *Store) session(ctx context.Context, session, what string, args ...any) (Bounds, bool, error) {
-	reply, err := s.run(ctx, scriptSession, session, s.cfg.WaitReplicas > 0, append([]any{what}, args...)...)
+	reply, err := s.run(ctx, scriptSession, session, 0, s.cfg.WaitReplicas > 0, append([]any{what}, args...)...)
 	if err != nil {
 		return Bounds{}, false, fmt.Errorf("%s session %s: %w", what, session, err)
 	}

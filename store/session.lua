@@ -1,73 +1,73 @@
--- Makes, deletes, begins anew, and cancels.
---
---   ARGV[11]  create | delete | renew | cancel
---   ARGV[12]  renew: the epoch that is to end; cancel: a message, or nothing for all that are open
---   ARGV[13]  renew: the highest number that was given out in it
-open()
-if ARGV[11] == 'create' then
-  if log and not log.deleted then
-    finish()
-    return reply('exists')
-  end
-  if log then revive() else make() end
-  finish()
-  return reply('ok')
-end
-
-if not log then return { 'absent' } end
-
-if ARGV[11] == 'delete' then
-  if log.deleted then return reply('ok') end
-  -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an
-  -- upload from before it does not write into what comes after; and which producers there were, so that one
-  -- that repeats itself does not bring back what was deleted.
-  local gone, all = {}, redis.call('HGETALL', session)
-  for i = 1, #all, 2 do
-    local kind, id = all[i]:match('^([pd]:)(.*)$')
-    if kind then gone[#gone + 1] = { id, kind == 'p:' and all[i + 1]:match('^%d+') or all[i + 1] } end
-  end
-  redis.call('DEL', history, session, index, opens)
-  for _, producer in ipairs(gone) do redis.call('HSET', session, 'd:' .. producer[1], producer[2]) end
-  redis.call('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
-    'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', int(now()))
-  redis.call('PEXPIRE', session, ARGV[3])
-  redis.call(ARGV[5], channel, ARGV[6])
-  redis.call('PUBLISH', ARGV[7], ARGV[10])
-  return reply('ok')
-end
-
-if ARGV[11] == 'cancel' then
-  if log.deleted then return { 'absent' } end
-  local ids, id, status = {}, ARGV[12], 'ok'
-  if id == '' then
-    save() -- so that the set has those that were learnt just now
-    for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
-      if message(one).open then ids[#ids + 1] = one end
+-- Makes, deletes, begins anew, and cancels. Its arguments: create | delete | renew | cancel; of renew then the epoch
+-- that is to end and the highest number that was given out in it; of cancel a message, or nothing for all that are open.
+local function work()
+  local what = argument(1)
+  open()
+  if what == 'create' then
+    if log and not log.deleted then
+      finish()
+      return reply('exists')
     end
-  else
-    local m = message(id)
-    if m.how and m.how ~= 'stopped' and m.how ~= 'cancelled' then status = 'message_ended'
-    elseif not m.how and not m.open then status = 'message_unknown'
-    elseif m.open and log.ended then status = 'session_ended'
-    elseif m.open then ids[1] = id end
+    if log then revive() else make() end
+    finish()
+    return reply('ok')
   end
-  local head, how = log.last, id ~= '' and message(id).how or ''
-  if #ids > 0 then
-    conclude(ids, 'cancelled', 'stopped', '')
-    look = true
+
+  if not log then return { 'absent' } end
+
+  if what == 'delete' then
+    if log.deleted then return reply('ok') end
+    -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an
+    -- upload from before it does not write into what comes after; and which producers there were, so that one
+    -- that repeats itself does not bring back what was deleted.
+    local gone, all = {}, redis.call('HGETALL', session)
+    for i = 1, #all, 2 do
+      local kind, id = all[i]:match('^([pd]:)(.*)$')
+      if kind then gone[#gone + 1] = { id, kind == 'p:' and all[i + 1]:match('^%d+') or all[i + 1] } end
+    end
+    redis.call('DEL', history, session, index, opens)
+    for _, producer in ipairs(gone) do redis.call('HSET', session, 'd:' .. producer[1], producer[2]) end
+    redis.call('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
+      'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', int(now()))
+    redis.call('PEXPIRE', session, ARGV[3])
+    redis.call(ARGV[5], channel, ARGV[6])
+    call_uploads()
+    return reply('ok')
+  end
+
+  if what == 'cancel' then
+    if log.deleted then return { 'absent' } end
+    local ids, id, status = {}, argument(2), 'ok'
+    if id == '' then
+      save() -- so that the set has those that were learnt just now
+      for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
+        if message(one).open then ids[#ids + 1] = one end
+      end
+    else
+      local m = message(id)
+      if m.how and m.how ~= 'stopped' and m.how ~= 'cancelled' then status = 'message_ended'
+      elseif not m.how and not m.open then status = 'message_unknown'
+      elseif m.open and log.ended then status = 'session_ended'
+      elseif m.open then ids[1] = id end
+    end
+    local head, how = log.last, id ~= '' and message(id).how or ''
+    if #ids > 0 then
+      conclude(ids, 'cancelled', 'stopped', '')
+      look = true
+    end
+    finish()
+    return reply(status, int(head + 1), int(head + #ids), ids, how)
+  end
+
+  -- renew: compare and set, so that of several nodes that notice, one does it. The others may have given
+  -- out higher numbers than that one knew of: a cursor among those means another log as well.
+  local given = tonumber(argument(3))
+  if log.epoch == argument(2) and not log.deleted then
+    begin(math.max(log.last, given))
+  elseif given > log.former then
+    log.former = given
+    redis.call('HSET', session, 'former', int(given))
   end
   finish()
-  return reply(status, int(head + 1), int(head + #ids), ids, how)
+  return reply('ok')
 end
-
--- renew: compare and set, so that of several nodes that notice, one does it. The others may have given
--- out higher numbers than that one knew of: a cursor among those means another log as well.
-local given = tonumber(ARGV[13])
-if log.epoch == ARGV[12] and not log.deleted then
-  begin(math.max(log.last, given))
-elseif given > log.former then
-  log.former = given
-  redis.call('HSET', session, 'former', int(given))
-end
-finish()
-return reply('ok')

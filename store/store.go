@@ -211,6 +211,9 @@ var scriptNames = [...]string{"append", "read", "session"}
 //go:embed log.lua
 var luaLog string
 
+//go:embed run.lua
+var luaRun string
+
 //go:embed append.lua
 var luaAppend string
 
@@ -232,7 +235,7 @@ func Open(cfg Config) (*Store, error) {
 	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
 	for i, text := range []string{luaAppend, luaRead, luaSession} {
-		text = luaLog + text
+		text = luaLog + text + luaRun
 		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
 	}
 	opt := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}} // of nobody: the embedded one has none
@@ -253,7 +256,8 @@ func Open(cfg Config) (*Store, error) {
 	s.metrics = newMetrics(func() int { return s.ears.count() })
 	s.rdb = connect(cfg, opt)
 	for i := range s.pipes {
-		s.pipes[i] = &pipe{rdb: s.rdb, most: 2, timeout: cfg.Timeout}
+		run := func(ctx context.Context, calls []*call) { s.exec(ctx, i, calls) }
+		s.pipes[i] = &pipe{run: run, calls: 64, bytes: 1 << 20, patience: cfg.Timeout / 2}
 	}
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
@@ -302,73 +306,101 @@ const uploads = "chat:uploads"
 // channel themselves may pass over it.
 const Hint = `{"type":"hint"}`
 
-// once is a command that go-redis never sends twice. A reply that has come is kept: when a
-// connection breaks in the middle of a pipeline, go-redis gives the error to all of its commands.
-type once struct {
-	*redis.Cmd
-	answered bool
-}
+// once is a command that go-redis never sends twice.
+type once struct{ *redis.Cmd }
 
-func (*once) NoRetry() bool { return true }
+func (once) NoRetry() bool { return true }
 
-// SetErr implements redis.Cmder.
-func (o *once) SetErr(err error) {
-	if o.answered {
-		return
+// run executes a script on one session and returns its reply's fields. size is about how many bytes it sends
+// or wants. With wait, it also waits until the replicas have what it wrote.
+func (s *Store) run(ctx context.Context, which int, id string, size int, wait bool, args ...any) (reply []any, failed error) {
+	begun := time.Now()
+	defer func() { s.metrics.ran(which, begun, failed) }()
+	c := &call{session: id, args: args, size: size, wait: wait}
+	if s.clustered { // sessions are in different places
+		s.exec(ctx, which, []*call{c})
+		return c.reply, classify(c.err)
 	}
-	o.answered = err == nil
-	o.Cmd.SetErr(err)
+	reply, failed = s.pipes[which].do(ctx, c)
+	return reply, classify(failed)
 }
 
-// run executes a script on one session and returns its reply's fields. With wait, it
-// also waits until the replicas have what it wrote.
-func (s *Store) run(ctx context.Context, which int, id string, wait bool, args ...any) (reply []any, failed error) {
-	epoch, err := uuid.NewRandom()
+// exec runs a script once, for all calls, and leaves with each its reply, or its error.
+func (s *Store) exec(ctx context.Context, which int, calls []*call) {
+	replies, short, err := s.eval(ctx, which, calls)
+	for i, c := range calls {
+		if c.err = err; err != nil {
+			continue
+		}
+		c.reply, _ = replies[i].([]any)
+		switch {
+		case len(c.reply) == 0:
+			c.err = fmt.Errorf("script answered %v: %w", replies[i], errReply)
+		case c.reply[0] == "error":
+			c.err = scriptError(fields(c.reply).text(1))
+		case c.wait:
+			c.err = short
+		}
+	}
+}
+
+// eval answers a reply for each call. short says that they are stored, but that too few replicas have them.
+func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []any, short, err error) {
+	random, err := uuid.NewRandom()
 	if err != nil {
-		return nil, fmt.Errorf("make an epoch: %w", err)
+		return nil, nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	sc, publish := s.scripts[which], "PUBLISH"
+	sc, publish, wait, size := s.scripts[which], "PUBLISH", false, 12
 	if s.clustered {
 		publish = "SPUBLISH"
 	}
-	argv := make([]any, 0, 18+len(args))
-	argv = append(argv, "evalsha", sc.sha, 5, s.key("history", id), s.key("session", id), s.key("stream", id), s.key("producers", id), s.key("messages", id),
-		epoch.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, publish, Hint,
-		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds(), id)
-	argv = append(argv, args...)
-	begun := time.Now()
-	defer func() { s.metrics.ran(which, begun, failed) }()
+	for _, c := range calls {
+		size += 6 + len(c.args)
+		wait = wait || c.wait
+	}
+	argv := make([]any, 0, size)
+	argv = append(argv, "evalsha", sc.sha, 5*len(calls))
+	for _, c := range calls {
+		for _, what := range [...]string{"history", "session", "stream", "producers", "messages"} {
+			argv = append(argv, s.key(what, c.session))
+		}
+	}
+	argv = append(argv, random.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, publish, Hint,
+		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds())
+	for _, c := range calls {
+		argv = append(append(argv, len(c.args)), c.args...)
+	}
 	send := s.send
 	if wait {
 		send = s.sendAndWait
 	}
-	cmd, err := send(ctx, which, argv)
+	cmd, short, err := send(ctx, argv)
 	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
 		argv[0], argv[1] = "eval", sc.text
-		cmd, err = send(ctx, which, argv)
+		cmd, short, err = send(ctx, argv)
 	}
 	if err != nil {
-		return nil, classify(err)
+		return nil, nil, err
 	}
-	reply, err = cmd.Slice()
-	if err != nil || len(reply) == 0 {
-		return nil, fmt.Errorf("script answered %v: %w", cmd.Val(), errors.Join(err, errReply))
+	if replies, err = cmd.Slice(); err == nil && len(replies) != len(calls) {
+		err = fmt.Errorf("script answered %v: %w", cmd.Val(), errReply)
 	}
-	return reply, nil
+	return replies, short, err
 }
 
+// scriptError is what Redis answered a command of a script.
+type scriptError string
+
+func (e scriptError) Error() string { return string(e) }
+func (scriptError) RedisError()     {}
+
 // send sends a command once.
-func (s *Store) send(ctx context.Context, which int, argv []any) (*redis.Cmd, error) {
+func (s *Store) send(ctx context.Context, argv []any) (cmd *redis.Cmd, short, err error) {
 	for pause := redirectPause; ; pause *= 2 {
-		cmd := &once{Cmd: redis.NewCmd(ctx, argv...)}
-		var err error
-		if s.clustered {
-			err = s.rdb.Process(ctx, cmd)
-		} else {
-			err = s.pipes[which].do(ctx, cmd)
-		}
+		cmd := redis.NewCmd(ctx, argv...)
+		err := s.rdb.Process(ctx, once{cmd})
 		if !s.clustered || !redis.HasErrorPrefix(err, "TRYAGAIN") || pause > redirectMost {
-			return cmd.Cmd, err
+			return cmd, nil, err
 		}
 		time.Sleep(pause) // a part of the session is in another place already: it was not executed
 	}
@@ -383,36 +415,39 @@ const (
 // sendAndWait sends a command once, and on the same connection asks that replicas have
 // it: WAIT counts only what its own connection wrote, and scripts may not use it. So in a
 // Cluster the redirections are followed here.
-func (s *Store) sendAndWait(ctx context.Context, _ int, argv []any) (*redis.Cmd, error) {
+func (s *Store) sendAndWait(ctx context.Context, argv []any) (cmd *redis.Cmd, short, err error) {
 	for pause := redirectPause; ; pause *= 2 {
 		master, err := s.master(ctx, argv[3].(string))
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errNoMaster, err)
+			return nil, nil, fmt.Errorf("%w: %w", errNoMaster, err)
 		}
-		cmd, pipe := &once{Cmd: redis.NewCmd(ctx, argv...)}, master.Pipeline()
-		_ = pipe.Process(ctx, cmd)
+		cmd, pipe := redis.NewCmd(ctx, argv...), master.Pipeline()
+		_ = pipe.Process(ctx, once{cmd})
 		wait := pipe.Do(ctx, "wait", s.cfg.WaitReplicas, s.cfg.WaitTimeout.Milliseconds())
 		_, _ = pipe.Exec(ctx)
 		err = cmd.Err()
 		if err == nil {
-			if n, waitErr := wait.Int(); waitErr != nil {
-				return nil, waitErr
-			} else if n < s.cfg.WaitReplicas {
-				return nil, fmt.Errorf("%w: it is stored, but %d of %d replicas have it (-wait-replicas)", ErrOutcomeUnknown, n, s.cfg.WaitReplicas)
+			n, short := wait.Int()
+			if short == nil && n < s.cfg.WaitReplicas {
+				short = fmt.Errorf("%w: it is stored, but %d of %d replicas have it (-wait-replicas)", ErrOutcomeUnknown, n, s.cfg.WaitReplicas)
 			}
-			return cmd.Cmd, nil
+			return cmd, short, nil
 		}
 		cluster, clustered := s.rdb.(*redis.ClusterClient)
 		moved := redis.HasErrorPrefix(err, "MOVED") || redis.HasErrorPrefix(err, "ASK") || redis.HasErrorPrefix(err, "TRYAGAIN")
 		if !clustered || !moved || pause > redirectMost {
-			return nil, err
+			return nil, nil, err
 		}
 		cluster.ReloadState(ctx)
 		time.Sleep(pause)
 	}
 }
 
-var errNoMaster = errors.New("no master is known")
+// What surely was not sent.
+var (
+	errNoMaster = errors.New("no master is known")
+	errUnsent   = errors.New("the command was not sent")
+)
 
 var errReply = errors.New("not a reply of ours")
 
