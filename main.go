@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	_ "embed"
 	"errors"
 	"flag"
@@ -56,14 +57,17 @@ func main() {
 
 // config is what flags and environment say.
 type config struct {
-	listen string
-	pprof  string
-	drain  time.Duration
-	store  store.Config
-	sse    sse.Config
-	api    api.Config
-	model  model.Model
-	log    *slog.Logger
+	listen  string
+	tlsCert string
+	tlsKey  string
+	h2c     bool
+	pprof   string
+	drain   time.Duration
+	store   store.Config
+	sse     sse.Config
+	api     api.Config
+	model   model.Model
+	log     *slog.Logger
 }
 
 // parse reads flags, and for those that are not given their environment variables, and
@@ -76,6 +80,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 
 	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
 	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on")
+	fs.StringVar(&cfg.tlsCert, "tls-cert", "", "`file` of the certificate, and of those that lead to its authority: serves https and HTTP/2; a new one is taken without a restart")
+	fs.StringVar(&cfg.tlsKey, "tls-key", "", "`file` of its private key")
+	fs.BoolVar(&cfg.h2c, "h2c", false, "take HTTP/2 without TLS, too, from proxies that speak it with prior knowledge")
 	fs.StringVar(&hosts, "hosts", "", "`names` by which browsers may call a server on loopback, beside localhost and addresses; commas between")
 	fs.StringVar(&cfg.sse.Node, "node", host, "this node's `name`, as viewers and logs are told it")
 	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a stop may take: viewers are sent to other nodes spread over it")
@@ -159,6 +166,12 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if cfg.drain < 0 {
 		errs = append(errs, fmt.Errorf("-drain: %v is less than nothing", cfg.drain))
 	}
+	if (cfg.tlsCert == "") != (cfg.tlsKey == "") {
+		errs = append(errs, errors.New("-tls-cert, -tls-key: give both or none: a certificate is of no use without its key"))
+	}
+	if cfg.h2c && cfg.tlsCert != "" {
+		errs = append(errs, errors.New("-h2c: with -tls-cert HTTP/2 is negotiated by TLS: leave out one of them"))
+	}
 	address, _, err := net.SplitHostPort(cfg.listen)
 	if err != nil {
 		errs = append(errs, fmt.Errorf("-listen: %w", err))
@@ -222,6 +235,14 @@ func run(ctx context.Context, cfg config) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s (-listen): %w", cfg.listen, err)
 	}
+	var secret *certificate
+	scheme := "http"
+	if cfg.tlsCert != "" {
+		if secret, err = openCertificate(cfg.tlsCert, cfg.tlsKey, cfg.log); err != nil {
+			return errors.Join(err, listener.Close())
+		}
+		scheme = "https"
+	}
 	stop, err := profiles(cfg)
 	if err != nil {
 		return errors.Join(err, listener.Close())
@@ -238,24 +259,23 @@ func run(ctx context.Context, cfg config) error {
 	}
 	hub := sse.NewHub(cfg.sse, logs)
 	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract, metrics(logs, hub))
-	server := &http.Server{
-		Handler:           handler,
-		ConnContext:       sse.WithConn,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
-	}
+	server := newServer(cfg, handler, secret)
 	if cfg.store.Redis == store.Embedded {
 		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage
 			debug.SetGCPercent(50)
 		}
 		cfg.log.Warn("redis is embedded: in this process's memory, for one node, gone when it stops; -redis redis://… keeps logs and serves many nodes")
 	}
-	cfg.log.Info("gapless serves", slog.String("page", "http://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))
+	cfg.log.Info("gapless serves", slog.String("page", scheme+"://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))
 
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }() // ended by Shutdown or Close; waited for below
+	go func() { // ended by Shutdown or Close; waited for below
+		if secret != nil {
+			failed <- server.ServeTLS(listener, "", "")
+		} else {
+			failed <- server.Serve(listener)
+		}
+	}()
 	select {
 	case err = <-failed:
 		err = fmt.Errorf("serve: %w", err)
@@ -273,6 +293,41 @@ func run(ctx context.Context, cfg config) error {
 	case <-time.After(cfg.drain * 4 / 100):
 	}
 	return err
+}
+
+// newServer is the HTTP server, with TLS where there is a certificate.
+func newServer(cfg config, handler http.Handler, secret *certificate) *http.Server {
+	protocols := &http.Protocols{}
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(cfg.h2c)
+	server := &http.Server{
+		Handler:           handler,
+		ConnContext:       sse.WithConn,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
+		Protocols:         protocols,
+		HTTP2: &http.HTTP2Config{
+			// Tabs and widgets of one browser share a connection; a proxy opens another one when it
+			// has so many.
+			MaxConcurrentStreams: 250,
+			// A stream has the write timeout of its own. This is for a connection that takes
+			// nothing at all, in which the end of a stream cannot be said either.
+			WriteByteTimeout: cfg.sse.WriteTimeout,
+		},
+	}
+	if secret != nil {
+		server.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: secret.get}
+		// Who was here once over https is not lured to http (RFC 6797). A year, as browsers'
+		// own lists ask for; other names below this one are others' affair.
+		server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Strict-Transport-Security", "max-age=31536000")
+			handler.ServeHTTP(w, r)
+		})
+	}
+	return server
 }
 
 // metrics is what /metrics serves: what the packages say of themselves, the runtime, and

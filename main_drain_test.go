@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -36,7 +35,7 @@ func (n *node) exits(t *testing.T, within time.Duration) {
 }
 
 func TestDrain_viewersAreBrokenOffOneByOneWhileTheNodeIsNotReady(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, append(args, "-drain", "3s")...)
 		ctx := deadline(t)
 		session := newID()
@@ -190,22 +189,18 @@ func TestDrain_anAnswerOfTheModelEndsAsDoneOrFailed(t *testing.T) {
 }
 
 // stalled is a viewer that takes nothing more once its stream has begun.
-func stalled(t *testing.T, n *node, session string) net.Conn {
+func stalled(t *testing.T, n *node, session string) {
 	t.Helper()
-	conn, err := (&net.Dialer{Control: smallReceiveBuffer}).Dial("tcp", n.addr)
+	v := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
+	_, done, err := v.stream(t.Context(), n.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = conn.Close() })
-	_, _ = io.WriteString(conn, streamRequest(session, "", "1.1"))
-	if _, err := bufio.NewReaderSize(conn, 16).ReadString('\n'); err != nil {
-		t.Fatal(err)
-	}
-	return conn
+	t.Cleanup(func() { done(false) })
 }
 
 func TestDrain_aViewerThatTakesNothingHoldsNothingUp(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, append(args, "-drain", "2s")...)
 		session := newID()
 		large(t, n, session, "")
@@ -233,7 +228,7 @@ func TestDrain_aRequestThatNeverEndsHoldsNothingUp(t *testing.T) {
 // Waiting viewers do not keep a node from stopping when Redis is away, and are told to
 // come back.
 func TestDrain_worksWhileRedisIsAway(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		redis := storetest.Redis(t)
 		n := nodes(t, 1, redis, append(args, "-drain", "3s", "-heartbeat", "50ms")...)[0]
 		session := newID()

@@ -732,7 +732,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	l.check("viewers of a log that has ended")
 
 	numbered := func() {
-		r, err := http.NewRequestWithContext(ctx, "POST", "http://"+n.addr+"/v1/sessions/"+over+"p/chunks", strings.NewReader(words(1, 2)))
+		r, err := http.NewRequestWithContext(ctx, "POST", n.url("/v1/sessions/"+over+"p/chunks"), strings.NewReader(words(1, 2)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -767,7 +767,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	l.check("its end")
 
 	// What a check refuses before there is a route is an answer as well.
-	r, err := http.NewRequestWithContext(ctx, "POST", "http://"+n.addr+"/v1/sessions", nil)
+	r, err := http.NewRequestWithContext(ctx, "POST", n.url("/v1/sessions"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -775,7 +775,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	if response, err := n.http.Do(r); err != nil || response.Body.Close() != nil || response.StatusCode != http.StatusForbidden {
 		t.Errorf("a page of another origin: %v, %v", response, err)
 	}
-	r, err = http.NewRequestWithContext(ctx, "GET", "http://"+n.addr+"/healthz", nil)
+	r, err = http.NewRequestWithContext(ctx, "GET", n.url("/healthz"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -54,7 +54,7 @@ func held(t *testing.T, viewers []*viewer) {
 }
 
 func TestOutage_viewersAreHeldWhileRedisIsDeadAndThenGetEverything(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		redis := storetest.Redis(t, durable...)
 		both := nodes(t, 2, redis, append(args, "-heartbeat", "50ms")...)
 		ctx := deadline(t)
@@ -132,7 +132,7 @@ func TestOutage_viewersAreHeldWhileRedisIsDeadAndThenGetEverything(t *testing.T)
 }
 
 func TestOutage_theFirstConnectionDuringAnOutageIsHeldToo(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		redis := storetest.Redis(t, durable...)
 		old := nodes(t, 1, redis, append(args, "-heartbeat", "50ms")...)[0]
 		session := newID()

@@ -237,7 +237,7 @@ func TestRace_deterministicRaceHistory1To6Then7PublishedInTheWindowThen8To10(t *
 }
 
 func TestRace_stress100ConnectionsInARowEachCutDuringOneAnswerLoseNothing(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		redis := storetest.Redis(t)
 		both := nodes(t, 2, redis, args...)
 		ctx := deadline(t)

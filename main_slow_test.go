@@ -34,7 +34,7 @@ func large(t *testing.T, n *node, session string, end string) {
 }
 
 func TestSlow_aViewerThatTakesNothingIsCutAndComesBackForTheRest(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, append(args, "-write-timeout", "500ms")...)
 		ctx := deadline(t)
 		session := newID()
@@ -63,7 +63,7 @@ func TestSlow_aViewerThatTakesNothingIsCutAndComesBackForTheRest(t *testing.T) {
 }
 
 func TestSlow_aViewerThatIsSlowAndTakesSomethingIsNotCut(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, append(args, "-write-timeout", "500ms")...)
 		ctx := deadline(t)
 		session := newID()

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -125,11 +124,12 @@ func (b *buffer) String() string {
 
 // node is a running gapless.
 type node struct {
-	t    testing.TB
-	addr string
-	cmd  *exec.Cmd
-	log  buffer
-	http *http.Client
+	t      testing.TB
+	scheme string
+	addr   string
+	cmd    *exec.Cmd
+	log    buffer
+	http   *http.Client
 
 	begun  time.Time
 	exited chan struct{} // closed when the process has ended, and state is set
@@ -163,9 +163,8 @@ func startProgram(t testing.TB, program string, args ...string) *node {
 
 func launchProgram(t testing.TB, program string, args ...string) *node {
 	t.Helper()
-	n := &node{t: t, exited: make(chan struct{}), http: &http.Client{
-		Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: patience,
-	}}
+	w, args := wayOf(t, args)
+	n := &node{t: t, exited: make(chan struct{}), http: w.client, scheme: w.scheme()}
 	n.cmd = exec.Command(program, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s"}, args...)...)
 	n.cmd.Dir = t.TempDir()
 	n.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // it would sleep a second
@@ -180,7 +179,7 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 		close(n.exited)
 	}()
 	t.Cleanup(n.cleanup)
-	page := regexp.MustCompile(`page=http://([0-9.:]+)/`)
+	page := regexp.MustCompile(`page=https?://([0-9.:]+)/`)
 	eventually(t, "the program says its address", func() bool {
 		select {
 		case <-n.exited:
@@ -193,21 +192,11 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 		}
 		return found != nil
 	})
+	if w.tls != nil || w.h2 {
+		ways.Store(n.addr, w)
+		t.Cleanup(func() { ways.Delete(n.addr) })
+	}
 	return n
-}
-
-// bothWays runs a test over connections that are taken over, and over those that are not.
-func bothWays(t *testing.T, run func(t *testing.T, args ...string)) {
-	t.Helper()
-	t.Parallel()
-	t.Run("taken over", func(t *testing.T) {
-		t.Parallel()
-		run(t)
-	})
-	t.Run("plain", func(t *testing.T) {
-		t.Parallel()
-		run(t, "-plain")
-	})
 }
 
 func (n *node) cleanup() {
@@ -282,7 +271,7 @@ type answer struct {
 }
 
 func (n *node) do(ctx context.Context, method, path, contentType string, body io.Reader) (a answer) {
-	r, err := http.NewRequestWithContext(ctx, method, "http://"+n.addr+path, body)
+	r, err := http.NewRequestWithContext(ctx, method, n.url(path), body)
 	if err != nil {
 		return answer{err: err}
 	}
@@ -297,6 +286,8 @@ func (n *node) do(ctx context.Context, method, path, contentType string, body io
 	b, err := io.ReadAll(response.Body)
 	return answer{response.StatusCode, response.Header, string(b), err}
 }
+
+func (n *node) url(path string) string { return n.scheme + "://" + n.addr + path }
 
 func (n *node) get(path string) answer { return n.do(context.Background(), "GET", path, "", nil) }
 
@@ -577,19 +568,12 @@ func (v *viewer) connect(ctx context.Context, addr string, stop func(event) bool
 // raw makes one connection and hands out the bytes of its body, until it ends or they
 // are not wanted any more.
 func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) ending {
-	conn, err := v.dialer.DialContext(ctx, "tcp", addr)
+	response, done, err := v.stream(ctx, addr)
 	if err != nil {
 		return refused
 	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	if _, err := io.WriteString(conn, v.request(addr)); err != nil {
-		return refused
-	}
-	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		return refused
-	}
+	hard := false // cut as a network does it, or as a page does it
+	defer func() { done(hard) }()
 	v.status.Store(int64(response.StatusCode))
 	defer v.status.Store(0)
 	switch {
@@ -609,9 +593,7 @@ func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) en
 		v.beats.Store(int64(v.comments))
 		switch {
 		case !wanted:
-			if rand.IntN(2) == 0 { // as a network does it, or as a page does it
-				_ = conn.(*net.TCPConn).SetLinger(0)
-			}
+			hard = rand.IntN(2) == 0
 			return cut
 		case err == io.EOF:
 			return clean

@@ -408,7 +408,7 @@ func (v *viewer) cutAt(ctx context.Context, addr string, at int) ending {
 }
 
 func TestWire_manyCutsInARowNeverYieldATornEvent(t *testing.T) {
-	bothWays(t, func(t *testing.T, args ...string) {
+	everyWay(t, func(t *testing.T, args ...string) {
 		redis := storetest.Redis(t)
 		both := nodes(t, 2, redis, args...)
 		ctx := deadline(t)

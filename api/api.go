@@ -164,10 +164,11 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // partInDrain has the client's next request come on another connection while this node
 // drains: one that is closed while it lies idle may be closed just when the client sends something.
+// Over HTTP/2 the same header makes a GOAWAY: what is under way on the connection goes on.
 func (a *API) partInDrain(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		c.Response().Before(func() {
-			if a.draining.Err() != nil && c.Request().ProtoMajor == 1 {
+			if a.draining.Err() != nil {
 				c.Response().Header().Set("Connection", "close")
 			}
 		})

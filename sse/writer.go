@@ -69,19 +69,30 @@ func Conn(ctx context.Context) net.Conn {
 // 10 ms, little enough that a viewer's pace shows.
 const sendBuffer = 32 << 10
 
+// sharedBuffer is the same for a connection of many streams (HTTP/2): what one of them has
+// put into it is in front of all others.
+const sharedBuffer = 4 * sendBuffer
+
+var errLeft = errors.New("the response has to end")
+
 // NewWriter begins the response: status 200, the headers of a stream, nothing of it
 // kept back. End must be called.
 func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
 	conn := Conn(r.Context())
-	if r.ProtoMajor != 1 {
-		conn = nil
-	}
-	if conn != nil {
+	switch {
+	case conn == nil:
+	case r.ProtoMajor != 1:
+		setSendBuffer(conn, sharedBuffer)
+		conn = nil // what its peer acknowledges is perhaps another stream's
+	default:
 		setSendBuffer(conn, sendBuffer)
 	}
 	w := h.newWriter(response{to, http.NewResponseController(to)}, conn)
 	w.http10 = conn != nil && r.ProtoMinor == 0
 	streamHeader(to.Header())
+	if r.ProtoMajor == 2 && h.leaving.Err() != nil {
+		to.Header().Set("Connection", "close") // it makes a GOAWAY of it: else the viewer would come back on this connection
+	}
 	to.WriteHeader(http.StatusOK)
 	return w
 }
@@ -109,13 +120,22 @@ func (w *Writer) write(p []byte) error {
 		piece := p[:min(len(p), segmentSize)]
 		p = p[len(piece):]
 		w.writing.Add(1)
-		if _, w.err = w.out.Write(piece); w.err == nil {
-			w.err = w.out.Flush()
+		select {
+		case <-w.left: // leave may have seen no write under way
+			w.err = errLeft
+		default:
+			w.put(piece)
 		}
 		w.writing.Add(1)
 	}
 	w.wrote = time.Now()
 	return w.err
+}
+
+func (w *Writer) put(p []byte) {
+	if _, w.err = w.out.Write(p); w.err == nil {
+		w.err = w.out.Flush()
+	}
 }
 
 // look runs four times in the write timeout, so that a write itself sets no timer. A
@@ -143,7 +163,8 @@ func (w *Writer) look() {
 }
 
 // leave has the response end now, even if its socket takes nothing. It is called once,
-// and perhaps late: behind End the connection is another request's.
+// and perhaps late: behind End the connection is another request's. The deadline is for a write
+// that is under way, and no other: HTTP/2 ends a stream by it, and last has still something to say.
 func (w *Writer) leave() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -153,13 +174,17 @@ func (w *Writer) leave() {
 	w.leaving = true
 	w.watch.Stop()
 	close(w.left)
-	_ = w.out.SetWriteDeadline(time.Now())
+	if w.writing.Load()%2 == 1 {
+		_ = w.out.SetWriteDeadline(time.Now())
+	}
 }
 
 // last writes after leave, if the socket takes it at once.
 func (w *Writer) last(p []byte) {
 	_ = w.out.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	_ = w.write(p)
+	if w.err == nil {
+		w.put(p)
+	}
 }
 
 // cause names why a write failed.

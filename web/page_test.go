@@ -84,17 +84,26 @@ type node struct {
 	cmd  *exec.Cmd
 	out  bytes.Buffer // to be read when it has stopped
 	once sync.Once
+
+	scheme string
+	http   *http.Client
 }
 
 // start starts a node on a free port, and stops it when the test ends. It must stop
 // with status 0: with the race detector in it, that says that no race was found.
-func start(t testing.TB, args ...string) *node {
+func start(t testing.TB, args ...string) *node { return startOver(t, nil, args...) }
+
+// startOver starts one that a client talks to over TLS.
+func startOver(t testing.TB, secure *http.Client, args ...string) *node {
 	t.Helper()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{t: t, addr: fmt.Sprintf("127.0.0.1:%d", storetest.FreePort(t))}
+	n := &node{t: t, addr: fmt.Sprintf("127.0.0.1:%d", storetest.FreePort(t)), scheme: "http", http: http.DefaultClient}
+	if secure != nil {
+		n.scheme, n.http = "https", secure
+	}
 	n.cmd = exec.Command(path, append([]string{"-listen", n.addr, "-drain", "500ms"}, args...)...)
 	n.cmd.Stdout, n.cmd.Stderr = &n.out, &n.out
 	if err := n.cmd.Start(); err != nil {
@@ -102,7 +111,7 @@ func start(t testing.TB, args ...string) *node {
 	}
 	t.Cleanup(n.stop)
 	eventually(t, "a node is ready", func() bool {
-		r, err := http.Get(n.url("/readyz"))
+		r, err := n.http.Get(n.url("/readyz"))
 		if err != nil {
 			return false
 		}
@@ -124,7 +133,7 @@ func (n *node) stop() {
 	})
 }
 
-func (n *node) url(path string) string { return "http://" + n.addr + path }
+func (n *node) url(path string) string { return n.scheme + "://" + n.addr + path }
 
 // post fails the test unless the answer is 2xx.
 func (n *node) post(t testing.TB, path string, body any) {
@@ -142,7 +151,7 @@ func (n *node) send(t testing.TB, path string, body any) (status int, answer []b
 		t.Error(err)
 		return 0, nil
 	}
-	r, err := http.Post(n.url(path), "application/json", bytes.NewReader(text))
+	r, err := n.http.Post(n.url(path), "application/json", bytes.NewReader(text))
 	if err != nil {
 		t.Errorf("POST %s: %v", path, err)
 		return 0, nil
@@ -516,7 +525,7 @@ func (a *answer) note(piece []byte) int {
 // ---- Chromium
 
 // chromium starts a browser, to be stopped when the test ends. Its absence fails the test.
-func chromium(t testing.TB) context.Context {
+func chromium(t testing.TB, more ...chromedp.ExecAllocatorOption) context.Context {
 	t.Helper()
 	var path string
 	for _, name := range []string{"chromium", "chromium-browser", "google-chrome-stable", "google-chrome"} {
@@ -531,6 +540,7 @@ func chromium(t testing.TB) context.Context {
 	options := append(chromedp.DefaultExecAllocatorOptions[:], // among them a user data directory of its own
 		chromedp.ExecPath(path), chromedp.NoSandbox, chromedp.DisableGPU,
 		chromedp.Flag("disable-component-update", true), chromedp.Flag("disable-quic", true))
+	options = append(options, more...)
 	quiet := func(string, ...any) {}
 	ctx, _ := chromedp.NewContext(context.Background(), chromedp.WithAllocatorOptions(options...),
 		chromedp.WithLogf(quiet), chromedp.WithErrorf(quiet))

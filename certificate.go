@@ -1,0 +1,79 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+)
+
+// certificate is a certificate and its key in two files that others replace: certbot,
+// cert-manager, a Kubernetes secret (which swaps symbolic links). The files are read again at a
+// handshake, once in a while, and compared by what is in them, so that it does not matter how they
+// were replaced. One that is bad, or half replaced, changes nothing: the former one serves on.
+type certificate struct {
+	certFile, keyFile string
+	every             time.Duration // between two looks
+	log               *slog.Logger
+
+	mu     sync.Mutex
+	looked time.Time
+	text   [2][]byte // of both files, of which pair was made
+	pair   *tls.Certificate
+	failed string // why the last look changed nothing; it is logged once
+}
+
+// openCertificate reads both files, which must be good at start.
+func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
+	c := &certificate{certFile: certFile, keyFile: keyFile, every: 5 * time.Second, log: log}
+	if _, err := c.load(); err != nil {
+		return nil, fmt.Errorf("read the certificate (-tls-cert, -tls-key): %w", err)
+	}
+	c.looked = time.Now()
+	return c, nil
+}
+
+// get implements tls.Config.GetCertificate.
+func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(c.looked) < c.every {
+		return c.pair, nil
+	}
+	c.looked = time.Now()
+	changed, err := c.load()
+	switch {
+	case err != nil && err.Error() != c.failed:
+		c.failed = err.Error()
+		c.log.Error("the new certificate is not used, the former one still is", slog.Any("err", err), slog.Time("valid_until", c.pair.Leaf.NotAfter))
+	case err == nil && changed:
+		c.failed = ""
+		c.log.Info("the certificate was replaced", slog.Time("valid_until", c.pair.Leaf.NotAfter))
+	}
+	return c.pair, nil
+}
+
+// load takes what the files hold, if that is new. mu is held, or nobody else knows c.
+func (c *certificate) load() (changed bool, err error) {
+	cert, err := os.ReadFile(c.certFile)
+	if err != nil {
+		return false, err
+	}
+	key, err := os.ReadFile(c.keyFile)
+	if err != nil {
+		return false, err
+	}
+	if c.pair != nil && bytes.Equal(cert, c.text[0]) && bytes.Equal(key, c.text[1]) {
+		c.failed = ""
+		return false, nil
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return false, fmt.Errorf("%s and %s: %w", c.certFile, c.keyFile, err)
+	}
+	c.text, c.pair = [2][]byte{cert, key}, &pair
+	return true, nil
+}

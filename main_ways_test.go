@@ -1,0 +1,155 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+
+	"gapless/store/storetest"
+)
+
+// way is how the tests talk to a node: over HTTP/1.1 or HTTP/2, with TLS or without.
+type way struct {
+	tls *tls.Config // nil: without
+	h2  bool
+	// client has one connection for all, where the protocol allows it.
+	client *http.Client
+}
+
+// ways are those of the nodes that are not talked to in plain HTTP/1.1, by their address.
+var ways sync.Map
+
+// overHTTP1 is an argument for launch, and not for the program: talk HTTP/1.1 to it, although it has TLS.
+const overHTTP1 = "over HTTP/1.1"
+
+// everyWay runs a test over connections that are taken over, over those that are not, and over
+// TLS and HTTP/2. What is promised is the same.
+func everyWay(t *testing.T, run func(t *testing.T, args ...string)) {
+	t.Helper()
+	t.Parallel()
+	cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
+	for name, args := range map[string][]string{
+		"taken over":        nil,
+		"plain":             {"-plain"},
+		"HTTP/1.1 over TLS": {"-tls-cert", cert, "-tls-key", key, overHTTP1},
+		"HTTP/2 over TLS":   {"-tls-cert", cert, "-tls-key", key},
+		"h2c":               {"-h2c"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			run(t, args...)
+		})
+	}
+}
+
+// wayOf is the way to a node with these arguments, and those that the program is to be given.
+func wayOf(t testing.TB, args []string) (way, []string) {
+	t.Helper()
+	w := way{h2: slices.Contains(args, "-h2c")}
+	if i := slices.Index(args, "-tls-cert"); i >= 0 {
+		text, err := os.ReadFile(args[i+1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool := x509.NewCertPool()
+		pool.AppendCertsFromPEM(text) // who trusts the very certificate needs no authority
+		w.tls = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+		w.h2 = !slices.Contains(args, overHTTP1)
+	}
+	w.client = &http.Client{Transport: w.transport(&net.Dialer{}), Timeout: patience}
+	return w, slices.DeleteFunc(slices.Clone(args), func(a string) bool { return a == overHTTP1 })
+}
+
+func (w way) scheme() string {
+	if w.tls != nil {
+		return "https"
+	}
+	return "http"
+}
+
+// transport has connections of its own. Where its dialer sees to it that the kernel holds little for a viewer
+// that does not read, it holds little itself.
+func (w way) transport(dialer *net.Dialer) *http.Transport {
+	p := &http.Protocols{}
+	p.SetHTTP1(!w.h2)
+	p.SetHTTP2(w.h2 && w.tls != nil)
+	p.SetUnencryptedHTTP2(w.h2 && w.tls == nil)
+	t := &http.Transport{DialContext: dialer.DialContext, TLSClientConfig: w.tls, Protocols: p, MaxIdleConnsPerHost: 64, DisableCompression: true}
+	if dialer.Control != nil {
+		t.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10}
+	}
+	return t
+}
+
+// ask makes a viewer's request, on a connection of its own unless that is shared in HTTP/2. done lets go of it.
+func (w way) ask(ctx context.Context, v *viewer, addr string) (response *http.Response, done func(), err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	transport := w.client.Transport.(*http.Transport)
+	mine := v.dialer.Control != nil || !w.h2
+	if mine {
+		transport = w.transport(&v.dialer)
+	}
+	done = func() {
+		cancel()
+		if mine {
+			transport.CloseIdleConnections()
+		}
+	}
+	r, err := http.NewRequestWithContext(ctx, "GET", w.scheme()+"://"+addr+"/v1/sessions/"+v.session+"/stream"+v.query, nil)
+	if err == nil {
+		if v.lastID != "" {
+			r.Header.Set("Last-Event-ID", v.lastID)
+		}
+		response, err = transport.RoundTrip(r)
+	}
+	if err == nil && (response.ProtoMajor == 2) != w.h2 {
+		v.fault("it was answered over %s", response.Proto)
+	}
+	if err != nil {
+		done()
+		return nil, nil, err
+	}
+	return response, done, nil
+}
+
+// askPlainly is ask in plain HTTP/1.1, to the byte.
+func (v *viewer) askPlainly(ctx context.Context, addr string) (response *http.Response, done func(cut bool), err error) {
+	conn, err := v.dialer.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	done = func(cut bool) {
+		if cut {
+			_ = conn.(*net.TCPConn).SetLinger(0)
+		}
+		stop()
+		_ = conn.Close()
+	}
+	if _, err = io.WriteString(conn, v.request(addr)); err == nil {
+		response, err = http.ReadResponse(bufio.NewReader(conn), nil)
+	}
+	if err != nil {
+		done(false)
+		return nil, nil, err
+	}
+	return response, done, nil
+}
+
+// stream begins the response, however this node is talked to.
+func (v *viewer) stream(ctx context.Context, addr string) (response *http.Response, done func(cut bool), err error) {
+	w, ok := ways.Load(addr)
+	if !ok {
+		return v.askPlainly(ctx, addr)
+	}
+	response, end, err := w.(way).ask(ctx, v, addr)
+	return response, func(bool) { end() }, err
+}
