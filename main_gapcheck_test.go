@@ -26,6 +26,8 @@ type gapcheck struct {
 	// ended says whether the producer ends the log; foreign ones cannot.
 	ended       bool
 	newestFirst bool // the list is in the other order
+	patient     bool // viewers come back after a clean end
+	proxied     bool // and are behind a proxy
 
 	mu     sync.Mutex // of nodes, where they are restarted
 	client http.Client
@@ -89,7 +91,7 @@ func (g *gapcheck) run(t *testing.T) {
 			close(produced)
 		})
 		for k := range r.viewers {
-			v := &viewer{session: r.session, glue: k%2 == 1}
+			v := &viewer{session: r.session, glue: k%2 == 1, patient: g.patient, proxied: g.proxied}
 			r.viewers[k] = v
 			wg.Go(func() {
 				pause(ctx, rand.N(200*time.Millisecond))

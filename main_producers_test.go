@@ -32,7 +32,8 @@ type numbered struct {
 // post appends count chunks, and repeats it until that is acknowledged.
 func (p *numbered) post(ctx context.Context, kind string, count int, body func() io.Reader, closes bool) (s stored, err error) {
 	for ctx.Err() == nil {
-		r, err := http.NewRequestWithContext(ctx, "POST", "http://"+p.addr()+"/v1/sessions/"+p.session+"/chunks?message_id=m1", body())
+		addr := p.addr()
+		r, err := http.NewRequestWithContext(ctx, "POST", schemeAt(addr)+"://"+addr+"/v1/sessions/"+p.session+"/chunks?message_id=m1", body())
 		if err != nil {
 			return s, err
 		}

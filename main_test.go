@@ -455,7 +455,11 @@ type viewer struct {
 	glue bool // keep torn events, as WebKit does
 	// renumbered: its log was rewritten, and what is in it says numbers of its former life.
 	renumbered bool
-	dialer     net.Dialer
+	// patient: it comes back after a clean end, too, as an EventSource does, until 204.
+	patient bool
+	// proxied: in front of it is a proxy, which says Connection: close while it is reloaded.
+	proxied bool
+	dialer  net.Dialer
 
 	cursor   int64
 	chunks   []string // data of onmessage, since the last reset
@@ -559,7 +563,10 @@ func (v *viewer) connect(ctx context.Context, addr string, stop func(event) bool
 			return stop == nil || !stop(e)
 		})
 	})
-	if how == nothing || how == clean {
+	if how == clean && first && v.proxied { // no node is there, says the proxy
+		return refused
+	}
+	if how == nothing || how == clean && !v.patient {
 		v.over = true
 	}
 	return how
@@ -583,7 +590,7 @@ func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) en
 		v.fault("status %d, %s: an EventSource would never come back", response.StatusCode, response.Header.Get("Content-Type"))
 		return refused
 	}
-	if response.Close {
+	if response.Close && !v.proxied {
 		v.fault("the stream says Connection: close: some clients take its break for its end")
 	}
 	b := make([]byte, 8<<10)

@@ -75,6 +75,13 @@ func (w way) scheme() string {
 	return "http"
 }
 
+func schemeAt(addr string) string {
+	if w, ok := ways.Load(addr); ok {
+		return w.(way).scheme()
+	}
+	return "http"
+}
+
 // transport has connections of its own. Where its dialer sees to it that the kernel holds little for a viewer
 // that does not read, it holds little itself.
 func (w way) transport(dialer *net.Dialer) *http.Transport {
