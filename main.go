@@ -41,6 +41,13 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	if len(os.Args) > 1 {
+		if command := commands[os.Args[1]]; command != nil {
+			code := command(ctx, os.Args[2:], os.LookupEnv)
+			stop()
+			os.Exit(code)
+		}
+	}
 	cfg, err := parse(os.Args[1:], os.LookupEnv)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -110,10 +117,11 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
 
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo")
+	showVersion := fs.Bool("version", false, "print the version and end")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
 	fs.StringVar(&logFormat, "log-format", "text", "text or json")
 	fs.Usage = func() {
-		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
+		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\n\n  gapless [flags]              serves\n  gapless doctor [flags] URL   says why a server does not stream (gapless doctor -help)\n  gapless ready URL            exits with 0 when the node is ready, for health checks\n\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
 		fs.PrintDefaults()
 	}
 
@@ -134,8 +142,13 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 			args = args[1:] // its value
 		}
 	}
+	if *showVersion {
+		version, revision := build()
+		fmt.Println("gapless", version, revision, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
+		return cfg, flag.ErrHelp
+	}
 	if fs.NArg() > 0 {
-		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only", fs.Arg(0)))
+		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only, or one of the commands doctor and ready in front", fs.Arg(0)))
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
@@ -337,7 +350,19 @@ func metrics(logs *store.Store, hub *sse.Hub) *prometheus.Registry {
 	registry.MustRegister(logs.Metrics()...)
 	registry.MustRegister(hub.Metrics()...)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	version, revision := "unknown", "unknown"
+	version, revision := build()
+	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "gapless_build_info", Help: "1, of the build that runs."}, []string{"version", "revision", "go"})
+	info.WithLabelValues(version, revision, runtime.Version()).Set(1)
+	registry.MustRegister(info)
+	return registry
+}
+
+// stamped is the version, where the release script has set it (-X main.stamped=…).
+var stamped string
+
+// build is which one runs: its version, and the commit that it was made from.
+func build() (version, revision string) {
+	version, revision = "unknown", "unknown"
 	if info, ok := debug.ReadBuildInfo(); ok {
 		version = info.Main.Version
 		for _, s := range info.Settings {
@@ -346,10 +371,10 @@ func metrics(logs *store.Store, hub *sse.Hub) *prometheus.Registry {
 			}
 		}
 	}
-	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "gapless_build_info", Help: "1, of the build that runs."}, []string{"version", "revision", "go"})
-	build.WithLabelValues(version, revision, runtime.Version()).Set(1)
-	registry.MustRegister(build)
-	return registry
+	if stamped != "" {
+		version = stamped
+	}
+	return version, revision
 }
 
 // drain ends everything within the drain time. Viewers leave spread over its first part,

@@ -31,6 +31,7 @@ type proxy struct {
 	log    buffer
 	exited chan struct{}
 	reload func()
+	ca     string // the file of the authority that vouches for it
 }
 
 // proxies are how to run each of them.
@@ -59,7 +60,7 @@ var proxies = map[string]func(t *testing.T, nodes []string) *proxy{
 	},
 }
 
-func nginx(t *testing.T, nodes []string, secure bool) *proxy {
+func nginx(t *testing.T, nodes []string, secure bool, more ...string) *proxy {
 	t.Helper()
 	p := &proxy{t: t, addr: freeAddr(t)}
 	changes := []string{"worker_shutdown_timeout 30s", "worker_shutdown_timeout 1s", "fail_timeout=5s", "fail_timeout=1s", "listen 80;", "listen " + p.addr + ";",
@@ -67,6 +68,7 @@ func nginx(t *testing.T, nodes []string, secure bool) *proxy {
 		"http {", "http {\naccess_log off;\n" + nginxPaths}
 	if secure {
 		authority := storetest.NewAuthority(t)
+		p.ca = authority.File
 		cert, key := authority.Issue("127.0.0.1")
 		changes = append(changes, "listen "+p.addr+";", "", "#tls ", "", "listen 443", "listen "+p.addr, "/etc/nginx/tls/tls.crt", cert, "/etc/nginx/tls/tls.key", key)
 		w := way{tls: authority.Config(), h2: true}
@@ -75,7 +77,7 @@ func nginx(t *testing.T, nodes []string, secure bool) *proxy {
 		ways.Store(p.addr, w)
 		t.Cleanup(func() { ways.Delete(p.addr) })
 	}
-	p.runNginx(p.conf("deploy/nginx/nginx.conf", nodes, changes...))
+	p.runNginx(p.conf("deploy/nginx/nginx.conf", nodes, append(more, changes...)...))
 	return p
 }
 

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"gapless/doctor"
+)
+
+// commands are what the program does beside serving. Each answers its exit code: 0 all is well, 1 it
+// is not, 2 it was called in a wrong way.
+var commands = map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int{
+	"doctor": examine,
+	"ready":  ready,
+}
+
+// examine is gapless doctor.
+func examine(ctx context.Context, args []string, env func(string) (string, bool)) int {
+	cfg := doctor.DefaultConfig()
+	fs := flag.NewFlagSet("gapless doctor", flag.ContinueOnError)
+	fs.StringVar(&cfg.Origin, "origin", "", "an `origin` whose pages use the server, such as https://chat.example: examines CORS")
+	fs.DurationVar(&cfg.Idle, "idle", cfg.Idle, "how long to listen in silence: longer than -heartbeat; two minutes find most idle time-outs")
+	tokenFile := fs.String("token-file", "", "`file` of a bearer token that may read and write any session; or GAPLESS_TOKEN holds it")
+	ca := fs.String("ca", "", "`file` of the certificates that vouch for the server, instead of the system's")
+	asJSON := fs.Bool("json", false, "print one JSON object: {\"ok\": …, \"findings\": […]}")
+	fs.SetOutput(os.Stderr)
+	fs.Usage = func() {
+		fmt.Fprintln(fs.Output(), "gapless doctor [flags] URL appends to a session of its own through the URL that users call,\nand says whether it streams, and what to do where it does not. It exits with 0 when all is well,\n1 when it found a problem, 2 when it was called in a wrong way.")
+		fs.PrintDefaults()
+	}
+	switch err := fs.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		return 2
+	}
+	var errs []error
+	if fs.NArg() != 1 {
+		errs = append(errs, fmt.Errorf("URL: give one, behind all flags; there are %d", fs.NArg()))
+	} else if u, err := url.Parse(fs.Arg(0)); err != nil {
+		errs = append(errs, fmt.Errorf("URL: %w", err))
+	} else {
+		cfg.URL = u
+		errs = append(errs, cfg.Validate())
+	}
+	cfg.Token, _ = env("GAPLESS_TOKEN")
+	if *tokenFile != "" {
+		b, err := os.ReadFile(*tokenFile)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("-token-file: %w", err))
+		}
+		cfg.Token = string(b)
+	}
+	if cfg.Token = strings.TrimSpace(cfg.Token); strings.ContainsAny(cfg.Token, "\r\n \t") {
+		errs = append(errs, errors.New("-token-file, GAPLESS_TOKEN: a token is one word"))
+	}
+	if *ca != "" {
+		b, err := os.ReadFile(*ca)
+		if cfg.Roots = x509.NewCertPool(); err == nil && !cfg.Roots.AppendCertsFromPEM(b) {
+			err = fmt.Errorf("%s holds no certificate in PEM", *ca)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("-ca: %w", err))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+
+	report := struct {
+		OK       bool             `json:"ok"`
+		Findings []doctor.Finding `json:"findings"`
+	}{OK: true}
+	if !*asJSON {
+		fmt.Println("gapless doctor looks at", cfg.URL)
+		cfg.Progress = func(text string) { fmt.Fprintln(os.Stderr, "  …", text) }
+	}
+	doctor.Examine(ctx, cfg, func(f doctor.Finding) {
+		report.OK = report.OK && f.OK
+		report.Findings = append(report.Findings, f)
+		switch {
+		case *asJSON:
+		case f.OK:
+			fmt.Printf("ok       %s: %s\n", f.Check, f.Found)
+		default:
+			fmt.Printf("PROBLEM  %s: %s\n         remedy: %s\n", f.Check, f.Found, f.Remedy)
+		}
+	})
+	if ctx.Err() != nil {
+		fmt.Fprintln(os.Stderr, "interrupted")
+		return 1
+	}
+	if *asJSON {
+		e := json.NewEncoder(os.Stdout)
+		e.SetEscapeHTML(false)
+		e.SetIndent("", "  ")
+		if err := e.Encode(report); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	if !report.OK {
+		return 1
+	}
+	return 0
+}
+
+// ready is gapless ready URL, for containers, which have no curl.
+func ready(ctx context.Context, args []string, _ func(string) (string, bool)) int {
+	var at *url.URL
+	var err error
+	if len(args) == 1 {
+		at, err = url.Parse(args[0])
+	}
+	if at == nil || err != nil || at.Host == "" {
+		fmt.Fprintln(os.Stderr, "gapless ready takes one argument, the URL of a node, such as http://127.0.0.1:8080")
+		return 2
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, "GET", at.JoinPath("/readyz").String(), nil)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	response, err := http.DefaultClient.Do(r)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	_ = response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		fmt.Fprintln(os.Stderr, response.Status)
+		return 1
+	}
+	return 0
+}
