@@ -4,13 +4,21 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 REDOCLY     := @redocly/cli@1.34.5
 
-.PHONY: run build test setup lint unit torture soak bench fuzz
+.PHONY: run build release reproducible test setup lint unit torture soak bench fuzz
 
 run: ## the server, on the embedded Redis
 	go run .
 
 build: ## the binary
 	CGO_ENABLED=0 go build -trimpath -o gapless .
+
+release: ## binaries for Linux, macOS and Windows, and SHA256SUMS, in release/
+	./deploy/release.sh release
+
+reproducible: release ## the same again, in a clone elsewhere that has nothing compiled: equal to the byte
+	@dir=$$(mktemp -d) && trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT && \
+	git clone -q . "$$dir/clone" && GOCACHE="$$dir/cache" VERSION="$$(git describe --tags --always --dirty)" "$$dir/clone/deploy/release.sh" "$$dir/out" >/dev/null && \
+	diff release/SHA256SUMS "$$dir/out/SHA256SUMS" && echo "two builds are equal"
 
 test: setup lint unit ## everything
 
@@ -26,6 +34,8 @@ lint:
 	go mod tidy -diff
 	@echo "== linters"
 	go run $(STATICCHECK) ./...
+	@echo "== deploy: what can be held against its own tools, without being run"
+	cd deploy/lint && go mod tidy -diff && go vet ./... && go test -count=1 ./...
 	@echo "== openapi.yaml"
 	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
 

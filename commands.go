@@ -20,7 +20,8 @@ import (
 // is not, 2 it was called in a wrong way.
 var commands = map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int{
 	"doctor": examine,
-	"ready":  ready,
+	"live":   check("/healthz"),
+	"ready":  check("/readyz"),
 }
 
 // examine is gapless doctor.
@@ -115,33 +116,35 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 	return 0
 }
 
-// ready is gapless ready URL, for containers, which have no curl.
-func ready(ctx context.Context, args []string, _ func(string) (string, bool)) int {
-	var at *url.URL
-	var err error
-	if len(args) == 1 {
-		at, err = url.Parse(args[0])
+// check is gapless live URL and gapless ready URL, for containers, which have no curl.
+func check(path string) func(context.Context, []string, func(string) (string, bool)) int {
+	return func(ctx context.Context, args []string, _ func(string) (string, bool)) int {
+		var at *url.URL
+		var err error
+		if len(args) == 1 {
+			at, err = url.Parse(args[0])
+		}
+		if at == nil || err != nil || at.Host == "" {
+			fmt.Fprintln(os.Stderr, "it takes one argument, the URL of a node, such as http://127.0.0.1:8080")
+			return 2
+		}
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		r, err := http.NewRequestWithContext(ctx, "GET", at.JoinPath(path).String(), nil)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 2
+		}
+		response, err := http.DefaultClient.Do(r)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		_ = response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			fmt.Fprintln(os.Stderr, response.Status)
+			return 1
+		}
+		return 0
 	}
-	if at == nil || err != nil || at.Host == "" {
-		fmt.Fprintln(os.Stderr, "gapless ready takes one argument, the URL of a node, such as http://127.0.0.1:8080")
-		return 2
-	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	r, err := http.NewRequestWithContext(ctx, "GET", at.JoinPath("/readyz").String(), nil)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 2
-	}
-	response, err := http.DefaultClient.Do(r)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	_ = response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		fmt.Fprintln(os.Stderr, response.Status)
-		return 1
-	}
-	return 0
 }

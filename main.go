@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	_ "embed"
@@ -121,7 +122,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
 	fs.StringVar(&logFormat, "log-format", "text", "text or json")
 	fs.Usage = func() {
-		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\n\n  gapless [flags]              serves\n  gapless doctor [flags] URL   says why a server does not stream (gapless doctor -help)\n  gapless ready URL            exits with 0 when the node is ready, for health checks\n\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
+		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\n\n  gapless [flags]              serves\n  gapless doctor [flags] URL   says why a server does not stream (gapless doctor -help)\n  gapless live|ready URL       exits with 0 when the node is, for health checks\n\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
 		fs.PrintDefaults()
 	}
 
@@ -143,12 +144,12 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		}
 	}
 	if *showVersion {
-		version, revision := build()
-		fmt.Println("gapless", version, revision, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
+		of, from := build()
+		fmt.Println("gapless", of, from, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return cfg, flag.ErrHelp
 	}
 	if fs.NArg() > 0 {
-		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only, or one of the commands doctor and ready in front", fs.Arg(0)))
+		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only, or one of the commands doctor, live, ready in front", fs.Arg(0)))
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
@@ -350,31 +351,29 @@ func metrics(logs *store.Store, hub *sse.Hub) *prometheus.Registry {
 	registry.MustRegister(logs.Metrics()...)
 	registry.MustRegister(hub.Metrics()...)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	version, revision := build()
+	of, from := build()
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "gapless_build_info", Help: "1, of the build that runs."}, []string{"version", "revision", "go"})
-	info.WithLabelValues(version, revision, runtime.Version()).Set(1)
+	info.WithLabelValues(of, from, runtime.Version()).Set(1)
 	registry.MustRegister(info)
 	return registry
 }
 
-// stamped is the version, where the release script has set it (-X main.stamped=…).
-var stamped string
+// version and commit are stamped by deploy/release.sh (-X main.version=…). Go itself knows them of what
+// is built in a clone of the repository.
+var version, commit string
 
 // build is which one runs: its version, and the commit that it was made from.
-func build() (version, revision string) {
-	version, revision = "unknown", "unknown"
+func build() (of, from string) {
+	of, from = version, commit
 	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
+		of = cmp.Or(of, info.Main.Version)
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
-				revision = s.Value
+				from = cmp.Or(from, s.Value)
 			}
 		}
 	}
-	if stamped != "" {
-		version = stamped
-	}
-	return version, revision
+	return cmp.Or(of, "unknown"), cmp.Or(from, "unknown")
 }
 
 // drain ends everything within the drain time. Viewers leave spread over its first part,

@@ -299,7 +299,7 @@ func TestDoctor_speaksToPeopleAndSendsItsToken(t *testing.T) {
 	}
 }
 
-func TestReady_saysWhetherANodeIs(t *testing.T) {
+func TestReady_andLiveSayWhetherANodeIs(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis)[0]
@@ -309,6 +309,9 @@ func TestReady_saysWhetherANodeIs(t *testing.T) {
 	redis.Kill()
 	if code, out := program(t, nil, "ready", "http://"+n.addr); code != 1 || !strings.Contains(out, "503") {
 		t.Errorf("without Redis: exit code %d: %s", code, out)
+	}
+	if code, out := program(t, nil, "live", "http://"+n.addr); code != 0 {
+		t.Errorf("it lives without Redis: exit code %d: %s", code, out)
 	}
 	for _, args := range [][]string{{"ready"}, {"ready", "localhost"}, {"ready", "http://x", "http://y"}} {
 		if code, out := program(t, nil, args...); code != 2 {
