@@ -43,11 +43,11 @@ unit:
 	go test -race -count=1 -timeout 15m ./...
 
 # Three nodes, a Redis, producers and viewers, and whatever can happen to them, from a seed:
-# make torture FOR=10m SEED=7
+# make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2
 FOR  := 3m
 SEED := 0
 torture: setup ## the fault test, and its table
-	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for $(FOR) -torture.seed $(SEED)
+	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for $(FOR) -torture.seed $(SEED) $(ARGS)
 
 soak: setup ## ten minutes of three hundred sessions: memory stays as it is
 	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s

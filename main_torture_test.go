@@ -40,6 +40,7 @@ var (
 	tortureNodes    = flag.Int("torture.nodes", 3, "how many nodes it has")
 	tortureSessions = flag.Int("torture.sessions", 12, "how many sessions are under way at a time")
 	torturePace     = flag.Duration("torture.pace", 20*time.Millisecond, "the longest pause between a producer's chunks")
+	tortureTLS      = flag.Bool("torture.tls", false, "everything goes over TLS and HTTP/2")
 	tortureFaults   = flag.Bool("torture.faults", true, "whether anything happens; without, nodes are the plain program, and their memory is told")
 )
 
@@ -71,6 +72,7 @@ type torture struct {
 	t     *testing.T
 	rand  *rand.Rand // of the faults
 	seed  uint64
+	tls   []string           // flags of each node
 	links []*toxiproxy.Proxy // between each node and Redis
 	doors []*toxiproxy.Proxy // between its viewers and producers and each node
 	addrs []string           // of the doors
@@ -102,6 +104,10 @@ func TestTorture(t *testing.T) {
 		gapcheck: &gapcheck{redis: redis, client: http.Client{Timeout: 5*time.Second + 50**torturePace}},
 		t:        t, seed: seed, rand: rand.New(rand.NewPCG(seed, 1)), faults: map[string]int{},
 	}
+	if *tortureTLS {
+		cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
+		tt.tls = []string{"-tls-cert", cert, "-tls-key", key}
+	}
 	proxies := toxiproxies(t)
 	proxy := func(name, to string) *toxiproxy.Proxy {
 		p, err := proxies.CreateProxy(name, fmt.Sprintf("127.0.0.1:%d", storetest.FreePort(t)), to)
@@ -120,6 +126,10 @@ func TestTorture(t *testing.T) {
 		tt.links, tt.nodes = append(tt.links, link), append(tt.nodes, n)
 		door := proxy(fmt.Sprint("node", i+1), n.addr)
 		tt.doors, tt.addrs = append(tt.doors, door), append(tt.addrs, door.Listen)
+		if w, ok := ways.Load(n.addr); ok {
+			ways.Store(door.Listen, w)
+			tt.client.Transport = w.(way).client.Transport
+		}
 	}
 	for _, n := range tt.nodes {
 		n.waitReady()
@@ -170,7 +180,7 @@ func TestTorture(t *testing.T) {
 }
 
 func (tt *torture) args(i int, link *toxiproxy.Proxy, more ...string) []string {
-	return append([]string{"-redis", "redis://" + link.Listen, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, more...)
+	return append([]string{"-redis", "redis://" + link.Listen, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, append(tt.tls, more...)...)
 }
 
 // count is how many faults there were. mu is held.
