@@ -193,7 +193,9 @@ func TestProxy_viewersBehindARealOneLoseNothing(t *testing.T) {
 				// Before Caddy 2.8 (Debian has 2.6), what breaks off behind it ends cleanly in front of it.
 				g.patient = name == "caddy"
 				g.upset(t, p, all, args...)
+				calls := asking(t, front)
 				g.run(t)
+				calls()
 			})
 			t.Run("no node is there", func(t *testing.T) {
 				for _, n := range all {
@@ -257,6 +259,28 @@ func bySlowPosts(ctx context.Context, g *gapcheck, session string, count int) (m
 		pause(ctx, rand.N(150*time.Millisecond))
 	}
 	return acks, nil
+}
+
+// asking makes calls that may be repeated, one after the other: the proxy repeats them at another node when it has
+// to, so that none is answered with an error of the proxy's own. stop says how many were.
+func asking(t *testing.T, front *node) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	calls, failed := 0, map[int]int{}
+	wait := background(t, func() {
+		for ; ctx.Err() == nil; calls++ {
+			if a := front.get("/healthz"); a.err == nil && a.status != http.StatusOK {
+				failed[a.status]++
+			}
+			pause(ctx, 2*time.Millisecond)
+		}
+	})
+	t.Cleanup(cancel)
+	return func() {
+		cancel()
+		if wait(); len(failed) > 0 || calls < 100 {
+			t.Errorf("of %d calls, these were answered with an error: %v", calls, failed)
+		}
+	}
 }
 
 // upset kills a node, drains another, and reloads the proxy, again and again, while there are viewers.
