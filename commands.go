@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -135,7 +136,11 @@ func check(path string) func(context.Context, []string, func(string) (string, bo
 			fmt.Fprintln(os.Stderr, err)
 			return 2
 		}
-		response, err := http.DefaultClient.Do(r)
+		client := &http.Client{}
+		if isLoopback(at.Hostname()) { // where the certificate is for other names, and nobody is in between
+			client.Transport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}}
+		}
+		response, err := client.Do(r)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1

@@ -310,6 +310,11 @@ func TestReady_andLiveSayWhetherANodeIs(t *testing.T) {
 	if code, out := program(t, nil, "ready", "http://"+n.addr); code != 1 || !strings.Contains(out, "503") {
 		t.Errorf("without Redis: exit code %d: %s", code, out)
 	}
+	cert, key := storetest.NewAuthority(t).Issue("chat.example")
+	secure := launch(t, "-tls-cert", cert, "-tls-key", key).addr
+	if code, out := program(t, nil, "ready", "https://"+secure); code != 0 {
+		t.Errorf("of one with a certificate for other names: exit code %d: %s", code, out)
+	}
 	if code, out := program(t, nil, "live", "http://"+n.addr); code != 0 {
 		t.Errorf("it lives without Redis: exit code %d: %s", code, out)
 	}
