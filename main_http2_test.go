@@ -316,7 +316,7 @@ func (f *frames) until(what string, is func(http2.Frame) bool) {
 
 func TestHTTP2_aDrainResetsStreamsAndSaysGoAway(t *testing.T) {
 	t.Parallel()
-	n := start(t, "-h2c", "-drain", "2s")
+	n := start(t, "-h2c", "-drain", "3s")
 	session := newID()
 	n.append(t, session, words(1, 3))
 	f := dialFrames(t, n.addr)
@@ -331,35 +331,30 @@ func TestHTTP2_aDrainResetsStreamsAndSaysGoAway(t *testing.T) {
 		return strings.HasSuffix(data.String(), "id: 3\n\n")
 	})
 	n.terminate()
-	f.until("the end of the stream", func(frame http2.Frame) bool {
-		if d, ok := frame.(*http2.DataFrame); ok && d.StreamEnded() {
-			t.Fatal("the stream was ended as if its log had ended")
-		}
-		_, ok := frame.(*http2.RSTStreamFrame)
-		return ok
-	})
-	// It comes back at once, on the connection that it has: it is sent away, and told to take another.
+	eventually(t, "the node drains", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable })
+	// One that comes now, on the connection that it has, is sent away, and told to take another.
 	if err := f.get(3, "/v1/sessions/"+session+"/stream"); err != nil {
 		t.Fatal(err)
 	}
-	away, broken := false, false
-	f.until("GOAWAY and the end of the second stream", func(frame http2.Frame) bool {
+	away, broken := false, map[uint32]bool{}
+	f.until("GOAWAY and the end of both streams", func(frame http2.Frame) bool {
 		switch frame := frame.(type) {
 		case *http2.GoAwayFrame:
-			away = true
-			if frame.ErrCode != http2.ErrCodeNo {
+			if away = true; frame.ErrCode != http2.ErrCodeNo {
 				t.Errorf("GOAWAY says %v", frame.ErrCode)
 			}
 		case *http2.RSTStreamFrame:
-			broken = frame.StreamID == 3
+			if broken[frame.StreamID] = true; frame.StreamID == 3 && !away {
+				t.Error("who was sent away was not told to take another connection")
+			}
 		case *http2.DataFrame:
 			if frame.StreamEnded() {
-				t.Error("the second stream was ended, and not broken off")
+				t.Errorf("stream %d was ended as if its log had ended", frame.StreamID)
 			}
 		}
-		return away && broken
+		return away && broken[1] && broken[3]
 	})
-	n.exits(t, 2*time.Second)
+	n.exits(t, 3*time.Second)
 }
 
 // CVE-2023-44487: a client that opens streams and resets them at once costs the client more than the node.
