@@ -26,6 +26,8 @@ type gapcheck struct {
 	// ended says whether the producer ends the log; foreign ones cannot.
 	ended       bool
 	newestFirst bool // the list is in the other order
+	// admit gives a viewer what lets it in; nil: it needs nothing.
+	admit func(v *viewer)
 
 	mu     sync.Mutex // of nodes, where they are restarted
 	client http.Client
@@ -90,6 +92,9 @@ func (g *gapcheck) run(t *testing.T) {
 		})
 		for k := range r.viewers {
 			v := &viewer{session: r.session, glue: k%2 == 1}
+			if g.admit != nil {
+				g.admit(v)
+			}
 			r.viewers[k] = v
 			wg.Go(func() {
 				pause(ctx, rand.N(200*time.Millisecond))
