@@ -119,12 +119,15 @@ func (a *API) may(c echo.Context, action auth.Action, id string) error {
 	if a.cfg.Auth != nil {
 		claim = a.cfg.Auth.Claim()
 	}
-	what := fmt.Sprintf("session %q", id)
+	what, under := fmt.Sprintf("session %q", id), fmt.Sprintf("%q or %q", action, auth.Admin)
 	if id == auth.All {
-		what = "all sessions"
+		what = "all sessions, *"
+	}
+	if action == auth.Admin {
+		under = fmt.Sprintf("%q", action)
 	}
 	return &Problem{Status: http.StatusForbidden, Code: "forbidden",
-		Detail:    fmt.Sprintf("the token does not allow to %s %s: its claim %q has to name it under %q or %q", action, what, claim, action, auth.Admin),
+		Detail:    fmt.Sprintf("the token does not allow %s on %s: its claim %q has to name it under %s", action, what, claim, under),
 		challenge: `Bearer realm="gapless", error="insufficient_scope", error_description="the body says what is missing"`}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -48,9 +49,7 @@ func locked(t *testing.T, change func(*setup, *auth.Config)) (*node, *authtest.I
 // bearing is a request with a token.
 func bearing(q request, token string) request {
 	all := map[string]string{"Authorization": "Bearer " + token}
-	for name, value := range q.header {
-		all[name] = value
-	}
+	maps.Copy(all, q.header)
 	q.header = all
 	return q
 }
@@ -261,7 +260,7 @@ func TestAccess_lastEventIDOfAnotherSessionIsOnlyANumber(t *testing.T) {
 	token := issuer.Token(time.Hour, authtest.May{"read": {"mine"}})
 	for id, want := range map[string]string{"1": "mine 2", "theirs": "mine 1mine 2", "theirs/1": "mine 1mine 2", "../theirs": "mine 1mine 2", "9": "mine 1mine 2"} {
 		s := n.watch("mine", "", "Authorization", "Bearer "+token, "Last-Event-ID", id)
-		said := ""
+		var said strings.Builder
 		for {
 			e, err := s.read()
 			if err == io.EOF {
@@ -271,11 +270,11 @@ func TestAccess_lastEventIDOfAnotherSessionIsOnlyANumber(t *testing.T) {
 				t.Fatal(err)
 			}
 			if e.name == "" {
-				said += decoded(t, []json.RawMessage{json.RawMessage(e.data)})[0].Content
+				said.WriteString(decoded(t, []json.RawMessage{json.RawMessage(e.data)})[0].Content)
 			}
 		}
-		if said != want {
-			t.Errorf("%q: %q", id, said)
+		if said.String() != want {
+			t.Errorf("%q: %q", id, said.String())
 		}
 	}
 }
@@ -496,6 +495,7 @@ func TestTicket_withoutAuthentication(t *testing.T) {
 	n := serve(t, nil)
 	made := n.ticket(t, "s", "")
 	n.watch("s", "?ticket="+made.Ticket).welcome()
+	n.do(request{method: "POST", path: "/v1/sessions/a%20b/tickets", bad: true}).refused(t, 400, "invalid_session_id")
 	n.do(request{method: "GET", path: "/v1/sessions/other/stream?ticket=" + made.Ticket}).refused(t, 401, "ticket_spent")
 }
 

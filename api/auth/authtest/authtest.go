@@ -20,7 +20,12 @@ type Issuer struct {
 // New makes an issuer with a secret of its own.
 func New(t testing.TB) *Issuer {
 	t.Helper()
-	i := &Issuer{File: filepath.Join(t.TempDir(), "secret"), secret: []byte(rand.Text() + rand.Text())}
+	dir, err := os.MkdirTemp("", "issuer-") // the test's own has its name in it, which may have a comma
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	i := &Issuer{File: filepath.Join(dir, "secret"), secret: []byte(rand.Text() + rand.Text())}
 	if err := os.WriteFile(i.File, append(i.secret, '\n'), 0o600); err != nil {
 		t.Fatal(err)
 	}
