@@ -29,6 +29,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"gapless/api"
+	"gapless/api/auth"
+	"gapless/api/doctor"
 	"gapless/api/model"
 	"gapless/sse"
 	"gapless/store"
@@ -43,7 +45,7 @@ func main() {
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	if len(os.Args) > 1 {
-		if command := commands[os.Args[1]]; command != nil {
+		if command := doctor.Commands[os.Args[1]]; command != nil {
 			code := command(ctx, os.Args[2:], os.LookupEnv)
 			stop()
 			os.Exit(code)
@@ -69,11 +71,13 @@ type config struct {
 	tlsCert string
 	tlsKey  string
 	h2c     bool
+	open    bool // to everybody who can connect
 	pprof   string
 	drain   time.Duration
 	store   store.Config
 	sse     sse.Config
 	api     api.Config
+	auth    auth.Config
 	model   model.Model
 	log     *slog.Logger
 }
@@ -81,17 +85,24 @@ type config struct {
 // parse reads flags, and for those that are not given their environment variables, and
 // reports all mistakes together.
 func parse(args []string, env func(string) (string, bool)) (config, error) {
-	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig()}
+	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig()}
 	host, _ := os.Hostname()
-	var hosts, modelName, logFormat string
+	var hosts, origins, modelName, logFormat string
 	var level slog.Level
 
 	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
-	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on")
+	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on: on loopback, unless -auth says who may do what")
 	fs.StringVar(&cfg.tlsCert, "tls-cert", "", "`file` of the certificate, and of those that lead to its authority: serves https and HTTP/2; a new one is taken without a restart")
 	fs.StringVar(&cfg.tlsKey, "tls-key", "", "`file` of its private key")
 	fs.BoolVar(&cfg.h2c, "h2c", false, "take HTTP/2 without TLS, too, from proxies that speak it with prior knowledge")
 	fs.StringVar(&hosts, "hosts", "", "`names` by which browsers may call a server on loopback, beside localhost and addresses; commas between")
+	fs.StringVar(&cfg.auth.Source, "auth", "", "whose tokens are taken: `secret:FILE`[,FILE…] of 32 bytes or more each for HS256, or the https://… URL of a JWKS for RS256, ES256 and EdDSA; none: everybody may do everything")
+	fs.StringVar(&cfg.auth.Issuer, "auth-issuer", "", "the `iss` that tokens must have; none: it is not looked at")
+	fs.StringVar(&cfg.auth.Audience, "auth-audience", "", "the `aud` that tokens must have; none: it is not looked at")
+	fs.StringVar(&cfg.auth.Claim, "auth-claim", cfg.auth.Claim, "`name` of the claim that says what a token's holder may do")
+	fs.StringVar(&cfg.auth.Cookie, "auth-cookie", "", "`name` of a cookie that may hold the token, where there is no Authorization header; none: no cookie may")
+	fs.BoolVar(&cfg.open, "insecure-open", false, "listen on other addresses than loopback although there is no -auth: whoever can connect may read, write and delete everything")
+	fs.StringVar(&origins, "cors-origins", "", "`origins` whose pages may call the API, with credentials, such as https://chat.example; commas between")
 	fs.StringVar(&cfg.sse.Node, "node", host, "this node's `name`, as viewers and logs are told it")
 	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a stop may take: viewers are sent to other nodes spread over it")
 
@@ -199,12 +210,21 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	case !isLoopback(address):
 		cfg.api.Hosts = nil // reachable by more names than can be known here
 	}
+	switch open := err == nil && !isLoopback(address); {
+	case cfg.auth.Source != "" && cfg.open:
+		errs = append(errs, errors.New("-insecure-open: with -auth nothing is open: leave one of them out"))
+	case open && cfg.auth.Source == "" && !cfg.open:
+		errs = append(errs, fmt.Errorf("-listen: %s can be reached by others, who could read, write and delete everything: say whose tokens are taken with -auth, or listen on 127.0.0.1 behind something that asks (-insecure-open lets everybody in)", cfg.listen))
+	}
+	if origins != "" {
+		cfg.api.Origins = strings.Split(origins, ",")
+	}
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
 	cfg.model = model.NewDemo()
-	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger = cfg.log, cfg.log, cfg.log
-	errs = append(errs, cfg.store.Validate(), cfg.sse.Validate(), cfg.api.Validate())
+	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger = cfg.log, cfg.log, cfg.log, cfg.log
+	errs = append(errs, cfg.store.Validate(), cfg.sse.Validate(), cfg.api.Validate(), cfg.auth.Validate())
 	return cfg, errors.Join(errs...)
 }
 
@@ -249,10 +269,10 @@ func run(ctx context.Context, cfg config) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s (-listen): %w", cfg.listen, err)
 	}
-	var secret *certificate
+	var secret *api.Certificate
 	scheme := "http"
 	if cfg.tlsCert != "" {
-		if secret, err = openCertificate(cfg.tlsCert, cfg.tlsKey, cfg.log); err != nil {
+		if secret, err = api.OpenCertificate(cfg.tlsCert, cfg.tlsKey, cfg.log); err != nil {
 			return errors.Join(err, listener.Close())
 		}
 		scheme = "https"
@@ -271,6 +291,15 @@ func run(ctx context.Context, cfg config) error {
 	if _, err := memlimit.Set(memlimit.WithProvider(memlimit.FromCgroup)); err != nil {
 		cfg.log.Debug("no limit of memory was set", slog.Any("err", err))
 	}
+	if cfg.auth.Source != "" {
+		tokens, err := auth.Open(cfg.auth)
+		if err != nil {
+			logs.Close()
+			return errors.Join(err, listener.Close())
+		}
+		defer tokens.Close()
+		cfg.api.Auth = tokens
+	}
 	hub := sse.NewHub(cfg.sse, logs)
 	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract, metrics(logs, hub))
 	server := newServer(cfg, handler, secret)
@@ -279,6 +308,9 @@ func run(ctx context.Context, cfg config) error {
 			debug.SetGCPercent(50)
 		}
 		cfg.log.Warn("redis is embedded: in this process's memory, for one node, gone when it stops; -redis redis://… keeps logs and serves many nodes")
+	}
+	if cfg.open {
+		cfg.log.Warn("-insecure-open: whoever can connect may read, write and delete every session; -auth says who may do what", slog.String("listen", cfg.listen))
 	}
 	cfg.log.Info("gapless serves", slog.String("page", scheme+"://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))
 
@@ -310,7 +342,7 @@ func run(ctx context.Context, cfg config) error {
 }
 
 // newServer is the HTTP server, with TLS where there is a certificate.
-func newServer(cfg config, handler http.Handler, secret *certificate) *http.Server {
+func newServer(cfg config, handler http.Handler, secret *api.Certificate) *http.Server {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
@@ -333,7 +365,7 @@ func newServer(cfg config, handler http.Handler, secret *certificate) *http.Serv
 		},
 	}
 	if secret != nil {
-		server.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: secret.get}
+		server.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: secret.Get}
 		// Who was here once over https is not lured to http (RFC 6797). A year, as browsers'
 		// own lists ask for; other names below this one are others' affair.
 		server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	"gapless/doctor"
+	"gapless/api/doctor"
 	"gapless/store/storetest"
 )
 

@@ -28,6 +28,8 @@ type gapcheck struct {
 	newestFirst bool // the list is in the other order
 	patient     bool // viewers come back after a clean end
 	proxied     bool // and are behind a proxy
+	// admit gives a viewer what lets it in; nil: it needs nothing.
+	admit func(v *viewer)
 
 	mu     sync.Mutex // of nodes, where they are restarted
 	client http.Client
@@ -92,6 +94,9 @@ func (g *gapcheck) run(t *testing.T) {
 		})
 		for k := range r.viewers {
 			v := &viewer{session: r.session, glue: k%2 == 1, patient: g.patient, proxied: g.proxied}
+			if g.admit != nil {
+				g.admit(v)
+			}
 			r.viewers[k] = v
 			wg.Go(func() {
 				pause(ctx, rand.N(200*time.Millisecond))

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"gapless/api"
 	"gapless/store/storetest"
 )
 
@@ -107,13 +108,13 @@ func TestTLS_aNewCertificateThatIsBadChangesNothing(t *testing.T) {
 	s := secret{t: t, dir: t.TempDir()}
 	cert, key := authority.Issue("one.example")
 	s.put(cert, key)
-	c, err := openCertificate(s.file("tls.crt"), s.file("tls.key"), slog.New(slog.NewTextHandler(&log, nil)))
+	c, err := api.OpenCertificate(s.file("tls.crt"), s.file("tls.key"), slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.every = 0
+	c.Every = 0
 	shows := func() string {
-		pair, err := c.get(nil)
+		pair, err := c.Get(nil)
 		if err != nil {
 			t.Fatal(err)
 		}

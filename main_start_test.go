@@ -114,6 +114,7 @@ func TestStart_helpShowsEveryFlagWithItsDefault(t *testing.T) {
 		"listen": `"?127\.0\.0\.1:8080"?`, "redis": `"?embedded"?`, "history-ttl": "24h(0m0s)?", "history-max": "100000", "history-order": `"?oldest-first"?`,
 		"chunk-max": "64 ?KiB", "heartbeat": "15s", "reconcile": "2s", "window": "256 ?KiB", "window-total": "256 ?MiB", "write-timeout": "2m(0s)?",
 		"linger": "10s", "drain": "10s", "log-level": "(?i)info", "log-format": `"?text"?`, "model": `"?demo"?`,
+		"auth-claim": `"?gapless"?`,
 	} {
 		if !regexp.MustCompile(`(?m)^  -` + name + `\b[^\n]*(\n[ \t]+[^-\s][^\n]*)*\(default ` + value + `\)`).MatchString(help) {
 			t.Errorf("-help does not show -%s with its default %s", name, value)
@@ -148,8 +149,10 @@ func TestStart_allMistakesOfMeaningAreReportedTogether(t *testing.T) {
 	t.Parallel()
 	reported(t, []string{"GAPLESS_LINGER=-1s", "GAPLESS_WINDOW=lots"}, []string{
 		"-listen", "nowhere", "-redis", "http://localhost", "-history-ttl", "1ms", "-history-max", "0", "-history-order", "sideways", "-chunk-max", "3B",
-		"-heartbeat", "0s", "-reconcile", "-1s", "-write-timeout", "0s", "-drain", "-1s", "-model", "oracle", "-log-format", "xml", "extra",
+		"-heartbeat", "0s", "-reconcile", "-1s", "-write-timeout", "0s", "-drain", "-1s", "-model", "oracle", "-log-format", "xml",
+		"-auth", "secret:/no/such/file", "-auth-claim", "", "-auth-cookie", "a b", "-cors-origins", "https://a.example/,*", "-insecure-open", "extra",
 	}, []string{
+		"-auth", "/no/such/file", "-auth-claim", "-auth-cookie", "https://a.example/", `"*"`, "-insecure-open",
 		"-listen", "-redis", "-history-ttl", "-history-max", "-history-order", "-chunk-max", "-heartbeat", "-reconcile", "-write-timeout", "-drain",
 		"-model", "-log-format", "-linger", "GAPLESS_WINDOW", `"extra"`,
 	})

@@ -130,6 +130,8 @@ type node struct {
 	cmd    *exec.Cmd
 	log    buffer
 	http   *http.Client
+	// token is sent with what http sends, unless it is empty.
+	token string
 
 	begun  time.Time
 	exited chan struct{} // closed when the process has ended, and state is set
@@ -164,8 +166,9 @@ func startProgram(t testing.TB, program string, args ...string) *node {
 func launchProgram(t testing.TB, program string, args ...string) *node {
 	t.Helper()
 	w, args := wayOf(t, args)
-	n := &node{t: t, exited: make(chan struct{}), http: w.client, scheme: w.scheme()}
-	n.cmd = exec.Command(program, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s"}, args...)...)
+	n := &node{t: t, exited: make(chan struct{}), scheme: w.scheme()}
+	n.http = &http.Client{Transport: &bearer{w.client.Transport.(*http.Transport), n}, Timeout: w.client.Timeout}
+	n.cmd = exec.Command(program, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s", "-log-level", "debug"}, args...)...)
 	n.cmd.Dir = t.TempDir()
 	n.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // it would sleep a second
 	n.cmd.Stdout, n.cmd.Stderr = &n.log, &n.log
@@ -199,6 +202,36 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 	return n
 }
 
+// bearer sends a node's token.
+type bearer struct {
+	*http.Transport
+	n *node
+}
+
+func (b *bearer) RoundTrip(r *http.Request) (*http.Response, error) {
+	if b.n.token != "" {
+		r = r.Clone(r.Context())
+		r.Header.Set("Authorization", "Bearer "+b.n.token)
+	}
+	return b.Transport.RoundTrip(r)
+}
+
+// planted is words that no log may have, at any level: tokens, tickets, and whatever tests
+// have said beside the chunks' text. Every node's log is searched for them when it ends.
+var planted struct {
+	sync.Mutex
+	words []string
+}
+
+func plant(words ...string) {
+	planted.Lock()
+	defer planted.Unlock()
+	planted.words = append(planted.words, words...)
+}
+
+// chatText is what the chunks of these tests say.
+var chatText = regexp.MustCompile(`word ?[0-9]+|sesame`)
+
 func (n *node) cleanup() {
 	n.http.CloseIdleConnections()
 	n.terminate()
@@ -218,6 +251,16 @@ func (n *node) cleanup() {
 			n.t.Errorf("%q in the program's log", bad)
 		}
 	}
+	if said := chatText.FindString(log); said != "" {
+		n.t.Errorf("what people say, %q, is in the program's log", said)
+	}
+	planted.Lock()
+	for _, word := range planted.words {
+		if strings.Contains(log, word) {
+			n.t.Errorf("%q is in the program's log", word)
+		}
+	}
+	planted.Unlock()
 	if n.t.Failed() {
 		const most = 8 << 10
 		if len(log) > most {
@@ -459,6 +502,7 @@ type viewer struct {
 	patient bool
 	// proxied: in front of it is a proxy, which says Connection: close while it is reloaded.
 	proxied bool
+	token   string // is sent, unless it is empty
 	dialer  net.Dialer
 
 	cursor   int64
@@ -541,6 +585,9 @@ const (
 // request is what a viewer sends.
 func (v *viewer) request(addr string) string {
 	r := "GET /v1/sessions/" + v.session + "/stream" + v.query + " HTTP/1.1\r\nHost: " + addr + "\r\nAccept: text/event-stream\r\n"
+	if v.token != "" {
+		r += "Authorization: Bearer " + v.token + "\r\n"
+	}
 	if v.lastID != "" {
 		r += "Last-Event-ID: " + v.lastID + "\r\n"
 	}

@@ -115,6 +115,9 @@ func (w way) ask(ctx context.Context, v *viewer, addr string) (response *http.Re
 		if v.lastID != "" {
 			r.Header.Set("Last-Event-ID", v.lastID)
 		}
+		if v.token != "" {
+			r.Header.Set("Authorization", "Bearer "+v.token)
+		}
 		response, err = transport.RoundTrip(r)
 	}
 	if err == nil && (response.ProtoMajor == 2) != w.h2 {

@@ -26,6 +26,7 @@ import (
 	"github.com/labstack/echo/v4/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"gapless/api/auth"
 	"gapless/api/model"
 	"gapless/sse"
 	"gapless/store"
@@ -52,6 +53,11 @@ type Config struct {
 	// Look is how often an upload that says nothing asks whether it may go on. It is also
 	// how it holds its messages, so it has to be well below the store's Grace.
 	Look time.Duration
+	// Auth says who may do what; nil: everybody may do everything. Its Close is its owner's.
+	Auth *auth.Auth
+	// Origins are those whose pages may call /v1, and may change something there, as
+	// browsers name them: https://chat.example, with a port if it is not the scheme's own.
+	Origins []string
 	// Patience is how long a stream waits for Redis before it answers with a status:
 	// later it cannot say 204 any more.
 	Patience time.Duration
@@ -70,10 +76,17 @@ func DefaultConfig() Config {
 
 // Validate reports every mistake at once.
 func (c Config) Validate() error {
+	var errs []error
 	if least := store.Overhead + 256; c.ChunkMax < least {
-		return fmt.Errorf("-chunk-max: %d bytes is less than %d", c.ChunkMax, least)
+		errs = append(errs, fmt.Errorf("-chunk-max: %d bytes is less than %d", c.ChunkMax, least))
 	}
-	return nil
+	for _, o := range c.Origins {
+		// A browser that names it otherwise would never be let in; * would let everybody in who has a cookie.
+		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") {
+			errs = append(errs, fmt.Errorf("-cors-origins: %q is no origin: it is https://host or https://host:port, as browsers name it, and * is none", o))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Logs is what the calls need of the store. The methods' contracts are store.Store's.
@@ -86,6 +99,10 @@ type Logs interface {
 	Delete(ctx context.Context, session string) error
 	Ping(ctx context.Context) error
 	ListenUploads(l store.Listener) (stop func())
+	MakeTicket(ctx context.Context, name, session string, until time.Time) error
+	EnterTicket(ctx context.Context, name, session, connection string) (until time.Time, err error)
+	RenewTicket(ctx context.Context, name, session, connection string, until time.Time) error
+	ListenTickets(l store.Listener) (stop func())
 }
 
 // API answers requests. It owns the answers of the model that are under way.
@@ -104,6 +121,7 @@ type API struct {
 	places  chan struct{}             // one for each answer under way
 	answers sync.WaitGroup
 	uploads *uploads
+	tickets *tickets
 	// draining ends first: not ready any more. ending ends uploads and answers.
 	draining, ending context.Context
 	drain            context.CancelFunc
@@ -117,38 +135,44 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.draining, a.drain = context.WithCancel(context.Background())
 	a.ending, a.end = context.WithCancelCause(context.Background())
 	a.uploads = &uploads{logs: logs, api: a, all: map[string]map[*upload]struct{}{}}
+	a.tickets = &tickets{logs: logs, all: map[string]map[*admission]struct{}{}}
 
 	e := a.echo
 	e.HideBanner, e.HidePort = true, true
 	e.IPExtractor = echo.ExtractIPDirect()
 	e.HTTPErrorHandler = a.problem
 	a.metrics = newMetrics(a)
-	e.Pre(a.partInDrain, a.metrics.observe, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
+	e.Pre(a.partInDrain, a.metrics.observe, a.guard, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
 	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{LogErrorFunc: func(_ echo.Context, err error, stack []byte) error {
 		a.log.Error("panic in a request", slog.Any("err", err), slog.String("stack", string(stack)))
 		return err
-	}}))
+	}}), a.share())
 
 	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
 	e.GET("/readyz", a.ready)
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
-	e.GET("/metrics", a.serveMetrics())
+	e.GET("/metrics", a.serveMetrics(), a.operate)
 	a.page(files)
 
 	// Each route has its own check: a group's would answer every other method with 404.
-	const all, one = "/v1/sessions", "/v1/sessions/:id"
-	e.POST(all, a.createSession)
-	e.POST(one, a.createNamed, checkID)
-	e.GET(one, a.describeSession, checkID)
-	e.DELETE(one, a.deleteSession, checkID)
-	e.POST(one+"/chunks", a.appendChunks, checkID)
-	e.GET(one+"/chunks", a.readChunks, checkID)
-	e.GET(one+"/stream", a.stream, checkID)
-	e.POST(one+"/messages", a.ask, checkID)
-	e.POST(one+"/cancel", a.cancel, checkID)
+	a.call("POST", "/v1/sessions", auth.Write, a.createSession) // whose body names it
+	a.call("POST", onePath, auth.Write, a.createNamed)
+	a.call("GET", onePath, auth.Read, a.describeSession)
+	a.call("DELETE", onePath, auth.Admin, a.deleteSession)
+	a.call("POST", onePath+"/chunks", auth.Write, a.appendChunks)
+	a.call("GET", onePath+"/chunks", auth.Read, a.readChunks)
+	a.call("GET", streamPath, auth.Read, a.stream)
+	a.call("POST", onePath+"/tickets", auth.Read, a.createTicket)
+	a.call("POST", onePath+"/messages", auth.Ask, a.ask)
+	a.call("POST", onePath+"/cancel", auth.Cancel, a.cancel)
 	a.metrics.begin(e.Routes())
 	return a
 }
+
+const (
+	onePath    = "/v1/sessions/:id"
+	streamPath = onePath + "/stream"
+)
 
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -223,6 +247,9 @@ func (a *API) ready(c echo.Context) error {
 	if err := a.logs.Ping(ctx); err != nil {
 		return fmt.Errorf("%w: %w", store.ErrAway, err)
 	}
+	if err := a.keysReady(ctx); err != nil {
+		return err
+	}
 	return c.JSON(http.StatusOK, map[string]string{"status": "ready"})
 }
 
@@ -233,7 +260,8 @@ func (a *API) page(files fs.FS) {
 		h := c.Response().Header()
 		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
 			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
-		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Cross-Origin-Opener-Policy", "same-origin")
+		h.Set("Permissions-Policy", "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()")
 		h.Set("Referrer-Policy", "no-referrer") // the session's id is in the page's address
 		h.Set("Cache-Control", "no-cache")
 		server.ServeHTTP(c.Response(), c.Request())
@@ -269,14 +297,21 @@ func (a *API) checkHost(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// checkOrigin refuses what another site's page sends in a browser's name.
+// checkOrigin refuses what another site's page sends in a browser's name: with its cookie, or
+// from within its network. Pages of the configured origins may; and no page at all can send a
+// token of its own without a preflight, which only those pass.
 func (a *API) checkOrigin() echo.MiddlewareFunc {
 	protection := http.NewCrossOriginProtection()
+	for _, origin := range a.cfg.Origins {
+		if err := protection.AddTrustedOrigin(origin); err != nil {
+			panic(err) // Validate has seen it
+		}
+	}
 	return func(next echo.HandlerFunc) echo.HandlerFunc {
 		return func(c echo.Context) error {
 			if err := protection.Check(c.Request()); err != nil {
 				return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
-					Detail: "a page of another origin may not change anything here"}
+					Detail: "a page of another origin may not change anything here, unless -cors-origins names it"}
 			}
 			return next(c)
 		}

@@ -258,6 +258,7 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 	ctl := http.NewResponseController(c.Response().Writer)
 	u := a.newUpload(session(c), p.producer, p.lease, a.cfg.UploadPatience)
 	defer u.end()
+	defer u.until(grant(c))()
 	if p.kind != typeNDJSON {
 		u.stored.MessageID = p.fill.MessageID
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/labstack/echo/v4"
 
+	"gapless/api/auth"
 	"gapless/sse"
 	"gapless/store"
 )
@@ -34,8 +35,9 @@ type Problem struct {
 	ProducerEpoch *int64 `json:"producer_epoch,omitempty"`          // the one that counts
 	ExpectedChunk *int64 `json:"producer_expected_chunk,omitempty"` // the producer's next number
 
-	retryAfter int   // seconds
-	cause      error // for the log
+	retryAfter int    // seconds
+	challenge  string // WWW-Authenticate
+	cause      error  // for the log
 }
 
 func (p *Problem) Error() string { return p.Code + ": " + p.Detail }
@@ -100,6 +102,7 @@ func problemOf(err error) *Problem {
 		p   Problem
 	}{
 		{errDraining, Problem{Status: http.StatusServiceUnavailable, Code: "draining", Detail: "this node is shutting down: ask another, or again soon", retryAfter: 1}},
+		{auth.ErrAway, Problem{Status: http.StatusServiceUnavailable, Code: "keys_away", Detail: "the keys by which tokens are verified cannot be fetched from their issuer now: try again", retryAfter: 1}},
 		{store.ErrNotFound, Problem{Status: http.StatusNotFound, Code: "session_not_found", Detail: "there is no such session"}},
 		{store.ErrSessionEnded, Problem{Status: http.StatusConflict, Code: "session_ended", Detail: "the session has ended: nothing can be appended to it"}},
 		{store.ErrSessionDeleted, Problem{Status: http.StatusConflict, Code: "session_deleted", Detail: "the session was deleted while this upload was under way"}},
@@ -138,6 +141,9 @@ func (a *API) problem(err error, c echo.Context) {
 	h := c.Response().Header()
 	if p.retryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(p.retryAfter))
+	}
+	if p.challenge != "" {
+		h.Set("WWW-Authenticate", p.challenge)
 	}
 	if p.ProducerEpoch != nil {
 		h.Set(headerProducerEpoch, strconv.FormatInt(*p.ProducerEpoch, 10))

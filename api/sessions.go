@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
 
+	"gapless/api/auth"
 	"gapless/store"
 )
 
@@ -62,6 +63,9 @@ func (a *API) createSession(c echo.Context) error {
 func (a *API) createNamed(c echo.Context) error { return a.create(c, session(c)) }
 
 func (a *API) create(c echo.Context, id string) error {
+	if err := a.may(c, auth.Write, id); err != nil {
+		return err
+	}
 	b, created, err := a.logs.Create(c.Request().Context(), id)
 	if err != nil {
 		return err
@@ -97,6 +101,9 @@ func (a *API) readBody(c echo.Context) ([]byte, error) {
 			return nil, err
 		}
 		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off"}
+	}
+	if expired(grant(c)) { // a body may take its time
+		return nil, errExpired
 	}
 	return body, nil
 }

@@ -11,34 +11,56 @@ import (
 	"github.com/labstack/echo/v4"
 
 	"gapless/sse"
+	"gapless/store"
 )
 
 // stream gives a viewer the log from its cursor on.
 func (a *API) stream(c echo.Context) error {
 	r := c.Request()
-	connection, err := uuid.NewV7()
+	connection, err := newConnection(c)
 	if err != nil {
 		return err
 	}
-	view := sse.Ask{Session: strings.Clone(session(c)), Connection: connection.String()}
+	view := sse.Ask{Session: strings.Clone(session(c)), Connection: connection}
 	if err := parseView(c, &view); err != nil {
 		return err
 	}
-	c.Response().Header().Set("Gapless-Connection", view.Connection)
+	leave := func() {} // what a ticket has let it in by
+	mine := true
+	defer func() {
+		if mine {
+			leave()
+		}
+	}()
+	g := grant(c)
+	var in *admission
+	if ticket := ticketOf(c); ticket != "" {
+		g, in, err = a.enter(r.Context(), ticket, view.Session, view.Connection)
+		if errors.Is(err, store.ErrAway) {
+			return a.sendAway(c)
+		}
+		if err != nil {
+			return err
+		}
+		leave = in.end
+	}
+	view.Expires = g.Expires
 
 	v, err := a.hub.View(view)
 	if errors.Is(err, sse.ErrDraining) {
-		return a.hub.NewWriter(c.Response().Writer, r).Refuse()
+		return a.sendAway(c)
 	}
 	if err != nil {
 		return err
 	}
-	mine := true
 	defer func() {
 		if mine {
 			v.Close()
 		}
 	}()
+	if in != nil {
+		in.view(v)
+	}
 	begins := func() {
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
 	}
@@ -47,6 +69,7 @@ func (a *API) stream(c echo.Context) error {
 	}
 	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
 	if a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
+		leave()
 		status := 0
 		switch {
 		case !begun && cause.Clean():
@@ -74,6 +97,27 @@ func (a *API) stream(c echo.Context) error {
 	cause := v.Serve(r.Context(), w)
 	ends(cause)
 	return w.End(cause)
+}
+
+// newConnection names the connection, in the answer too.
+func newConnection(c echo.Context) (string, error) {
+	id, err := uuid.NewV7()
+	if err != nil {
+		return "", err
+	}
+	c.Response().Header().Set("Gapless-Connection", id.String())
+	return id.String(), nil
+}
+
+// sendAway has a viewer come back, to this node or another: any status would end its
+// EventSource for good.
+func (a *API) sendAway(c echo.Context) error {
+	if c.Response().Header().Get("Gapless-Connection") == "" {
+		if _, err := newConnection(c); err != nil {
+			return err
+		}
+	}
+	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse()
 }
 
 // errTaken says that a request's connection is not the server's any more, and that it is counted

@@ -58,7 +58,7 @@ func BenchmarkLive_toARowOf(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				h.sit(v, &void{}, []byte{}, 0, Told{func() {}, func(Cause, bool) {}})
+				h.sit(v, &void{}, []byte{}, nil, 0, Told{func() {}, func(Cause, bool) {}})
 			}
 			hear(log)
 			f := h.feeds["s"]

@@ -99,6 +99,15 @@ func appendReset(b []byte, reason string, from, to int64, log store.Bounds) []by
 	return appendNamed(b, "reset", reset{"reset", reason, log.Epoch, from, log.First, log.Last}, 0, to)
 }
 
+// expired is the last event of a viewer that may not view any more: a page cannot read the
+// status with which it is refused when it comes back. Its id is the cursor, again.
+type expired struct {
+	Type string `json:"type"`
+}
+
+// noID is of an event that moves no cursor, since none is known yet.
+const noID = -1
+
 // appendNamed appends an event of ours. retry, in ms, stands inside its block; 0: none.
 func appendNamed(b []byte, name string, data any, retry int, id int64) []byte {
 	text, err := json.Marshal(data)
@@ -110,9 +119,11 @@ func appendNamed(b []byte, name string, data any, retry int, id int64) []byte {
 	if retry > 0 {
 		b = appendRetry(b, retry)
 	}
-	b = append(b, "id: "...)
-	b = strconv.AppendInt(b, id, 10)
-	return append(b, "\n\n"...)
+	if id != noID {
+		b = append(b, "id: "...)
+		b = append(strconv.AppendInt(b, id, 10), '\n')
+	}
+	return append(b, '\n')
 }
 
 func appendRetry(b []byte, ms int) []byte {

@@ -83,7 +83,7 @@ func (h *Hub) Drain(over time.Duration) {
 			f.mu.Lock()
 			for v := range f.viewers {
 				if v.seat != nil {
-					time.AfterFunc(rand.N(over+1), v.seat.leave)
+					time.AfterFunc(rand.N(over+1), func() { v.seat.leave(Shutdown) })
 				}
 			}
 			f.mu.Unlock()

@@ -30,9 +30,10 @@ type seat struct {
 	wrote time.Time // when the last write ended
 
 	// head is what the response begins with, until it does: that waits until the log is known, or
-	// for as long as patience.
-	head     []byte
-	patience time.Duration
+	// for as long as patience. none is the response instead, if there is nothing to view.
+	head, none []byte
+	patience   time.Duration
+	expiry     func() bool // stops what ends it when its right runs out
 
 	// What is left of a write that did not fit, for the goroutine that takes it on.
 	rest  []byte
@@ -42,9 +43,10 @@ type seat struct {
 	count bool  // whose events are chunks
 
 	// The row's mutex guards these: what befalls a seat that a goroutine has.
-	gone, left bool
-	cut        context.CancelFunc
-	writer     *Writer
+	gone   bool
+	left   Cause // why it has to leave
+	cut    context.CancelFunc
+	writer *Writer
 }
 
 // Told is called when the response on a connection that was taken over begins, and when it
@@ -119,25 +121,36 @@ func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience 
 	if !ok {
 		return false
 	}
-	header := streamHeader(to.Header())
+	header := to.Header() // with what others have set: both responses say it
 	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	none := responseHead("204 No Content", header)
+	none = append(none[:len(none)-2], "Connection: close\r\n\r\n"...)
 	header.Set("Transfer-Encoding", "chunked")
 	// Not Connection: close, although it is closed at the end: undici, for one, takes the end of such a
 	// connection for the end of its response, which breaks off like that.
-	head := bytes.NewBufferString("HTTP/1.1 200 OK\r\n")
-	_ = header.Write(head)
-	h.sit(v, conn, append(head.Bytes(), "\r\n"...), patience, told)
+	h.sit(v, conn, responseHead("200 OK", streamHeader(header)), none, patience, told)
 	return true
 }
 
+func responseHead(status string, header http.Header) []byte {
+	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
+	_ = header.Write(head)
+	return append(head.Bytes(), "\r\n"...)
+}
+
 // sit has a viewer viewed on a connection that was taken over.
-func (h *Hub) sit(v *Viewer, conn socket, head []byte, patience time.Duration, told Told) {
-	s := &seat{Viewer: v, conn: conn, told: told, at: -1, wrote: time.Now(), head: head, patience: patience}
+func (h *Hub) sit(v *Viewer, conn socket, head, none []byte, patience time.Duration, told Told) {
+	s := &seat{Viewer: v, conn: conn, told: told, at: -1, wrote: time.Now(), head: head, none: none, patience: patience}
 	v.feed.mu.Lock()
 	v.seat = s
+	leaving := v.leaving
 	v.feed.mu.Unlock()
+	if leaving != "" {
+		s.leave(leaving)
+	}
+	s.expiry = v.expire()
 	if h.leaving.Err() != nil { // Drain may not have seen it
-		time.AfterFunc(rand.N(h.spread+1), s.leave)
+		time.AfterFunc(rand.N(h.spread+1), func() { s.leave(Shutdown) })
 	}
 	if conn.watch(s.leftByPeer) != nil {
 		s.close(Gone)
@@ -156,11 +169,11 @@ func (h *Hub) sit(v *Viewer, conn socket, head []byte, patience time.Duration, t
 		switch sits, cause := s.wait(w); {
 		case sits:
 			return
-		case cause == Shutdown:
-			s.sendAway()
+		case cause == Gone:
+			s.close(cause)
 			return
 		case cause != "":
-			s.close(cause)
+			s.sendAway(cause)
 			return
 		}
 	}
@@ -169,7 +182,7 @@ func (h *Hub) sit(v *Viewer, conn socket, head []byte, patience time.Duration, t
 // greet begins the response. What it begins with fits into a socket that has taken nothing yet.
 func (s *seat) greet() bool {
 	begin := appendFrame(s.head, s.begin())
-	s.head = nil
+	s.head, s.none = nil, nil
 	s.told.Begins()
 	n, err := s.conn.try(begin)
 	return err == nil && n == len(begin)
@@ -185,8 +198,8 @@ func (s *seat) wait(w *window) (sits bool, over Cause) {
 	switch {
 	case s.gone:
 		over = Gone
-	case s.left:
-		over = Shutdown
+	case s.left != "":
+		over = s.left
 	case s.feed.window.Load() == w:
 		r.add(s)
 		return true, ""
@@ -212,32 +225,40 @@ func (s *seat) leftByPeer() {
 	}
 }
 
-// leave ends it because the node drains.
-func (s *seat) leave() {
+// leave ends it for a cause of ours. The first one counts.
+func (s *seat) leave(c Cause) {
 	r := &s.feed.row
 	r.mu.Lock()
-	s.left = true
+	if s.left == "" {
+		s.left = c
+	}
+	c = s.left
 	sits := s.at >= 0
 	if sits {
 		r.remove(s)
 	} else if s.writer != nil {
-		s.writer.leave()
+		s.writer.leave(c)
 	}
 	r.mu.Unlock()
 	if sits {
-		s.sendAway()
+		s.sendAway(c)
 	}
 }
 
-// sendAway ends the response so that its viewer comes back.
-func (s *seat) sendAway() {
-	if !s.joined {
-		if s.head != nil {
-			s.greet()
-		}
-		_, _ = s.conn.try(appendFrame(nil, appendRetry(nil, retry())))
+// sendAway breaks the response off for a cause of ours.
+func (s *seat) sendAway(c Cause) {
+	if s.head != nil {
+		s.greet()
 	}
-	s.close(Shutdown)
+	if b := s.farewell(c); len(b) > 0 {
+		framed := appendFrame(nil, b)
+		if n, err := s.conn.try(framed); err == nil && n < len(framed) { // it has a moment for the rest
+			s.rest, s.skip, s.end, s.since, s.count = b, n, c, s.Cursor, false
+			s.hub.wg.Go(s.run)
+			return
+		}
+	}
+	s.close(c)
 }
 
 // advance gives the viewer what window w has for it, as far as its socket takes that at
@@ -249,8 +270,7 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 			return "", false
 		}
 		if over, _ := s.nothing(w); over != "" {
-			_, _ = s.conn.try([]byte("HTTP/1.1 204 No Content\r\nConnection: close\r\nDate: " + now.UTC().Format(http.TimeFormat) +
-				"\r\nGapless-Connection: " + s.Connection + "\r\n\r\n"))
+			_, _ = s.conn.try(s.none)
 			return over, false
 		}
 		if !s.greet() {
@@ -310,8 +330,8 @@ func (s *seat) run() {
 	if s.gone {
 		cut()
 	}
-	if s.left {
-		w.leave()
+	if s.left != "" {
+		w.leave(s.left)
 	}
 	r.mu.Unlock()
 
@@ -344,6 +364,7 @@ func (s *seat) run() {
 
 // close ends the response. The seat is in no row.
 func (s *seat) close(c Cause) {
+	s.expiry()
 	s.conn.unwatch()
 	if c.Clean() {
 		s.conn.finish() // a 204 ends there, too

@@ -21,7 +21,7 @@ func seated(t *testing.T, h *Hub, a Ask) *watcher {
 	}
 	w := &watcher{sink: &sink{taken: true}, done: make(chan Cause, 1)}
 	w.cut = w.sink.leave
-	h.sit(v, w.sink, []byte{}, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
+	h.sit(v, w.sink, []byte{}, nil, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
 	return w
 }
 
@@ -104,7 +104,7 @@ func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
 				}
 				out := &sink{taken: true, room: room}
 				done := make(chan Cause, 1)
-				h.sit(v, out, []byte{}, time.Hour, Told{func() {}, func(c Cause, _ bool) { done <- c }})
+				h.sit(v, out, []byte{}, nil, time.Hour, Told{func() {}, func(c Cause, _ bool) { done <- c }})
 				synctest.Wait()
 				log.Ack()
 				synctest.Wait()

@@ -120,6 +120,8 @@ const (
 	Gone     Cause = "gone"     // the client went away
 	Slow     Cause = "slow"     // the socket took nothing for the write timeout
 	Shutdown Cause = "shutdown" // this node drains
+	Expired  Cause = "expired"  // what allowed it has run out (Ask.Expires)
+	Replaced Cause = "replaced" // another connection has taken its place
 	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw has no way to say so
 )
 

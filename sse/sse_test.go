@@ -309,7 +309,7 @@ func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	w := &watcher{sink: &sink{taken: takenOver}, done: make(chan Cause, 1)}
 	if takenOver && !a.Raw { // those are never taken over
 		w.cut = w.sink.leave
-		go h.sit(v, w.sink, []byte{}, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
+		go h.sit(v, w.sink, []byte{}, nil, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
 		return w
 	}
 	ctx, cut := context.WithCancel(context.Background())

@@ -19,6 +19,8 @@ type Ask struct {
 	Unknown    bool   // it came with an id that is no number: from the start, by a reset
 	UntilDone  bool   // its response ends behind the next chunk that ends a message or the log
 	Raw        bool   // it is given only what was ingested as events, as that came
+	// Expires is when what allows it to view runs out; zero: never.
+	Expires time.Time
 }
 
 // Latest is the cursor of a viewer that wants nothing of what is there already.
@@ -43,7 +45,10 @@ type Viewer struct {
 
 	raw []byte // Raw: the last events, as they came
 
-	seat *seat // where its connection was taken over; its feed's mu guards it
+	// Its feed's mu guards these: who writes to it, and why it has to go.
+	seat    *seat // where its connection was taken over
+	writer  *Writer
+	leaving Cause
 }
 
 // A page is small at first, since what is read for a viewer that then stands still is read
@@ -73,6 +78,46 @@ func (h *Hub) View(a Ask) (*Viewer, error) {
 
 // Close lets go of the feed.
 func (v *Viewer) Close() { v.hub.leave(v) }
+
+// Leave breaks the viewer's response off, or the one that is about to begin, for a cause that is
+// not the log's: Shutdown, Expired or Replaced.
+func (v *Viewer) Leave(c Cause) {
+	v.feed.mu.Lock()
+	if v.leaving == "" {
+		v.leaving = c
+	}
+	seat, w := v.seat, v.writer
+	v.feed.mu.Unlock()
+	switch {
+	case seat != nil:
+		seat.leave(c)
+	case w != nil:
+		w.leave(c)
+	}
+}
+
+// expire has the viewer leave when its right runs out, unless stop is called first.
+func (v *Viewer) expire() (stop func() bool) {
+	if v.Expires.IsZero() {
+		return func() bool { return true }
+	}
+	return time.AfterFunc(time.Until(v.Expires), func() { v.Leave(Expired) }).Stop
+}
+
+// farewell is what a viewer is told before its response is broken off for cause c.
+func (v *Viewer) farewell(c Cause) []byte {
+	switch {
+	case v.Raw:
+		return nil
+	case c == Expired && v.joined:
+		return appendNamed(nil, "expired", expired{"expired"}, 0, v.Cursor)
+	case c == Expired:
+		return appendNamed(nil, "expired", expired{"expired"}, 0, noID)
+	case c == Shutdown && !v.joined: // so that it comes back all the same
+		return appendRetry(nil, retry())
+	}
+	return nil
+}
 
 // LogValue implements slog.LogValuer.
 func (v *Viewer) LogValue() slog.Value {
@@ -313,7 +358,15 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 // Serve gives the viewer all there is, and then what comes, until the response has to
 // end, and says why. ctx is the request's.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
-	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), w.leave) })()
+	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), func() { w.leave(Shutdown) }) })()
+	v.feed.mu.Lock()
+	v.writer = w
+	leaving := v.leaving
+	v.feed.mu.Unlock()
+	if leaving != "" {
+		w.leave(leaving)
+	}
+	defer v.expire()()
 	cause := w.cause
 	if w.write(v.begin()) == nil {
 		cause = func() Cause { return v.serve(ctx, w, nil) }
@@ -386,10 +439,10 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			}
 			beat.Reset(v.hub.cfg.Heartbeat - quiet)
 		case <-w.left:
-			if !v.joined && !v.Raw { // so that it comes back all the same
-				w.last(appendRetry(nil, retry()))
+			if b := v.farewell(w.why); len(b) > 0 {
+				w.last(b)
 			}
-			return Shutdown
+			return w.why
 		case <-ctx.Done():
 			return Gone
 		}

@@ -634,7 +634,7 @@ func TestWriter_leaveBehindTheEnd_touchesNothing(t *testing.T) {
 		if err := w.End(Done); err != nil {
 			t.Fatal(err)
 		}
-		w.leave()
+		w.leave(Shutdown)
 		if !out.deadline.IsZero() {
 			t.Error("a deadline was set on a connection that is not its own any more")
 		}

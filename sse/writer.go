@@ -28,6 +28,7 @@ type Writer struct {
 	err     error
 
 	left    chan struct{} // closed by leave
+	why     Cause         // given to leave, before left is closed
 	writing atomic.Uint64 // odd while a write is under way
 
 	mu      sync.Mutex
@@ -162,22 +163,30 @@ func (w *Writer) look() {
 	}
 }
 
-// leave has the response end now, even if its socket takes nothing. It is called once,
-// and perhaps late: behind End the connection is another request's. The deadline is for a write
-// that is under way, and no other: HTTP/2 ends a stream by it, and last has still something to say.
-func (w *Writer) leave() {
+// leave has the response end now for a cause of ours, even if its socket takes nothing. The
+// first cause counts. It may come late: behind End the connection is another request's. The deadline
+// is for a write that is under way, and no other: HTTP/2 ends a stream by it, and last has still something to say.
+func (w *Writer) leave(c Cause) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.leaving {
 		return
 	}
-	w.leaving = true
+	w.leaving, w.why = true, c
 	w.watch.Stop()
 	close(w.left)
-	if w.writing.Load()%2 == 1 {
-		_ = w.out.SetWriteDeadline(time.Now())
+	if w.writing.Load()%2 == 0 {
+		return
 	}
+	now := time.Now()
+	if c == Expired { // an event that is half written is finished, if the socket takes it: the last one is to be read
+		now = now.Add(lastWord)
+	}
+	_ = w.out.SetWriteDeadline(now)
 }
+
+// lastWord is how long a viewer whose right has run out has to take what is being written.
+const lastWord = time.Second
 
 // last writes after leave, if the socket takes it at once.
 func (w *Writer) last(p []byte) {
@@ -191,7 +200,7 @@ func (w *Writer) last(p []byte) {
 func (w *Writer) cause() Cause {
 	select {
 	case <-w.left:
-		return Shutdown
+		return w.why
 	default:
 	}
 	if errors.Is(w.err, os.ErrDeadlineExceeded) {

@@ -32,12 +32,13 @@ func (s *Store) Listen(session string, l Listener) (stop func()) {
 
 // ListenUploads subscribes l to the names of sessions whose uploads have to look whether
 // they may go on (HoldLook): Live hands over a session's id. There is one such Listener.
-func (s *Store) ListenUploads(l Listener) (stop func()) { return s.ears.listenUploads(l) }
+func (s *Store) ListenUploads(l Listener) (stop func()) { return s.ears.listenWide(uploads, l) }
 
 // ears hold the Pub/Sub connections.
 type ears interface {
 	listen(channel string, l Listener) (stop func())
-	listenUploads(l Listener) (stop func())
+	// listenWide is for a channel that is no session's.
+	listenWide(channel string, l Listener) (stop func())
 	count() int // channels
 	close()
 }
@@ -59,7 +60,7 @@ func (s spread) listen(channel string, l Listener) (stop func()) {
 	return s[maphash.String(seed, channel)%uint64(len(s))].listen(channel, l)
 }
 
-func (s spread) listenUploads(l Listener) (stop func()) { return s[0].listen(uploads, l) }
+func (s spread) listenWide(channel string, l Listener) (stop func()) { return s[0].listen(channel, l) }
 
 func (s spread) count() (n int) {
 	for _, sub := range s {
@@ -329,7 +330,7 @@ type shards struct {
 	cluster *redis.ClusterClient
 	cfg     Config
 	metrics *metrics
-	uploads *subscriber // an ordinary channel: every server hears of it
+	wide    *subscriber // of ordinary channels: every server hears of them
 	kick    chan struct{}
 	quit    context.CancelFunc
 	done    chan struct{}
@@ -351,7 +352,7 @@ func newShards(cluster *redis.ClusterClient, cfg Config, m *metrics) *shards {
 		cluster: cluster, cfg: cfg, metrics: m, kick: make(chan struct{}, 1), quit: cancel, done: make(chan struct{}),
 		masters: map[string]*subscriber{}, homes: map[string]home{},
 	}
-	s.uploads = newSubscriber(cfg, m, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return cluster.Subscribe(ctx), nil }, nil)
+	s.wide = newSubscriber(cfg, m, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return cluster.Subscribe(ctx), nil }, nil)
 	go func() { // ended by close, which waits for it
 		defer close(s.done)
 		s.tend(ctx)
@@ -359,7 +360,9 @@ func newShards(cluster *redis.ClusterClient, cfg Config, m *metrics) *shards {
 	return s
 }
 
-func (s *shards) listenUploads(l Listener) (stop func()) { return s.uploads.listen(uploads, l) }
+func (s *shards) listenWide(channel string, l Listener) (stop func()) {
+	return s.wide.listen(channel, l)
+}
 
 func (s *shards) listen(channel string, l Listener) (stop func()) {
 	s.mu.Lock()
@@ -475,7 +478,7 @@ func (s *shards) compare() (idle []*subscriber) {
 func (s *shards) count() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.homes) + s.uploads.count()
+	return len(s.homes) + s.wide.count()
 }
 
 func (s *shards) close() {
@@ -486,5 +489,5 @@ func (s *shards) close() {
 	for _, sub := range s.masters {
 		sub.close()
 	}
-	s.uploads.close()
+	s.wide.close()
 }

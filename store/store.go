@@ -191,7 +191,7 @@ func (e *GapError) Error() string {
 type Store struct {
 	cfg       Config
 	rdb       redis.UniversalClient
-	scripts   [3]script
+	scripts   [len(scriptNames)]script
 	pipes     [len(scriptNames)]*pipe
 	clustered bool
 	ears      ears
@@ -204,9 +204,10 @@ const (
 	scriptAppend = iota
 	scriptRead
 	scriptSession
+	scriptTicket
 )
 
-var scriptNames = [...]string{"append", "read", "session"}
+var scriptNames = [...]string{"append", "read", "session", "ticket"}
 
 //go:embed log.lua
 var luaLog string
@@ -223,6 +224,9 @@ var luaRead string
 //go:embed session.lua
 var luaSession string
 
+//go:embed ticket.lua
+var luaTicket string
+
 // script is a Lua program and its name in Redis's cache.
 type script struct{ text, sha string }
 
@@ -234,8 +238,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
-	for i, text := range []string{luaAppend, luaRead, luaSession} {
-		text = luaLog + text + luaRun
+	for i, text := range [...]string{luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket} {
 		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
 	}
 	opt := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}} // of nobody: the embedded one has none
@@ -350,7 +353,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 	if err != nil {
 		return nil, nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	sc, publish, wait, size := s.scripts[which], "PUBLISH", false, 12
+	publish, wait, size := "PUBLISH", false, 12
 	if s.clustered {
 		publish = "SPUBLISH"
 	}
@@ -359,7 +362,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 		wait = wait || c.wait
 	}
 	argv := make([]any, 0, size)
-	argv = append(argv, "evalsha", sc.sha, 5*len(calls))
+	argv = append(argv, "evalsha", s.scripts[which].sha, 5*len(calls))
 	for _, c := range calls {
 		for _, what := range [...]string{"history", "session", "stream", "producers", "messages"} {
 			argv = append(argv, s.key(what, c.session))
@@ -374,11 +377,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 	if wait {
 		send = s.sendAndWait
 	}
-	cmd, short, err := send(ctx, argv)
-	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
-		argv[0], argv[1] = "eval", sc.text
-		cmd, short, err = send(ctx, argv)
-	}
+	cmd, short, err := s.sendScript(ctx, which, argv, send)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -386,6 +385,16 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 		err = fmt.Errorf("script answered %v: %w", cmd.Val(), errReply)
 	}
 	return replies, short, err
+}
+
+// sendScript sends a script by its name, and if Redis does not know that, by its text.
+func (s *Store) sendScript(ctx context.Context, which int, argv []any, send func(context.Context, []any) (*redis.Cmd, error, error)) (cmd *redis.Cmd, short, err error) {
+	cmd, short, err = send(ctx, argv)
+	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
+		argv[0], argv[1] = "eval", s.scripts[which].text
+		cmd, short, err = send(ctx, argv)
+	}
+	return cmd, short, err
 }
 
 // scriptError is what Redis answered a command of a script.

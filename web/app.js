@@ -20,6 +20,32 @@ if (!url.searchParams.get('session')) {
 }
 const api = `/v1/sessions/${encodeURIComponent(url.searchParams.get('session'))}`;
 
+// ---- the token, where the server wants one: it is in this variable, and nowhere else
+
+let token = '';
+
+async function call(path, init = {}) {
+  const response = await fetch(path, token ? { ...init, headers: { ...init.headers, Authorization: `Bearer ${token}` } } : init);
+  if (response.status === 401) $('login').hidden = false;
+  return response;
+}
+
+// An EventSource cannot send the token; a ticket stands for it.
+async function ticket() {
+  if (!token) return ''; // an open server, or a cookie
+  const response = await call(`${api}/tickets`, { method: 'POST' });
+  if (!response.ok) throw response;
+  return (await response.json()).ticket;
+}
+
+$('login').addEventListener('submit', (e) => {
+  e.preventDefault();
+  token = $('token').value.trim();
+  $('token').value = '';
+  $('login').hidden = true;
+  reconnect();
+});
+
 function newId() {
   // randomUUID exists in secure contexts only: not on http://192.168.0.7:8080.
   return crypto.randomUUID?.() ??
@@ -227,6 +253,7 @@ let follower; // it reports a change while it is being made
 follower = new Follower(`${api}/stream`, {
   chunk: take,
   clear,
+  ticket,
   change,
   hole: (from, to) => note(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
 });
@@ -240,7 +267,7 @@ function change() {
 async function explain() {
   let reason = 'The server cannot be reached.';
   try {
-    const response = await fetch(api);
+    const response = await call(api);
     reason = response.ok ? '' : await reasonOf(response);
   } catch {
     // Not even that.
@@ -287,7 +314,7 @@ async function submit() {
   sending = ask.readOnly = true;
   complain('');
   try {
-    const response = await fetch(`${api}/messages`, {
+    const response = await call(`${api}/messages`, {
       method: 'POST',
       headers: { 'Content-Type': 'application/json' },
       body: JSON.stringify({ content }),
@@ -332,7 +359,7 @@ async function cancel() {
   stop.ariaDisabled = 'true'; // not `disabled`, as above
   complain('');
   try {
-    const response = await fetch(`${api}/cancel`, { method: 'POST' });
+    const response = await call(`${api}/cancel`, { method: 'POST' });
     // 404 and 409 say that nothing is left to stop, which is what was wanted.
     if (!response.ok && response.status !== 404 && response.status !== 409) return complain(await reasonOf(response));
     if (follower.state === 'disconnected') reconnect(); // to the log, which says what became of it

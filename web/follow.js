@@ -26,6 +26,8 @@ export class Follower {
 
   #url;
   #on;
+  #opening = 0;    // the newest attempt to open; older ones that still wait for a ticket are over
+  #proven = true;  // false: this ticket has not let us in yet
   #source;
   #welcomes = 0;
   #last = 0;       // how far the log went when we were welcomed: from there on we are live
@@ -39,6 +41,8 @@ export class Follower {
    *   clear(reason)      forget every chunk; another first one follows.
    *                      trimmed | ahead | epoch | unknown | deleted | reconnect
    *   change()           state, or one of the numbers, is another
+   *   ticket()           optional: a promise of a ticket for the stream, '' for none; when it is
+   *                      rejected, we are disconnected
    */
   constructor(url, on) {
     this.#url = url;
@@ -63,15 +67,33 @@ export class Follower {
   // it reconnects later, its Last-Event-ID counts, not `after`.
   #open() {
     this.#source?.close();
-    const source = new EventSource(this.#url + (this.seq > 0 ? `?after=${this.seq}` : ''));
+    this.#enter('connecting');
+    const opening = ++this.#opening;
+    if (!this.#on.ticket) return this.#connect('');
+    this.#on.ticket().then(
+      (ticket) => { if (opening === this.#opening) this.#connect(ticket); },
+      () => { if (opening === this.#opening) this.#enter('disconnected'); },
+    );
+  }
+
+  #connect(ticket) {
+    const query = new URLSearchParams();
+    if (this.seq > 0) query.set('after', this.seq);
+    if (ticket) query.set('ticket', ticket);
+    const source = new EventSource(this.#url + (query.size > 0 ? `?${query}` : ''));
     this.#source = source;
+    this.#proven = !ticket;
     source.addEventListener('welcome', (e) => this.#welcome(e));
     source.addEventListener('reset', (e) => this.#reset(e));
+    source.addEventListener('expired', () => this.#open()); // the token may be newer by now
     source.onmessage = (e) => this.#chunk(e);
     source.onopen = () => this.#enter('connecting'); // a node whose Redis is away holds us without a welcome
-    source.onerror = () =>
-      this.#enter(source.readyState === EventSource.CLOSED ? 'disconnected' : 'waiting to reconnect');
-    this.#enter('connecting');
+    source.onerror = () => {
+      if (source.readyState !== EventSource.CLOSED) return this.#enter('waiting to reconnect');
+      // A ticket that has let us in is spent when we were away for too long: another one will do.
+      if (ticket && this.#proven) return this.#open();
+      this.#enter('disconnected');
+    };
   }
 
   #enter(state) {
@@ -81,6 +103,7 @@ export class Follower {
 
   #close() {
     this.#source.close();
+    this.#opening++;
     this.#enter('ended');
   }
 
@@ -88,6 +111,7 @@ export class Follower {
     // WebKit puts the rest of an event that was cut off in front of the next response.
     const welcome = JSON.parse(e.data.slice(e.data.lastIndexOf('\n') + 1));
     this.node = welcome.node;
+    this.#proven = true;
     if (this.#welcomes++ > 0) this.reconnects++;
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) return this.#restart('epoch');

@@ -28,6 +28,7 @@ import (
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
 
+	"gapless/api/auth/authtest"
 	"gapless/store/storetest"
 )
 
@@ -795,6 +796,7 @@ func TestPage(t *testing.T) {
 		{"a Stop that does not reach the server says so, and stops nothing", testStopOffline},
 		{"a Stop is sent once, and a refusal is shown unless nothing was left to stop", testStopRefused},
 		{"an answer whose producer is lost says so in words", testProducerLost},
+		{"where a token is wanted, one that is pasted will do until it expires, and another after it", testToken},
 		{"an EventSource alone gets every chunk once and whole wherever connections are cut", testPlainEventSource},
 		{"an EventSource that wants only what is new loses nothing when it is cut before that came", testLatest},
 	} {
@@ -831,6 +833,37 @@ func testGrows(t *testing.T, w world) {
 	p.showsTheHistory(w.node, p.session())
 	if got := eval[int](p, `gapless.reconnects`); got != 0 {
 		t.Errorf("%d reconnects, though nothing was cut", got)
+	}
+}
+
+// The page has the token in its memory alone, and an EventSource of it has a ticket. When the
+// token has expired it asks for another, and goes on where it was.
+func testToken(t *testing.T, w world) {
+	issuer := authtest.New(t)
+	n := start(t, "-auth", issuer.Source())
+	const life = 15 * time.Second
+	p := open(t, w.browser, n.url("/"), chromedp.WithNewBrowserContext())
+	p.until(`gapless.state === 'disconnected' && !document.getElementById('login').hidden`)
+	may := authtest.May{}
+	for _, action := range []string{"read", "ask", "cancel"} {
+		may[action] = []string{p.session()}
+	}
+	paste := func(token string) {
+		p.run(fmt.Sprintf(`document.getElementById('token').value = %q; document.getElementById('login').requestSubmit()`, token))
+	}
+	paste("sesame")
+	p.until(`gapless.state === 'disconnected' && document.getElementById('problem').textContent.includes('no token')`)
+	paste(issuer.Token(life, may))
+	p.until(`gapless.state === 'live' && document.getElementById('login').hidden`)
+	p.ask(question)
+	p.until(`gapless.state === 'disconnected' && gapless.seq > 1 && !document.getElementById('login').hidden`)
+	if kept := eval[string](p, `location.href + document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage)`); strings.Contains(kept, "eyJ") {
+		t.Errorf("the token is kept: %s", kept)
+	}
+	paste(issuer.Token(time.Hour, may))
+	p.until(answered)
+	if gaps, doubles := eval[int](p, `gapless.gaps`), eval[int](p, `gapless.doubles`); gaps+doubles > 0 {
+		t.Errorf("%d gaps, %d doubles", gaps, doubles)
 	}
 }
 

@@ -1,4 +1,4 @@
-package main
+package api
 
 import (
 	"bytes"
@@ -10,13 +10,13 @@ import (
 	"time"
 )
 
-// certificate is a certificate and its key in two files that others replace: certbot,
+// Certificate is a certificate and its key in two files that others replace: certbot,
 // cert-manager, a Kubernetes secret (which swaps symbolic links). The files are read again at a
 // handshake, once in a while, and compared by what is in them, so that it does not matter how they
 // were replaced. One that is bad, or half replaced, changes nothing: the former one serves on.
-type certificate struct {
+type Certificate struct {
 	certFile, keyFile string
-	every             time.Duration // between two looks
+	Every             time.Duration // between two looks at the files
 	log               *slog.Logger
 
 	mu     sync.Mutex
@@ -26,9 +26,9 @@ type certificate struct {
 	failed string // why the last look changed nothing; it is logged once
 }
 
-// openCertificate reads both files, which must be good at start.
-func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
-	c := &certificate{certFile: certFile, keyFile: keyFile, every: 5 * time.Second, log: log}
+// OpenCertificate reads both files, which must be good at start.
+func OpenCertificate(certFile, keyFile string, log *slog.Logger) (*Certificate, error) {
+	c := &Certificate{certFile: certFile, keyFile: keyFile, Every: 5 * time.Second, log: log}
 	if _, err := c.load(); err != nil {
 		return nil, fmt.Errorf("read the certificate (-tls-cert, -tls-key): %w", err)
 	}
@@ -36,11 +36,11 @@ func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, 
 	return c, nil
 }
 
-// get implements tls.Config.GetCertificate.
-func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+// Get implements tls.Config.GetCertificate.
+func (c *Certificate) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if time.Since(c.looked) < c.every {
+	if time.Since(c.looked) < c.Every {
 		return c.pair, nil
 	}
 	c.looked = time.Now()
@@ -57,7 +57,7 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 }
 
 // load takes what the files hold, if that is new. mu is held, or nobody else knows c.
-func (c *certificate) load() (changed bool, err error) {
+func (c *Certificate) load() (changed bool, err error) {
 	cert, err := os.ReadFile(c.certFile)
 	if err != nil {
 		return false, err

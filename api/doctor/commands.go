@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"context"
@@ -8,18 +8,17 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
 	"time"
-
-	"gapless/doctor"
 )
 
-// commands are what the program does beside serving. Each answers its exit code: 0 all is well, 1 it
+// Commands are what the program does beside serving. Each answers its exit code: 0 all is well, 1 it
 // is not, 2 it was called in a wrong way.
-var commands = map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int{
+var Commands = map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int{
 	"doctor": examine,
 	"live":   check("/healthz"),
 	"ready":  check("/readyz"),
@@ -27,7 +26,7 @@ var commands = map[string]func(ctx context.Context, args []string, env func(stri
 
 // examine is gapless doctor.
 func examine(ctx context.Context, args []string, env func(string) (string, bool)) int {
-	cfg := doctor.DefaultConfig()
+	cfg := DefaultConfig()
 	fs := flag.NewFlagSet("gapless doctor", flag.ContinueOnError)
 	fs.StringVar(&cfg.Origin, "origin", "", "an `origin` whose pages use the server, such as https://chat.example: examines CORS")
 	fs.DurationVar(&cfg.Idle, "idle", cfg.Idle, "how long to listen in silence: longer than -heartbeat; two minutes find most idle time-outs")
@@ -80,14 +79,14 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 	}
 
 	report := struct {
-		OK       bool             `json:"ok"`
-		Findings []doctor.Finding `json:"findings"`
+		OK       bool      `json:"ok"`
+		Findings []Finding `json:"findings"`
 	}{OK: true}
 	if !*asJSON {
 		fmt.Println("gapless doctor looks at", cfg.URL)
 		cfg.Progress = func(text string) { fmt.Fprintln(os.Stderr, "  …", text) }
 	}
-	doctor.Examine(ctx, cfg, func(f doctor.Finding) {
+	Examine(ctx, cfg, func(f Finding) {
 		report.OK = report.OK && f.OK
 		report.Findings = append(report.Findings, f)
 		switch {
@@ -137,7 +136,7 @@ func check(path string) func(context.Context, []string, func(string) (string, bo
 			return 2
 		}
 		client := &http.Client{}
-		if isLoopback(at.Hostname()) { // where the certificate is for other names, and nobody is in between
+		if ip := net.ParseIP(at.Hostname()); at.Hostname() == "localhost" || ip != nil && ip.IsLoopback() { // where the certificate is for other names, and nobody is in between
 			client.Transport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}}
 		}
 		response, err := client.Do(r)

@@ -1,0 +1,207 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	"github.com/labstack/echo/v4/middleware"
+
+	"gapless/api/auth"
+)
+
+// call registers a call of /v1, and says what it does to the session that it names: none can be
+// added without that. Who it is that calls is asked first, then what is called, then whether
+// that is allowed; all of it before anything is asked of Redis about the session, so that
+// nobody learns what there is who may not know. A call that names no session in its path
+// asks for itself (may).
+func (a *API) call(method, path string, action auth.Action, h echo.HandlerFunc) {
+	all := []echo.MiddlewareFunc{a.identify}
+	if strings.Contains(path, "/:id") {
+		all = append(all, checkID, a.permit(action))
+	}
+	a.echo.Add(method, path, h, all...)
+}
+
+// identify reads the request's credential into a grant. A ticket is left to the stream, which it
+// lets in.
+func (a *API) identify(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if ticketOf(c) != "" {
+			return next(c)
+		}
+		g, err := a.credential(c.Request())
+		if errors.Is(err, auth.ErrAway) && c.Path() == streamPath {
+			return a.sendAway(c)
+		}
+		if err != nil {
+			return err
+		}
+		c.Set("grant", g)
+		return next(c)
+	}
+}
+
+// credential is what a request may do by its Authorization header or else by its cookie.
+func (a *API) credential(r *http.Request) (auth.Grant, error) {
+	if a.cfg.Auth == nil {
+		return auth.Everything(), nil
+	}
+	token, member := "", "Authorization"
+	switch headers := r.Header.Values("Authorization"); {
+	case len(headers) > 1:
+		return auth.Grant{}, unauthorized(member, "Authorization stands twice: send one token")
+	case len(headers) == 1:
+		scheme, rest, _ := strings.Cut(headers[0], " ")
+		if !strings.EqualFold(scheme, "Bearer") {
+			return auth.Grant{}, unauthorized(member, "the scheme of Authorization is Bearer here: send a token as Authorization: Bearer TOKEN")
+		}
+		token = strings.Trim(rest, " ")
+	case a.cfg.Auth.Cookie() != "":
+		cookies := r.CookiesNamed(a.cfg.Auth.Cookie())
+		if len(cookies) > 1 { // another host of the domain may have set one
+			return auth.Grant{}, unauthorized("Cookie", "the cookie "+a.cfg.Auth.Cookie()+" stands twice: log out and in again")
+		}
+		if len(cookies) == 1 {
+			token, member = cookies[0].Value, "Cookie"
+		}
+	}
+	if token == "" {
+		return auth.Grant{}, &Problem{Status: http.StatusUnauthorized, Code: "unauthorized", Member: member, challenge: "Bearer realm=\"gapless\"",
+			Detail: "this server wants to know who calls: send a token as Authorization: Bearer TOKEN" + a.otherWays()}
+	}
+	g, err := a.cfg.Auth.Read(token)
+	if bad, ok := errors.AsType[*auth.InvalidError](err); ok {
+		return g, unauthorized(member, bad.Detail)
+	}
+	return g, err
+}
+
+func (a *API) otherWays() string {
+	if name := a.cfg.Auth.Cookie(); name != "" {
+		return " (in a browser: log in, so that the cookie " + name + " has one); a stream may have a ?ticket= instead"
+	}
+	return "; a stream may have a ?ticket= instead"
+}
+
+// unauthorized refuses a credential (RFC 6750, section 3).
+func unauthorized(member, detail string) *Problem {
+	return &Problem{Status: http.StatusUnauthorized, Code: "unauthorized", Member: member, Detail: detail,
+		challenge: `Bearer realm="gapless", error="invalid_token", error_description="the body says what is wrong"`}
+}
+
+// permit refuses those who may not do this to the session that the path names.
+func (a *API) permit(action auth.Action) echo.MiddlewareFunc {
+	return func(next echo.HandlerFunc) echo.HandlerFunc {
+		return func(c echo.Context) error {
+			if ticketOf(c) == "" {
+				if err := a.may(c, action, session(c)); err != nil {
+					return err
+				}
+			}
+			return next(c)
+		}
+	}
+}
+
+// may refuses those who may not do this to a session.
+func (a *API) may(c echo.Context, action auth.Action, id string) error {
+	g := grant(c)
+	if g.May(action, id) {
+		return nil
+	}
+	claim := ""
+	if a.cfg.Auth != nil {
+		claim = a.cfg.Auth.Claim()
+	}
+	what, under := fmt.Sprintf("session %q", id), fmt.Sprintf("%q or %q", action, auth.Admin)
+	if id == auth.All {
+		what = "all sessions, *"
+	}
+	if action == auth.Admin {
+		under = fmt.Sprintf("%q", action)
+	}
+	return &Problem{Status: http.StatusForbidden, Code: "forbidden",
+		Detail:    fmt.Sprintf("the token does not allow %s on %s: its claim %q has to name it under %s", action, what, claim, under),
+		challenge: `Bearer realm="gapless", error="insufficient_scope", error_description="the body says what is missing"`}
+}
+
+// grant is what the request's credential allows; nothing, where there is none.
+func grant(c echo.Context) auth.Grant {
+	g, _ := c.Get("grant").(auth.Grant)
+	return g
+}
+
+// errExpired refuses the rest of a request that was begun in time.
+var errExpired = unauthorized("Authorization", "the token expired while the request was under way: get a new one from its issuer, and go on with that")
+
+func expired(g auth.Grant) bool { return !g.Expires.IsZero() && !time.Now().Before(g.Expires) }
+
+// ticketOf is the ticket that a stream is asked for with, unless it has a token.
+func ticketOf(c echo.Context) string {
+	if c.Path() != streamPath || c.Request().Header.Get("Authorization") != "" {
+		return ""
+	}
+	return c.QueryParam("ticket")
+}
+
+// operate is for what concerns all sessions.
+func (a *API) operate(next echo.HandlerFunc) echo.HandlerFunc {
+	return a.identify(func(c echo.Context) error {
+		if err := a.may(c, auth.Admin, auth.All); err != nil {
+			return err
+		}
+		return next(c)
+	})
+}
+
+// guard sets what every response says to browsers. What is read here is no script, no style and
+// no picture of another site's page.
+func (a *API) guard(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		h := c.Response().Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Cross-Origin-Resource-Policy", "same-origin")
+		return next(c)
+	}
+}
+
+// share lets pages of the configured origins call /v1, with cookies and without
+// (https://fetch.spec.whatwg.org/#http-cors-protocol). It sets its headers before anything can
+// fail, so that such a page can read problems as well; a stream's connection that is taken
+// over has them, too.
+func (a *API) share() echo.MiddlewareFunc {
+	return middleware.CORSWithConfig(middleware.CORSConfig{
+		Skipper: func(c echo.Context) bool {
+			return len(a.cfg.Origins) == 0 || !strings.HasPrefix(c.Request().URL.Path, "/v1/")
+		},
+		// Exactly these: the library's own list has patterns.
+		AllowOriginFunc:  func(origin string) (bool, error) { return slices.Contains(a.cfg.Origins, origin), nil },
+		AllowCredentials: true,
+		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
+			"Stream-Closed"},
+		ExposeHeaders: []string{"Location", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", headerProducerEpoch, headerExpectedChunk},
+		MaxAge:        7200, // no browser keeps it for longer
+	})
+}
+
+// until ends an upload when what allows it runs out: it is answered with what it has stored.
+func (u *upload) until(g auth.Grant) (stop func() bool) {
+	if g.Expires.IsZero() {
+		return func() bool { return true }
+	}
+	return time.AfterFunc(time.Until(g.Expires), func() { u.stop(errExpired) }).Stop
+}
+
+// keysReady says whether tokens can be judged.
+func (a *API) keysReady(ctx context.Context) error {
+	if a.cfg.Auth == nil {
+		return nil
+	}
+	return a.cfg.Auth.Ready(ctx)
+}

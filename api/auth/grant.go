@@ -1,0 +1,109 @@
+package auth
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Action is something that can be done to a session.
+type Action int
+
+// The actions. The zero Action is none, and nobody may do it.
+const (
+	Read   Action = iota + 1 // the session, its chunks, its stream; tickets for that
+	Write                    // make it, append to it, end it
+	Ask                      // the model
+	Cancel                   // messages
+	Admin                    // delete it; implies all of the others
+	actions
+)
+
+var names = [actions]string{Read: "read", Write: "write", Ask: "ask", Cancel: "cancel", Admin: "admin"}
+
+func (a Action) String() string { return names[a] }
+
+// All stands for all sessions: only the pattern * allows something on it.
+const All = "*"
+
+// Grant is what a credential allows, and until when.
+type Grant struct {
+	Subject string    // who it is, as its issuer says; may be empty
+	Expires time.Time // from then on it allows nothing; zero: never
+	may     [actions][]string
+}
+
+// Everything is what everybody may do where there is no authentication.
+func Everything() Grant { return Grant{may: [actions][]string{Admin: {All}}} }
+
+// Viewing allows to read one session.
+func Viewing(session string, expires time.Time) Grant {
+	return Grant{Expires: expires, may: [actions][]string{Read: {session}}}
+}
+
+// May says whether the grant allows an action on a session, whose id has no * in it. It does
+// not look at the time.
+func (g Grant) May(a Action, session string) bool {
+	if a < Read || a >= actions {
+		return false
+	}
+	fits := func(pattern string) bool { return match(pattern, session) }
+	return slices.ContainsFunc(g.may[a], fits) || slices.ContainsFunc(g.may[Admin], fits)
+}
+
+// match says whether text is what pattern says, in which each * stands for any text. It goes
+// back to the last * only, which is enough, so that no pattern takes long.
+func match(pattern, text string) bool {
+	p, t := 0, 0
+	star, resume := -1, 0 // behind the last *, and what of text it has not taken yet
+	for t < len(text) {
+		switch {
+		case p < len(pattern) && pattern[p] == '*':
+			p++
+			star, resume = p, t
+		case p < len(pattern) && pattern[p] == text[t]:
+			p, t = p+1, t+1
+		case star >= 0:
+			resume++
+			p, t = star, resume
+		default:
+			return false
+		}
+	}
+	return strings.Trim(pattern[p:], "*") == ""
+}
+
+// readClaim reads what a token allows: {"read":["chat-*"],"write":["chat-7"]}. Without the claim
+// it allows nothing.
+func readClaim(claim string, value any) (may [actions][]string, err error) {
+	if value == nil {
+		return may, nil
+	}
+	bad := func(what string) ([actions][]string, error) {
+		return may, invalid("the token's claim %q %s: it is an object such as {\"read\":[\"chat-*\"],\"ask\":[\"chat-7\"]} with members %s, each an array of session ids in which * stands for any text",
+			claim, what, strings.Join(names[Read:], ", "))
+	}
+	object, ok := value.(map[string]any)
+	if !ok {
+		return bad("is no object")
+	}
+	for name, value := range object {
+		action := slices.Index(names[:], name)
+		if action < int(Read) {
+			return bad(fmt.Sprintf("has the member %.40q", name))
+		}
+		patterns, ok := value.([]any)
+		if !ok {
+			return bad("has a member " + name + " that is no array")
+		}
+		for _, p := range patterns {
+			pattern, ok := p.(string)
+			if !ok {
+				return bad("has a member " + name + " with something in it that is no text")
+			}
+			may[action] = append(may[action], pattern)
+		}
+	}
+	return may, nil
+}

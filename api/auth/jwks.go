@@ -1,0 +1,211 @@
+package auth
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/MicahParks/jwkset"
+	"github.com/MicahParks/keyfunc/v3"
+	"github.com/golang-jwt/jwt/v5"
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
+)
+
+// jwks is the keys of an issuer (RFC 7517), kept while it is away and fetched again now and
+// then. A token whose key is not among them has them fetched at once, since its issuer may have
+// changed keys just now; strangers cannot make us ask more often than unknownEvery for that.
+// Those that come while they are fetched wait for it, so that none of them is refused
+// whose key is new.
+type jwks struct {
+	held   *held
+	ask    jwkset.Storage // fetches
+	flight singleflight.Group
+	limit  *rate.Limiter
+	find   keyfunc.Keyfunc
+	quit   context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+const (
+	// refreshEvery is how long a key is believed that its issuer has taken back.
+	refreshEvery = 5 * time.Minute
+	unknownEvery = 5 * time.Second
+	fetchTimeout = 3 * time.Second
+)
+
+var errNoKey = errors.New("no such key")
+
+func openJWKS(source string, log *slog.Logger) (*jwks, error) {
+	ctx, quit := context.WithCancel(context.Background())
+	j := &jwks{held: &held{MemoryJWKSet: jwkset.NewMemoryStorage()}, limit: rate.NewLimiter(rate.Every(unknownEvery), 1), quit: quit}
+	client := &http.Client{
+		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, TLSHandshakeTimeout: fetchTimeout},
+		// Another place than the one that was named is none that was checked.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	remote, err := jwkset.NewStorageFromHTTP(source, jwkset.HTTPClientStorageOptions{
+		Client: client, Ctx: ctx, HTTPTimeout: fetchTimeout, NoErrorReturnFirstHTTPReq: true, Storage: j.held,
+		RefreshErrorHandler: func(_ context.Context, err error) {
+			if ctx.Err() != nil {
+				return
+			}
+			if bad, ok := errors.AsType[*url.Error](err); ok { // it would repeat the URL
+				err = bad.Err
+			}
+			if !j.held.away.Swap(true) {
+				log.Warn("the keys of -auth cannot be fetched", slog.Any("err", err), slog.Bool("former_ones_are_kept", j.held.fetched.Load()))
+			}
+		},
+	})
+	if err != nil {
+		quit()
+		return nil, fmt.Errorf("-auth: %w", err)
+	}
+	j.ask, err = jwkset.NewHTTPClient(jwkset.HTTPClientOptions{ // its limit would have tokens wait for their turn: ours refuses them
+		HTTPURLs: map[string]jwkset.Storage{source: remote}, RefreshUnknownKID: rate.NewLimiter(rate.Inf, 1), RateLimitWaitMax: fetchTimeout,
+	})
+	if err == nil {
+		j.find, err = keyfunc.New(keyfunc.Options{Ctx: ctx, Storage: lookup{j.held, j}, UseWhitelist: []jwkset.USE{jwkset.UseSig, ""}})
+	}
+	if err != nil {
+		quit()
+		return nil, fmt.Errorf("-auth: %w", err)
+	}
+	j.wg.Go(func() { j.tend(ctx) }) // ended by close
+	return j, nil
+}
+
+func (j *jwks) close() {
+	j.quit()
+	j.wg.Wait()
+}
+
+// tend fetches the keys now and then.
+func (j *jwks) tend(ctx context.Context) {
+	tick := time.NewTicker(refreshEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			j.fetch()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// fetch fetches the keys, unless that was done just now.
+func (j *jwks) fetch() {
+	_, _, _ = j.flight.Do("", func() (any, error) {
+		if j.limit.Allow() {
+			_, _ = j.ask.KeyRead(context.Background(), "\x00") // there is none of that name: it is fetched
+		}
+		return nil, nil
+	})
+}
+
+func (j *jwks) ready(ctx context.Context) error {
+	if !j.held.fetched.Load() {
+		j.fetch()
+	}
+	if !j.held.fetched.Load() {
+		return ErrAway
+	}
+	return ctx.Err()
+}
+
+// keyOf finds the key that a token names, or, if it names none, all that may be meant.
+func (j *jwks) keyOf(t *jwt.Token) (any, error) {
+	found, err := j.find.Keyfunc(t)
+	if err != nil {
+		return nil, j.none()
+	}
+	keys := []jwt.VerificationKey{found}
+	if set, ok := found.(jwt.VerificationKeySet); ok {
+		keys = set.Keys
+	}
+	var fit []jwt.VerificationKey
+	for _, key := range keys {
+		if algorithm(key) == t.Method.Alg() {
+			fit = append(fit, key)
+		}
+	}
+	if len(fit) == 0 {
+		return nil, j.none()
+	}
+	return jwt.VerificationKeySet{Keys: fit}, nil
+}
+
+// none says why there is no key: an issuer that is away may have one that we have not seen.
+func (j *jwks) none() error {
+	if j.held.away.Load() {
+		return ErrAway
+	}
+	return errNoKey
+}
+
+// algorithm is the one that a key is for; empty: none here.
+func algorithm(key any) string {
+	const leastBits = 2048 // RFC 7518, section 3.3
+	switch k := key.(type) {
+	case *rsa.PublicKey:
+		if k.N.BitLen() >= leastBits {
+			return jwt.SigningMethodRS256.Alg()
+		}
+	case *ecdsa.PublicKey:
+		if k.Curve == elliptic.P256() {
+			return jwt.SigningMethodES256.Alg()
+		}
+	case ed25519.PublicKey:
+		return jwt.SigningMethodEdDSA.Alg()
+	}
+	return ""
+}
+
+// held is the keys that were fetched last.
+type held struct {
+	*jwkset.MemoryJWKSet
+	fetched atomic.Bool // once at least
+	away    atomic.Bool // they could not be, the last time
+}
+
+// KeyReplaceAll is called with what was fetched.
+func (h *held) KeyReplaceAll(ctx context.Context, keys []jwkset.JWK) error {
+	err := h.MemoryJWKSet.KeyReplaceAll(ctx, keys)
+	h.fetched.Store(true)
+	h.away.Store(false)
+	return err
+}
+
+// lookup is the keys as tokens ask for them: fetched when one is not there.
+type lookup struct {
+	*held
+	jwks *jwks
+}
+
+func (l lookup) KeyRead(ctx context.Context, kid string) (jwkset.JWK, error) {
+	key, err := l.held.KeyRead(ctx, kid)
+	if err != nil {
+		l.jwks.fetch()
+		key, err = l.held.KeyRead(ctx, kid)
+	}
+	return key, err
+}
+
+func (l lookup) KeyReadAll(ctx context.Context) ([]jwkset.JWK, error) {
+	if !l.fetched.Load() {
+		l.jwks.fetch()
+	}
+	return l.held.KeyReadAll(ctx)
+}

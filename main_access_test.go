@@ -1,0 +1,184 @@
+package main
+
+import (
+	"encoding/json"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"gapless/api/auth/authtest"
+	"gapless/store/storetest"
+)
+
+// token makes a token that no log may have.
+func token(i *authtest.Issuer, life time.Duration, may authtest.May) string {
+	text := i.Token(life, may)
+	plant(text, text[strings.LastIndex(text, ".")+1:])
+	return text
+}
+
+// ticket makes a ticket that no log may have, and answers the query of its URL.
+func (n *node) ticket(t *testing.T, session string) (query string) {
+	t.Helper()
+	var made struct{ Ticket, URL string }
+	a := n.post("/v1/sessions/"+session+"/tickets", "", "")
+	if a.status != http.StatusCreated {
+		t.Fatalf("ticket: %d %s (%v)", a.status, a.body, a.err)
+	}
+	decode(t, a.body, &made)
+	plant(made.Ticket)
+	_, query, _ = strings.Cut(made.URL, "?")
+	return "?" + query
+}
+
+func TestAccess_withoutAuthOnlyLoopbackIsListenedOn(t *testing.T) {
+	t.Parallel()
+	for _, address := range []string{":0", "0.0.0.0:0", "[::]:0", "192.0.2.1:0", "host.example:0"} {
+		code, out := program(t, nil, "-listen", address)
+		for _, word := range []string{"-listen", address, "-auth", "127.0.0.1", "-insecure-open"} {
+			if code != 2 || !strings.Contains(out, word) {
+				t.Errorf("%s: exit code %d, and nothing of %s: %s", address, code, word, out)
+			}
+		}
+	}
+	issuer := authtest.New(t)
+	for _, args := range [][]string{{"-insecure-open"}, {"-auth", issuer.Source()}} { // the address is nobody's: they get as far as that
+		code, out := program(t, nil, append(args, "-listen", "192.0.2.1:0")...)
+		if code != 1 || !strings.Contains(out, "listen on 192.0.2.1:0") {
+			t.Errorf("%v: exit code %d: %s", args, code, out)
+		}
+	}
+	if n := start(t, "-insecure-open"); !strings.Contains(n.log.String(), "level=WARN msg=\"-insecure-open: whoever can connect") {
+		t.Error("it does not say that it is open")
+	}
+}
+
+// The keys come from files, from the environment, and are as good as what is behind them.
+func TestAccess_badKeysAreRefusedAtTheStart(t *testing.T) {
+	t.Parallel()
+	short := filepath.Join(t.TempDir(), "short")
+	if err := os.WriteFile(short, []byte("sesame"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	code, out := program(t, []string{"GAPLESS_AUTH=secret:" + short}, "-auth-issuer", "login")
+	if code != 2 || !strings.Contains(out, "6 bytes") || !strings.Contains(out, "openssl rand") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+}
+
+// All that is promised is promised with tokens, too, and with tickets: viewers cut themselves
+// and come back to whatever node.
+func TestGapcheck_withTokensAndTicketsAtTwoNodes(t *testing.T) {
+	t.Parallel()
+	redis, issuer := storetest.Redis(t), authtest.New(t)
+	all := nodes(t, 2, redis, "-auth", issuer.Source())
+	for _, n := range all {
+		n.token = token(issuer, time.Hour, authtest.May{"admin": {"*"}})
+	}
+	g := gapcheck{nodes: all, redis: redis, chunks: gapChunks / 2, produce: byUpload, ended: true, admit: func(v *viewer) {
+		if rand.IntN(2) == 0 {
+			v.query = all[rand.IntN(2)].ticket(t, v.session)
+		} else {
+			v.token = token(issuer, time.Hour, authtest.May{"read": {v.session}})
+		}
+	}}
+	g.run(t)
+}
+
+// Of two connections with one ticket, at two nodes, the newer one stays; what the former page
+// has, it has once and in order when it comes back.
+func TestAccess_theNewestConnectionOfATicketStays(t *testing.T) {
+	everyWay(t, func(t *testing.T, args ...string) {
+		redis, issuer := storetest.Redis(t), authtest.New(t)
+		all := nodes(t, 2, redis, append(args, "-auth", issuer.Source())...)
+		for _, n := range all {
+			n.token = token(issuer, time.Hour, authtest.May{"admin": {"*"}})
+		}
+		session := newID()
+		all[0].append(t, session, words(1, 2))
+		v := &viewer{session: session, query: all[0].ticket(t, session)}
+		how := make(chan ending, 1)
+		wait := background(t, func() { how <- v.connect(deadline(t), all[0].addr, nil) })
+		eventually(t, "the first connection has both", func() bool { return v.seen.Load() == 2 })
+		other := &viewer{session: session, query: v.query}
+		again := background(t, func() { other.connect(deadline(t), all[1].addr, func(e event) bool { return e.id == "3" }) })
+		if h := <-how; h != aborted {
+			t.Errorf("the former connection ended: %s", h)
+		}
+		wait()
+		all[0].append(t, session, words(3, 1))
+		again()
+		v.connect(deadline(t), all[1].addr, func(e event) bool { return e.id == "3" })
+		want := all[0].pages(t, session)
+		v.check(t, want)
+		other.check(t, want)
+		redis.Del(deadline(t), keys(t, redis, "chat:ticket:*")...) // nobody was there for a minute
+		all[0].token = ""
+		late := all[0].do(deadline(t), "GET", "/v1/sessions/"+session+"/stream"+v.query, "", nil)
+		if late.status != http.StatusUnauthorized || !strings.Contains(late.body, "ticket_spent") {
+			t.Errorf("a ticket that is spent: %d %s", late.status, late.body)
+		}
+	})
+}
+
+// A token that expires in the middle of a stream ends it by an event that a page can read, and
+// a break that is no end; whoever comes back with it is told what to do.
+func TestAccess_aStreamEndsWithItsToken(t *testing.T) {
+	everyWay(t, func(t *testing.T, args ...string) {
+		issuer := authtest.New(t)
+		n := start(t, append(args, "-auth", issuer.Source())...)
+		n.token = token(issuer, time.Hour, authtest.May{"admin": {"*"}})
+		session := newID()
+		n.append(t, session, words(1, 2))
+		v := &viewer{session: session, token: token(issuer, 2*time.Second, authtest.May{"read": {session}})}
+		v.nextConnection(false)
+		var last event
+		how := v.raw(deadline(t), n.addr, func(b []byte) bool {
+			return v.feed(b, func(e event) bool { last = e; return true })
+		})
+		if how != aborted || last.name != "expired" || last.id != "2" || last.data != `{"type":"expired"}` {
+			t.Errorf("it ended %s behind %+v", how, last)
+		}
+		n.token = v.token
+		a := n.get("/v1/sessions/" + session + "/stream")
+		var p struct{ Code, Detail string }
+		if err := json.Unmarshal([]byte(a.body), &p); err != nil || a.status != http.StatusUnauthorized || p.Code != "unauthorized" ||
+			!strings.Contains(p.Detail, "expired at") || !strings.Contains(p.Detail, "get a new one") {
+			t.Errorf("%d %s", a.status, a.body)
+		}
+	})
+}
+
+// Words are planted wherever somebody can say something; the end of each node looks for them in
+// its log, at its most talkative.
+func TestAccess_logsHaveNothingThatPeopleSay(t *testing.T) {
+	t.Parallel()
+	issuer := authtest.New(t)
+	n := start(t, "-auth", issuer.Source(), "-auth-cookie", "login")
+	session := newID()
+	good := token(issuer, time.Hour, authtest.May{"admin": {session}})
+	for _, bearer := range []string{good, token(issuer, -time.Hour, nil), "sesame", token(authtest.New(t), time.Hour, nil)} {
+		n.token = bearer
+		for _, body := range []string{`{"content":"sesame","message_id":"sesame"}`, `{"content":sesame}`, `{"sesame":1,"sesame":2}`, `{"type":5,"content":"sesame"}`, "sesame"} {
+			for _, kind := range []string{"application/json", "application/x-ndjson", "text/plain", "text/event-stream", "text/sesame"} {
+				n.post("/v1/sessions/"+session+"/chunks?role=sesame", kind, body)
+			}
+			n.post("/v1/sessions/"+session+"/messages", "application/json", body)
+			n.post("/v1/sessions/"+session+"/cancel", "application/json", body)
+			n.post("/v1/sessions", "application/json", body)
+		}
+		for _, path := range []string{"/stream?after=sesame", "/stream?ticket=sesame", "/chunks?limit=sesame", "/sesame", "?access_token=sesame", "%zz-sesame"} {
+			n.get("/v1/sessions/" + session + path)
+		}
+	}
+	n.token = good
+	query := n.ticket(t, session)
+	n.token = ""
+	v := &viewer{session: session, query: query}
+	v.connect(deadline(t), n.addr, func(event) bool { return true })
+	eventually(t, "the viewer's end is in the log", func() bool { return strings.Contains(n.log.String(), "viewer ends") })
+}
