@@ -72,6 +72,7 @@ type config struct {
 	tlsKey  string
 	h2c     bool
 	open    bool // to everybody who can connect
+	metrics string
 	pprof   string
 	drain   time.Duration
 	store   store.Config
@@ -126,6 +127,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "the largest event that a chunk may make in a stream, in `bytes`")
 
 	fs.BoolVar(&cfg.sse.Plain, "plain", false, "leave viewers' connections to the HTTP server, instead of taking them over where HTTP/1.1 allows it: slower, for comparison")
+	fs.StringVar(&cfg.metrics, "metrics", "", "another `address` at which /metrics is served, and nothing else, without a token: for Prometheus, and not for strangers")
 	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
 
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo")
@@ -201,6 +203,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if err != nil {
 		errs = append(errs, fmt.Errorf("-listen: %w", err))
 	}
+	if _, _, err := net.SplitHostPort(cfg.metrics); cfg.metrics != "" && err != nil {
+		errs = append(errs, fmt.Errorf("-metrics: %w", err))
+	}
 	if host, _, err := net.SplitHostPort(cfg.pprof); cfg.pprof != "" && (err != nil || !isLoopback(host)) {
 		errs = append(errs, fmt.Errorf("-pprof: %q is no address and port on loopback: profiles tell much, so they are for this machine alone", cfg.pprof))
 	}
@@ -233,33 +238,39 @@ func isLoopback(host string) bool {
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// profiles serves them until the process ends, to this machine alone: no page of a browser can
-// call them by a name of its own (DNS rebinding).
-func profiles(cfg config) (stop func(), err error) {
-	if cfg.pprof == "" {
+// aside serves what is not for users at an address of its own, which a flag has named, until stop is called.
+func aside(cfg config, flag, address string, handler http.Handler) (stop func(), err error) {
+	if address == "" {
 		return func() {}, nil
 	}
-	listener, err := net.Listen("tcp", cfg.pprof)
+	listener, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("listen on %s (-pprof): %w", cfg.pprof, err)
+		return nil, fmt.Errorf("listen on %s (%s): %w", address, flag, err)
 	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 8 << 10,
+		ErrorLog: slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug)}
+	go func() { _ = server.Serve(listener) }() // ended by stop
+	cfg.log.Info("gapless serves aside", slog.String("flag", flag), slog.String("at", "http://"+listener.Addr().String()))
+	return func() { _ = server.Close() }, nil
+}
+
+// profiles are for this machine alone: no page of a browser can call them by a name of its own
+// (DNS rebinding).
+func profiles() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	mux.HandleFunc("/debug/pprof/cmdline", http.NotFound) // it may hold a password
-	server := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.Host)
 		if err != nil || !isLoopback(host) {
 			http.Error(w, "profiles are served to loopback alone", http.StatusMisdirectedRequest)
 			return
 		}
 		mux.ServeHTTP(w, r)
-	})}
-	go func() { _ = server.Serve(listener) }() // ended by stop
-	cfg.log.Info("profiles are served", slog.String("at", "http://"+listener.Addr().String()+"/debug/pprof/"))
-	return func() { _ = server.Close() }, nil
+	})
 }
 
 // run serves until ctx ends, and then stops in the order that loses nothing: not ready,
@@ -277,7 +288,7 @@ func run(ctx context.Context, cfg config) error {
 		}
 		scheme = "https"
 	}
-	stop, err := profiles(cfg)
+	stop, err := aside(cfg, "-pprof", cfg.pprof, profiles())
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
@@ -302,6 +313,13 @@ func run(ctx context.Context, cfg config) error {
 	}
 	hub := sse.NewHub(cfg.sse, logs)
 	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract, metrics(logs, hub))
+	stopMetrics, err := aside(cfg, "-metrics", cfg.metrics, handler.Metrics())
+	if err != nil {
+		hub.Close()
+		logs.Close()
+		return errors.Join(err, listener.Close())
+	}
+	defer stopMetrics()
 	server := newServer(cfg, handler, secret)
 	if cfg.store.Redis == store.Embedded {
 		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage

@@ -2,10 +2,12 @@ package main
 
 import (
 	"encoding/json"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -181,4 +183,28 @@ func TestAccess_logsHaveNothingThatPeopleSay(t *testing.T) {
 	v := &viewer{session: session, query: query}
 	v.connect(deadline(t), n.addr, func(event) bool { return true })
 	eventually(t, "the viewer's end is in the log", func() bool { return strings.Contains(n.log.String(), "viewer ends") })
+}
+
+// Prometheus needs no token at an address of its own, at which there is nothing else.
+func TestAccess_metricsAtAnAddressOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	n := start(t, "-auth", authtest.New(t).Source(), "-metrics", "127.0.0.1:0")
+	at := regexp.MustCompile(`flag=-metrics at=(\S+)`).FindStringSubmatch(n.log.String())
+	if at == nil {
+		t.Fatalf("the log does not say where: %s", n.log.String())
+	}
+	for url, want := range map[string]int{
+		at[1] + "/metrics": http.StatusOK, at[1] + "/": http.StatusNotFound, at[1] + "/v1/sessions/s": http.StatusNotFound,
+		"http://" + n.addr + "/metrics": http.StatusUnauthorized,
+	} {
+		r, err := http.Get(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(r.Body)
+		_ = r.Body.Close()
+		if err != nil || r.StatusCode != want || want == http.StatusOK != strings.Contains(string(body), "gapless_build_info{") {
+			t.Errorf("%s: %s %.100s", url, r.Status, body)
+		}
+	}
 }

@@ -151,7 +151,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
 	e.GET("/readyz", a.ready)
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
-	e.GET("/metrics", a.serveMetrics(), a.operate)
+	e.GET("/metrics", echo.WrapHandler(a.serveMetrics()), a.operate)
 	a.page(files)
 
 	// Each route has its own check: a group's would answer every other method with 404.

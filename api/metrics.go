@@ -80,12 +80,19 @@ func method(m string) string {
 }
 
 // serveMetrics answers a scrape.
-func (a *API) serveMetrics() echo.HandlerFunc {
-	return echo.WrapHandler(promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{
+func (a *API) serveMetrics() http.Handler {
+	return promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{
 		// What cannot be read is left out and said in the log: the rest is still wanted.
 		ErrorHandling: promhttp.ContinueOnError,
 		ErrorLog:      scrapeLog{a},
-	}))
+	})
+}
+
+// Metrics serves them at /metrics, and nothing else, to whoever calls: for an address of their own.
+func (a *API) Metrics() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", a.serveMetrics())
+	return mux
 }
 
 type scrapeLog struct{ *API }

@@ -118,7 +118,7 @@ func TestKubernetes_isWhatTheAPITakesAndFitsTogether(t *testing.T) {
 
 // flags are those that main.go has.
 var flags = func() map[string]bool {
-	all := map[string]bool{"auth": true} // being built
+	all := map[string]bool{}
 	text, err := os.ReadFile(filepath.Join(root, "main.go"))
 	if err != nil {
 		panic(err)
@@ -174,7 +174,7 @@ func TestCompose_loadsAndFitsTogether(t *testing.T) {
 		for variable := range s.Environment {
 			knownVariable(t, variable)
 		}
-		if !bytes.Contains(targets, []byte(name+":8080")) {
+		if !bytes.Contains(targets, []byte(name+":9090")) {
 			t.Errorf("%s is not scraped", name)
 		}
 		from := "127.0.0.1:" + strconv.Itoa(8081+i)
