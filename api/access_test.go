@@ -347,7 +347,7 @@ func TestAccess_metricsAreForWhoMayAdministerAll(t *testing.T) {
 // While nobody's token can be judged, nobody is refused for good.
 func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	t.Parallel()
-	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", 503) }))
+	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", http.StatusServiceUnavailable) }))
 	defer issuer.Close()
 	n, _ := locked(t, func(_ *setup, c *auth.Config) { c.Source = issuer.URL })
 	for _, q := range append(guardedCalls(), request{method: "GET", path: "/readyz"}, request{method: "GET", path: "/metrics"}) {
