@@ -526,7 +526,11 @@ func TestTicket_raceAtTwoNodes(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	begun := time.Now()
 	eventually(t, "one stays", func() bool { return nodes[0].hub.Viewers("s")+nodes[1].hub.Viewers("s") == 1 })
+	if took := time.Since(begun); took > renewEvery/2 { // they hear of it; a renewal would show it, too, but later
+		t.Errorf("the former connections went only after %v", took)
+	}
 	key := "chat:ticket:" + store.TicketName(made.Ticket)
 	holder := redis.HGet(t.Context(), key, "connection").Val()
 	redis.RPush(t.Context(), "chat:history:s", `{"content":"sesame"}`)
