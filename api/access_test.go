@@ -347,7 +347,7 @@ func TestAccess_metricsAreForWhoMayAdministerAll(t *testing.T) {
 // While nobody's token can be judged, nobody is refused for good.
 func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	t.Parallel()
-	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", 503) }))
+	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", http.StatusServiceUnavailable) }))
 	defer issuer.Close()
 	n, _ := locked(t, func(_ *setup, c *auth.Config) { c.Source = issuer.URL })
 	for _, q := range append(guardedCalls(), request{method: "GET", path: "/readyz"}, request{method: "GET", path: "/metrics"}) {
@@ -526,7 +526,11 @@ func TestTicket_raceAtTwoNodes(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	begun := time.Now()
 	eventually(t, "one stays", func() bool { return nodes[0].hub.Viewers("s")+nodes[1].hub.Viewers("s") == 1 })
+	if took := time.Since(begun); took > renewEvery/2 { // they hear of it; a renewal would show it, too, but later
+		t.Errorf("the former connections went only after %v", took)
+	}
 	key := "chat:ticket:" + store.TicketName(made.Ticket)
 	holder := redis.HGet(t.Context(), key, "connection").Val()
 	redis.RPush(t.Context(), "chat:history:s", `{"content":"sesame"}`)
