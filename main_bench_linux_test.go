@@ -31,8 +31,7 @@ import (
 //	make bench                         the benchmarks of the packages, all scenarios, and the table
 //	make bench RUNS=1 ONLY=fanout      the scenarios whose name has this in it, once
 //
-// The figures are of HTTP/1.1. Those over HTTP/2 or TLS can be scenarios of their own, without
-// a floor: connections of that kind cannot be taken over.
+// Connections over HTTP/2 and TLS cannot be taken over: their figures stand beside the others, and are held to nothing.
 var scenarioRuns = flag.Int("scenarios.runs", 3, "how often each scenario is measured; its figure is the median")
 
 // scenario is a situation, and what is measured in it.
@@ -80,6 +79,11 @@ const (
 var scenarios = []scenario{
 	{name: "fanout-one", run: fanOut(1), rows: []row{{"fan-out to 1,000 viewers, one message in flight", perCPU, atLeast(0.95)}}},
 	{name: "fanout-many", run: fanOut(64), rows: []row{{"the same, up to 64 in flight", perCPU, atLeast(1)}}},
+	{name: "http2", args: []string{"-h2c"}, oursOnly: true, run: fanOutHTTP2, rows: []row{
+		{"fan-out to 1,000 viewers over HTTP/2 (h2c), one in flight", perCPU, goal{}},
+		{"the same with TLS", perCPU, goal{}},
+		{"the same over HTTP/1.1 in the plain way (-plain)", perCPU, goal{}},
+	}},
 	{name: "latency", run: func(r *rig) []float64 { o := r.load(hundred(r)); return []float64{o.P50, o.P99} }, rows: []row{
 		{"100 viewers at 100 messages a second, p50", "ms", goal{}},
 		{"p99", "ms", atMost(1.2)},
@@ -119,6 +123,21 @@ func fanOut(flight int) func(r *rig) []float64 {
 		o := r.load(load{Do: "live", Sessions: 1, Viewers: r.few(1000), Flight: flight, Warm: r.long(500 * time.Millisecond), For: r.long(3 * time.Second)})
 		return []float64{ratio(float64(o.Delivered)/1000, o.CPU)}
 	}
+}
+
+func fanOutHTTP2(r *rig) (all []float64) {
+	cert, key := storetest.NewAuthority(r.t).Issue("127.0.0.1")
+	for _, way := range []struct {
+		do   string
+		tls  bool
+		args []string
+	}{{"http2", false, []string{"-h2c"}}, {"http2", true, []string{"-tls-cert", cert, "-tls-key", key}}, {"live", false, []string{"-plain"}}} {
+		r.args = way.args
+		r.restart()
+		o := r.load(load{Do: way.do, TLS: way.tls, Sessions: 1, Viewers: r.few(1000), Flight: 1, Warm: r.long(500 * time.Millisecond), For: r.long(3 * time.Second)})
+		all = append(all, ratio(float64(o.Delivered)/1000, o.CPU))
+	}
+	return all
 }
 
 func hundred(r *rig) load {

@@ -34,7 +34,8 @@ func init() { roles["load"] = loadRole }
 
 // load is what the generator is to do.
 type load struct {
-	Do       string // live, idle or catchUp
+	Do       string // live, idle, catchUp or http2
+	TLS      bool   // http2: over TLS
 	Addr     string
 	Session  string // the sessions' names begin with it
 	Sessions int
@@ -347,8 +348,10 @@ func (l load) run() (outcome, error) {
 		o, err = g.idle()
 	case "catchUp":
 		o, err = g.catchUp()
+	case "http2":
+		o, err = g.http2()
 	default:
-		err = fmt.Errorf("%q is neither live, idle nor catchUp", l.Do)
+		err = fmt.Errorf("%q is neither live, idle, catchUp nor http2", l.Do)
 	}
 	for _, w := range g.watchers {
 		g.gone = append(g.gone, w)
