@@ -82,8 +82,9 @@ func (c Config) Validate() error {
 	}
 	for _, o := range c.Origins {
 		// A browser that names it otherwise would never be let in; * would let everybody in who has a cookie.
-		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") {
-			errs = append(errs, fmt.Errorf("-cors-origins: %q is no origin: it is https://host or https://host:port, as browsers name it, and * is none", o))
+		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") ||
+			u.Scheme == "https" && u.Port() == "443" || u.Scheme == "http" && u.Port() == "80" {
+			errs = append(errs, fmt.Errorf("-cors-origins: %q is no origin: it is https://host or https://host:port, as browsers name it (without the scheme's own port), and * is none", o))
 		}
 	}
 	return errors.Join(errs...)

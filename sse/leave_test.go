@@ -183,3 +183,54 @@ func TestViewer_leave_isBrokenOff(t *testing.T) {
 		}
 	})
 }
+
+// One that is catching up is told, too, whatever it is being given just then.
+func TestViewer_expires_whileItCatchesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		for range 300 {
+			log.Append(strings.Repeat("long ", 200))
+		}
+		h := started(t, testConfig(), log)
+		now(t, h, log, Ask{}).leave()
+		for ms := range 80 {
+			v, err := h.View(Ask{Session: "s", Expires: time.Now().Add(time.Duration(ms)*5*time.Millisecond + time.Microsecond)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := view(t, h, v, &sink{taken: takenOver, room: 5000, pace: 20 * time.Millisecond})
+			time.Sleep(time.Minute)
+			if cause := w.ended(t); cause != Expired {
+				t.Errorf("it ended by %q", cause)
+			}
+			events := w.events()
+			last := events[len(events)-1]
+			if last.name != "expired" || len(events) > 1 && last.id != events[len(events)-2].id {
+				t.Fatalf("after %d ms its last events are %s", ms*5, names(events[max(0, len(events)-2):]))
+			}
+		}
+	})
+}
+
+// The last event takes its time where there is no room for it at once.
+func TestViewer_expires_whereItsLastEventDoesNotFit(t *testing.T) {
+	for room := 1; room < 60; room += 7 {
+		synctest.Test(t, func(t *testing.T) {
+			log := &storetest.Log{}
+			log.Append("a")
+			h := started(t, testConfig(), log)
+			w := now(t, h, log, Ask{Expires: time.Now().Add(time.Minute)})
+			time.Sleep(time.Second)
+			w.sink.mu.Lock()
+			w.sink.room = len(w.sink.body) + room
+			w.sink.mu.Unlock()
+			time.Sleep(2 * time.Minute)
+			if cause := w.ended(t); cause != Expired {
+				t.Errorf("it ended by %q", cause)
+			}
+			if got := names(w.events()); got != "welcome 0, chunk 1, expired 1" {
+				t.Errorf("with room for %d bytes: %s", room, got)
+			}
+		})
+	}
+}

@@ -41,6 +41,8 @@ type seat struct {
 	end   Cause
 	since int64 // the cursor before that write,
 	count bool  // whose events are chunks
+	// parting: it is the last event, and the response breaks off behind it.
+	parting bool
 
 	// The row's mutex guards these: what befalls a seat that a goroutine has.
 	gone   bool
@@ -252,8 +254,8 @@ func (s *seat) sendAway(c Cause) {
 	}
 	if b := s.farewell(c); len(b) > 0 {
 		framed := appendFrame(nil, b)
-		if n, err := s.conn.try(framed); err == nil && n < len(framed) { // it has a moment for the rest
-			s.rest, s.skip, s.end, s.since, s.count = b, n, c, s.Cursor, false
+		if n, err := s.conn.try(framed); err == nil && n < len(framed) {
+			s.rest, s.skip, s.end, s.parting = b, n, c, true
 			s.hub.wg.Go(s.run)
 			return
 		}
@@ -319,6 +321,12 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 // response is over.
 func (s *seat) run() {
 	out := &framed{Conn: s.conn, skip: s.skip}
+	if s.parting { // it has a moment for the rest of the last event
+		_ = s.conn.SetWriteDeadline(time.Now().Add(lastWord))
+		_, _ = out.Write(s.rest)
+		s.close(s.end)
+		return
+	}
 	_ = s.conn.SetWriteDeadline(time.Time{}) // one may have been set in the moment in which a write ended
 	w := s.hub.newWriter(out, s.conn)
 	w.wrote = s.wrote

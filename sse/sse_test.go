@@ -133,7 +133,8 @@ type sink struct {
 	gone     func() // is called when the peer closes its end,
 	left     bool   // which it has
 	closed   bool
-	room     int // bytes that fit before the socket is full, once; 0: all
+	room     int           // bytes that fit before the socket is full, once; 0: all
+	pace     time.Duration // how long it takes what is written and has to wait
 	deadline time.Time
 	stall    chan struct{} // while it is not nil and open, the socket takes nothing
 	mu       sync.Mutex
@@ -155,6 +156,7 @@ func (s *sink) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	stall := s.stall
 	s.mu.Unlock()
+	time.Sleep(s.pace)
 	for stalled := stall != nil; stalled; {
 		s.mu.Lock()
 		left := time.Until(s.deadline)
@@ -306,8 +308,14 @@ func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &watcher{sink: &sink{taken: takenOver}, done: make(chan Cause, 1)}
-	if takenOver && !a.Raw { // those are never taken over
+	return view(t, h, v, &sink{taken: takenOver})
+}
+
+// view has a viewer given what there is, into a sink.
+func view(t testing.TB, h *Hub, v *Viewer, to *sink) *watcher {
+	t.Helper()
+	w := &watcher{sink: to, done: make(chan Cause, 1)}
+	if takenOver && !v.Raw { // those are never taken over
 		w.cut = w.sink.leave
 		go h.sit(v, w.sink, []byte{}, nil, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
 		return w

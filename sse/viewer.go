@@ -367,11 +367,17 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 		w.leave(leaving)
 	}
 	defer v.expire()()
-	cause := w.cause
-	if w.write(v.begin()) == nil {
-		cause = func() Cause { return v.serve(ctx, w, nil) }
+	var c Cause
+	begin := v.begin()
+	switch err := w.write(begin); err {
+	case nil:
+		c = v.serve(ctx, w, nil)
+	case errLeft:
+		w.last(append(begin, v.farewell(w.why)...))
+		c = w.why
+	default:
+		c = w.cause()
 	}
-	c := cause()
 	v.hub.metrics.ended.WithLabelValues(string(c)).Inc()
 	return c
 }
@@ -403,7 +409,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 				events = v.raw
 			}
 			if len(events) > 0 && w.write(events) != nil {
-				return w.cause()
+				return v.broken(w)
 			}
 			v.note(s.chunks, v.Cursor, s.cursor, window)
 			v.Cursor = s.cursor
@@ -433,20 +439,26 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			quiet := time.Since(w.wrote)
 			if quiet >= v.hub.cfg.Heartbeat {
 				if w.write([]byte(heartbeat)) != nil {
-					return w.cause()
+					return v.broken(w)
 				}
 				quiet = 0
 			}
 			beat.Reset(v.hub.cfg.Heartbeat - quiet)
 		case <-w.left:
-			if b := v.farewell(w.why); len(b) > 0 {
-				w.last(b)
-			}
+			w.last(v.farewell(w.why))
 			return w.why
 		case <-ctx.Done():
 			return Gone
 		}
 	}
+}
+
+// broken is why a write failed. A viewer that has to leave, perhaps while it catches up, is told so.
+func (v *Viewer) broken(w *Writer) Cause {
+	if w.err == errLeft {
+		w.last(v.farewell(w.why))
+	}
+	return w.cause()
 }
 
 // note counts what was written: chunks behind from, up to to. w is the window that they came

@@ -115,15 +115,28 @@ func streamHeader(header http.Header) http.Header {
 	return header
 }
 
-// write returns when the kernel has all of p, or with the error that ends the response.
+// write returns when the kernel has all of p, or with the error that ends the response: errLeft
+// if that has to end and nothing of p was written.
 func (w *Writer) write(p []byte) error {
-	for len(p) > 0 && w.err == nil {
+	var until time.Time
+	for begun := false; len(p) > 0 && w.err == nil; begun = true {
 		piece := p[:min(len(p), segmentSize)]
 		p = p[len(piece):]
 		w.writing.Add(1)
 		select {
 		case <-w.left: // leave may have seen no write under way
-			w.err = errLeft
+			switch {
+			case !begun:
+				w.err = errLeft
+			case w.why != Expired:
+				w.err = os.ErrDeadlineExceeded
+			default: // what is half written is finished: the last event is to be read
+				if until.IsZero() {
+					until = time.Now().Add(lastWord)
+				}
+				_ = w.out.SetWriteDeadline(until)
+				w.put(piece)
+			}
 		default:
 			w.put(piece)
 		}
@@ -188,10 +201,13 @@ func (w *Writer) leave(c Cause) {
 // lastWord is how long a viewer whose right has run out has to take what is being written.
 const lastWord = time.Second
 
-// last writes after leave, if the socket takes it at once.
+// last writes after leave, if the socket takes it at once and nothing is half written.
 func (w *Writer) last(p []byte) {
-	_ = w.out.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	if w.err == nil {
+	if w.err == errLeft {
+		w.err = nil
+	}
+	if len(p) > 0 && w.err == nil {
+		_ = w.out.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 		w.put(p)
 	}
 }

@@ -200,7 +200,7 @@ local function work()
     if refusal then return refusal end
   end
 
-  local ended, over, writes = log and not log.deleted and log.ended, nil, #held > 0 or log and log.learned
+  local ended, over, writes = log and not log.deleted and log.ended, nil, #held > 0 or lease > 0 or log and log.learned
   for i = 1, chunks do
     if ended then return refuse('session_ended', i - 1) end
     local id, kind = field(i, 1), field(i, 2)

@@ -27,7 +27,7 @@ const (
 func newMetrics(subscriptions func() int) *metrics {
 	m := &metrics{
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "gapless_redis_seconds", Help: "Time that Redis took for a script, its failures included.",
+			Name: "gapless_redis_seconds", Help: "Time that a script took, with the wait for its turn, failures included.",
 			Buckets: []float64{0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5},
 		}, []string{"script"}),
 		errors: prometheus.NewCounterVec(prometheus.CounterOpts{

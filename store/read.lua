@@ -13,7 +13,7 @@ local function work()
   local first = newest and log.length + 1 or math.max(from - log.base, 1)
   local last = newest and log.length or first - 1
   local taken, size, step, parts = 0, 0, 64, {}
-  while taken < most and (size < bytes or taken == 0) do
+  while taken < most and (size < bytes or taken == 0) and (newest and first > 1 or not newest and last < log.length) do
     step = math.min(step, most - taken)
     local part
     if newest then part = range(math.max(first - step, 1), first - 1) else part = range(last + 1, math.min(last + step, log.length)) end

@@ -239,6 +239,34 @@ func TestRead_pagesAreConsecutiveAndWithinTheirBudget(t *testing.T) {
 	}
 }
 
+// Whatever is asked of a log of whatever length, in either order: also where it ends just where a part that was
+// read of it does.
+func TestRead_ofEveryLength(t *testing.T) {
+	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
+		both(t, func(c *store.Config) { c.HistoryOrder = order }, func(t *testing.T, s *store.Store) {
+			for _, n := range []int64{0, 1, 63, 64, 65, 127, 128, 320, 321} {
+				id := fmt.Sprint("s", n)
+				if _, _, err := s.Create(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+				for range n {
+					mustAppend(t, s, id, delta("x"))
+				}
+				for _, from := range []int64{store.Newest, 1, 2, n, n + 1, n + 5} {
+					want := max(from, 1)
+					if from == store.Newest {
+						want = 1
+					}
+					p := mustRead(t, s, id, from, lots, lots)
+					if p.From != want || int64(len(p.Elements)) != max(n+1-want, 0) || p.Last != n {
+						t.Errorf("%s, from %d of %d: %d elements from %d on", order, from, n, len(p.Elements), p.From)
+					}
+				}
+			}
+		})
+	}
+}
+
 func TestRead_waitingForASessionMakesNothing(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })

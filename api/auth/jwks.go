@@ -105,14 +105,16 @@ func (j *jwks) tend(ctx context.Context) {
 	}
 }
 
-// fetch fetches the keys, unless that was done just now.
-func (j *jwks) fetch() {
-	_, _, _ = j.flight.Do("", func() (any, error) {
-		if j.limit.Allow() {
-			_, _ = j.ask.KeyRead(context.Background(), "\x00") // there is none of that name: it is fetched
+// fetch fetches the keys, unless that was done just now, and says whether it has.
+func (j *jwks) fetch() bool {
+	asked, _, _ := j.flight.Do("", func() (any, error) {
+		if !j.limit.Allow() {
+			return false, nil
 		}
-		return nil, nil
+		_, _ = j.ask.KeyRead(context.Background(), "\x00") // there is none of that name: it is fetched
+		return true, nil
 	})
+	return asked.(bool)
 }
 
 func (j *jwks) ready(ctx context.Context) error {
@@ -128,6 +130,9 @@ func (j *jwks) ready(ctx context.Context) error {
 // keyOf finds the key that a token names, or, if it names none, all that may be meant.
 func (j *jwks) keyOf(t *jwt.Token) (any, error) {
 	found, err := j.find.Keyfunc(t)
+	if errors.Is(err, ErrAway) {
+		return nil, ErrAway
+	}
 	if err != nil {
 		return nil, j.none()
 	}
@@ -197,8 +202,10 @@ type lookup struct {
 func (l lookup) KeyRead(ctx context.Context, kid string) (jwkset.JWK, error) {
 	key, err := l.held.KeyRead(ctx, kid)
 	if err != nil {
-		l.jwks.fetch()
-		key, err = l.held.KeyRead(ctx, kid)
+		asked := l.jwks.fetch()
+		if key, err = l.held.KeyRead(ctx, kid); err != nil && !asked { // somebody else's token has had it fetched just now: it may be newer
+			err = ErrAway
+		}
 	}
 	return key, err
 }
