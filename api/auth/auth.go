@@ -96,7 +96,7 @@ func (c Config) Validate() error {
 func readSecrets(files string) (secrets []jwt.VerificationKey, err error) {
 	var errs []error
 	for file := range strings.SplitSeq(files, ",") {
-		secret, err := os.ReadFile(file) // #nosec G304 -- the operator names it
+		secret, err := os.ReadFile(file)         // #nosec G304 -- the operator names it
 		secret = bytes.TrimRight(secret, "\r\n") // an editor's or echo's
 		switch {
 		case err != nil:
