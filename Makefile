@@ -2,6 +2,7 @@
 # needs and runs every test; .ci/run calls it and nothing else.
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOSEC       := github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 REDOCLY     := @redocly/cli@1.34.5
 
 .PHONY: run build release reproducible test setup lint unit torture soak bench fuzz
@@ -34,6 +35,10 @@ lint:
 	go mod tidy -diff
 	@echo "== linters"
 	go run $(STATICCHECK) ./...
+	go run $(GOSEC) -quiet -conf .gosec.json -exclude-dir=.ci ./...
+	@echo "== known vulnerabilities"
+	go vet ./.ci/vulncheck
+	go run ./.ci/vulncheck
 	@echo "== deploy: what can be held against its own tools, without being run"
 	cd deploy/lint && go mod tidy -diff && go vet ./... && go test -count=1 ./...
 	@echo "== openapi.yaml"

@@ -34,6 +34,7 @@ import (
 	"gapless/api/model"
 	"gapless/sse"
 	"gapless/store"
+	"gapless/traces"
 	"gapless/web"
 )
 
@@ -79,6 +80,7 @@ type config struct {
 	sse     sse.Config
 	api     api.Config
 	auth    auth.Config
+	traces  traces.Config
 	model   model.Model
 	log     *slog.Logger
 }
@@ -229,6 +231,11 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	}
 	cfg.model = model.NewDemo()
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger = cfg.log, cfg.log, cfg.log, cfg.log
+	version, _ := build()
+	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}
+	if cfg.traces.On, err = traces.Wanted(env); err != nil {
+		errs = append(errs, err)
+	}
 	errs = append(errs, cfg.store.Validate(), cfg.sse.Validate(), cfg.api.Validate(), cfg.auth.Validate())
 	return cfg, errors.Join(errs...)
 }
@@ -293,6 +300,13 @@ func run(ctx context.Context, cfg config) error {
 		return errors.Join(err, listener.Close())
 	}
 	defer stop()
+	tracer, err := traces.Open(ctx, cfg.traces)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	if tracer != nil { // else there is nothing of it on any way
+		cfg.store.Instrument, cfg.sse.Tracer, cfg.api.Tracer = tracer.Redis, tracer, tracer
+	}
 	logs, err := store.Open(cfg.store)
 	if err != nil {
 		return errors.Join(err, listener.Close())
@@ -320,7 +334,7 @@ func run(ctx context.Context, cfg config) error {
 		return errors.Join(err, listener.Close())
 	}
 	defer stopMetrics()
-	server := newServer(cfg, handler, secret)
+	server := newServer(cfg, tracer.Handler(handler), secret)
 	if cfg.store.Redis == store.Embedded {
 		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage
 			debug.SetGCPercent(50)
@@ -332,6 +346,7 @@ func run(ctx context.Context, cfg config) error {
 	}
 	cfg.log.Info("gapless serves", slog.String("page", scheme+"://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))
 
+	var begun time.Time // the end
 	failed := make(chan error, 1)
 	go func() { // ended by Shutdown or Close; waited for below
 		if secret != nil {
@@ -342,8 +357,9 @@ func run(ctx context.Context, cfg config) error {
 	}()
 	select {
 	case err = <-failed:
-		err = fmt.Errorf("serve: %w", err)
+		err, begun = fmt.Errorf("serve: %w", err), time.Now()
 	case <-ctx.Done():
+		begun = time.Now()
 		err = drain(cfg, handler, hub, server, failed)
 	}
 	closed := make(chan struct{})
@@ -355,6 +371,11 @@ func run(ctx context.Context, cfg config) error {
 	select {
 	case <-closed:
 	case <-time.After(cfg.drain * 4 / 100):
+	}
+	rest, cancel := context.WithDeadline(context.Background(), begun.Add(cfg.drain))
+	defer cancel()
+	if lost := tracer.Close(rest); lost != nil {
+		cfg.log.Warn("the last traces were not sent", slog.Any("err", lost))
 	}
 	return err
 }

@@ -61,6 +61,8 @@ type Config struct {
 	// Patience is how long a stream waits for Redis before it answers with a status:
 	// later it cannot say 204 any more.
 	Patience time.Duration
+	// Tracer follows requests and what they append; nil: nobody does.
+	Tracer Tracer
 
 	Logger *slog.Logger
 }
@@ -144,6 +146,9 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.HTTPErrorHandler = a.problem
 	a.metrics = newMetrics(a)
 	e.Pre(a.partInDrain, a.metrics.observe, a.guard, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
+	if cfg.Tracer != nil {
+		e.Pre(a.traceRoute)
+	}
 	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{LogErrorFunc: func(_ echo.Context, err error, stack []byte) error {
 		a.log.Error("panic in a request", slog.Any("err", err), slog.String("stack", string(stack)))
 		return err

@@ -171,7 +171,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	if err != nil {
 		return err
 	}
-	u := a.newUpload(session(c), p.producer, p.lease, 0)
+	u := a.newUpload(c.Request().Context(), session(c), p.producer, p.lease, 0)
 	defer u.end()
 	ofMessages := p.fill.MessageID != ""
 	for _, chunk := range chunks {
@@ -256,7 +256,7 @@ func (u *upload) answer(c echo.Context) error {
 func (a *API) appendStream(c echo.Context, p posting) error {
 	r := c.Request()
 	ctl := http.NewResponseController(c.Response().Writer)
-	u := a.newUpload(session(c), p.producer, p.lease, a.cfg.UploadPatience)
+	u := a.newUpload(c.Request().Context(), session(c), p.producer, p.lease, a.cfg.UploadPatience)
 	defer u.end()
 	defer u.until(grant(c))()
 	if p.kind != typeNDJSON {

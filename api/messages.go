@@ -64,7 +64,7 @@ func (a *API) ask(c echo.Context) error {
 	// The answer is an upload of this node's own: numbered, so that what may have been
 	// stored can be sent again, and held, so that it ends when the node dies. Its message
 	// begins with the question: it can be cancelled before its first word.
-	u := a.newUpload(session(c), store.Producer{ID: reply.String()}, 0, 0)
+	u := a.newUpload(c.Request().Context(), session(c), store.Producer{ID: reply.String()}, 0, 0)
 	u.held = []string{reply.String()}
 	u.begin()
 	if err := u.append([]store.Chunk{chunk}, store.HoldOpen); err != nil {
@@ -174,6 +174,7 @@ func (a *API) cancel(c echo.Context) error {
 				Detail: fmt.Sprintf("message_id is text of 1 to %d bytes: leave it out to cancel every unfinished message", store.MaxMessageID)}
 		}
 	}
+	begun := time.Now()
 	done, err := a.logs.Cancel(c.Request().Context(), session(c), message)
 	if ended, ok := errors.AsType[*store.MessageEndedError](err); ok {
 		p := *problemOf(err)
@@ -182,6 +183,9 @@ func (a *API) cancel(c echo.Context) error {
 	}
 	if err != nil {
 		return err
+	}
+	if a.cfg.Tracer != nil && len(done.Messages) > 0 {
+		a.cfg.Tracer.Appended(c.Request().Context(), session(c), done.Epoch, done.First, done.Last, begun)
 	}
 	answer := cancelledJSON{Stored: Stored{Epoch: done.Epoch, First: done.First, Last: done.Last, Count: len(done.Messages)}, Messages: done.Messages}
 	if answer.Messages == nil {

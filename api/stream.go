@@ -61,19 +61,27 @@ func (a *API) stream(c echo.Context) error {
 	if in != nil {
 		in.view(v)
 	}
+	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
+	answered := func(int) {}
+	if a.cfg.Tracer != nil {
+		answered = a.cfg.Tracer.View(r, route, view.Session, view.Connection, view.Cursor)
+	}
 	begins := func() {
+		answered(http.StatusOK)
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
 	}
 	ends := func(cause sse.Cause) {
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
 	}
-	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
 	if a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
 		leave()
 		status := 0
 		switch {
 		case !begun && cause.Clean():
 			status = http.StatusNoContent
+			answered(status)
+		case !begun:
+			answered(0) // its client has gone
 		case begun:
 			ends(cause)
 			if cause.Clean() {
@@ -87,8 +95,10 @@ func (a *API) stream(c echo.Context) error {
 	}
 	switch v.Over(r.Context(), a.cfg.Patience) {
 	case sse.Ended, sse.Deleted:
+		answered(http.StatusNoContent)
 		return c.NoContent(http.StatusNoContent)
 	case sse.Outside:
+		answered(http.StatusGone)
 		return &Problem{Status: http.StatusGone, Code: "cursor_outside", Member: "Last-Event-ID",
 			Detail: "the log has not what follows this cursor: it was trimmed, or it is another log. Begin again without a cursor, or view it without format=raw, which tells what happened"}
 	}

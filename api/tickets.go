@@ -109,7 +109,7 @@ func (m *admission) renew() {
 	}
 	err := m.tickets.logs.RenewTicket(context.Background(), m.name, m.session, m.connection, until)
 	if !errors.Is(err, store.ErrTicketReplaced) {
-		m.timer.Reset(renewEvery*3/4 + mathrand.N(renewEvery/2))
+		m.timer.Reset(renewEvery*3/4 + mathrand.N(renewEvery/2)) // #nosec G404 -- no secret: it spreads times
 		return
 	}
 	m.mu.Lock()
@@ -174,7 +174,7 @@ func (t *tickets) Resync() {
 	defer t.mu.Unlock()
 	for _, all := range t.all {
 		for m := range all {
-			m.timer.Reset(mathrand.N(time.Second))
+			m.timer.Reset(mathrand.N(time.Second)) // #nosec G404 -- no secret: it spreads times
 		}
 	}
 }

@@ -31,6 +31,9 @@ type upload struct {
 	patience time.Duration
 	ctx      context.Context
 	stop     context.CancelCauseFunc
+	// asked is for what is asked of Redis: a client that goes away does not leave us in doubt
+	// about what was stored, so it does not end. It says for whom, to those who trace.
+	asked context.Context
 
 	mu       sync.Mutex     // one append, or one look, at a time
 	producer store.Producer // Number: that of the next chunk
@@ -53,9 +56,13 @@ const doubtPatience = 5 * time.Second
 // it holds so many do not end by its death.
 const heldMost = 64
 
-func (a *API) newUpload(session string, p store.Producer, lease, patience time.Duration) *upload {
+// newUpload is an upload for the request whose context ctx is.
+func (a *API) newUpload(ctx context.Context, session string, p store.Producer, lease, patience time.Duration) *upload {
 	u := &upload{api: a, session: session, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
 	u.ctx, u.stop = context.WithCancelCause(a.ending)
+	if u.asked = context.Background(); a.cfg.Tracer != nil {
+		u.asked = context.WithoutCancel(ctx)
+	}
 	return u
 }
 
@@ -142,11 +149,11 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 	b.Producer, b.Life, b.Lease, b.Token = u.producer, u.life, u.lease, u.token
 	unknown, patience := false, u.patience
 	for begun, pause := time.Now(), 20*time.Millisecond; ; pause = min(2*pause, time.Second) {
-		// A client that goes away does not leave us in doubt about what was stored.
-		done, err := u.api.logs.Append(context.Background(), u.session, b)
+		done, err := u.api.logs.Append(u.asked, u.session, b)
 		if err == nil {
 			u.life, u.heard = done.Life, time.Now()
 			u.added = u.added || unknown
+			u.trace(done, unknown, begun)
 			return done, nil
 		}
 		switch {
@@ -166,6 +173,21 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 			err = store.ErrOutcomeUnknown
 		}
 		return done, err
+	}
+}
+
+// trace tells what was appended. What was known to the log before, another append has told, unless that one
+// had no answer.
+func (u *upload) trace(a store.Appended, unknown bool, begun time.Time) {
+	if u.api.cfg.Tracer == nil {
+		return
+	}
+	added := a.Count - a.Known
+	if unknown {
+		added = a.Count
+	}
+	if added > 0 && a.Last > 0 { // they are the last ones, one behind the other: a script call has added them
+		u.api.cfg.Tracer.Appended(u.asked, u.session, a.Epoch, a.Last-int64(added)+1, a.Last, begun)
 	}
 }
 

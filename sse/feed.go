@@ -30,10 +30,11 @@ import (
 // announced, the feed looks again soon (10 ms, then twice as long each time); the
 // periodic read finds what is later than that.
 type feed struct {
-	hub     *Hub
-	session string
-	window  atomic.Pointer[window] // published by whoever holds mu
-	row     row                    // its mutex may be held when mu is taken, and not the other way round
+	hub      *Hub
+	session  string
+	window   atomic.Pointer[window]   // published by whoever holds mu
+	followed atomic.Pointer[followed] // by whoever holds mu, before the window that has them; nil where nobody follows chunks
+	row      row                      // its mutex may be held when mu is taken, and not the other way round
 
 	mu      sync.Mutex
 	reads   uint64    // reads that have begun
@@ -178,6 +179,7 @@ func (f *feed) Live(payload string) {
 		}
 	case trusted && seq == w.Last+1 && !w.absent() && !w.Ended && !w.Deleted:
 		n := w.with(payload, f.hub.limit())
+		f.follow(n, w.Last, true)
 		f.publish(n)
 		f.hub.metrics.live.Inc()
 		if !f.begun.IsZero() {
@@ -324,6 +326,11 @@ func (f *feed) read(ctx context.Context) {
 	}
 	if n.Last > w.Last || n.Epoch != w.Epoch {
 		f.retry = firstRetry
+	}
+	if w.known() && (w.absent() || n.Epoch == w.Epoch) {
+		f.follow(n, w.Last, false)
+	} else { // what was there before is no news
+		f.followed.Store(nil)
 	}
 	// Most reads only find that nothing was missed: nobody is woken for that.
 	if f.awaited > w.read || !w.known() || !n.sameBounds(w) || n.size != w.size {

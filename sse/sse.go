@@ -64,6 +64,8 @@ type Config struct {
 	Reads int
 	// Plain leaves all connections to the HTTP server, also those that could be taken over.
 	Plain bool
+	// Tracer follows chunks; nil: nobody does.
+	Tracer Tracer
 
 	Logger *slog.Logger
 }

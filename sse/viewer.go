@@ -30,11 +30,12 @@ const Latest = -1
 // whoever calls its methods, and has none of its own.
 type Viewer struct {
 	Ask
-	hub    *Hub
-	feed   *feed
-	epoch  string // of the log that the cursor is in; empty: none yet, and the cursor is what was asked for
-	joined bool   // the cursor was compared with the log
-	ticket uint64 // the read that a window must rest on, where that matters (fresh)
+	hub      *Hub
+	feed     *feed
+	epoch    string // of the log that the cursor is in; empty: none yet, and the cursor is what was asked for
+	joined   bool   // the cursor was compared with the log,
+	joinedAt int64  // whose last number was this then
+	ticket   uint64 // the read that a window must rest on, where that matters (fresh)
 
 	shown atomic.Int64 // the cursor, for those who count; -1: not joined yet
 	tally int          // of live writes, of which some are measured
@@ -262,6 +263,9 @@ func (v *Viewer) next(w *window) step {
 			return step{events: events, cursor: cursor, end: Deleted}
 		}
 	}
+	if !v.joined {
+		v.joinedAt = w.Last
+	}
 	v.joined, v.epoch = true, w.Epoch
 	if len(events) > 0 {
 		return step{events: events, cursor: cursor}
@@ -469,6 +473,9 @@ func (v *Viewer) note(chunks bool, from, to int64, w *window) {
 		const some = 16
 		if v.tally++; v.tally%some == 0 && w != nil && !w.arrived.IsZero() && to == w.Last {
 			v.hub.metrics.write.Observe(time.Since(w.arrived).Seconds())
+		}
+		if v.hub.cfg.Tracer != nil {
+			v.told(from, to)
 		}
 	}
 	v.shown.Store(to)

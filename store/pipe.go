@@ -28,8 +28,9 @@ type pipe struct {
 type call struct {
 	session string
 	args    []any
-	size    int  // bytes, about, of what it sends or wants
-	wait    bool // for the replicas to have it
+	size    int             // bytes, about, of what it sends or wants
+	wait    bool            // for the replicas to have it
+	ctx     context.Context // of its caller: a run that several share is the first one's, to those who trace
 
 	reply []any
 	err   error
@@ -47,7 +48,7 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 		p.run(ctx, []*call{c})
 		return c.reply, c.err
 	}
-	c.done = make(chan struct{})
+	c.done, c.ctx = make(chan struct{}), ctx
 	p.waiting = append(p.waiting, c)
 	if p.under == 1 && len(p.waiting) >= p.calls/2 {
 		p.under = 2
@@ -99,7 +100,7 @@ func (p *pipe) begin() {
 	p.waiting = slices.Delete(p.waiting, 0, n)
 	go func() { // ends within the client's time-outs
 		defer p.next()
-		p.run(context.Background(), calls)
+		p.run(context.WithoutCancel(calls[0].ctx), calls)
 		for _, c := range calls {
 			close(c.done)
 		}

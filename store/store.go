@@ -47,6 +47,8 @@ type Config struct {
 	WaitTimeout  time.Duration
 	// Dial makes the connections to Redis, if not nil.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Instrument is told of the client before it is used, if not nil.
+	Instrument func(client redis.UniversalClient) error
 	// HistoryTTL is how long a list is kept after its last use. A day: an answer is
 	// read again the next morning, hardly ever later.
 	HistoryTTL time.Duration
@@ -258,6 +260,11 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s.metrics = newMetrics(func() int { return s.ears.count() })
 	s.rdb = connect(cfg, opt)
+	if cfg.Instrument != nil {
+		if err := cfg.Instrument(s.rdb); err != nil {
+			return nil, fmt.Errorf("instrument the client of redis: %w", err)
+		}
+	}
 	for i := range s.pipes {
 		run := func(ctx context.Context, calls []*call) { s.exec(ctx, i, calls) }
 		s.pipes[i] = &pipe{run: run, calls: 64, bytes: 1 << 20, patience: cfg.Timeout / 2}

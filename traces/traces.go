@@ -1,0 +1,300 @@
+// Package traces follows requests and chunks by OpenTelemetry, where the standard variables
+// (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT, …) ask for it. Where they do not, Open
+// answers nil, a nil *Traces does nothing, and nothing of this package is on anybody's way.
+//
+// A chunk carries no trace with it: what is stored is what is sent, to the byte. It needs
+// none. What a chunk is (session, epoch, seq) is known wherever it comes by, so its trace
+// has an id that follows from that (TraceID), and every node computes the same. A sampler that
+// looks at the id, as those by ratio do, decides the same everywhere, too: a chunk is
+// followed on all nodes or on none.
+//
+//	chunk append     on the node that appends it, from its coming until Redis has acknowledged it
+//	├─ chunk arrive  on each node that watches its log, when it comes there, live or by a read
+//	└─ chunk write   for its first viewers on a node, from its arrival until their sockets have it
+//
+// Requests have traces of their own, with the calls of Redis in them, and links to those of
+// their chunks. A request's traceparent becomes a link, too, and no parent: a stranger does not
+// decide what is recorded here.
+//
+// What leaves this process is on a list (told): no text of a chunk, no token, no address of a
+// client, and of a session only a hash of its id, which its caller has chosen and which may
+// name a person. Not promised: that no span is lost. They wait in a bounded queue, and go
+// when it is full, or when the collector is away for long.
+package traces
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/redis/go-redis/extra/redisotel/v9"
+	"github.com/redis/go-redis/v9"
+	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
+	"go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/sdk/resource"
+	sdk "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// Config says who is traced, and whether.
+type Config struct {
+	// On is what Wanted answers.
+	On bool
+	// Node and Version name this process in its traces.
+	Node, Version string
+
+	Logger *slog.Logger
+}
+
+// Wanted says whether the standard variables ask for traces, and what of them is a mistake.
+// The rest of them the exporter reads itself.
+func Wanted(env func(string) (string, bool)) (bool, error) {
+	value := func(name string) string {
+		v, _ := env(name)
+		return strings.TrimSpace(v)
+	}
+	on := value("OTEL_EXPORTER_OTLP_ENDPOINT") != "" || value("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") != ""
+	var errs []error
+	switch exporter := value("OTEL_TRACES_EXPORTER"); exporter {
+	case "":
+	case "otlp":
+		on = true
+	case "none":
+		on = false
+	default:
+		errs = append(errs, fmt.Errorf("OTEL_TRACES_EXPORTER: there is no %q: it is otlp or none", exporter))
+	}
+	if strings.EqualFold(value("OTEL_SDK_DISABLED"), "true") {
+		return false, nil
+	}
+	if !on {
+		return false, errors.Join(errs...)
+	}
+	for _, name := range []string{"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"} {
+		if v := value(name); v != "" && v != "http/protobuf" {
+			errs = append(errs, fmt.Errorf("%s: there is no %q: it is http/protobuf, which collectors take at port 4318", name, v))
+		}
+	}
+	// The SDK would go on with another sampler, and only log it.
+	sampler := value("OTEL_TRACES_SAMPLER")
+	known := []string{"", "always_on", "always_off", "traceidratio", "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio"}
+	if !slices.Contains(known, strings.ToLower(sampler)) {
+		errs = append(errs, fmt.Errorf("OTEL_TRACES_SAMPLER: there is no %q: it is %s", sampler, strings.Join(known[1:], ", ")))
+	}
+	if arg := value("OTEL_TRACES_SAMPLER_ARG"); arg != "" && strings.HasSuffix(strings.ToLower(sampler), "traceidratio") {
+		if ratio, err := strconv.ParseFloat(arg, 64); err != nil || !(ratio >= 0 && ratio <= 1) {
+			errs = append(errs, fmt.Errorf("OTEL_TRACES_SAMPLER_ARG: %q is no number from 0 to 1", arg))
+		}
+	}
+	return true, errors.Join(errs...)
+}
+
+// Traces makes spans and sends them. Its methods may be called from many goroutines; none of
+// them waits for the collector but Close.
+type Traces struct {
+	provider *sdk.TracerProvider
+	tracer   trace.Tracer
+}
+
+// Open begins to trace, or answers nil if that is not wanted. It does not wait for the
+// collector: one that is away is logged, and nothing else.
+func Open(ctx context.Context, cfg Config) (*Traces, error) {
+	if !cfg.On {
+		return nil, nil
+	}
+	// The library has one place for errors for all its users.
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
+		cfg.Logger.Warn("traces cannot be sent", slog.Any("err", err))
+	}))
+	otel.SetLogger(logr.FromSlogHandler(mistakes{cfg.Logger.Handler()}))
+	exporter, err := otlptracehttp.New(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("make the exporter of traces: %w", err)
+	}
+	// What the variables say of it (OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES) wins.
+	of, err := resource.New(ctx, resource.WithTelemetrySDK(), resource.WithAttributes(
+		attribute.String("service.name", "gapless"), attribute.String("service.version", cfg.Version),
+		attribute.String("service.instance.id", cfg.Node)), resource.WithFromEnv())
+	if err != nil {
+		return nil, fmt.Errorf("say who is traced (OTEL_RESOURCE_ATTRIBUTES): %w", err)
+	}
+	return open(sdk.WithResource(of), sdk.WithBatcher(told{exporter})), nil
+}
+
+// mistakes is what the library says of its configuration: what it says beside, of each thing that it
+// makes, may have the headers in it that the collector asks for.
+type mistakes struct{ slog.Handler }
+
+func (m mistakes) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= slog.LevelError && m.Handler.Enabled(ctx, level)
+}
+
+func open(options ...sdk.TracerProviderOption) *Traces {
+	t := &Traces{provider: sdk.NewTracerProvider(append(options, sdk.WithIDGenerator(ids{}))...)}
+	t.tracer = t.provider.Tracer("gapless")
+	return t
+}
+
+// Close sends what has not been sent, for no longer than ctx.
+func (t *Traces) Close(ctx context.Context) error {
+	if t == nil {
+		return nil
+	}
+	return t.provider.Shutdown(ctx)
+}
+
+// Handler has each request of next traced, but for those that are asked all the time
+// (health, metrics), and for streams, which have View: their spans would last for hours, and their
+// connections are not the server's.
+func (t *Traces) Handler(next http.Handler) http.Handler {
+	if t == nil {
+		return next
+	}
+	return otelhttp.NewHandler(next, "",
+		otelhttp.WithTracerProvider(t.provider), otelhttp.WithMeterProvider(noop.NewMeterProvider()),
+		otelhttp.WithPropagators(propagation.TraceContext{}),
+		otelhttp.WithPublicEndpointFn(func(*http.Request) bool { return true }),
+		otelhttp.WithSpanNameFormatter(func(string, *http.Request) string { return "request" }), // until Route
+		otelhttp.WithFilter(func(r *http.Request) bool {
+			return strings.HasPrefix(r.URL.Path, "/v1/") && !strings.HasSuffix(r.URL.Path, "/stream")
+		}))
+}
+
+// Route says what a request was for: the words of the route, and none of the request.
+func (t *Traces) Route(ctx context.Context, method, route string) {
+	span := trace.SpanFromContext(ctx)
+	span.SetName(method + " " + route)
+	span.SetAttributes(attribute.String("http.route", route))
+}
+
+// View begins the span of a stream's beginning. ends is called with the response's status once the first
+// bytes are on their way, or it is known that there are none.
+func (t *Traces) View(r *http.Request, route, session, connection string, cursor int64) (ends func(status int)) {
+	options := []trace.SpanStartOption{
+		trace.WithNewRoot(), trace.WithSpanKind(trace.SpanKindServer), trace.WithAttributes(
+			attribute.String("http.request.method", r.Method), attribute.String("http.route", route),
+			attribute.String("gapless.session", Session(session)), attribute.String("gapless.connection", connection),
+			attribute.Int64("gapless.cursor", cursor)),
+	}
+	caller := trace.SpanContextFromContext(propagation.TraceContext{}.Extract(context.Background(), propagation.HeaderCarrier(r.Header)))
+	if caller.IsValid() {
+		options = append(options, trace.WithLinks(trace.Link{SpanContext: caller}))
+	}
+	_, span := t.tracer.Start(context.Background(), r.Method+" "+route, options...)
+	return func(status int) {
+		span.SetAttributes(attribute.Int("http.response.status_code", status))
+		span.End()
+	}
+}
+
+// Redis has the commands of a client traced that belong to a traced request. What they say is
+// left out: it is the chunks.
+func (t *Traces) Redis(client redis.UniversalClient) error {
+	return redisotel.InstrumentTracing(client, redisotel.WithTracerProvider(within{t.provider}),
+		redisotel.WithDBStatement(false), redisotel.WithCallerEnabled(false), redisotel.WithDialFilter(true))
+}
+
+// Appended says that chunks from to to of a log were appended for a request, whose context this
+// is, or for what has come of it; begun is when they came.
+func (t *Traces) Appended(ctx context.Context, session, epoch string, from, to int64, begun time.Time) {
+	request := trace.SpanFromContext(ctx)
+	request.SetAttributes(attribute.String("gapless.session", Session(session)), attribute.String("gapless.epoch", epoch), attribute.Int64("gapless.last_seq", to))
+	for seq := from; seq <= to; seq++ {
+		span := t.chunk(session, epoch, seq, trace.WithTimestamp(begun), trace.WithSpanKind(trace.SpanKindProducer),
+			trace.WithLinks(trace.Link{SpanContext: request.SpanContext()}))
+		if span.IsRecording() {
+			request.AddLink(trace.Link{SpanContext: span.SpanContext()})
+		}
+		span.End()
+	}
+}
+
+// Arrived says that a chunk has come to this node, live or by a read of its log. It answers what
+// is to be called when a viewer's socket has it, or nil if it is not followed.
+func (t *Traces) Arrived(session, epoch string, seq int64, live bool) (wrote func(connection string)) {
+	arrived := time.Now()
+	root := t.chunk(session, epoch, seq)
+	if !root.IsRecording() {
+		return nil
+	}
+	// Its end is another node's: here it is not ended, and so not sent.
+	ctx := trace.ContextWithRemoteSpanContext(context.Background(), root.SpanContext())
+	by := "read"
+	if live {
+		by = "live"
+	}
+	of := trace.WithAttributes(identity(session, epoch, seq)...)
+	_, span := t.tracer.Start(ctx, "chunk arrive", of, trace.WithTimestamp(arrived), trace.WithSpanKind(trace.SpanKindConsumer),
+		trace.WithAttributes(attribute.String("gapless.by", by)))
+	span.End()
+	return func(connection string) {
+		_, span := t.tracer.Start(ctx, "chunk write", of, trace.WithTimestamp(arrived), trace.WithAttributes(attribute.String("gapless.connection", connection)))
+		span.End()
+	}
+}
+
+// chunk begins the span that a chunk's trace begins with.
+func (t *Traces) chunk(session, epoch string, seq int64, options ...trace.SpanStartOption) trace.Span {
+	ctx := context.WithValue(context.Background(), idsKey{}, name(session, epoch, seq))
+	_, span := t.tracer.Start(ctx, "chunk append", append(options, trace.WithAttributes(identity(session, epoch, seq)...))...)
+	return span
+}
+
+func identity(session, epoch string, seq int64) []attribute.KeyValue {
+	return []attribute.KeyValue{attribute.String("gapless.session", Session(session)), attribute.String("gapless.epoch", epoch), attribute.Int64("gapless.seq", seq)}
+}
+
+// name is what the ids of a chunk's trace come from.
+func name(session, epoch string, seq int64) [sha256.Size]byte {
+	return sha256.Sum256(fmt.Appendf(nil, "%s %s %d", session, epoch, seq))
+}
+
+// TraceID is that of a chunk: the first 32 digits of the SHA-256 of "session epoch seq".
+func TraceID(session, epoch string, seq int64) trace.TraceID {
+	n := name(session, epoch, seq)
+	return trace.TraceID(n[:16])
+}
+
+// Session is how a session is named in traces: the first 16 digits of its id's SHA-256.
+func Session(id string) string {
+	sum := sha256.Sum256([]byte(id))
+	return hex.EncodeToString(sum[:8])
+}
+
+// ids are those of a chunk, where the context has its name, and random ones elsewhere.
+type ids struct{}
+
+type idsKey struct{}
+
+func (ids) NewIDs(ctx context.Context) (t trace.TraceID, s trace.SpanID) {
+	if n, ok := ctx.Value(idsKey{}).([sha256.Size]byte); ok {
+		return trace.TraceID(n[:16]), trace.SpanID(n[16:24])
+	}
+	for !t.IsValid() {
+		binary.BigEndian.PutUint64(t[:8], rand.Uint64())
+		binary.BigEndian.PutUint64(t[8:], rand.Uint64())
+	}
+	return t, ids{}.NewSpanID(ctx, t)
+}
+
+func (ids) NewSpanID(context.Context, trace.TraceID) (s trace.SpanID) {
+	for !s.IsValid() {
+		binary.BigEndian.PutUint64(s[:], rand.Uint64())
+	}
+	return s
+}
