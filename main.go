@@ -32,9 +32,9 @@ import (
 	"gapless/api/auth"
 	"gapless/api/doctor"
 	"gapless/api/model"
+	"gapless/api/traces"
 	"gapless/sse"
 	"gapless/store"
-	"gapless/traces"
 	"gapless/web"
 )
 

@@ -21,7 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"gapless/store/storetest"
-	"gapless/traces"
+	"gapless/api/traces"
 )
 
 // collector is an OpenTelemetry collector that keeps what it is sent.
