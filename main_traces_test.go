@@ -20,8 +20,8 @@ import (
 	otlp "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/protobuf/proto"
 
-	"gapless/store/storetest"
 	"gapless/api/traces"
+	"gapless/store/storetest"
 )
 
 // collector is an OpenTelemetry collector that keeps what it is sent.
