@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"gapless/api/limit"
 	"gapless/store"
 )
 
@@ -25,6 +26,7 @@ import (
 type upload struct {
 	api     *API
 	session string
+	caller  limit.Caller
 	token   string // names it among those that hold a message
 	lease   time.Duration
 	// patience is how long it waits for a Redis that is away, beside doubtPatience.
@@ -53,8 +55,8 @@ const doubtPatience = 5 * time.Second
 // it holds so many do not end by its death.
 const heldMost = 64
 
-func (a *API) newUpload(session string, p store.Producer, lease, patience time.Duration) *upload {
-	u := &upload{api: a, session: session, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
+func (a *API) newUpload(session string, caller limit.Caller, p store.Producer, lease, patience time.Duration) *upload {
+	u := &upload{api: a, session: session, caller: caller, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
 	u.ctx, u.stop = context.WithCancelCause(a.ending)
 	return u
 }
@@ -140,6 +142,13 @@ func (u *upload) note(a store.Appended) {
 // long as the upload has patience; what may have been stored, if it has numbers. mu is held.
 func (u *upload) send(b store.Batch) (store.Appended, error) {
 	b.Producer, b.Life, b.Lease, b.Token = u.producer, u.life, u.lease, u.token
+	sessions := u.api.limits.Sessions
+	var over *limit.Error
+	if u.life == 0 {
+		if over = sessions.Over(u.caller); over != nil {
+			b.Life = store.NoNew
+		}
+	}
 	unknown, patience := false, u.patience
 	for begun, pause := time.Now(), 20*time.Millisecond; ; pause = min(2*pause, time.Second) {
 		// A client that goes away does not leave us in doubt about what was stored.
@@ -147,9 +156,14 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 		if err == nil {
 			u.life, u.heard = done.Life, time.Now()
 			u.added = u.added || unknown
+			if done.Made {
+				sessions.Owe(u.caller, 1)
+			}
 			return done, nil
 		}
 		switch {
+		case errors.Is(err, store.ErrNotMade) && over != nil:
+			return done, u.api.limits.Refuse(over)
 		case errors.Is(err, store.ErrOutcomeUnknown) && u.producer.ID != "":
 			unknown, patience = true, max(patience, doubtPatience)
 		case !errors.Is(err, store.ErrAway):
