@@ -31,6 +31,7 @@ import (
 	"gapless/api"
 	"gapless/api/auth"
 	"gapless/api/doctor"
+	"gapless/api/limit"
 	"gapless/api/model"
 	"gapless/api/traces"
 	"gapless/sse"
@@ -76,6 +77,8 @@ type config struct {
 	metrics string
 	pprof   string
 	drain   time.Duration
+	idle    time.Duration // of connections that wait for a request
+	header  time.Duration // that a request's header, or a handshake, may take
 	store   store.Config
 	sse     sse.Config
 	api     api.Config
@@ -90,7 +93,7 @@ type config struct {
 func parse(args []string, env func(string) (string, bool)) (config, error) {
 	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig()}
 	host, _ := os.Hostname()
-	var hosts, origins, modelName, logFormat string
+	var hosts, origins, proxies, modelName, logFormat string
 	var level slog.Level
 
 	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
@@ -127,6 +130,32 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
 	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
 	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "the largest event that a chunk may make in a stream, in `bytes`")
+
+	limits := &cfg.api.Limits
+	fs.StringVar(&proxies, "trusted-proxies", "", "`addresses` and ranges of proxies whose X-Forwarded-For says who the client is, such as 10.0.0.0/8; commas between")
+	fs.IntVar(&limits.Connections, "connections", limits.Connections, "how many connections the node has at most; 0: as many as its file descriptors allow")
+	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "how many of them an address has that is no trusted proxy; of IPv6, a /64. For this limit and the others, 0 is none")
+	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "how many viewers the node has")
+	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "how many of them a caller has: a token's subject, or else an address")
+	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "how many uploads the node has under way")
+	fs.IntVar(&limits.CallerUploads, "caller-uploads", limits.CallerUploads, "how many of them a caller has")
+	fs.IntVar(&limits.Answers, "answers", limits.Answers, "how many answers of the model the node has under way")
+	fs.IntVar(&limits.CallerAnswers, "caller-answers", limits.CallerAnswers, "how many of them a caller has")
+	bytesVar(fs, &limits.Bodies, "bodies", "how many `bytes` of large JSON bodies the node has under way")
+	bytesVar(fs, &limits.CallerBodies, "caller-bodies", "how many `bytes` of them a caller has")
+	fs.IntVar(&limits.CallerCalls, "caller-calls", limits.CallerCalls, "how many calls a caller makes in a second, and ten times as many at once")
+	fs.IntVar(&limits.CallerAppends, "caller-appends", limits.CallerAppends, "how many chunks of up to a KiB a caller appends in a second, and ten times as many at once")
+	fs.IntVar(&limits.CallerSessions, "caller-sessions", limits.CallerSessions, "how many sessions a caller makes in a second, and ten times as many at once")
+	fs.IntVar(&limits.CallerTickets, "caller-tickets", limits.CallerTickets, "how many tickets a caller makes in a second, and ten times as many at once")
+	fs.IntVar(&cfg.sse.Feeds, "feeds", cfg.sse.Feeds, "how many logs are watched at once")
+	fs.IntVar(&cfg.store.NamesMax, "session-names", cfg.store.NamesMax, "how many messages and producers a session may have")
+	bytesVar(fs, &cfg.api.BodyMax, "body-max", "the largest JSON body, in `bytes`")
+	fs.IntVar(&cfg.api.BatchMax, "batch-max", cfg.api.BatchMax, "how many chunks an array may have")
+	bytesVar(fs, &cfg.api.URLMax, "url-max", "the longest URL, in `bytes`")
+	bytesVar(fs, &cfg.api.HeaderMax, "header-max", "the largest header of a request, in `bytes`")
+	fs.DurationVar(&cfg.header, "header-timeout", 10*time.Second, "how long a request's header, or a TLS handshake, may take: more than a bad mobile network needs")
+	fs.DurationVar(&cfg.api.BodyTimeout, "body-timeout", cfg.api.BodyTimeout, "how long 64 KiB of a JSON body, or all of a shorter one, may take")
+	fs.DurationVar(&cfg.idle, "idle-timeout", 2*time.Minute, "how long a connection is kept that waits for a request: longer than proxies keep theirs")
 
 	fs.BoolVar(&cfg.sse.Plain, "plain", false, "leave viewers' connections to the HTTP server, instead of taking them over where HTTP/1.1 allows it: slower, for comparison")
 	fs.StringVar(&cfg.metrics, "metrics", "", "another `address` at which /metrics is served, and nothing else, without a token: for Prometheus, and not for strangers")
@@ -171,6 +200,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.VisitAll(func(f *flag.Flag) {
 		name := "GAPLESS_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 		if value, ok := env(name); ok && !given[f.Name] {
+			given[f.Name] = true
 			if err := f.Value.Set(value); err != nil {
 				errs = append(errs, fmt.Errorf("%s: %q: %w", name, value, err))
 			}
@@ -223,6 +253,21 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	case open && cfg.auth.Source == "" && !cfg.open:
 		errs = append(errs, fmt.Errorf("-listen: %s can be reached by others, who could read, write and delete everything: say whose tokens are taken with -auth, or listen on 127.0.0.1 behind something that asks (-insecure-open lets everybody in)", cfg.listen))
 	}
+	// Who sets a limit of callers means it. Else addresses on loopback are this machine's own, and
+	// mostly a proxy's, which all its clients share.
+	limits.Addresses = !isLoopback(address) || proxies != ""
+	for name := range given {
+		limits.Addresses = limits.Addresses || strings.HasPrefix(name, "caller-")
+	}
+	if proxies != "" {
+		all, err := limit.ParseProxies(proxies)
+		limits.TrustedProxies, errs = all, append(errs, err)
+	}
+	for name, d := range map[string]time.Duration{"-header-timeout": cfg.header, "-idle-timeout": cfg.idle} {
+		if d < 100*time.Millisecond {
+			errs = append(errs, fmt.Errorf("%s: %v is less than 100ms", name, d))
+		}
+	}
 	if origins != "" {
 		cfg.api.Origins = strings.Split(origins, ",")
 	}
@@ -230,7 +275,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
 	cfg.model = model.NewDemo()
-	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger = cfg.log, cfg.log, cfg.log, cfg.log
+	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
 	version, _ := build()
 	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}
 	if cfg.traces.On, err = traces.Wanted(env); err != nil {
@@ -348,11 +393,12 @@ func run(ctx context.Context, cfg config) error {
 
 	var begun time.Time // the end
 	failed := make(chan error, 1)
+	bounded := handler.Listener(listener)
 	go func() { // ended by Shutdown or Close; waited for below
 		if secret != nil {
-			failed <- server.ServeTLS(listener, "", "")
+			failed <- server.ServeTLS(bounded, "", "")
 		} else {
-			failed <- server.Serve(listener)
+			failed <- server.Serve(bounded)
 		}
 	}()
 	select {
@@ -389,11 +435,14 @@ func newServer(cfg config, handler http.Handler, secret *api.Certificate) *http.
 	server := &http.Server{
 		Handler:           handler,
 		ConnContext:       sse.WithConn,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
-		Protocols:         protocols,
+		ReadHeaderTimeout: cfg.header,
+		// It is a body's: uploads lift it, and bodies that go on move it (api).
+		ReadTimeout: max(cfg.api.BodyTimeout, cfg.header),
+		IdleTimeout: cfg.idle,
+		// What is longer than the API allows is read so far, to be answered in words.
+		MaxHeaderBytes: cfg.api.URLMax + 2*cfg.api.HeaderMax,
+		ErrorLog:       slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
+		Protocols:      protocols,
 		HTTP2: &http.HTTP2Config{
 			// Tabs and widgets of one browser share a connection; a proxy opens another one when it
 			// has so many.

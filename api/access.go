@@ -21,7 +21,7 @@ import (
 // nobody learns what there is who may not know. A call that names no session in its path
 // asks for itself (may).
 func (a *API) call(method, path string, action auth.Action, h echo.HandlerFunc) {
-	all := []echo.MiddlewareFunc{a.identify}
+	all := []echo.MiddlewareFunc{a.identify, a.pace}
 	if strings.Contains(path, "/:id") {
 		all = append(all, checkID, a.permit(action))
 	}
@@ -185,7 +185,7 @@ func (a *API) share() echo.MiddlewareFunc {
 		AllowCredentials: true,
 		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
 			"Stream-Closed"},
-		ExposeHeaders: []string{"Location", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", headerProducerEpoch, headerExpectedChunk},
+		ExposeHeaders: []string{"Location", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Refused", headerProducerEpoch, headerExpectedChunk},
 		MaxAge:        7200, // no browser keeps it for longer
 	})
 }

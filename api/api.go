@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"gapless/api/auth"
+	"gapless/api/limit"
 	"gapless/api/model"
 	"gapless/sse"
 	"gapless/store"
@@ -38,12 +39,18 @@ type Config struct {
 	// two common clients stop at longer ones by default.
 	ChunkMax int
 	// BodyMax bounds a body that is read whole, in bytes.
-	BodyMax int64
+	BodyMax int
+	// BodyTimeout is how long 64 KiB of such a body, or all of a shorter one, may take. It is the
+	// http.Server's ReadTimeout as well.
+	BodyTimeout time.Duration
+	// URLMax and HeaderMax bound a request's URL and its header, in bytes: as most servers and
+	// proxies do.
+	URLMax, HeaderMax int
 	// BatchMax bounds the chunks of one array, which are appended in one script call,
 	// during which Redis serves nobody else.
 	BatchMax int
-	// Answers bounds how many answers of the model are under way on this node.
-	Answers int
+	// Limits bounds what callers can make grow.
+	Limits limit.Config
 	// Hosts are names by which a browser may call this server, beside localhost and IP
 	// addresses. Nil: any, for servers that listen on other addresses than loopback.
 	Hosts []string
@@ -70,8 +77,9 @@ type Config struct {
 // DefaultConfig is what the flags start from.
 func DefaultConfig() Config {
 	return Config{
-		ChunkMax: 64 << 10, BodyMax: 8 << 20, BatchMax: 10_000, Answers: 256,
-		Hosts: []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
+		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 10_000, URLMax: 8 << 10, HeaderMax: 32 << 10,
+		Limits: limit.DefaultConfig(),
+		Hosts:  []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }
@@ -82,6 +90,24 @@ func (c Config) Validate() error {
 	if least := store.Overhead + 256; c.ChunkMax < least {
 		errs = append(errs, fmt.Errorf("-chunk-max: %d bytes is less than %d", c.ChunkMax, least))
 	}
+	for _, n := range []struct {
+		flag  string
+		value int
+		least int
+	}{{"-body-max", c.BodyMax, 1 << 10}, {"-batch-max", c.BatchMax, 1}, {"-url-max", c.URLMax, 512}, {"-header-max", c.HeaderMax, 1 << 10}} {
+		if n.value < n.least {
+			errs = append(errs, fmt.Errorf("%s: %d is less than %d", n.flag, n.value, n.least))
+		}
+	}
+	if c.BodyTimeout < 100*time.Millisecond {
+		errs = append(errs, fmt.Errorf("-body-timeout: %v is less than 100ms", c.BodyTimeout))
+	}
+	for flag, most := range map[string]int{"-bodies": c.Limits.Bodies, "-caller-bodies": c.Limits.CallerBodies} {
+		if most > 0 && most < c.BodyMax {
+			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one body may have, %d (-body-max)", flag, most, c.BodyMax))
+		}
+	}
+	errs = append(errs, c.Limits.Validate())
 	for _, o := range c.Origins {
 		// A browser that names it otherwise would never be let in; * would let everybody in who has a cookie.
 		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") ||
@@ -121,7 +147,7 @@ type API struct {
 	metrics  *metrics
 
 	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
-	places  chan struct{}             // one for each answer under way
+	limits  *limit.Limits
 	answers sync.WaitGroup
 	uploads *uploads
 	tickets *tickets
@@ -134,7 +160,7 @@ type API struct {
 // New wires the calls. files is the page, contract the text of openapi.yaml, registry what
 // is served at /metrics: New adds the calls' own.
 func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte, registry *prometheus.Registry) *API {
-	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, places: make(chan struct{}, cfg.Answers)}
+	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, limits: limit.New(cfg.Limits)}
 	a.draining, a.drain = context.WithCancel(context.Background())
 	a.ending, a.end = context.WithCancelCause(context.Background())
 	a.uploads = &uploads{logs: logs, api: a, all: map[string]map[*upload]struct{}{}}
@@ -142,10 +168,10 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 
 	e := a.echo
 	e.HideBanner, e.HidePort = true, true
-	e.IPExtractor = echo.ExtractIPDirect()
+	e.IPExtractor = a.limits.Client
 	e.HTTPErrorHandler = a.problem
 	a.metrics = newMetrics(a)
-	e.Pre(a.partInDrain, a.metrics.observe, a.guard, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
+	e.Pre(a.partInDrain, a.metrics.observe, a.guard, a.checkSize, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
 	if cfg.Tracer != nil {
 		e.Pre(a.traceRoute)
 	}
@@ -155,9 +181,9 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	}}), a.share())
 
 	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
-	e.GET("/readyz", a.ready)
+	e.GET("/readyz", a.ready, a.pace) // it asks Redis
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
-	e.GET("/metrics", echo.WrapHandler(a.serveMetrics()), a.operate)
+	e.GET("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
 	a.page(files)
 
 	// Each route has its own check: a group's would answer every other method with 404.
@@ -183,7 +209,7 @@ const (
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 {
-		r.Body = &incoming{ReadCloser: r.Body}
+		r.Body = &incoming{ReadCloser: r.Body, to: w, timeout: a.cfg.BodyTimeout}
 	}
 	if strings.HasPrefix(r.URL.Path, "/v1/") {
 		now := time.Now()
@@ -205,6 +231,9 @@ func (a *API) partInDrain(next echo.HandlerFunc) echo.HandlerFunc {
 		return next(c)
 	}
 }
+
+// Listener bounds the connections that come from l.
+func (a *API) Listener(l net.Listener) net.Listener { return a.limits.Listener(l) }
 
 // Drain says at /readyz that this node wants no more requests.
 func (a *API) Drain() { a.drain() }

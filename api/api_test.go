@@ -94,6 +94,7 @@ func serve(t testing.TB, change func(*setup)) *node {
 	s := setup{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: DefaultConfig(), model: says("Yes, ", secret, "."), logs: func(l Logs) Logs { return l }}
 	s.store.Logger, s.sse.Logger, s.api.Logger = logger, logger, logger
 	s.sse.Node = "n1"
+	s.api.Limits.Addresses, s.api.Limits.Logger = false, logger // all tests come from one
 	if change != nil {
 		change(&s)
 	}
@@ -111,6 +112,9 @@ func serve(t testing.TB, change func(*setup)) *node {
 		n.api.ServeHTTP(w, r)
 	}))
 	n.server.Config.ConnContext = sse.WithConn
+	n.server.Config.ReadTimeout = s.api.BodyTimeout
+	n.server.Config.MaxHeaderBytes = 1 << 20
+	n.server.Listener = n.api.Listener(n.server.Listener)
 	n.server.Config.ErrorLog = slog.NewLogLogger(logger.Handler(), slog.LevelDebug)
 	n.server.Start()
 	transport := &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 16}

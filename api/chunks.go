@@ -163,7 +163,20 @@ func invalid(parameter, detail string) *Problem {
 
 // appendJSON appends an object, or an array of them: all or none.
 func (a *API) appendJSON(c echo.Context, p posting) error {
-	body, err := a.readBody(c)
+	caller := a.caller(c)
+	from, length := a.atMost(c, a.cfg.BodyMax), c.Request().ContentLength
+	body, err := a.readBody(c, io.LimitReader(from, shortBody))
+	if err == nil && len(body) == shortBody { // there may be more
+		large := a.cfg.BodyMax
+		if length >= 0 {
+			large = int(min(length, int64(a.cfg.BodyMax)))
+		}
+		if err := a.limits.Bodies.Take(caller, large); err != nil {
+			return err
+		}
+		defer a.limits.Bodies.Give(caller, large)
+		body, err = a.readBody(c, io.MultiReader(bytes.NewReader(body), from))
+	}
 	if err != nil {
 		return err
 	}
@@ -171,7 +184,10 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	if err != nil {
 		return err
 	}
-	u := a.newUpload(c.Request().Context(), session(c), p.producer, p.lease, 0)
+	if err := a.limits.Appends.Take(caller, cost(chunks)); err != nil {
+		return err
+	}
+	u := a.newUpload(c.Request().Context(), session(c), caller, p.producer, p.lease, 0)
 	defer u.end()
 	ofMessages := p.fill.MessageID != ""
 	for _, chunk := range chunks {
@@ -194,6 +210,18 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		return blame(err, 0, inBody)
 	}
 	return u.answer(c)
+}
+
+// shortBody is as long, in bytes, as a body may be without counting among the large ones: the bound
+// of connections is one for these, too.
+const shortBody = 64 << 10
+
+// cost is what chunks count for among appends: each one, and each KiB beyond its first.
+func cost(chunks []store.Chunk) (n int) {
+	for _, c := range chunks {
+		n += 1 + (c.Size()-store.Overhead)>>10
+	}
+	return n
 }
 
 func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
@@ -254,9 +282,16 @@ func (u *upload) answer(c echo.Context) error {
 // before an error is stored, and the answer to the error comes at once, although the
 // body may go on.
 func (a *API) appendStream(c echo.Context, p posting) error {
-	r := c.Request()
+	r, caller := c.Request(), a.caller(c)
+	if err := a.limits.Uploads.Take(caller, 1); err != nil {
+		return err
+	}
+	defer a.limits.Uploads.Give(caller, 1)
 	ctl := http.NewResponseController(c.Response().Writer)
-	u := a.newUpload(c.Request().Context(), session(c), p.producer, p.lease, a.cfg.UploadPatience)
+	if b, ok := r.Body.(*incoming); ok {
+		b.takeItsTime(ctl)
+	}
+	u := a.newUpload(c.Request().Context(), session(c), caller, p.producer, p.lease, a.cfg.UploadPatience)
 	defer u.end()
 	defer u.until(grant(c))()
 	if p.kind != typeNDJSON {
@@ -336,6 +371,9 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 				chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
 			}
 		}
+		if len(chunks) > 0 {
+			u.slow(cost(chunks))
+		}
 		if len(chunks) > 0 || hold == store.HoldClosed && len(u.held) > 0 {
 			if failed := u.appendAll(chunks, hold); failed != nil {
 				return about(failed, body)
@@ -358,6 +396,16 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			return about(err, 0)
 		}
 		u.begin()
+	}
+}
+
+// slow has an upload wait that is too fast: it is not read meanwhile, so that its sender waits, too.
+func (u *upload) slow(cost int) {
+	if pause := u.api.limits.Appends.Owe(u.caller, cost); pause > 0 {
+		select {
+		case <-time.After(pause):
+		case <-u.ctx.Done():
+		}
 	}
 }
 

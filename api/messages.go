@@ -27,7 +27,7 @@ func (a *API) ask(c echo.Context) error {
 	if err := checkJSON(c); err != nil {
 		return err
 	}
-	body, err := a.readBody(c)
+	body, err := a.readBody(c, a.atMost(c, 6*a.cfg.ChunkMax+1024)) // JSON may have six bytes for one
 	if err != nil {
 		return err
 	}
@@ -55,26 +55,26 @@ func (a *API) ask(c echo.Context) error {
 		return &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: "/content", Limit: a.cfg.ChunkMax,
 			Detail: "the question is longer than one chunk may be (-chunk-max)"}
 	}
-	select {
-	case a.places <- struct{}{}:
-	default:
-		return &Problem{Status: http.StatusTooManyRequests, Code: "model_busy", Limit: a.cfg.Answers,
-			Detail: "too many answers are under way on this node: try again", retryAfter: 1}
+	caller := a.caller(c)
+	if err := a.limits.Answers.Take(caller, 1); err != nil {
+		p := *problemOf(err)
+		p.Status, p.Code = http.StatusTooManyRequests, "model_busy"
+		return &p
 	}
 	// The answer is an upload of this node's own: numbered, so that what may have been
 	// stored can be sent again, and held, so that it ends when the node dies. Its message
 	// begins with the question: it can be cancelled before its first word.
-	u := a.newUpload(c.Request().Context(), session(c), store.Producer{ID: reply.String()}, 0, 0)
+	u := a.newUpload(c.Request().Context(), session(c), caller, store.Producer{ID: reply.String()}, 0, 0)
 	u.held = []string{reply.String()}
 	u.begin()
 	if err := u.append([]store.Chunk{chunk}, store.HoldOpen); err != nil {
 		u.end()
-		<-a.places
+		a.limits.Answers.Give(caller, 1)
 		return err
 	}
 	u.patience = time.Minute
 	a.answers.Go(func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it
-		defer func() { <-a.places }()
+		defer a.limits.Answers.Give(caller, 1)
 		defer u.end()
 		a.answer(u, reply.String(), []model.Turn{{Role: roleUser, Content: content}})
 	})
@@ -155,7 +155,7 @@ type cancelledJSON struct {
 
 // cancel ends a message, or all that are unfinished.
 func (a *API) cancel(c echo.Context) error {
-	body, err := a.readBody(c)
+	body, err := a.readBody(c, a.atMost(c, smallBody))
 	if err != nil {
 		return err
 	}

@@ -219,7 +219,7 @@ func TestMessages_modelThatFailsEndsItsMessage(t *testing.T) {
 func TestMessages_tooManyAnswersAreRefusedAndStoreNothing(t *testing.T) {
 	t.Parallel()
 	m := newPaced()
-	n := serve(t, func(s *setup) { s.model, s.api.Answers = m, 2 })
+	n := serve(t, func(s *setup) { s.model, s.api.Limits.Answers = m, 2 })
 	n.ask("s", secret)
 	n.ask("t", secret)
 	a := n.post("/v1/sessions/u/messages", typeJSON, `{"content":"sesame"}`)

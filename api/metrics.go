@@ -24,9 +24,10 @@ func newMetrics(a *API) *metrics {
 	gauge := func(name, help string, value func() int) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "gapless_" + name, Help: help}, func() float64 { return float64(value()) })
 	}
+	a.registry.MustRegister(a.limits.Metrics()...)
 	a.registry.MustRegister(m.requests,
 		gauge("uploads", "Uploads and answers under way that are watched.", a.uploads.count),
-		gauge("answers", "Answers of the model under way.", func() int { return len(a.places) }),
+		gauge("answers", "Answers of the model under way.", func() int { return a.limits.Answers.Taken() }),
 		gauge("draining", "1 while this node drains.", func() int {
 			if a.draining.Err() != nil {
 				return 1

@@ -16,6 +16,7 @@ import (
 	"github.com/labstack/echo/v4"
 
 	"gapless/api/auth"
+	"gapless/api/limit"
 	"gapless/sse"
 	"gapless/store"
 )
@@ -69,6 +70,19 @@ func problemOf(err error) *Problem {
 		p := *problemOf(e.Err)
 		p.Chunk = &e.Index
 		return &p
+	}
+	if e, ok := errors.AsType[*limit.Error](err); ok {
+		p := &Problem{Status: http.StatusTooManyRequests, Code: "caller_limit", Limit: e.Most, Detail: e.Error(), retryAfter: e.Seconds()}
+		switch {
+		case e.Rate:
+			p.Code = "rate_limited"
+		case !e.Caller:
+			p.Status, p.Code = http.StatusServiceUnavailable, "node_limit"
+		}
+		return p
+	}
+	if e, ok := errors.AsType[*store.FullError](err); ok {
+		return &Problem{Status: http.StatusConflict, Code: "session_full", Limit: e.Most, Detail: e.Error() + " (-session-names): go on in another session"}
 	}
 	if e, ok := errors.AsType[*store.MessageEndedError](err); ok {
 		p := &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Detail: e.Error() + ": begin a message with another id"}
@@ -177,14 +191,29 @@ func (a *API) problem(err error, c echo.Context) {
 type incoming struct {
 	io.ReadCloser
 	whole atomic.Bool
+
+	to      http.ResponseWriter
+	timeout time.Duration // for each piece; 0: it may take its time
+	since   int           // bytes that came since the deadline was set: by the server, at first
 }
 
 func (b *incoming) Read(p []byte) (int, error) {
+	const piece = 64 << 10
 	n, err := b.ReadCloser.Read(p)
 	if err == io.EOF {
 		b.whole.Store(true)
 	}
+	if b.since += n; b.since >= piece && b.timeout > 0 {
+		b.since = 0
+		_ = http.NewResponseController(b.to).SetReadDeadline(time.Now().Add(b.timeout))
+	}
 	return n, err
+}
+
+// takeItsTime is for a body that may be silent for as long as its connection lasts.
+func (b *incoming) takeItsTime(ctl *http.ResponseController) {
+	b.timeout = 0
+	_ = ctl.SetReadDeadline(time.Time{})
 }
 
 // coming says whether a request's body is still on its way, and may be for long. Of a

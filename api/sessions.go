@@ -2,8 +2,10 @@ package api
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -31,7 +33,7 @@ func (a *API) sessionJSON(id string, b store.Bounds) sessionJSON {
 }
 
 func (a *API) createSession(c echo.Context) error {
-	body, err := a.readBody(c)
+	body, err := a.readBody(c, a.atMost(c, smallBody))
 	if err != nil {
 		return err
 	}
@@ -66,9 +68,16 @@ func (a *API) create(c echo.Context, id string) error {
 	if err := a.may(c, auth.Write, id); err != nil {
 		return err
 	}
+	caller := a.caller(c)
+	if over := a.limits.Sessions.Over(caller); over != nil {
+		return a.limits.Refuse(over)
+	}
 	b, created, err := a.logs.Create(c.Request().Context(), id)
 	if err != nil {
 		return err
+	}
+	if created {
+		a.limits.Sessions.Owe(caller, 1)
 	}
 	status := http.StatusOK
 	if created {
@@ -93,12 +102,24 @@ func (a *API) deleteSession(c echo.Context) error {
 	return c.NoContent(http.StatusNoContent)
 }
 
-// readBody reads a bounded body whole.
-func (a *API) readBody(c echo.Context) ([]byte, error) {
-	body, err := io.ReadAll(http.MaxBytesReader(c.Response().Writer, c.Request().Body, a.cfg.BodyMax))
+// smallBody is more than an object of a name or two needs, in bytes.
+const smallBody = 16 << 10
+
+// atMost is the body, which is an error if it has more than most bytes, or than BodyMax.
+func (a *API) atMost(c echo.Context, most int) io.Reader {
+	return http.MaxBytesReader(c.Response().Writer, c.Request().Body, int64(min(most, a.cfg.BodyMax)))
+}
+
+// readBody reads a body whole, from a reader that bounds it.
+func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
+	body, err := io.ReadAll(from)
 	if err != nil {
 		if _, large := errors.AsType[*http.MaxBytesError](err); large {
 			return nil, err
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, &Problem{Status: http.StatusRequestTimeout, Code: "body_too_slow",
+				Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not come within %v (-body-timeout): send it faster, or as %s, which may take its time", a.cfg.BodyTimeout, typeNDJSON)}
 		}
 		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off"}
 	}

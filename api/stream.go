@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
 
+	"gapless/api/limit"
 	"gapless/sse"
 	"gapless/store"
 )
@@ -25,7 +26,11 @@ func (a *API) stream(c echo.Context) error {
 	if err := parseView(c, &view); err != nil {
 		return err
 	}
-	leave := func() {} // what a ticket has let it in by
+	caller := a.caller(c)
+	if err := a.limits.Viewers.Take(caller, 1); err != nil {
+		return a.sendFull(c, err)
+	}
+	leave := func() { a.limits.Viewers.Give(caller, 1) } // and what a ticket has let it in by
 	mine := true
 	defer func() {
 		if mine {
@@ -42,13 +47,16 @@ func (a *API) stream(c echo.Context) error {
 		if err != nil {
 			return err
 		}
-		leave = in.end
+		leave = func() { in.end(); a.limits.Viewers.Give(caller, 1) }
 	}
 	view.Expires = g.Expires
 
 	v, err := a.hub.View(view)
 	if errors.Is(err, sse.ErrDraining) {
 		return a.sendAway(c)
+	}
+	if errors.Is(err, sse.ErrFull) {
+		return a.sendFull(c, a.limits.Refuse(limit.Feeds(a.hub.FeedsMax())))
 	}
 	if err != nil {
 		return err
@@ -61,6 +69,7 @@ func (a *API) stream(c echo.Context) error {
 	if in != nil {
 		in.view(v)
 	}
+	client := strings.Clone(c.RealIP())
 	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
 	answered := func(int) {}
 	if a.cfg.Tracer != nil {
@@ -68,7 +77,7 @@ func (a *API) stream(c echo.Context) error {
 	}
 	begins := func() {
 		answered(http.StatusOK)
-		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v))
+		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", client))
 	}
 	ends := func(cause sse.Cause) {
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
@@ -127,7 +136,17 @@ func (a *API) sendAway(c echo.Context) error {
 			return err
 		}
 	}
-	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse()
+	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(sse.Shutdown)
+}
+
+// sendFull has a viewer come back later, since it is over a limit, and says which in a header: the
+// stream itself has no place for it.
+func (a *API) sendFull(c echo.Context, why error) error {
+	if _, err := newConnection(c); err != nil {
+		return err
+	}
+	c.Response().Header().Set("Gapless-Refused", why.Error())
+	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(sse.Full)
 }
 
 // errTaken says that a request's connection is not the server's any more, and that it is counted

@@ -27,6 +27,9 @@ type ticketJSON struct {
 // createTicket makes a ticket for the session's stream. What it is, and why, is said in the
 // store (ticket.go).
 func (a *API) createTicket(c echo.Context) error {
+	if err := a.limits.Tickets.Take(a.caller(c), 1); err != nil {
+		return err
+	}
 	id, g := session(c), grant(c)
 	ticket := rand.Text()
 	expires := time.Now().Add(store.TicketLife).UTC()

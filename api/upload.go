@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"gapless/api/limit"
 	"gapless/store"
 )
 
@@ -25,6 +26,7 @@ import (
 type upload struct {
 	api     *API
 	session string
+	caller  limit.Caller
 	token   string // names it among those that hold a message
 	lease   time.Duration
 	// patience is how long it waits for a Redis that is away, beside doubtPatience.
@@ -57,8 +59,8 @@ const doubtPatience = 5 * time.Second
 const heldMost = 64
 
 // newUpload is an upload for the request whose context ctx is.
-func (a *API) newUpload(ctx context.Context, session string, p store.Producer, lease, patience time.Duration) *upload {
-	u := &upload{api: a, session: session, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
+func (a *API) newUpload(ctx context.Context, session string, caller limit.Caller, p store.Producer, lease, patience time.Duration) *upload {
+	u := &upload{api: a, session: session, caller: caller, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
 	u.ctx, u.stop = context.WithCancelCause(a.ending)
 	if u.asked = context.Background(); a.cfg.Tracer != nil {
 		u.asked = context.WithoutCancel(ctx)
@@ -147,6 +149,13 @@ func (u *upload) note(a store.Appended) {
 // long as the upload has patience; what may have been stored, if it has numbers. mu is held.
 func (u *upload) send(b store.Batch) (store.Appended, error) {
 	b.Producer, b.Life, b.Lease, b.Token = u.producer, u.life, u.lease, u.token
+	sessions := u.api.limits.Sessions
+	var over *limit.Error
+	if u.life == 0 {
+		if over = sessions.Over(u.caller); over != nil {
+			b.Life = store.NoNew
+		}
+	}
 	unknown, patience := false, u.patience
 	for begun, pause := time.Now(), 20*time.Millisecond; ; pause = min(2*pause, time.Second) {
 		done, err := u.api.logs.Append(u.asked, u.session, b)
@@ -154,9 +163,14 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 			u.life, u.heard = done.Life, time.Now()
 			u.added = u.added || unknown
 			u.trace(done, unknown, begun)
+			if done.Made {
+				sessions.Owe(u.caller, 1)
+			}
 			return done, nil
 		}
 		switch {
+		case errors.Is(err, store.ErrNotMade) && over != nil:
+			return done, u.api.limits.Refuse(over)
 		case errors.Is(err, store.ErrOutcomeUnknown) && u.producer.ID != "":
 			unknown, patience = true, max(patience, doubtPatience)
 		case !errors.Is(err, store.ErrAway):

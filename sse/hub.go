@@ -111,6 +111,9 @@ func (h *Hub) Close() {
 	h.wg.Wait()
 }
 
+// FeedsMax is how many logs may be watched at once.
+func (h *Hub) FeedsMax() int { return h.cfg.Feeds }
+
 // Viewers is how many viewers a session has on this node.
 func (h *Hub) Viewers(session string) int {
 	h.mu.Lock()
@@ -131,14 +134,17 @@ func (h *Hub) divide() {
 
 // enter finds or begins the feed of a viewer's session, and counts it in; leave counts it
 // out. While the hub drains, nobody enters.
-func (h *Hub) enter(v *Viewer) (ok bool) {
+func (h *Hub) enter(v *Viewer) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.leaving.Err() != nil {
-		return false
+		return ErrDraining
 	}
 	f := h.feeds[v.Session]
 	if f == nil {
+		if h.cfg.Feeds > 0 && len(h.feeds) >= h.cfg.Feeds {
+			return ErrFull
+		}
 		f = newFeed(h, v.Session)
 		h.feeds[v.Session] = f
 		h.divide()
@@ -149,7 +155,7 @@ func (h *Hub) enter(v *Viewer) (ok bool) {
 	f.mu.Unlock()
 	v.feed = f
 	h.viewers.Add(1)
-	return true
+	return nil
 }
 
 func (h *Hub) leave(v *Viewer) {

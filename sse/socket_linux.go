@@ -11,8 +11,9 @@ import (
 
 // hijack takes a connection over if it is plain TCP.
 func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
-	tcp, ok := Conn(r.Context()).(*net.TCPConn)
-	if !ok || !h.gone.start(h) {
+	conn := Conn(r.Context())
+	tcp := plainConn(conn)
+	if tcp == nil || !h.gone.start(h) {
 		return nil, false
 	}
 	raw, err := tcp.SyscallConn()
@@ -23,7 +24,7 @@ func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
 		return nil, false
 	}
 	setSendBuffer(tcp, sendBuffer)
-	s := &tcpSocket{TCPConn: tcp, gone: &h.gone, fd: -1} // on which all fails, if the connection is closed already
+	s := &tcpSocket{TCPConn: tcp, conn: conn, gone: &h.gone, fd: -1} // on which all fails, if the connection is closed already
 	_ = raw.Control(func(fd uintptr) { s.fd = int(fd) })
 	return s, true
 }
@@ -32,6 +33,7 @@ func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
 // mode, until Close: whoever has the seat may write to it.
 type tcpSocket struct {
 	*net.TCPConn
+	conn net.Conn // as it was accepted: whoever counts connections wants to know of its Close
 	fd   int
 	gone *departures
 }
@@ -51,6 +53,18 @@ func (s *tcpSocket) try(p []byte) (n int, err error) {
 		}
 	}
 	return n, nil
+}
+
+// Close implements net.Conn.
+func (s *tcpSocket) Close() error { return s.conn.Close() }
+
+// plainConn is a connection that is TCP and nothing else; nil: it is something else.
+func plainConn(c net.Conn) *net.TCPConn {
+	if p, ok := c.(interface{ Plain() *net.TCPConn }); ok {
+		return p.Plain()
+	}
+	tcp, _ := c.(*net.TCPConn)
+	return tcp
 }
 
 // NetConn is what Writer asks how far the peer has got.

@@ -59,6 +59,9 @@ type Config struct {
 	WriteTimeout time.Duration
 	// Linger is how long a feed outlives its last viewer: a reload finds it warm.
 	Linger time.Duration
+	// Feeds is how many logs are watched at once; 0: no bound. Each is a subscription, and a read
+	// of Redis in each reconcile interval: 20,000 of them keep half a Redis busy.
+	Feeds int
 	// Reads is how many reads of Redis are under way at once, at most, for feeds, and as
 	// many for viewers: after a restart of Redis every feed has to read its log.
 	Reads int
@@ -79,6 +82,7 @@ func DefaultConfig() Config {
 		WindowTotal:  256 << 20,
 		WriteTimeout: 2 * time.Minute,
 		Linger:       10 * time.Second,
+		Feeds:        20_000,
 		Reads:        16,
 		Logger:       slog.New(slog.DiscardHandler),
 	}
@@ -109,6 +113,9 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: %d bytes is less than nothing", n.flag, n.value))
 		}
 	}
+	if c.Feeds < 0 {
+		errs = append(errs, fmt.Errorf("-feeds: %d is less than none: 0 is no limit", c.Feeds))
+	}
 	return errors.Join(errs...)
 }
 
@@ -124,6 +131,7 @@ const (
 	Shutdown Cause = "shutdown" // this node drains
 	Expired  Cause = "expired"  // what allowed it has run out (Ask.Expires)
 	Replaced Cause = "replaced" // another connection has taken its place
+	Full     Cause = "full"     // there was no room for it
 	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw has no way to say so
 )
 

@@ -63,12 +63,15 @@ const (
 // ErrDraining says that this node takes no viewers any more.
 var ErrDraining = errors.New("this node is draining")
 
-// View begins to view. Close must be called.
+// ErrFull says that this node watches as many logs as it may (Config.Feeds), and not this one.
+var ErrFull = errors.New("this node watches no more logs")
+
+// View begins to view. Close must be called. Errors: ErrDraining, ErrFull.
 func (h *Hub) View(a Ask) (*Viewer, error) {
 	v := &Viewer{Ask: a, hub: h, pageBytes: leastPage}
 	v.shown.Store(-1)
-	if !h.enter(v) {
-		return nil, ErrDraining
+	if err := h.enter(v); err != nil {
+		return nil, err
 	}
 	h.metrics.begun.Inc()
 	if a.Cursor > 0 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -249,15 +250,24 @@ func (w *Writer) stop() {
 }
 
 // Refuse sends a viewer away before its first event, in the only way after which every
-// client comes back: a stream that says when, and breaks off.
-func (w *Writer) Refuse() error {
-	_ = w.write(appendRetry([]byte(heartbeat), retry()))
-	return w.End(Shutdown)
+// client comes back: a stream that says when, and breaks off. Where there was no room for it
+// (Full), that is later: those who are refused are not to be all that a node does.
+func (w *Writer) Refuse(c Cause) error {
+	after := retry()
+	if c == Full {
+		after = 10_000 + rand.IntN(20_000)
+	}
+	_ = w.write(appendRetry([]byte(heartbeat), after))
+	return w.End(c)
 }
 
-// tcpConn is what is under TLS.
+// tcpConn is what is under TLS, and under whoever counts connections.
 func tcpConn(c net.Conn) *net.TCPConn {
-	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
+	for {
+		t, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
 		c = t.NetConn()
 	}
 	tcp, _ := c.(*net.TCPConn)

@@ -13,7 +13,8 @@ type Batch struct {
 	Chunks   []Chunk
 	Producer Producer
 	// Life is what a former Append of the same upload was told, or 0: when the session was
-	// deleted since, the error is ErrSessionDeleted, also if it was made anew.
+	// deleted since, the error is ErrSessionDeleted, also if it was made anew. NoNew: no session is
+	// made for it.
 	Life int64
 	// Lease is asked for by the messages of this batch, if not 0: each ends as failed when
 	// for so long no append belongs to it or names it.
@@ -56,7 +57,11 @@ type Appended struct {
 	// there before.
 	Count, Known int
 	Life         int64
+	Made         bool // the session was made for it
 }
+
+// NoNew is the Batch.Life of an append to a session that has to be there (ErrNotMade).
+const NoNew = -1
 
 // Append adds a batch to the log of a session, which is made if need be: all of its
 // chunks, or, with an error, none. Chunks that the log has under the same producer's
@@ -64,7 +69,8 @@ type Appended struct {
 //
 // Errors: *RefusedError with ErrSessionEnded, *MessageEndedError or ErrProducerConflict
 // in it, ErrSessionEnded or *MessageEndedError where no chunk is to blame,
-// ErrSessionDeleted, *FencedError, *GapError, ErrAway (surely nothing was stored),
+// ErrSessionDeleted, *FullError (in a *RefusedError, if a chunk is to blame), ErrNotMade,
+// *FencedError, *GapError, ErrAway (surely nothing was stored),
 // ErrOutcomeUnknown.
 func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, error) {
 	a, err := s.appendOnce(ctx, session, b)
@@ -100,7 +106,7 @@ func (s *Store) appendOnce(ctx context.Context, session string, b Batch) (Append
 			refused.Index += skipped
 		}
 		all.add(a)
-		all.Epoch, all.Life = a.Epoch, a.Life
+		all.Epoch, all.Life, all.Made = a.Epoch, a.Life, a.Made
 		return all, err
 	}
 }
@@ -146,7 +152,7 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	}
 	switch r.status() {
 	case "ok":
-		a := Appended{Epoch: r.text(1), First: r.int(2), Count: len(b.Chunks), Life: r.int(3)}
+		a := Appended{Epoch: r.text(1), First: r.int(2), Count: len(b.Chunks), Life: r.int(3), Made: r.int(4) == 1}
 		a.Last = a.First + int64(a.Count) - 1
 		return a, nil, r.err
 	case "nothing":
@@ -163,6 +169,10 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 		return Appended{}, nil, refused(ErrSessionEnded)
 	case "session_deleted":
 		return Appended{}, nil, ErrSessionDeleted
+	case "session_full":
+		return Appended{}, nil, refused(&FullError{Most: s.cfg.NamesMax})
+	case "not_made":
+		return Appended{}, nil, ErrNotMade
 	case "message_ended":
 		return Appended{}, nil, refused(&MessageEndedError{r.text(3), r.text(4)})
 	default:

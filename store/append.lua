@@ -1,7 +1,8 @@
 -- Checks, numbers, pushes, trims, refreshes and publishes chunks: all of them, or none. Its arguments:
 --
 --   how many of the following there are (0: it is an append that nothing is to be known of), and they:
---     which life of the session the upload began in, or 0: a deleted one is not gone on with
+--     which life of the session the upload began in, or 0: a deleted one is not gone on with; -1: no session is
+--       made for it
 --     the producer's id, or nothing; its epoch; its number of the first chunk
 --     the lease (ms) that is asked for, or 0
 --     what becomes of the messages that the upload holds: open (it goes on), look (the same, and may it?), closed (it
@@ -52,6 +53,14 @@ end
 --
 -- in which a number is found without a scan. Runs of text are short, since a number's place in them is not known.
 -- d:<id> is the epoch of a producer whose session was deleted.
+-- has_room says whether the log may have another message or producer, and counts it in. The hash has a dozen fields
+-- beside their names.
+local room
+local function has_room()
+  room = (room or tonumber(ARGV[10]) + 12 - redis.call('HLEN', session)) - 1
+  return room >= 0
+end
+
 local position, behind
 local function place(n) return producer .. ' ' .. string.format('%016.0f', n) end
 
@@ -190,7 +199,7 @@ end
 
 local function work()
   take_arguments()
-  position, behind = nil, false
+  position, behind, room = nil, false, nil
   local runs = producer ~= '' and redis.call('ZCARD', index) -- it fails on a key of another type
   local first = chunks > 0 and field(1, 1)
   open(first ~= '' and first or nil)
@@ -201,6 +210,7 @@ local function work()
   end
 
   local ended, over, writes = log and not log.deleted and log.ended, nil, #held > 0 or lease > 0 or log and log.learned
+  if position and position.fresh and not position.fences and not has_room() then return refuse('session_full', -1) end
   for i = 1, chunks do
     if ended then return refuse('session_ended', i - 1) end
     local id, kind = field(i, 1), field(i, 2)
@@ -208,6 +218,10 @@ local function work()
       local m = message(id)
       local how = over and over[id] or m.how
       if how then return refuse('message_ended', i - 1, id, how) end
+      if not m.open and not m.named and kind ~= 'message' then
+        m.named = true
+        if not has_room() then return refuse('session_full', i - 1) end
+      end
       if kind ~= '' and kind ~= 'message' then
         over = over or {}
         over[id] = kind
@@ -224,13 +238,21 @@ local function work()
       if how and (hold == '' or how ~= 'done') then return refuse('message_ended', -1, id, how) end
     end
   end
+  if hold == 'open' or hold == 'look' or lease > 0 then
+    for _, id in ipairs(behind and none or held) do
+      local m = message(id)
+      if not m.how and not m.open and not m.named and not has_room() then return refuse('session_full', -1) end
+    end
+  end
 
-  -- Nothing is refused any more.
-  if not log or log.deleted then
+  local made = not log or log.deleted
+  if made then
     -- A message that is named makes no session, unless something is to become of it.
     if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing', int(log and log.last or 0)) end
+    if life < 0 then return refuse('not_made') end
     if log then revive() else make() end
   end
+  -- Nothing is refused any more.
 
   local head, members = log.last, {}
   for i = 1, chunks do members[i] = field(i, 3) end
@@ -242,5 +264,5 @@ local function work()
   if position then advance(head) end
   if #held > 0 or next(messages) then hear_all() end
   finish()
-  return answer('ok', int(head + 1), log.deletions + 1)
+  return answer('ok', int(head + 1), log.deletions + 1, made and 1 or 0)
 end

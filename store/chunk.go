@@ -36,6 +36,10 @@ const (
 // messages that have ended.
 const MaxMessageID = 256
 
+// MaxDepth is how deep a chunk's arrays and objects may be in one another. Ruby's reader of JSON
+// stops at 100, others at 512 or a thousand: a viewer has to be able to read what it is sent.
+const MaxDepth = 100
+
 // Overhead is what a chunk's event has beyond its members, each part at its longest:
 // "data: ", the opening brace, number, time, the line of its id, and the heartbeats of an
 // hour before it, which are of the same block. Two common clients give up at a block, not
@@ -44,7 +48,7 @@ const Overhead = len("data: "+`{"seq":9007199254740991,"ts":1795424741692,`+"\ni
 
 // ChunkError says what is wrong with a chunk as posted.
 type ChunkError struct {
-	Code   string // invalid_json, invalid_utf8, duplicate_member, reserved_member, invalid_chunk, chunk_too_large
+	Code   string // invalid_json, invalid_utf8, duplicate_member, reserved_member, invalid_chunk, chunk_too_deep, chunk_too_large
 	Member string // as a JSON pointer, where there is one
 	Detail string
 	Limit  int // in bytes, where a limit was passed
@@ -66,6 +70,9 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		return c, &ChunkError{Code: "invalid_utf8", Detail: "the chunk is not valid UTF-8"}
 	}
 	text = bytes.TrimSpace(text)
+	if deep(text) {
+		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk has more than %d arrays and objects in one another", MaxDepth)}
+	}
 	dec := jsontext.NewDecoder(bytes.NewBuffer(text))
 	if dec.PeekKind() != '{' {
 		if _, err := dec.ReadValue(); err != nil {
@@ -156,6 +163,30 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		c.kind = TypeDone
 	}
 	return c, c.check(limit)
+}
+
+// deep says whether JSON is deeper than MaxDepth. Of what is none, another reader says so.
+func deep(text []byte) bool {
+	if bytes.Count(text, []byte{'{'})+bytes.Count(text, []byte{'['}) <= MaxDepth { // nearly always
+		return false
+	}
+	depth, quoted := 0, false
+	for i := 0; i < len(text); i++ {
+		switch b := text[i]; {
+		case quoted && b == '\\':
+			i++
+		case b == '"':
+			quoted = !quoted
+		case quoted:
+		case b == '{' || b == '[':
+			if depth++; depth > MaxDepth {
+				return true
+			}
+		case b == '}' || b == ']':
+			depth--
+		}
+	}
+	return false
 }
 
 // check refuses a chunk whose event is too large.

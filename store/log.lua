@@ -14,6 +14,7 @@
 --   ARGV[7]  the channel on which a session is named whose uploads have to look whether they may go on
 --   ARGV[8]  how many chunks to keep
 --   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
+--   ARGV[10] how many messages and producers a log may have
 --   and then for each caller: how many arguments it has, and they
 --
 -- Scripts are not rolled back, so everything that can fail (a key of another type) is read before

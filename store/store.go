@@ -57,6 +57,9 @@ type Config struct {
 	SessionTTL time.Duration
 	// HistoryMax is how many chunks of a log are kept. 100,000 words are a long book.
 	HistoryMax int
+	// NamesMax is how many messages and producers a log may have: their names are kept for as long
+	// as the session. 20,000 are two years of thirty questions a day, and 2 MB.
+	NamesMax int
 	// Grace is how long the messages of an upload outlive it: one that breaks off and has
 	// a producer's numbers, or one whose node dies. 30 s: a producer is back by then, and
 	// a reader waits that long for the next word.
@@ -91,6 +94,7 @@ func DefaultConfig() Config {
 		HistoryTTL:   24 * time.Hour,
 		SessionTTL:   30 * 24 * time.Hour,
 		HistoryMax:   100_000,
+		NamesMax:     20_000,
 		Grace:        30 * time.Second,
 		HistoryOrder: OldestFirst,
 		Listeners:    2,
@@ -122,6 +126,9 @@ func (c Config) Validate() error {
 	if c.HistoryMax < 1 {
 		errs = append(errs, fmt.Errorf("-history-max: %d is less than one chunk", c.HistoryMax))
 	}
+	if c.NamesMax < 1 {
+		errs = append(errs, fmt.Errorf("-session-names: %d is less than one", c.NamesMax))
+	}
 	if c.Grace < 100*time.Millisecond {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than 100ms", c.Grace))
 	}
@@ -146,6 +153,8 @@ var (
 	// ErrProducerConflict says that the log has something else under a producer's number.
 	ErrProducerConflict = errors.New("the producer has posted something else under this number")
 	ErrMessageUnknown   = errors.New("no such message")
+	// ErrNotMade says that there is no such session, and that none was to be made.
+	ErrNotMade = errors.New("no session is made")
 )
 
 // RefusedError says which chunk of an append the log does not take, and why. Those
@@ -173,6 +182,14 @@ func (e *MessageEndedError) Error() string {
 		how = TypeCancelled
 	}
 	return fmt.Sprintf("message %q has ended: it is %s", e.MessageID, how)
+}
+
+// FullError refuses a chunk whose message, or whose producer, the log does not know yet: it has
+// as many of them as it may, or up to a dozen more.
+type FullError struct{ Most int }
+
+func (e *FullError) Error() string {
+	return fmt.Sprintf("the session has %d messages and producers, or some more, and no other may begin", e.Most)
 }
 
 // FencedError refuses a producer of an older epoch than the session knows.
@@ -360,7 +377,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 	if err != nil {
 		return nil, nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	publish, wait, size := "PUBLISH", false, 12
+	publish, wait, size := "PUBLISH", false, 13
 	if s.clustered {
 		publish = "SPUBLISH"
 	}
@@ -376,7 +393,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 		}
 	}
 	argv = append(argv, random.String(), s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.HistoryOrder, publish, Hint,
-		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds())
+		uploads, s.cfg.HistoryMax, s.cfg.Grace.Milliseconds(), s.cfg.NamesMax)
 	for _, c := range calls {
 		argv = append(append(argv, len(c.args)), c.args...)
 	}

@@ -1,0 +1,116 @@
+package limit
+
+import (
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+type bucket = rate.Limiter
+
+// Rates is how much of something a caller may do in a second. What it did not do in the last ten
+// seconds it may do at once.
+//
+// A caller whose bucket is full is like one that was never seen: such are forgotten whenever there
+// are twice as many buckets as were not full the last time.
+type Rates struct {
+	limits     *Limits
+	what, flag string
+	most       int // a second; 0: no bound
+
+	mu    sync.Mutex
+	of    map[Caller]*bucket
+	sweep int // how many buckets there may be until the next look at them
+}
+
+// manyBuckets bounds them, with some 200 bytes each. Callers beyond share one: so many at once,
+// within ten seconds, are no people.
+var manyBuckets = 1 << 18
+
+const (
+	// saved is how many seconds of the rate a bucket holds.
+	saved = 10
+	// fewBuckets are kept without a look.
+	fewBuckets = 1 << 10
+)
+
+// Take uses n up, or, with an error that says when they will be there, none. More than a bucket
+// holds counts as a bucket.
+func (r *Rates) Take(c Caller, n int) error {
+	b := r.bucket(c)
+	if b == nil {
+		return nil
+	}
+	now := time.Now()
+	taken := b.ReserveN(now, min(n, b.Burst()))
+	after := taken.DelayFrom(now)
+	if after == 0 {
+		return nil
+	}
+	taken.CancelAt(now)
+	return r.limits.Refuse(r.error(after))
+}
+
+// Owe uses n up although they may not be there yet, and says how long it takes until they are.
+func (r *Rates) Owe(c Caller, n int) time.Duration {
+	b := r.bucket(c)
+	if b == nil {
+		return 0
+	}
+	now := time.Now()
+	return b.ReserveN(now, min(n, b.Burst())).DelayFrom(now)
+}
+
+// Over says, without using anything up, whether there is nothing left.
+func (r *Rates) Over(c Caller) *Error {
+	b := r.bucket(c)
+	if b == nil {
+		return nil
+	}
+	left := b.Tokens()
+	if left >= 1 {
+		return nil
+	}
+	return r.error(time.Duration((1 - left) / float64(r.most) * float64(time.Second)))
+}
+
+func (r *Rates) error(after time.Duration) *Error {
+	return &Error{Limit: r.flag, Most: r.most, What: r.what, Rate: true, Caller: true, After: after}
+}
+
+// bucket is a caller's; nil: there is no bound for it.
+func (r *Rates) bucket(c Caller) *bucket {
+	if r.most == 0 || c == (Caller{}) {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if b := r.of[c]; b != nil {
+		return b
+	}
+	if len(r.of) >= max(r.sweep, fewBuckets) {
+		r.forget()
+	}
+	if len(r.of) >= manyBuckets {
+		c = Caller{}
+		if b := r.of[c]; b != nil {
+			return b
+		}
+	}
+	b := rate.NewLimiter(rate.Limit(r.most), saved*r.most)
+	r.of[c] = b
+	return b
+}
+
+// forget keeps only buckets that are not full. mu is held.
+func (r *Rates) forget() {
+	now := time.Now()
+	kept := map[Caller]*bucket{} // another one: a map keeps the room that it had at its largest
+	for c, b := range r.of {
+		if b.TokensAt(now) < float64(b.Burst()) {
+			kept[c] = b
+		}
+	}
+	r.of, r.sweep = kept, 2*len(kept)
+}

@@ -1,0 +1,56 @@
+package api
+
+import (
+	"fmt"
+	"net/http"
+
+	"github.com/labstack/echo/v4"
+
+	"gapless/api/limit"
+)
+
+// caller is who is held to limits: the token's subject, or else the address. With a ticket, or a
+// token that names nobody, it is the address.
+func (a *API) caller(c echo.Context) limit.Caller {
+	if subject := grant(c).Subject; subject != "" {
+		return limit.Caller{Subject: subject}
+	}
+	return a.limits.Address(c.RealIP())
+}
+
+// pace refuses calls that come too fast. Who calls is known by then, if a token says it.
+func (a *API) pace(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		err := a.limits.Calls.Take(a.caller(c), 1)
+		switch {
+		case err == nil:
+			return next(c)
+		case c.Path() == streamPath:
+			return a.sendFull(c, err)
+		}
+		return err
+	}
+}
+
+// checkSize refuses what is longer than anybody needs, in words: of what is longer still, the
+// server takes nothing.
+func (a *API) checkSize(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		r := c.Request()
+		if most := a.cfg.URLMax; len(r.RequestURI) > most {
+			return &Problem{Status: http.StatusRequestURITooLong, Code: "url_too_long", Limit: most,
+				Detail: fmt.Sprintf("the URL has %d bytes: at most %d are allowed (-url-max)", len(r.RequestURI), most)}
+		}
+		size := len(r.Host)
+		for name, values := range r.Header {
+			for _, value := range values {
+				size += len(name) + len(value) + len(": \r\n")
+			}
+		}
+		if most := a.cfg.HeaderMax; size > most {
+			return &Problem{Status: http.StatusRequestHeaderFieldsTooLarge, Code: "header_too_large", Limit: most,
+				Detail: fmt.Sprintf("the header has %d bytes: at most %d are allowed (-header-max); a cookie is the longest of it, mostly", size, most)}
+		}
+		return next(c)
+	}
+}
