@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -138,19 +137,13 @@ func TestLimits_slowSendersAreGivenUp(t *testing.T) {
 	eventually(t, "their connections are gone", func() bool { return n.metric(t, "gapless_connections") == 1 })
 }
 
-// The server's time-outs hold for a handshake as well.
+// A handshake has the header's time.
 func TestLimits_aHandshakeThatDoesNotEndIsGivenUp(t *testing.T) {
 	t.Parallel()
-	cfg, err := parse([]string{"-header-timeout", "300ms", "-body-timeout", "1h"}, func(string) (string, bool) { return "", false })
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewUnstartedServer(nil)
-	server.Config = newServer(cfg, http.NotFoundHandler(), nil)
-	server.StartTLS()
-	defer server.Close()
+	cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
+	n := start(t, "-tls-cert", cert, "-tls-key", key, "-header-timeout", "300ms", "-body-timeout", "1h")
 	for _, hello := range []string{"", "\x16\x03\x01\x02\x00"} { // nothing, and the beginning of a hello
-		conn, err := net.Dial("tcp", server.Listener.Addr().String())
+		conn, err := net.Dial("tcp", n.addr)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -163,11 +156,35 @@ func TestLimits_aHandshakeThatDoesNotEndIsGivenUp(t *testing.T) {
 		}
 		_ = conn.Close()
 	}
-	res, err := server.Client().Get(server.URL)
-	if err != nil || res.StatusCode != http.StatusNotFound {
-		t.Fatalf("%v %v", res, err)
+	if a := n.get("/healthz"); a.status != http.StatusOK {
+		t.Errorf("%d (%v)", a.status, a.err)
 	}
-	_ = res.Body.Close()
+}
+
+// The time of a body is for those that are read whole: uploads and streams may be silent.
+func TestLimits_uploadsAndStreamsMayBeSilent(t *testing.T) {
+	everyWay(t, func(t *testing.T, args ...string) {
+		n := start(t, append(args, "-body-timeout", "300ms", "-header-timeout", "300ms")...)
+		session := newID()
+		in, answered := upload(t, n, session)
+		v := &viewer{session: session}
+		wait := background(t, func() { v.connect(deadline(t), n.addr, nil) })
+		for i := range 4 {
+			fmt.Fprintf(in, `{"content":"word%d"}`+"\n", i+1)
+			eventually(t, "the line is there", func() bool { return v.seen.Load() == int64(i+1) })
+			<-time.After(500 * time.Millisecond)
+		}
+		fmt.Fprintln(in, `{"type":"end"}`)
+		_ = in.(io.Closer).Close()
+		if a := <-answered; a.status != http.StatusCreated {
+			t.Errorf("%d %s (%v)", a.status, a.body, a.err)
+		}
+		wait()
+		v.check(t, n.pages(t, session))
+		if v.connections != 1 {
+			t.Errorf("%d connections", v.connections)
+		}
+	})
 }
 
 // Five thousand connections of one address: it has its share, and another address is served. When
