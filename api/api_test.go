@@ -222,6 +222,8 @@ func (n *node) do(q request) answer {
 }
 
 func (n *node) send(r *http.Request) (answer, error) {
+	// A stream that was taken over ends with its connection: who sends a POST on it in that moment gets EOF.
+	r.Close = strings.HasSuffix(r.URL.Path, "/stream")
 	res, err := n.client.Do(r)
 	if err != nil {
 		return answer{}, err
