@@ -22,6 +22,7 @@ import (
 
 	toxiproxy "github.com/Shopify/toxiproxy/v2/client"
 
+	"gapless/api/auth/authtest"
 	"gapless/store/storetest"
 )
 
@@ -31,7 +32,7 @@ import (
 //
 //	make torture                          some minutes of faults, and the table
 //	make soak                             ten minutes of a few hundred sessions, no faults, memory
-//	go test -run TestTorture -v -count=1 . -torture.for 3m -torture.seed 7
+//	go test -run TestTorture -v -count=1 . -torture.for 3m -torture.seed 7 -torture.tls -torture.auth
 //
 // A seed decides which faults come when; what they meet is up to the machine.
 var (
@@ -41,6 +42,7 @@ var (
 	tortureSessions = flag.Int("torture.sessions", 12, "how many sessions are under way at a time")
 	torturePace     = flag.Duration("torture.pace", 20*time.Millisecond, "the longest pause between a producer's chunks")
 	tortureTLS      = flag.Bool("torture.tls", false, "everything goes over TLS and HTTP/2")
+	tortureAuth     = flag.Bool("torture.auth", false, "everybody has to show a token")
 	tortureFaults   = flag.Bool("torture.faults", true, "whether anything happens; without, nodes are the plain program, and their memory is told")
 )
 
@@ -72,7 +74,8 @@ type torture struct {
 	t     *testing.T
 	rand  *rand.Rand // of the faults
 	seed  uint64
-	tls   []string           // flags of each node
+	flags []string           // of each node
+	token string             // lets everybody in; empty: they need none
 	links []*toxiproxy.Proxy // between each node and Redis
 	doors []*toxiproxy.Proxy // between its viewers and producers and each node
 	addrs []string           // of the doors
@@ -106,7 +109,12 @@ func TestTorture(t *testing.T) {
 	}
 	if *tortureTLS {
 		cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
-		tt.tls = []string{"-tls-cert", cert, "-tls-key", key}
+		tt.flags = []string{"-tls-cert", cert, "-tls-key", key}
+	}
+	if *tortureAuth {
+		issuer := authtest.New(t)
+		tt.flags = append(tt.flags, "-auth", issuer.Source())
+		tt.token = token(issuer, 24*time.Hour, authtest.May{"admin": {"*"}})
 	}
 	proxies := toxiproxies(t)
 	proxy := func(name, to string) *toxiproxy.Proxy {
@@ -123,13 +131,16 @@ func TestTorture(t *testing.T) {
 			program = plainProgram(t)
 		}
 		n := launchProgram(t, program, tt.args(i, link)...)
+		n.token = tt.token
 		tt.links, tt.nodes = append(tt.links, link), append(tt.nodes, n)
 		door := proxy(fmt.Sprint("node", i+1), n.addr)
 		tt.doors, tt.addrs = append(tt.doors, door), append(tt.addrs, door.Listen)
+		transport := http.DefaultTransport.(*http.Transport)
 		if w, ok := ways.Load(n.addr); ok {
 			ways.Store(door.Listen, w)
-			tt.client.Transport = w.(way).client.Transport
+			transport = w.(way).client.Transport.(*http.Transport)
 		}
+		tt.client.Transport = &bearer{transport, n}
 	}
 	for _, n := range tt.nodes {
 		n.waitReady()
@@ -180,7 +191,7 @@ func TestTorture(t *testing.T) {
 }
 
 func (tt *torture) args(i int, link *toxiproxy.Proxy, more ...string) []string {
-	return append([]string{"-redis", "redis://" + link.Listen, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, append(tt.tls, more...)...)
+	return append([]string{"-redis", "redis://" + link.Listen, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, append(slices.Clone(tt.flags), more...)...)
 }
 
 // count is how many faults there were. mu is held.
@@ -198,7 +209,7 @@ func (tt *torture) session(ctx context.Context) {
 	s := &tale{session: newID(), acks: map[int64]string{}}
 	var wg sync.WaitGroup
 	for i := range 3 {
-		v := &viewer{session: s.session, glue: i == 1}
+		v := &viewer{session: s.session, token: tt.token, glue: i == 1}
 		s.viewers = append(s.viewers, v)
 		wg.Go(func() {
 			pause(ctx, rand.N(300*time.Millisecond))
@@ -206,7 +217,7 @@ func (tt *torture) session(ctx context.Context) {
 		})
 	}
 	// Some viewers cut themselves as well.
-	restless := &viewer{session: s.session}
+	restless := &viewer{session: s.session, token: tt.token}
 	s.viewers = append(s.viewers, restless)
 	wg.Go(func() {
 		for !restless.over && ctx.Err() == nil {
@@ -335,6 +346,7 @@ func (tt *torture) restart(end func(*node)) {
 	old := tt.node(i)
 	end(old)
 	again := launch(tt.t, tt.args(i, tt.links[i], "-listen", old.addr)...)
+	again.token = tt.token
 	tt.mu.Lock()
 	defer tt.mu.Unlock()
 	tt.gapcheck.mu.Lock()
