@@ -190,7 +190,11 @@ func TestTraces_followAChunkAcrossNodes(t *testing.T) {
 		if write.StartTimeUnixNano > write.EndTimeUnixNano || root.StartTimeUnixNano > write.EndTimeUnixNano {
 			t.Errorf("chunk %d is written at %d, before it came at %d", seq, write.EndTimeUnixNano, root.StartTimeUnixNano)
 		}
-		request := c.find("n1", "POST /v1/sessions/:id/chunks")
+		var request []span
+		eventually(t, "the request is told", func() bool {
+			request = c.find("n1", "POST /v1/sessions/:id/chunks")
+			return len(request) > 0
+		})
 		if len(request) != 1 || !root.linked(request[0]) || !request[0].linked(root) {
 			t.Fatalf("request and chunk %d have no links to each other: %v and %v", seq, request, root.Links)
 		}
@@ -200,18 +204,20 @@ func TestTraces_followAChunkAcrossNodes(t *testing.T) {
 		if request[0].number("http.response.status_code") != 201 {
 			t.Errorf("the request says %v", request[0].Attributes)
 		}
-		inRequest := false
-		for _, s := range c.find("n1", "evalsha") {
-			inRequest = inRequest || bytes.Equal(s.ParentSpanId, request[0].SpanId)
-		}
-		for _, s := range c.find("n1", "eval") { // the first one of a new Redis
-			inRequest = inRequest || bytes.Equal(s.ParentSpanId, request[0].SpanId)
-		}
-		if !inRequest {
-			t.Error("the call of Redis is not in the request's trace")
-		}
+		eventually(t, "the call of Redis is told, in the request's trace", func() bool {
+			for _, s := range append(c.find("n1", "evalsha"), c.find("n1", "eval")...) {
+				if bytes.Equal(s.ParentSpanId, request[0].SpanId) {
+					return true
+				}
+			}
+			return false
+		})
 	}
-	streams := c.find("n2", "GET /v1/sessions/:id/stream")
+	var streams []span
+	eventually(t, "the stream's beginning is told", func() bool {
+		streams = c.find("n2", "GET /v1/sessions/:id/stream")
+		return len(streams) > 0
+	})
 	if len(streams) != 1 || streams[0].number("http.response.status_code") != 200 {
 		t.Errorf("the stream's beginning: %v", streams)
 	}
@@ -243,7 +249,7 @@ func TestTraces_followForeignChunks(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone()
-	eventually(t, "it is told", func() bool { return len(c.find("n1", "chunk write")) == 1 })
+	eventually(t, "it is told", func() bool { return len(c.find("n1", "chunk write")) == 1 && len(c.find("n1", "chunk arrive")) == 1 })
 	arrive, write := c.find("n1", "chunk arrive")[0], c.find("n1", "chunk write")[0]
 	if arrive.text("gapless.by") != "read" || arrive.trace() != write.trace() || write.trace() != traces.TraceID(session, arrive.text("gapless.epoch"), 1).String() {
 		t.Errorf("it arrived %v in trace %s, and was written in trace %s", arrive.Attributes, arrive.trace(), write.trace())
