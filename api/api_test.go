@@ -344,6 +344,7 @@ func (n *node) open(q request) *stream {
 	q.method = "GET"
 	r := n.new(q)
 	ctx, cancel := context.WithTimeout(r.Context(), patience)
+	r.Close = true // as in send
 	res, err := n.client.Do(r.WithContext(ctx))
 	if err != nil {
 		cancel()
