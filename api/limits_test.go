@@ -166,6 +166,33 @@ func TestLimit_ofASubject(t *testing.T) {
 	}
 }
 
+// The operator's own service brings everybody's words: it is held to none of a caller's limits, and is told by
+// what its token allows. To read everything, or to write much, is not enough.
+func TestLimit_notOfTheOperatorsOwnService(t *testing.T) {
+	t.Parallel()
+	n, issuer := locked(t, func(s *setup, _ *auth.Config) {
+		proxied(func(s *setup) { s.api.Limits.CallerCalls, s.api.Limits.CallerAppends = 1, 1 })(s)
+	})
+	for _, c := range []struct {
+		may  authtest.May
+		held bool
+	}{
+		{authtest.May{"write": {"*"}}, false}, {authtest.May{"admin": {"*"}}, false},
+		{authtest.May{"write": {"s*"}}, true}, {authtest.May{"read": {"*"}, "write": {"s"}}, true},
+	} {
+		token, refused := issuer.Sign(jwt.MapClaims{"exp": time.Now().Add(time.Hour).Unix(), "sub": fmt.Sprint(c.may), "gapless": c.may}), 0
+		for range 30 {
+			q := request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"content":"x"}`}
+			if n.do(bearing(as(q, "198.51.100.1"), token)).status == 429 {
+				refused++
+			}
+		}
+		if c.held != (refused > 0) {
+			t.Errorf("%v: %d of 30 appends were refused", c.may, refused)
+		}
+	}
+}
+
 // Viewers are given places, are sent away when there is none, come back, and give their places
 // back however they end.
 func TestLimit_ofViewers(t *testing.T) {
