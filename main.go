@@ -129,6 +129,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer's socket may take nothing")
 	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
 	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
+	bytesVar(fs, &cfg.sse.SnapshotMax, "snapshot-max", "how many `bytes` a snapshot may have: the rest of a longer log comes as chunks; 0: none is given")
 	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "the largest event that a chunk may make in a stream, in `bytes`")
 
 	limits := &cfg.api.Limits

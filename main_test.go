@@ -506,7 +506,8 @@ type viewer struct {
 	dialer  net.Dialer
 
 	cursor   int64
-	chunks   []string // data of onmessage, since the last reset
+	chunks   []string // data of onmessage, since the last reset or snapshot
+	said     *said    // by a snapshot, since the last reset
 	faults   []string
 	welcomes []notice
 	resets   []notice
@@ -563,7 +564,15 @@ func (v *viewer) take(e event) {
 		v.welcomes = append(v.welcomes, n)
 	case "reset":
 		v.resets = append(v.resets, n)
-		v.chunks = nil
+		v.chunks, v.said = nil, nil
+	case "snapshot":
+		if v.said != nil || len(v.chunks) > 0 || !strings.Contains(v.query, "snapshot=1") {
+			v.fault("a snapshot came at %d, behind %d chunks", v.cursor, len(v.chunks))
+		}
+		v.said = &said{}
+		if err := json.Unmarshal([]byte(e.data), v.said); err != nil || v.said.First != v.cursor+1 || v.said.Last != id {
+			v.fault("at %d, snapshot %d: %v %+v", v.cursor, id, err, v.said)
+		}
 	default:
 		v.fault("event named %q", e.name)
 	}
@@ -697,6 +706,9 @@ func (v *viewer) check(t *testing.T, want []string) {
 	for _, f := range v.faults {
 		t.Errorf("viewer of %s: %s", v.session, f)
 	}
+	if v.said != nil {
+		want = v.said.check(t, v.session, want)
+	}
 	if len(v.chunks) != len(want) {
 		t.Errorf("viewer of %s got %d chunks up to %d, the log has %d", v.session, len(v.chunks), v.cursor, len(want))
 	}
@@ -706,6 +718,79 @@ func (v *viewer) check(t *testing.T, want []string) {
 			break
 		}
 	}
+}
+
+// said is the data of a snapshot.
+type said struct {
+	First, Last int64
+	Ended       bool
+	Messages    []struct {
+		ID      string `json:"message_id"`
+		Content string
+		Chunks  []json.RawMessage
+	}
+}
+
+func (s *said) UnmarshalJSON(b []byte) error {
+	type plain said
+	all := struct {
+		First int64 `json:"first_seq"`
+		Last  int64 `json:"last_seq"`
+		*plain
+	}{plain: (*plain)(s)}
+	err := json.Unmarshal(b, &all)
+	s.First, s.Last = all.First, all.Last
+	return err
+}
+
+// check compares what a snapshot says with the chunks up to its number, and answers the rest of them.
+func (s *said) check(t *testing.T, session string, all []string) (rest []string) {
+	t.Helper()
+	if s.Last > int64(len(all)) {
+		t.Errorf("the snapshot of %s says %d chunks, the log has %d", session, s.Last, len(all))
+		return nil
+	}
+	texts := func(of func(add func(id, content string))) string { // by message, in the order of their beginnings
+		var ids []string
+		by := map[string]string{}
+		of(func(id, content string) {
+			if _, known := by[id]; !known {
+				ids = append(ids, id)
+			}
+			by[id] += content
+		})
+		var b strings.Builder
+		for _, id := range ids {
+			fmt.Fprintf(&b, "%q: %q\n", id, by[id])
+		}
+		return b.String()
+	}
+	got := texts(func(add func(id, content string)) {
+		for _, m := range s.Messages {
+			add(m.ID, m.Content)
+		}
+	})
+	ended := false
+	want := texts(func(add func(id, content string)) {
+		for _, data := range all[:s.Last] {
+			var c struct {
+				Type, Content string
+				ID            string `json:"message_id"`
+			}
+			if err := json.Unmarshal([]byte(data), &c); err != nil {
+				t.Errorf("%v in %s", err, data)
+			}
+			if c.Type == "end" {
+				ended = true
+			} else {
+				add(c.ID, c.Content)
+			}
+		}
+	})
+	if got != want || s.Ended != ended {
+		t.Errorf("the snapshot of %s, up to %d, says (ended %v)\n%s\nand its chunks (ended %v)\n%s", session, s.Last, s.Ended, got, ended, want)
+	}
+	return all[s.Last:]
 }
 
 // unreset fails when the viewer was reset.

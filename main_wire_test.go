@@ -381,15 +381,18 @@ func TestWire_cutsAtEveryByteNeverYieldATornEvent(t *testing.T) {
 	session := newID()
 	n.append(t, session, tricky)
 	want := n.pages(t, session)
-	length := 0
-	(&viewer{session: session}).raw(ctx, n.addr, func(b []byte) bool { length += len(b); return true })
-	for _, glue := range []bool{false, true} {
+	for _, c := range []struct {
+		query string
+		glue  bool
+	}{{"", false}, {"", true}, {"?snapshot=1", false}, {"?snapshot=1", true}} {
+		length := 0
+		(&viewer{session: session, query: c.query}).raw(ctx, n.addr, func(b []byte) bool { length += len(b); return true })
 		for at := range length {
-			v := &viewer{session: session, glue: glue}
+			v := &viewer{session: session, query: c.query, glue: c.glue}
 			v.cutAt(ctx, n.addr, at)
 			v.follow(ctx, func() string { return n.addr }, nil)
 			if v.check(t, want); t.Failed() {
-				t.Fatalf("cut behind %d bytes of %d, glue %v", at, length, glue)
+				t.Fatalf("cut behind %d bytes of %d: %+v", at, length, c)
 			}
 			v.unreset(t)
 		}

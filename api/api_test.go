@@ -414,7 +414,7 @@ func (s *stream) read() (event, error) {
 // check holds an event against the schema that its name has in the contract.
 func (s *stream) check(e event) error {
 	s.t.Helper()
-	schema, ok := map[string]string{"": "Chunk", "welcome": "WelcomeEvent", "reset": "ResetEvent", "expired": "ExpiredEvent"}[e.name]
+	schema, ok := map[string]string{"": "Chunk", "welcome": "WelcomeEvent", "reset": "ResetEvent", "snapshot": "SnapshotEvent", "expired": "ExpiredEvent"}[e.name]
 	if !ok || e.id < 0 && e.name != "expired" {
 		return fmt.Errorf("no event of the contract's: %+v", e)
 	}

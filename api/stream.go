@@ -180,6 +180,15 @@ func parseView(c echo.Context, view *sse.Ask) error {
 	default:
 		return invalid("format", "format is raw, or left out")
 	}
+	switch snapshot := c.QueryParam("snapshot"); {
+	case snapshot == "":
+	case snapshot != "1":
+		return invalid("snapshot", "snapshot is 1, or left out")
+	case view.Raw:
+		return invalid("snapshot", "snapshot is an event of this server's, and format=raw has none: leave one of them out")
+	default:
+		view.Snapshot = true
+	}
 	id := c.Request().Header.Get("Last-Event-ID")
 	if id == "" {
 		id = c.QueryParam("lastEventId")

@@ -53,6 +53,28 @@ func TestStream_beginsBehindTheCursorThatWins(t *testing.T) {
 	}
 }
 
+func TestStream_snapshotIsWhatWasSaidAlready(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	n.append("s", many(3))
+	v := n.watch("s", "?snapshot=1")
+	v.welcome()
+	e := v.next()
+	if want := `"messages":[{"message_id":"m","role":"assistant","content":"sesame 1sesame 2sesame 3","status":"streaming","done":false,"first_seq":1,"last_seq":3}]`; e.name != "snapshot" || e.id != 3 || !strings.Contains(e.data, want) {
+		t.Errorf("%+v", e)
+	}
+	n.append("s", `[{"message_id":"m","content":"sesame 4"},{"type":"end"}]`)
+	v.take(3, 2)
+	if a := n.get("/v1/sessions/s/stream?snapshot=1&after=5"); a.status != 204 {
+		t.Errorf("%+v", a)
+	}
+	for _, query := range []string{"snapshot=0", "snapshot=true", "snapshot=1&format=raw"} {
+		if a := n.do(request{method: "GET", path: "/v1/sessions/s/stream?" + query, bad: true}); a.status != 400 || !strings.Contains(string(a.body), `"member":"snapshot"`) {
+			t.Errorf("%s: %+v", query, a)
+		}
+	}
+}
+
 func TestStream_isNeverKeptOrCompressedOnTheWay(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -3,6 +3,7 @@ package sse
 import (
 	"bytes"
 	"encoding/json"
+	"iter"
 	"strconv"
 	"strings"
 
@@ -59,6 +60,25 @@ func appendRaw(b, events []byte) []byte {
 		b = append(append(b, id...), "\n\n"...)
 	}
 	return b
+}
+
+// Chunks is the chunks of whole events, as a stream has them, each with its number.
+func Chunks(events []byte) iter.Seq2[int64, []byte] {
+	return func(yield func(int64, []byte) bool) {
+		for len(events) > 0 {
+			event, rest, _ := bytes.Cut(events, []byte("\n\n"))
+			events = rest
+			chunk, id, _ := bytes.Cut(event, []byte("\nid: "))
+			chunk, ours := bytes.CutPrefix(chunk, []byte("data: "))
+			if !ours { // welcome
+				continue
+			}
+			seq, err := strconv.ParseInt(string(id), 10, 64)
+			if err == nil && !yield(seq, chunk) {
+				return
+			}
+		}
+	}
 }
 
 // welcome is the first event of a response. It repeats the cursor as its id, so that a

@@ -34,6 +34,7 @@ type feed struct {
 	session  string
 	window   atomic.Pointer[window]   // published by whoever holds mu
 	followed atomic.Pointer[followed] // by whoever holds mu, before the window that has them; nil where nobody follows chunks
+	folded   folded                   // its mutex is held while the log is read, and taken before any other
 	row      row                      // its mutex may be held when mu is taken, and not the other way round
 
 	mu      sync.Mutex
@@ -135,6 +136,7 @@ func (f *feed) close() {
 	f.timer.Stop()
 	stop := f.stop
 	f.mu.Unlock()
+	f.folded.close(&f.hub.snapshots)
 	if stop != nil {
 		stop()
 	}

@@ -30,6 +30,7 @@ type Hub struct {
 
 	away      atomic.Bool // the last read failed
 	pages     pages
+	snapshots snapshots
 	gone      departures
 	reading   singleflight.Group
 	pageReads chan struct{} // a place for each read of pages under way
@@ -64,6 +65,7 @@ func NewHub(cfg Config, data Log) *Hub {
 	}
 	h.metrics = newMetrics(h)
 	h.pages = pages{budget: cfg.WindowTotal / 4, of: map[*feed][]*page{}}
+	h.snapshots = snapshots{budget: max(cfg.WindowTotal/8, 2*cfg.SnapshotMax), making: make(chan struct{}, max(cfg.Reads, 1))}
 	h.share.Store(int64(cfg.Window))
 	h.ctx, h.quit = context.WithCancel(context.Background())
 	h.leaving, h.drain = context.WithCancel(context.Background())
@@ -129,7 +131,7 @@ func (h *Hub) Viewers(session string) int {
 
 // divide shares the memory of the node among the feeds. mu is held.
 func (h *Hub) divide() {
-	h.share.Store(int64(min(h.cfg.Window, (h.cfg.WindowTotal-h.pages.budget)/max(len(h.feeds), 1))))
+	h.share.Store(int64(min(h.cfg.Window, (h.cfg.WindowTotal-h.pages.budget-h.cfg.WindowTotal/8)/max(len(h.feeds), 1))))
 }
 
 // enter finds or begins the feed of a viewer's session, and counts it in; leave counts it
@@ -240,6 +242,7 @@ func (h *Hub) clock() {
 			if idle {
 				h.forget(f)
 			}
+			f.folded.idle(now.Add(-h.cfg.Linger), &h.snapshots)
 			f.beat(h.cfg.Heartbeat - every)
 		}
 	}

@@ -12,6 +12,7 @@ type metrics struct {
 	begun, resumed   prometheus.Counter
 	ended            *prometheus.CounterVec // by cause
 	delivered        prometheus.Counter
+	snapshots        prometheus.Counter
 	resets           *prometheus.CounterVec // by reason
 	reads            *prometheus.CounterVec // by who reads
 	live             prometheus.Counter
@@ -50,6 +51,7 @@ func newMetrics(h *Hub) *metrics {
 	m.ended = vector("streams_ended_total", "Streams that ended, by cause: ended and deleted also where the answer was only that there is nothing more (204).", "cause",
 		string(Ended), string(Done), string(Deleted), string(Gone), string(Slow), string(Shutdown), string(Expired), string(Replaced), string(Outside))
 	m.delivered = counter("chunks_delivered_total", "Chunks written to viewers' sockets: each one as often as it has viewers.")
+	m.snapshots = counter("snapshots_total", "Snapshots that viewers were given instead of the chunks that they say.")
 	m.resets = vector("resets_total", "Resets that viewers were told, by reason.", "reason",
 		resetTrimmed, resetAhead, resetEpoch, resetUnknown, resetDeleted)
 	m.reads = vector("history_reads_total", "Reads of logs: to keep a window up to date (feed), or for a viewer that is further back (viewer).", "by", "feed", "viewer")
@@ -63,7 +65,7 @@ func newMetrics(h *Hub) *metrics {
 		[]float64{0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10})
 	gauge("viewers", "Streams under way.", func() float64 { return float64(h.count().viewers) })
 	gauge("feeds", "Logs that are watched: those with viewers, and those that had some a moment ago.", func() float64 { return float64(h.count().feeds) })
-	gauge("window_bytes", "Bytes of events in memory, in windows and in pages of older ones.", func() float64 { return float64(h.count().bytes) })
+	gauge("window_bytes", "Bytes of events in memory, in windows, in pages of older ones and in snapshots.", func() float64 { return float64(h.count().bytes) })
 	gauge("slowest_viewer_lag_chunks", "How many chunks the viewer that is furthest behind has still to get.", func() float64 { return float64(h.count().lag) })
 	return m
 }
@@ -92,7 +94,7 @@ func (h *Hub) count() census {
 		feeds = append(feeds, f)
 	}
 	h.mu.Unlock()
-	c.feeds, c.bytes = len(feeds), h.pages.bytes()
+	c.feeds, c.bytes = len(feeds), h.pages.bytes()+h.snapshots.bytes()
 	for _, f := range feeds {
 		w := f.window.Load()
 		c.bytes += w.size

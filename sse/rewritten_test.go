@@ -257,13 +257,14 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 	slices.Sort(names)
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.SampledFrom(names), 1, 15).Draw(rt, "steps")
+		folded := rapid.Bool().Draw(rt, "back asks for a snapshot")
 		waits := rapid.SliceOfN(rapid.SampledFrom([]time.Duration{0, time.Millisecond, time.Second, 5 * time.Second}), len(steps), len(steps)).Draw(rt, "waits")
 		var failure error
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)
 			defer w.close()
 			live := watch(t, w.hub, Ask{Session: "s"})
-			back := watch(t, w.hub, Ask{Session: "s"})
+			back := watch(t, w.hub, Ask{Session: "s", Snapshot: folded})
 			flushed := false // since back was last connected
 			over := false    // deleted: the viewers' responses have ended
 			for i, step := range steps {
@@ -288,7 +289,7 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 					if err := before.take(before.events()); err != nil {
 						failure = err
 					}
-					back = watch(t, w.hub, Ask{Session: "s", Cursor: before.cursor})
+					back = watch(t, w.hub, Ask{Session: "s", Cursor: before.cursor, Snapshot: folded})
 					back.screen = before.screen
 					back.seen = 0
 					epoch := back.epoch
@@ -300,7 +301,7 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 					if epoch != "" && back.epoch != epoch && len(back.resets) == len(before.resets) && flushed {
 						// The one exception of promise 8: nothing but the epoch tells. A page begins anew.
 						back.leave()
-						back = watch(t, w.hub, Ask{Session: "s"})
+						back = watch(t, w.hub, Ask{Session: "s", Snapshot: folded})
 					}
 					flushed = false
 				default:

@@ -88,7 +88,8 @@ func TestSeat_sittingDownWhileSomebodyGoesAlong(t *testing.T) {
 // A socket that is full at whatever byte changes nothing of what the viewer is given, nor
 // how its response ends.
 func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
-	for _, a := range []Ask{{Session: "s"}, {Session: "s", UntilDone: true}} {
+	for _, a := range []Ask{{Session: "s"}, {Session: "s", UntilDone: true}, {Session: "s", Snapshot: true}} {
+		begins := map[bool]string{false: "data: {\"seq", true: "event: snapshot"}[a.Snapshot]
 		view := func(room int) (body string, cause Cause, raw int) {
 			synctest.Test(t, func(t *testing.T) {
 				log := &storetest.Log{}
@@ -123,7 +124,7 @@ func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
 			return body, cause, raw
 		}
 		want, end, length := view(1 << 20)
-		chunks := want[strings.Index(want, "data: {\"seq"):] // welcome says another retry each time
+		chunks := want[strings.Index(want, begins):] // welcome says another retry each time
 		if wanted := map[bool]Cause{false: Ended, true: Done}[a.UntilDone]; end != wanted {
 			t.Fatalf("it ended by %s", end)
 		}
@@ -132,7 +133,7 @@ func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
 				continue // inside the long one
 			}
 			got, cause, _ := view(room)
-			if got = got[max(strings.Index(got, "data: {\"seq"), 0):]; got != chunks || cause != end {
+			if got = got[max(strings.Index(got, begins), 0):]; got != chunks || cause != end {
 				t.Fatalf("with room for %d bytes, %s: %d bytes, not %d", room, cause, len(got), len(chunks))
 			}
 		}

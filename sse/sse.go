@@ -55,6 +55,9 @@ type Config struct {
 	Reconcile time.Duration
 	// Window is how many bytes of events a feed keeps; WindowTotal bounds all of them.
 	Window, WindowTotal int
+	// SnapshotMax is how many bytes a snapshot may have (Ask.Snapshot): it says what the beginning of
+	// a longer log says. 4 MiB is what some 50,000 words are, a chunk each, with room for tools' data.
+	SnapshotMax int
 	// WriteTimeout is how long a viewer's socket may take nothing at all.
 	WriteTimeout time.Duration
 	// Linger is how long a feed outlives its last viewer: a reload finds it warm.
@@ -80,6 +83,7 @@ func DefaultConfig() Config {
 		Reconcile:    2 * time.Second,
 		Window:       256 << 10,
 		WindowTotal:  256 << 20,
+		SnapshotMax:  4 << 20,
 		WriteTimeout: 2 * time.Minute,
 		Linger:       10 * time.Second,
 		Feeds:        20_000,
@@ -108,7 +112,7 @@ func (c Config) Validate() error {
 	for _, n := range []struct {
 		flag  string
 		value int
-	}{{"-window", c.Window}, {"-window-total", c.WindowTotal}} {
+	}{{"-window", c.Window}, {"-window-total", c.WindowTotal}, {"-snapshot-max", c.SnapshotMax}} {
 		if n.value < 0 {
 			errs = append(errs, fmt.Errorf("%s: %d bytes is less than nothing", n.flag, n.value))
 		}

@@ -84,7 +84,8 @@ type screen struct {
 	first  int64    // the number of chunks[0]
 	resets []string
 	epoch  string
-	seen   int // events parsed so far
+	seen   int   // events parsed so far
+	said   *said // by a snapshot, since the last reset
 }
 
 // take looks at events that came on one connection, and says what is wrong with them.
@@ -114,7 +115,16 @@ func (s *screen) take(events []event) error {
 				return fmt.Errorf("reset gives up cursor %d, and it is %d", r.Cursor, s.cursor)
 			}
 			s.resets, s.epoch = append(s.resets, r.Reason), r.Epoch
-			s.cursor, s.first, s.chunks = id, id+1, nil
+			s.cursor, s.first, s.chunks, s.said = id, id+1, nil, nil
+		case "snapshot":
+			said, err := parseSaid(e.data)
+			if err != nil {
+				return err
+			}
+			if s.chunks != nil || s.said != nil || said.First != s.cursor+1 || said.Last != id || said.Epoch != s.epoch {
+				return fmt.Errorf("snapshot %+v came behind %d chunks, up to %d", e, len(s.chunks), s.cursor)
+			}
+			s.cursor, s.first, s.said = id, id+1, said
 		case "":
 			if id != s.cursor+1 {
 				return fmt.Errorf("chunk %d came behind %d", id, s.cursor)
@@ -137,6 +147,7 @@ type sink struct {
 	pace     time.Duration // how long it takes what is written and has to wait
 	deadline time.Time
 	stall    chan struct{} // while it is not nil and open, the socket takes nothing
+	free     int           // behind so many bytes
 	mu       sync.Mutex
 	header   http.Header
 	body     []byte
@@ -155,6 +166,9 @@ func (s *sink) Flush()                 {}
 func (s *sink) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	stall := s.stall
+	if len(s.body) < s.free {
+		stall = nil
+	}
 	s.mu.Unlock()
 	time.Sleep(s.pace)
 	for stalled := stall != nil; stalled; {
@@ -236,7 +250,7 @@ func (s *sink) finish() { _ = s.Close() }
 func (s *sink) try(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	stalled := s.stall != nil
+	stalled := s.stall != nil && len(s.body) >= s.free
 	if stalled {
 		select {
 		case <-s.stall:
@@ -344,6 +358,12 @@ func (w *watcher) check(first int64, elements []string) error {
 	if err := w.take(w.events()); err != nil {
 		return err
 	}
+	if w.said != nil && w.said.First >= first { // else a part of it is trimmed
+		if err := w.said.check(elements[w.said.First-first : w.said.Last-first+1]); err != nil {
+			return err
+		}
+		first, elements = w.first, elements[w.first-first:]
+	}
 	want := make([]string, 0, len(elements))
 	for i, e := range elements {
 		if seq := first + int64(i); seq >= w.first {
@@ -357,7 +377,7 @@ func (w *watcher) check(first int64, elements []string) error {
 	if got := strings.Join(kept, "\n"); got != strings.Join(want, "\n") {
 		return fmt.Errorf("the viewer has, from %d on:\n%s\nthe log, from %d on:\n%s", w.first, got, first, strings.Join(want, "\n"))
 	}
-	if len(elements) > 0 && w.first > first && len(w.chunks) > 0 && len(w.resets) == 0 {
+	if len(elements) > 0 && w.first > first && len(w.chunks) > 0 && len(w.resets) == 0 && w.said == nil {
 		return fmt.Errorf("the viewer began at %d, and the log at %d", w.first, first)
 	}
 	return nil

@@ -19,6 +19,7 @@ type Ask struct {
 	Unknown    bool   // it came with an id that is no number: from the start, by a reset
 	UntilDone  bool   // its response ends behind the next chunk that ends a message or the log
 	Raw        bool   // it is given only what was ingested as events, as that came
+	Snapshot   bool   // what there is already, if it has nothing, comes as one event
 	// Expires is when what allows it to view runs out; zero: never.
 	Expires time.Time
 }
@@ -39,6 +40,9 @@ type Viewer struct {
 
 	shown atomic.Int64 // the cursor, for those who count; -1: not joined yet
 	tally int          // of live writes, of which some are measured
+
+	behind bool      // it has nothing, and is to be given a snapshot
+	snap   *snapshot // the one, until it is written
 
 	hand      *page     // one that was read just now, until something of it is taken
 	pageBytes int       // how large the next one is to be
@@ -81,7 +85,18 @@ func (h *Hub) View(a Ask) (*Viewer, error) {
 }
 
 // Close lets go of the feed.
-func (v *Viewer) Close() { v.hub.leave(v) }
+func (v *Viewer) Close() {
+	v.drop()
+	v.hub.leave(v)
+}
+
+// drop lets go of the snapshot.
+func (v *Viewer) drop() {
+	if v.snap != nil {
+		v.hub.snapshots.drop(v.snap)
+		v.snap = nil
+	}
+}
 
 // Leave breaks the viewer's response off, or the one that is about to begin, for a cause that is
 // not the log's: Shutdown, Expired or Replaced.
@@ -244,6 +259,7 @@ func (v *Viewer) next(w *window) step {
 		if !v.fresh(w) {
 			return step{}
 		}
+		v.behind = v.Snapshot && cursor == 0
 		if cursor == Latest {
 			cursor = w.Last
 		}
@@ -261,7 +277,7 @@ func (v *Viewer) next(w *window) step {
 		}
 		v.hub.metrics.resets.WithLabelValues(reason).Inc()
 		events = appendReset(events, reason, cursor, to, w.Bounds)
-		cursor = to
+		cursor, v.behind = to, v.Snapshot
 		if reason == resetDeleted {
 			return step{events: events, cursor: cursor, end: Deleted}
 		}
@@ -270,6 +286,7 @@ func (v *Viewer) next(w *window) step {
 		v.joinedAt = w.Last
 	}
 	v.joined, v.epoch = true, w.Epoch
+	v.behind = v.behind && cursor < w.Last
 	if len(events) > 0 {
 		return step{events: events, cursor: cursor}
 	}
@@ -278,6 +295,9 @@ func (v *Viewer) next(w *window) step {
 			return step{cursor: cursor, end: Ended}
 		}
 		return step{cursor: cursor}
+	}
+	if v.behind {
+		return v.fold(w, cursor)
 	}
 	if s, ok := v.take(&w.memory, cursor, w.Last); ok {
 		return s
@@ -293,12 +313,29 @@ func (v *Viewer) next(w *window) step {
 		if v.Raw {
 			return step{cursor: cursor, end: Outside}
 		}
+		v.behind = v.Snapshot && to < w.Last
 		v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
 		return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
 	}
 	s, _ := v.take(&p.memory, cursor, w.Last)
 	s.fetch = len(s.events) == 0
 	return s
+}
+
+// fold is next for a viewer that is to be given a snapshot.
+func (v *Viewer) fold(w *window, cursor int64) step {
+	s := v.snap
+	if s == nil || s.epoch != w.Epoch || s.base != cursor {
+		v.drop()
+		return step{cursor: cursor, fetch: true}
+	}
+	v.behind = false
+	given := step{events: s.event, cursor: s.last}
+	if s.ends && v.UntilDone {
+		given.end = Done
+	}
+	v.hub.metrics.snapshots.Inc()
+	return given
 }
 
 // take is the events behind cursor, up to last, that memory has.
@@ -311,8 +348,11 @@ func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 	return s, ok
 }
 
-// fetch begins to read the page behind the cursor.
+// fetch begins to read the page behind the cursor, or to fold the log.
 func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
+	if v.behind {
+		return v.hub.fold(v.feed, w.Epoch, v.Cursor, w.Last)
+	}
 	if time.Since(v.pageAt) < quickPage {
 		v.pageBytes = min(2*v.pageBytes, mostPage)
 	} else {
@@ -321,15 +361,27 @@ func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	return v.hub.read(v.feed, w.Epoch, v.Cursor+1, v.pageBytes)
 }
 
-// fetched takes a page, or says how long to wait before the next try.
+// fetched takes a page or a snapshot, or says how long to wait before the next try.
 func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration) {
+	if r.Err == errOther {
+		v.feed.doubt() // the feed does not know this log yet: it tells by a window
+		return v.hub.cfg.Reconcile
+	}
 	v.hub.found(r.Err)
 	if r.Err != nil {
 		return jitter(awayPause)
 	}
+	if s, ok := r.Val.(*snapshot); ok {
+		if v.drop(); len(s.event) > 0 && v.hub.snapshots.hold(s) {
+			v.snap = s
+		} else { // there is no room for it: the chunks say the same
+			v.behind = false
+		}
+		return 0
+	}
 	p := r.Val.(*page)
 	if p.Epoch != w.Epoch || p.base() > w.Last || p.Last <= v.Cursor {
-		v.feed.doubt() // the feed does not know this log yet: it tells by a window
+		v.feed.doubt() // as above
 		return v.hub.cfg.Reconcile
 	}
 	v.hand, v.pageAt = p, time.Now()
@@ -471,6 +523,9 @@ func (v *Viewer) broken(w *Writer) Cause {
 // note counts what was written: chunks behind from, up to to. w is the window that they came
 // from, or nil if it is long ago.
 func (v *Viewer) note(chunks bool, from, to int64, w *window) {
+	if !v.behind {
+		v.drop()
+	}
 	if chunks {
 		v.hub.metrics.delivered.Add(float64(to - from))
 		const some = 16

@@ -328,6 +328,14 @@ func quote(s string) string {
 	return string(b)
 }
 
+// Text is what a member says that is a string; else nothing.
+func Text(v jsontext.Value) string {
+	if v.Kind() != '"' {
+		return ""
+	}
+	return unquote(v)
+}
+
 func unquote(v jsontext.Value) string {
 	b, _ := jsontext.AppendUnquote(nil, v) // the decoder has read it: it is a string
 	return string(b)
@@ -385,7 +393,7 @@ func Ends(chunk []byte) (ends bool) {
 	if !mayEnd(chunk) {
 		return false
 	}
-	eachMember(chunk, func(name string, value jsontext.Value) {
+	EachMember(chunk, func(name string, value jsontext.Value) {
 		if name == "is_complete" && value.Kind() == 't' {
 			ends = true
 		}
@@ -437,7 +445,7 @@ func Raw(chunk []byte) (name, data string, ok bool) {
 		return "", "", false
 	}
 	oneLine := true
-	eachMember(chunk, func(member string, value jsontext.Value) {
+	EachMember(chunk, func(member string, value jsontext.Value) {
 		switch {
 		case member == "raw":
 			if ok = value.Kind() == '"'; ok {
@@ -454,8 +462,8 @@ func Raw(chunk []byte) (name, data string, ok bool) {
 	return name, data, true
 }
 
-// eachMember calls f for the members of a JSON object, as far as it is one.
-func eachMember(object []byte, f func(name string, value jsontext.Value)) {
+// EachMember calls f for the members of a chunk or of an element, as far as it is a JSON object.
+func EachMember(object []byte, f func(name string, value jsontext.Value)) {
 	dec := jsontext.NewDecoder(bytes.NewBuffer(object), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	if _, err := dec.ReadToken(); err != nil {
 		return

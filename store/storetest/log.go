@@ -193,6 +193,13 @@ func (l *Log) Snapshot() {
 // Reply answers the oldest read that has its snapshot.
 func (l *Log) Reply() { close(l.waiting(true).reply) }
 
+// ReplyNewest answers the newest read, which has its snapshot: it overtakes others.
+func (l *Log) ReplyNewest() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.reads[len(l.reads)-1].reply)
+}
+
 // Release answers all reads at once from now on.
 func (l *Log) Release() {
 	l.mu.Lock()

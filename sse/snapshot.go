@@ -1,0 +1,377 @@
+package sse
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"golang.org/x/sync/singleflight"
+
+	"gapless/store"
+)
+
+// A viewer that has nothing yet may want what is there as one event (Ask.Snapshot): its messages,
+// each with its text so far, instead of a chunk for every word. It is a fold over the log, so it
+// says the same as the chunks up to its id, and the cursor goes on from there.
+//
+// It is only a short cut. Where there is no room for it the viewer is given the chunks, or a
+// snapshot of the log's beginning and the chunks behind that.
+
+// snapshot is one, as an event. It never changes.
+type snapshot struct {
+	epoch      string
+	base, last int64  // it says what the chunks base+1 to last say
+	ends       bool   // one of them ends a message or the log
+	event      []byte // nothing: last is base
+
+	users int // who holds it; of snapshots.mu
+}
+
+// fold is what the chunks of a log behind base, up to last, say.
+type fold struct {
+	epoch      string
+	base, last int64
+	messages   []*message
+	named      map[string]*message
+	unnamed    *message // the last chunk's, if that had no message_id
+	ends       bool
+	ended      bool // the log has
+	full       bool // the next chunk does not fit
+	size       int  // about as many bytes as the event has
+}
+
+// message is one of a fold. Names and texts are kept as they stand between quotes in JSON: so
+// what is said in pieces is one text when the pieces are joined.
+type message struct {
+	named            bool
+	id, role, reason []byte
+	status           string
+	over             bool // what has ended stays so, whatever others push behind it
+	first, last      int64
+	content          []byte
+	chunks           []byte // those that say more than text, behind one another, with commas between
+}
+
+// messageSize is what a message has in an event beside what chunks say.
+const messageSize = 192
+
+const streaming = "streaming"
+
+func newFold(epoch string, base int64) *fold {
+	return &fold{epoch: epoch, base: base, last: base, named: map[string]*message{}, size: messageSize}
+}
+
+// take folds the chunks of events in, as far as there is room for them in most bytes. The first is number last+1.
+func (f *fold) take(events []byte, most int) {
+	for seq, chunk := range Chunks(events) {
+		if f.full = f.size+len(chunk)+messageSize > most; f.full {
+			return
+		}
+		f.add(seq, chunk)
+		f.last = seq
+	}
+}
+
+func (f *fold) add(seq int64, chunk []byte) {
+	var id string
+	var rawID, role, content, reason jsontext.Value
+	kind, complete, more := store.TypeDelta, false, false
+	store.EachMember(chunk, func(name string, value jsontext.Value) {
+		text := value.Kind() == '"'
+		switch {
+		case name == "seq" || name == "ts":
+		case name == "is_complete":
+			complete = value.Kind() == 't'
+		case name == "type" && text:
+			kind = store.Text(value)
+		case name == "message_id" && text:
+			id, rawID = store.Text(value), inside(value)
+		case name == "role" && text:
+			role = inside(value)
+		case name == "content" && text:
+			content = inside(value)
+		case name == "reason" && text:
+			reason = inside(value)
+		default:
+			more = true
+		}
+	})
+	status, over := streaming, complete
+	switch kind {
+	case store.TypeDelta:
+	case store.TypeMessage:
+		status = store.TypeDone
+	case store.TypeDone, store.TypeFailed, store.TypeCancelled:
+		status, over = kind, true
+	case store.TypeEnd:
+		if _, ours := store.Number(string(chunk[:min(len(chunk), 64)])); !ours {
+			more = true
+		} else if f.ended = true; id == "" && len(content) == 0 && !more {
+			f.ends = true
+			return
+		}
+	default:
+		more = true
+	}
+	if over && status == streaming {
+		status = store.TypeDone
+	}
+	if len(role) == 0 {
+		role = jsontext.Value("assistant")
+	}
+	f.ends = f.ends || store.Ends(chunk)
+
+	m := f.named[id]
+	if id == "" { // such chunks have nothing but their neighbours
+		if m = f.unnamed; m != nil && (m.status != streaming || !bytes.Equal(m.role, role)) {
+			m = nil
+		}
+		if m == nil && len(content) == 0 && !more {
+			f.unnamed = nil
+			return
+		}
+	}
+	if m == nil {
+		m = &message{named: id != "", id: bytes.Clone(rawID), role: bytes.Clone(role), first: seq}
+		f.messages = append(f.messages, m)
+		f.size += messageSize + len(m.id) + len(m.role)
+		if m.named {
+			f.named[id] = m
+		}
+	}
+	if f.unnamed = nil; !m.named {
+		f.unnamed = m
+	}
+	m.last = seq
+	m.content = append(m.content, content...)
+	f.size += len(content)
+	if len(reason) > 0 {
+		f.size += len(reason) - len(m.reason)
+		m.reason = bytes.Clone(reason)
+	}
+	if more {
+		if len(m.chunks) > 0 {
+			m.chunks = append(m.chunks, ',')
+		}
+		m.chunks = append(m.chunks, chunk...)
+		f.size += len(chunk) + 1
+	}
+	if !m.over {
+		m.status, m.over = status, over
+	}
+}
+
+// inside is what stands between a string's quotes.
+func inside(text jsontext.Value) jsontext.Value { return text[1 : len(text)-1] }
+
+// snapshot is the fold as an event.
+func (f *fold) snapshot() *snapshot {
+	s := &snapshot{epoch: f.epoch, base: f.base, last: f.last, ends: f.ends}
+	if f.last == f.base {
+		return s
+	}
+	b := make([]byte, 0, f.size+messageSize)
+	b = append(b, `event: snapshot`+"\n"+`data: {"type":"snapshot","epoch":`...)
+	b = strconv.AppendQuote(b, f.epoch)
+	b = strconv.AppendInt(append(b, `,"first_seq":`...), f.base+1, 10)
+	b = strconv.AppendInt(append(b, `,"last_seq":`...), f.last, 10)
+	b = strconv.AppendBool(append(b, `,"ended":`...), f.ended)
+	b = append(b, `,"messages":[`...)
+	for i, m := range f.messages {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(b, '{')
+		if m.named {
+			b = append(append(append(b, `"message_id":"`...), m.id...), `",`...)
+		}
+		b = append(append(b, `"role":"`...), m.role...)
+		b = append(append(b, `","content":"`...), m.content...)
+		b = append(append(append(b, `","status":"`...), m.status...), '"')
+		b = strconv.AppendBool(append(b, `,"done":`...), m.status != streaming)
+		if len(m.reason) > 0 {
+			b = append(append(append(b, `,"reason":"`...), m.reason...), '"')
+		}
+		b = strconv.AppendInt(append(b, `,"first_seq":`...), m.first, 10)
+		b = strconv.AppendInt(append(b, `,"last_seq":`...), m.last, 10)
+		if len(m.chunks) > 0 {
+			b = append(append(append(b, `,"chunks":[`...), m.chunks...), ']')
+		}
+		b = append(b, '}')
+	}
+	b = strconv.AppendInt(append(b, "]}\nid: "...), f.last, 10)
+	s.event = append(b, "\n\n"...)
+	return s
+}
+
+// snapshots bounds what all snapshots, and the folds that they are made from, keep in memory.
+type snapshots struct {
+	mu           sync.Mutex
+	budget, held int
+	making       chan struct{} // a place for each fold under way
+}
+
+// hold counts one more user of s, unless there is no room for it.
+func (b *snapshots) hold(s *snapshot) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s.users == 0 {
+		if b.held+len(s.event) > b.budget {
+			return false
+		}
+		b.held += len(s.event)
+	}
+	s.users++
+	return true
+}
+
+func (b *snapshots) drop(s *snapshot) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s.users--; s.users == 0 {
+		b.held -= len(s.event)
+	}
+}
+
+// resize counts bytes of a fold, unless there is no room for more.
+func (b *snapshots) resize(by int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if by > 0 && b.held+by > b.budget {
+		return false
+	}
+	b.held += by
+	return true
+}
+
+func (b *snapshots) bytes() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.held
+}
+
+// folded is a feed's fold, kept for a moment: many reload at the same time, and who reloads twice
+// is given what was folded before, and the rest.
+type folded struct {
+	mu   sync.Mutex
+	fold *fold
+	snap *snapshot
+	size int // as it was counted
+	used time.Time
+}
+
+// keep keeps f, if there is room. mu is held.
+func (k *folded) keep(f *fold, s *snapshot, all *snapshots) {
+	if k.snap != s && k.snap != nil {
+		all.drop(k.snap)
+		k.snap = nil
+	}
+	k.used = time.Now()
+	if !all.resize(f.size - k.size) {
+		k.forget(all)
+		return
+	}
+	k.fold, k.size = f, f.size
+	if k.snap == nil && all.hold(s) {
+		k.snap = s
+	}
+}
+
+// forget lets go of the fold. mu is held.
+func (k *folded) forget(all *snapshots) {
+	if k.snap != nil {
+		all.drop(k.snap)
+	}
+	all.resize(-k.size)
+	k.fold, k.snap, k.size = nil, nil, 0
+}
+
+// close lets go of the fold, and waits for one that is being made.
+func (k *folded) close(all *snapshots) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.forget(all)
+}
+
+// idle lets go of a fold that nobody has asked for since t, unless somebody does just now.
+func (k *folded) idle(t time.Time, all *snapshots) {
+	if k.mu.TryLock() {
+		if k.fold != nil && k.used.Before(t) {
+			k.forget(all)
+		}
+		k.mu.Unlock()
+	}
+}
+
+// errOther says that a log has become another one, or was trimmed, while it was folded.
+var errOther = errors.New("not the log that the feed knows")
+
+// fold folds a log behind a cursor, up to a number, or further, and answers a *snapshot, with an
+// error an empty one. Viewers that want the same share it. Errors: errOther, and those of a read.
+func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singleflight.Result {
+	return h.reading.DoChan(fmt.Sprint("snapshot ", f.session, " ", epoch, " ", cursor, " ", upto), func() (any, error) {
+		k := &f.folded
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		select {
+		case h.snapshots.making <- struct{}{}:
+			defer func() { <-h.snapshots.making }()
+		case <-h.ctx.Done():
+			return &snapshot{}, h.ctx.Err()
+		}
+		n := k.fold
+		if n == nil || n.epoch != epoch || n.base != cursor {
+			k.forget(&h.snapshots)
+			n = newFold(epoch, cursor)
+		}
+		if k.snap != nil && (n.full || n.last >= upto) {
+			k.used = time.Now()
+			return k.snap, nil
+		}
+		if err := h.extend(n, f, upto); err != nil {
+			k.forget(&h.snapshots) // it has grown, and was not counted
+			return &snapshot{}, err
+		}
+		s := n.snapshot()
+		f.mu.Lock()
+		closed := f.closed
+		f.mu.Unlock()
+		if k.keep(n, s, &h.snapshots); closed {
+			k.forget(&h.snapshots)
+		}
+		return s, nil
+	})
+}
+
+// extend folds in what follows, up to number upto, from the window, from pages, or from Redis.
+func (h *Hub) extend(n *fold, f *feed, upto int64) error {
+	for !n.full && n.last < upto {
+		w := f.window.Load()
+		if w.Epoch != n.epoch {
+			return errOther
+		}
+		events, _, _, _ := w.after(n.last, upto, false)
+		if len(events) > 0 {
+			n.take(events, h.cfg.SnapshotMax)
+			continue
+		}
+		p := h.pages.find(f, n.epoch, n.last)
+		if p == nil {
+			r := <-h.read(f, n.epoch, n.last+1, mostPage)
+			if r.Err != nil {
+				return r.Err
+			}
+			p = r.Val.(*page)
+		}
+		events, _, _, ok := p.after(n.last, upto, false)
+		if p.Epoch != n.epoch || !ok || len(events) == 0 {
+			return errOther
+		}
+		n.take(events, h.cfg.SnapshotMax)
+	}
+	return nil
+}
