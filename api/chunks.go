@@ -494,7 +494,7 @@ func (a *API) readChunks(c echo.Context) error {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = store.AppendElement(b, p.From+int64(i), element)
+		b, _ = store.AppendElement(b, p.From+int64(i), element)
 	}
 	return c.Blob(http.StatusOK, typeJSON, append(b, "]}"...))
 }

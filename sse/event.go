@@ -27,9 +27,7 @@ const heartbeat = ":\n"
 // appendEvent appends chunk number seq as an event, and says whether it ends a message or the log.
 func appendEvent(b []byte, seq int64, element string) (event []byte, ends bool) {
 	b = append(b, "data: "...)
-	start := len(b)
-	b = store.AppendElement(b, seq, element)
-	ends = store.Ends(b[start:])
+	b, ends = store.AppendElement(b, seq, element)
 	b = append(b, "\nid: "...)
 	b = strconv.AppendInt(b, seq, 10)
 	return append(b, "\n\n"...), ends

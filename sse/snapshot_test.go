@@ -11,7 +11,6 @@ import (
 
 	"pgregory.net/rapid"
 
-	"gapless/store"
 	"gapless/store/storetest"
 )
 
@@ -57,7 +56,7 @@ func (s *said) check(elements []string) error {
 	ended := false
 	for i, element := range elements {
 		seq := s.First + int64(i)
-		data := store.AppendElement(nil, seq, element)
+		data := []byte(encoded(seq, element))
 		chunk := map[string]any{}
 		if err := json.Unmarshal(data, &chunk); err != nil {
 			return err

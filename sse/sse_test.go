@@ -367,7 +367,7 @@ func (w *watcher) check(first int64, elements []string) error {
 	want := make([]string, 0, len(elements))
 	for i, e := range elements {
 		if seq := first + int64(i); seq >= w.first {
-			want = append(want, string(store.AppendElement(nil, seq, e)))
+			want = append(want, encoded(seq, e))
 		}
 	}
 	kept := w.chunks // without those that the log does not keep any more
@@ -381,6 +381,12 @@ func (w *watcher) check(first int64, elements []string) error {
 		return fmt.Errorf("the viewer began at %d, and the log at %d", w.first, first)
 	}
 	return nil
+}
+
+// encoded is what viewers are given of an element.
+func encoded(seq int64, element string) string {
+	chunk, _ := store.AppendElement(nil, seq, element)
+	return string(chunk)
 }
 
 func testConfig() Config {

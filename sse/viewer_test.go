@@ -508,7 +508,7 @@ func FuzzEvent(f *testing.F) {
 		if len(events) != 2 || len(rest) != 0 || events[1].id != fmt.Sprint(seq) || events[1].name != "" {
 			t.Fatalf("%q became %q", element, b)
 		}
-		if want := string(store.AppendElement(nil, seq, element)); events[1].data != want {
+		if want := encoded(seq, element); events[1].data != want {
 			t.Fatalf("%q became %q", element, events[1].data)
 		}
 		if !bytes.HasSuffix(b, fmt.Appendf(nil, "\nid: %d\n\n", seq)) {

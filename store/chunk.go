@@ -355,18 +355,22 @@ func syntaxError(err error) *ChunkError {
 
 // AppendElement appends what viewers and pages are given of list element number seq:
 // the element itself when it is one line of JSON object in valid UTF-8, and else an
-// object that carries its text. Whatever is in the list is a chunk.
-func AppendElement(b []byte, seq int64, element string) []byte {
+// object that carries its text. Whatever is in the list is a chunk. It says whether that ends its message or the log.
+func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends bool) {
 	start := len(b)
 	b = append(b, element...)
-	if e := b[start:]; len(e) > 0 && e[0] == '{' && bytes.IndexByte(e, '\n') < 0 && bytes.IndexByte(e, '\r') < 0 &&
+	e := b[start:]
+	if ends, ok := flat(e); ok {
+		return b, ends
+	}
+	if len(e) > 0 && e[0] == '{' && bytes.IndexByte(e, '\n') < 0 && bytes.IndexByte(e, '\r') < 0 &&
 		utf8.Valid(e) && jsontext.Value(e).IsValid(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) {
-		return b
+		return b, Ends(e)
 	}
 	b = append(b[:start], `{"seq":`...)
 	b = strconv.AppendInt(b, seq, 10)
 	b = append(b, `,"type":"foreign","content":`...)
-	return append(append(b, quote(element)...), '}')
+	return append(append(b, quote(element)...), '}'), false
 }
 
 // Number tells a chunk that the append script wrote by its first bytes, and its number.
@@ -390,8 +394,8 @@ func Number(element string) (seq int64, ours bool) {
 
 // Ends says whether a chunk, as AppendElement wrote it, ends its message or the log.
 func Ends(chunk []byte) (ends bool) {
-	if !mayEnd(chunk) {
-		return false
+	if ends, ok := flat(chunk); ok {
+		return ends
 	}
 	EachMember(chunk, func(name string, value jsontext.Value) {
 		if name == "is_complete" && value.Kind() == 't' {
@@ -404,38 +408,6 @@ func Ends(chunk []byte) (ends bool) {
 		}
 	})
 	return ends
-}
-
-// mayEnd says whether a chunk holds one of the words by which one ends something, in any
-// spelling. Most do not, and are not parsed again.
-func mayEnd(chunk []byte) bool {
-	for rest := chunk; ; {
-		i := bytes.IndexByte(rest, '"')
-		if i < 0 {
-			return bytes.Contains(chunk, []byte(`\u`))
-		}
-		if rest = rest[i+1:]; len(rest) == 0 {
-			continue
-		}
-		var word string
-		switch rest[0] {
-		case 'd':
-			word = `done"`
-		case 'f':
-			word = `failed"`
-		case 'c':
-			word = `cancelled"`
-		case 'e':
-			word = `end"`
-		case 'i':
-			word = `is_complete"`
-		default:
-			continue
-		}
-		if len(rest) >= len(word) && string(rest[:len(word)]) == word {
-			return true
-		}
-	}
 }
 
 // Raw is the event that a chunk, as AppendElement wrote it, was ingested from. ok is

@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"math/rand/v2"
@@ -144,7 +145,7 @@ func TestAppendElement_whateverIsInTheListIsAChunk(t *testing.T) {
 		{"{\"a\":\"\xff\"}", `{"seq":5,"type":"foreign","content":"{\"a\":\"` + "\uFFFD" + `\"}"}`},
 		{"id: 9\n\ndata: x", `{"seq":5,"type":"foreign","content":"id: 9\n\ndata: x"}`},
 	} {
-		if got := string(store.AppendElement(nil, 5, c.element)); got != c.want {
+		if got, _ := store.AppendElement(nil, 5, c.element); string(got) != c.want {
 			t.Errorf("%q became %s", c.element, got)
 		}
 	}
@@ -177,18 +178,26 @@ func TestElement_isReadAsAnybodyReadsIt(t *testing.T) {
 	parts := []string{
 		"{", "}", "[", "]", ":", ",", `"`, `\`, `\u`, `\ud800`, `\u00e9`, "é", "\xff", "done", "end", "true", "null", "1", "-", ".", "e5", "0", " ", "\t", "\n", "\x01",
 		`"a":1`, `"type":"done"`, `"type":"end"`, `"type":"delta"`, `"type":"failed"`, `"typ\u0065":"cancelled"`, `"is_complete":true`, `"is_complete":false`, `{"a":1}`, "01", "1.",
+		`"content":"a text that is longer than sixteen bytes"`, `"content":"te\"xt\\ and \n more of it\/"`, `"content":"naïve – 🍞 and so on, for a while"`, `"n":null`,
 	}
 	valid, ended := 0, 0
 	for range 200_000 {
 		b := []byte{'{'}
 		for range rand.IntN(8) {
 			b = append(b, parts[rand.IntN(len(parts))]...)
+			if rand.IntN(2) == 0 {
+				b = append(b, ',')
+			}
 		}
-		if rand.IntN(4) > 0 {
+		if b = bytes.TrimSuffix(b, []byte{','}); rand.IntN(4) > 0 {
 			b = append(b, '}')
 		}
-		isChunk := json.Valid(b) && utf8.Valid(b) && !strings.ContainsAny(string(b), "\r\n")
-		if got := store.AppendElement(nil, 1, string(b)); (string(got) == string(b)) != isChunk {
+		if rand.IntN(3) == 0 {
+			b[rand.IntN(len(b))] = byte(rand.IntN(256))
+		}
+		isChunk := b[0] == '{' && json.Valid(b) && utf8.Valid(b) && !strings.ContainsAny(string(b), "\r\n")
+		got, gotEnds := store.AppendElement(nil, 1, string(b))
+		if (string(got) == string(b)) != isChunk {
 			t.Fatalf("%q becomes %q", b, got)
 		}
 		if !isChunk {
@@ -212,7 +221,7 @@ func TestElement_isReadAsAnybodyReadsIt(t *testing.T) {
 				ends = ends || name == "is_complete"
 			}
 		}
-		if store.Ends(b) != ends {
+		if store.Ends(b) != ends || gotEnds != ends {
 			t.Fatalf("%s: %v", b, !ends)
 		}
 		if ends {

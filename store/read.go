@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // Bounds are what one instant knew of a log.
@@ -35,26 +37,56 @@ const Newest = 0
 
 // Read answers the chunks from number from on (those that are kept), or the Newest:
 // as many as fit into the given number of bytes, but one at least, and at most count
-// (0: only the bounds). There is more when Page.Next() <= Page.Last.
+// (0: only the bounds); of many, fewer may be answered than would fit. There is more when Page.Next() <= Page.Last.
 //
 // The log of a session that does not exist has an empty Epoch, and reading it makes
 // nothing. ErrAway means away, never empty.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
-	reply, err := s.run(ctx, scriptRead, session, bytes, false, from, bytes, count)
+	alone := 0
+	if bytes >= aloneLeast {
+		alone = aloneMost
+	}
+	p, memory, err := s.read(ctx, session, from, bytes, count, alone)
+	if err == nil && memory > 0 {
+		var ok bool
+		if p, ok, err = s.readAlone(ctx, session, p, memory, bytes, count); err == nil && !ok {
+			p, _, err = s.read(ctx, session, from, bytes, count, 0)
+		}
+	}
 	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
 		err = fmt.Errorf("%w: %v", ErrAway, err)
 	}
 	if err != nil {
 		return Page{}, fmt.Errorf("read log %s: %w", session, err)
 	}
+	return p, nil
+}
+
+// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list is no larger than aloneMost.
+const (
+	aloneLeast = 256 << 10
+	aloneMost  = 16 << 20
+)
+
+// read asks the script. Where it answers that the elements are to be read without it, that is where they
+// begin, and memory is how large the list is; else memory is 0.
+func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, memory int64, failed error) {
+	reply, err := s.run(ctx, scriptRead, session, bytes, false, from, bytes, count, alone)
+	if err != nil {
+		return p, 0, err
+	}
 	r := fields(reply)
 	if r.status() == "absent" {
-		return Page{Bounds: Bounds{First: 1}, From: 1}, nil
+		return Page{Bounds: Bounds{First: 1}, From: 1}, 0, nil
 	}
-	p := Page{Bounds: r.bounds(), From: r.int(9)}
+	p = Page{Bounds: r.bounds(), From: r.int(9)}
+	if r.status() == "large" {
+		memory = r.int(10)
+		return p, memory, r.err
+	}
 	parts, ok := r.at(10).([]any)
 	if r.err != nil || !ok || r.status() != "ok" {
-		return Page{}, fmt.Errorf("read log %s: %v: %w", session, r.err, errReply)
+		return p, 0, fmt.Errorf("%v: %w", r.err, errReply)
 	}
 	for _, part := range parts {
 		elements, _ := part.([]any)
@@ -64,7 +96,63 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 			p.Elements = append(p.Elements, element)
 		}
 	}
-	return p, nil
+	return p, 0, nil
+}
+
+// readAlone reads the bounds and, in the same transaction, what stands where p begins, of a list that is so
+// large in memory. It is not ok when that was trimmed, or is gone, since p.
+func (s *Store) readAlone(ctx context.Context, session string, p Page, memory int64, bytes, count int) (page Page, ok bool, failed error) {
+	begun := time.Now()
+	defer func() { s.metrics.ran(scriptRead, begun, failed) }()
+	length := p.Last - p.First + 1
+	n := min(int64(bytes)*length/memory, p.Last-p.From+1, int64(count))
+	from, to := p.From-p.First, p.From-p.First+max(n, 1)-1 // as LRANGE counts, from the end that is not pushed to
+	if s.cfg.HistoryOrder == NewestFirst {
+		from, to = -1-to, -1-from
+	}
+	argv, err := s.argv(scriptRead, []*call{{session: session, args: []any{p.From, 0, 0, 0}}})
+	if err != nil {
+		return p, false, err
+	}
+	bounds := redis.NewCmd(ctx, argv...)
+	var list *redis.StringSliceCmd
+	_, err = s.rdb.TxPipelined(ctx, func(tx redis.Pipeliner) error {
+		list = tx.LRange(ctx, s.key("history", session), from, to)
+		return tx.Process(ctx, bounds)
+	})
+	if redis.HasErrorPrefix(err, "NOSCRIPT") { // it was flushed since
+		return p, false, nil
+	}
+	if err != nil {
+		return p, false, classify(err)
+	}
+	replies, err := bounds.Slice()
+	if err != nil || len(replies) != 1 {
+		return p, false, fmt.Errorf("%v: %w", err, errReply)
+	}
+	reply, _ := replies[0].([]any)
+	r := fields(reply)
+	if len(reply) == 0 || r.status() != "ok" {
+		return p, false, nil // the script says why
+	}
+	page = Page{Bounds: r.bounds(), From: p.From, Elements: list.Val()}
+	if r.err != nil {
+		return p, false, fmt.Errorf("%v: %w", r.err, errReply)
+	}
+	if page.First != p.First { // what stands there has another number
+		return p, false, nil
+	}
+	if s.cfg.HistoryOrder == NewestFirst {
+		slices.Reverse(page.Elements)
+	}
+	size := 0
+	for i, element := range page.Elements {
+		if size += len(element); size > bytes && i > 0 {
+			page.Elements = slices.Clip(page.Elements[:i])
+			break
+		}
+	}
+	return page, true, nil
 }
 
 func (r *replyFields) bounds() Bounds {

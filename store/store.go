@@ -25,6 +25,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -373,17 +374,36 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 
 // eval answers a reply for each call. short says that they are stored, but that too few replicas have them.
 func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []any, short, err error) {
+	argv, err := s.argv(which, calls)
+	if err != nil {
+		return nil, nil, err
+	}
+	send := s.send
+	if slices.ContainsFunc(calls, func(c *call) bool { return c.wait }) {
+		send = s.sendAndWait
+	}
+	cmd, short, err := s.sendScript(ctx, which, argv, send)
+	if err != nil {
+		return nil, nil, err
+	}
+	if replies, err = cmd.Slice(); err == nil && len(replies) != len(calls) {
+		err = fmt.Errorf("script answered %v: %w", cmd.Val(), errReply)
+	}
+	return replies, short, err
+}
+
+// argv is the command that runs a script, for all calls.
+func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	random, err := uuid.NewRandom()
 	if err != nil {
-		return nil, nil, fmt.Errorf("make an epoch: %w", err)
+		return nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	publish, wait, size := "PUBLISH", false, 13
+	publish, size := "PUBLISH", 13
 	if s.clustered {
 		publish = "SPUBLISH"
 	}
 	for _, c := range calls {
 		size += 6 + len(c.args)
-		wait = wait || c.wait
 	}
 	argv := make([]any, 0, size)
 	argv = append(argv, "evalsha", s.scripts[which].sha, 5*len(calls))
@@ -397,18 +417,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 	for _, c := range calls {
 		argv = append(append(argv, len(c.args)), c.args...)
 	}
-	send := s.send
-	if wait {
-		send = s.sendAndWait
-	}
-	cmd, short, err := s.sendScript(ctx, which, argv, send)
-	if err != nil {
-		return nil, nil, err
-	}
-	if replies, err = cmd.Slice(); err == nil && len(replies) != len(calls) {
-		err = fmt.Errorf("script answered %v: %w", cmd.Val(), errReply)
-	}
-	return replies, short, err
+	return argv, nil
 }
 
 // sendScript sends a script by its name, and if Redis does not know that, by its text.
