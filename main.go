@@ -84,14 +84,15 @@ type config struct {
 	api     api.Config
 	auth    auth.Config
 	traces  traces.Config
-	model   model.Model
+	demo    bool // answers questions, and no model
+	model   model.Config
 	log     *slog.Logger
 }
 
 // parse reads flags, and for those that are not given their environment variables, and
 // reports all mistakes together.
 func parse(args []string, env func(string) (string, bool)) (config, error) {
-	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig()}
+	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig(), model: model.DefaultConfig()}
 	host, _ := os.Hostname()
 	var hosts, origins, proxies, modelName, logFormat string
 	var level slog.Level
@@ -162,7 +163,14 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.metrics, "metrics", "", "another `address` at which /metrics is served, and nothing else, without a token: for Prometheus, and not for strangers")
 	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
 
-	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo")
+	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo, which has a few texts; or openai, which -model-url implies: a service that speaks the chat-completions API")
+	fs.StringVar(&cfg.model.URL, "model-url", "", "`URL` of its API, in front of /chat/completions, such as https://api.openai.com/v1; its key comes from the environment variable "+model.KeyVariable+", and is no flag")
+	fs.StringVar(&cfg.model.Name, "model-name", "", "`name` of the model there")
+	fs.StringVar(&cfg.model.Options, "model-options", "", "further members of each request, a `JSON` object such as {\"temperature\":0.2}; null takes one out")
+	fs.DurationVar(&cfg.model.Timeout, "model-timeout", cfg.model.Timeout, "how long the model may be silent before its first word")
+	fs.DurationVar(&cfg.model.Stall, "model-stall", cfg.model.Stall, "how long it may be silent between two words")
+	bytesVar(fs, &cfg.api.ContextMax, "model-context", "how much of a conversation is sent along with a question, in `bytes` of text: its newest messages")
+	bytesVar(fs, &cfg.api.AnswerMax, "model-answer-max", "the longest answer, in `bytes` of text")
 	showVersion := fs.Bool("version", false, "print the version and end")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
 	fs.StringVar(&logFormat, "log-format", "text", "text or json")
@@ -220,8 +228,19 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if len(errs) == 0 {
 		cfg.log = slog.New(handler)
 	}
-	if modelName != "demo" {
-		errs = append(errs, fmt.Errorf("-model: %q: there is only demo", modelName))
+	if _, byEnv := env("GAPLESS_MODEL"); cfg.model.URL != "" && !given["model"] && !byEnv {
+		modelName = "openai"
+	}
+	cfg.model.Key, _ = env(model.KeyVariable)
+	switch cfg.demo = modelName == "demo"; modelName {
+	case "openai":
+		errs = append(errs, cfg.model.Validate())
+	case "demo":
+		if cfg.model.URL != "" {
+			errs = append(errs, errors.New("-model-url: -model demo asks nobody: leave one of them out"))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("-model: %q is neither demo nor openai", modelName))
 	}
 	if cfg.drain < 0 {
 		errs = append(errs, fmt.Errorf("-drain: %v is less than nothing", cfg.drain))
@@ -275,8 +294,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
-	cfg.model = model.NewDemo()
-	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
+	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger, cfg.model.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
 	version, _ := build()
 	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}
 	if cfg.traces.On, err = traces.Wanted(env); err != nil {
@@ -372,7 +390,11 @@ func run(ctx context.Context, cfg config) error {
 		cfg.api.Auth = tokens
 	}
 	hub := sse.NewHub(cfg.sse, logs)
-	handler := api.New(cfg.api, logs, hub, cfg.model, web.Files, contract, metrics(logs, hub))
+	var answers model.Model = model.NewDemo()
+	if !cfg.demo {
+		answers = model.NewOpenAI(cfg.model)
+	}
+	handler := api.New(cfg.api, logs, hub, answers, web.Files, contract, metrics(logs, hub))
 	stopMetrics, err := aside(cfg, "-metrics", cfg.metrics, handler.Metrics())
 	if err != nil {
 		hub.Close()

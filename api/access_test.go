@@ -62,9 +62,9 @@ func needs(q request) string {
 		return "read"
 	case q.method == "DELETE":
 		return "admin"
-	case strings.HasSuffix(path, "/messages"):
+	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // which is read as well
 		return "ask"
-	case strings.HasSuffix(path, "/cancel"):
+	case strings.HasSuffix(path, "/cancel"), strings.HasSuffix(path, "/stop"):
 		return "cancel"
 	}
 	return "write"
@@ -97,12 +97,12 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	for _, q := range guardedCalls() {
 		path, _, _ := strings.Cut(q.path, "?")
 		if !slices.ContainsFunc(n.api.echo.Routes(), func(r *echo.Route) bool {
-			return r.Method == q.method && strings.ReplaceAll(r.Path, ":id", "s") == path
+			return r.Method == q.method && strings.ReplaceAll(strings.ReplaceAll(r.Path, ":id", "s"), ":message_id", "m") == path
 		}) {
 			t.Errorf("%s %s is no route", q.method, q.path)
 		}
 	}
-	if found != 10 {
+	if found != 14 {
 		t.Errorf("%d routes: calls() and needs() have to know all of them", found)
 	}
 	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml", "/"} {
@@ -125,6 +125,10 @@ func (l *counted) Append(ctx context.Context, id string, b store.Batch) (store.A
 func (l *counted) Cancel(ctx context.Context, id, m string) (store.Cancelled, error) {
 	l.asked.Add(1)
 	return l.Logs.Cancel(ctx, id, m)
+}
+func (l *counted) Open(ctx context.Context, id string) (store.Bounds, []string, error) {
+	l.asked.Add(1)
+	return l.Logs.Open(ctx, id)
 }
 func (l *counted) Read(ctx context.Context, id string, from int64, bytes, count int) (store.Page, error) {
 	l.asked.Add(1)
@@ -224,7 +228,12 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
 	for _, may := range []func(action string) authtest.May{
-		func(action string) authtest.May { return authtest.May{action: {"s"}} },
+		func(action string) authtest.May {
+			if action == "ask" {
+				return authtest.May{"ask": {"s"}, "read": {"s"}}
+			}
+			return authtest.May{action: {"s"}}
+		},
 		func(string) authtest.May { return authtest.May{"admin": {"s*"}} },
 	} {
 		for _, q := range guardedCalls() {
@@ -240,6 +249,11 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 				t.Errorf("%s %s: %d %s", q.method, q.path, a.status, a.body)
 			}
 		}
+	}
+	// Who may ask, and not read, is not answered with the answer.
+	ask := request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")}
+	if p := n.do(bearing(ask, issuer.Token(time.Hour, authtest.May{"ask": {"s"}}))).refused(t, 403, "forbidden"); !strings.Contains(p.Detail, "read") {
+		t.Errorf("%+v", p)
 	}
 	// The server's own ids are of sessions that a token has to name as well.
 	q := request{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{}`}

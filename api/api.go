@@ -51,6 +51,12 @@ type Config struct {
 	BatchMax int
 	// Limits bounds what callers can make grow.
 	Limits limit.Config
+	// AnswerMax bounds what a model says in one answer, in bytes. 1 MiB is a book: a model that
+	// does not stop is stopped.
+	AnswerMax int
+	// ContextMax bounds what of a conversation is sent along with a question, in bytes. 256 KiB
+	// are some 60,000 tokens: what common models take.
+	ContextMax int
 	// Hosts are names by which a browser may call this server, beside localhost and IP
 	// addresses. Nil: any, for servers that listen on other addresses than loopback.
 	Hosts []string
@@ -78,6 +84,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 10_000, URLMax: 8 << 10, HeaderMax: 32 << 10,
+		AnswerMax: 1 << 20, ContextMax: 256 << 10,
 		Limits: limit.DefaultConfig(),
 		Hosts:  []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
 		Logger: slog.New(slog.DiscardHandler),
@@ -115,6 +122,12 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("-cors-origins: %q is no origin: it is https://host or https://host:port, as browsers name it (without the scheme's own port), and * is none", o))
 		}
 	}
+	if c.AnswerMax < 1 {
+		errs = append(errs, fmt.Errorf("-model-answer-max: %d bytes is less than one", c.AnswerMax))
+	}
+	if c.ContextMax < 0 {
+		errs = append(errs, fmt.Errorf("-model-context: %d bytes is less than nothing", c.ContextMax))
+	}
 	return errors.Join(errs...)
 }
 
@@ -122,6 +135,7 @@ func (c Config) Validate() error {
 type Logs interface {
 	Append(ctx context.Context, session string, b store.Batch) (store.Appended, error)
 	Cancel(ctx context.Context, session, message string) (store.Cancelled, error)
+	Open(ctx context.Context, session string) (store.Bounds, []string, error)
 	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
 	Create(ctx context.Context, session string) (store.Bounds, bool, error)
 	Describe(ctx context.Context, session string) (store.Bounds, error)
@@ -197,6 +211,10 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.call("POST", onePath+"/tickets", auth.Read, a.createTicket)
 	a.call("POST", onePath+"/messages", auth.Ask, a.ask)
 	a.call("POST", onePath+"/cancel", auth.Cancel, a.cancel)
+	a.call("POST", onePath+"/messages/:message_id/stop", auth.Cancel, a.stopMessage)
+	a.call("GET", onePath+"/messages/:message_id/ui-stream", auth.Read, a.uiMessage)
+	a.call("GET", onePath+"/ui-stream", auth.Read, a.uiResume)
+	a.call("POST", onePath+"/ui-stream", auth.Ask, a.uiAsk)
 	a.metrics.begin(e.Routes())
 	return a
 }
@@ -369,18 +387,24 @@ func validID(id string) bool {
 
 func checkID(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
-		id := c.Param("id")
-		if c.Request().URL.RawPath != "" { // then the router matched the escaped path
-			if plain, err := url.PathUnescape(id); err == nil {
-				id = plain
-			}
-		}
+		id := param(c, "id")
 		if !validID(id) {
 			return &Problem{Status: http.StatusBadRequest, Code: "invalid_session_id", Member: "id", Limit: 128, Detail: idRule}
 		}
 		c.Set("id", id)
 		return next(c)
 	}
+}
+
+// param is a part of the path.
+func param(c echo.Context, name string) string {
+	text := c.Param(name)
+	if c.Request().URL.RawPath != "" { // then the router matched the escaped path
+		if plain, err := url.PathUnescape(text); err == nil {
+			return plain
+		}
+	}
+	return text
 }
 
 func session(c echo.Context) string { return c.Get("id").(string) }

@@ -344,7 +344,6 @@ func (n *node) open(q request) *stream {
 	q.method = "GET"
 	r := n.new(q)
 	ctx, cancel := context.WithTimeout(r.Context(), patience)
-	r.Close = true // as in send
 	res, err := n.client.Do(r.WithContext(ctx))
 	if err != nil {
 		cancel()
@@ -552,6 +551,13 @@ func (f *faulty) EnterTicket(ctx context.Context, name, session, connection stri
 	return f.Logs.EnterTicket(ctx, name, session, connection)
 }
 
+func (f *faulty) Open(ctx context.Context, session string) (store.Bounds, []string, error) {
+	if err := f.failure(); err != nil {
+		return store.Bounds{}, nil, err
+	}
+	return f.Logs.Open(ctx, session)
+}
+
 func (f *faulty) Append(ctx context.Context, session string, b store.Batch) (store.Appended, error) {
 	if err := f.failure(); err != nil {
 		return store.Appended{}, err
@@ -600,10 +606,10 @@ func (f *faulty) Ping(ctx context.Context) error {
 
 // says is a model that says the same to everybody.
 func says(pieces ...string) model.Model {
-	return answers(func(context.Context, []model.Turn) iter.Seq2[string, error] {
-		return func(yield func(string, error) bool) {
+	return answers(func(context.Context, []model.Turn) iter.Seq2[model.Piece, error] {
+		return func(yield func(model.Piece, error) bool) {
 			for _, piece := range pieces {
-				if !yield(piece, nil) {
+				if !yield(model.Piece{Text: piece}, nil) {
 					return
 				}
 			}
@@ -612,9 +618,9 @@ func says(pieces ...string) model.Model {
 }
 
 // answers makes a model of a function.
-type answers func(context.Context, []model.Turn) iter.Seq2[string, error]
+type answers func(context.Context, []model.Turn) iter.Seq2[model.Piece, error]
 
-func (f answers) Answer(ctx context.Context, c []model.Turn) iter.Seq2[string, error] {
+func (f answers) Answer(ctx context.Context, c []model.Turn) iter.Seq2[model.Piece, error] {
 	return f(ctx, c)
 }
 

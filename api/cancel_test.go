@@ -307,9 +307,9 @@ func TestMessages_modelThatPanicsHasFailed(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) {
 		s.errors = true
-		s.model = answers(func(context.Context, []model.Turn) iter.Seq2[string, error] {
-			return func(yield func(string, error) bool) {
-				if yield("sesame", nil) {
+		s.model = answers(func(context.Context, []model.Turn) iter.Seq2[model.Piece, error] {
+			return func(yield func(model.Piece, error) bool) {
+				if yield(model.Piece{Text: "sesame"}, nil) {
 					panic("out of words")
 				}
 			}

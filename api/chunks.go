@@ -164,22 +164,11 @@ func invalid(parameter, detail string) *Problem {
 // appendJSON appends an object, or an array of them: all or none.
 func (a *API) appendJSON(c echo.Context, p posting) error {
 	caller := a.caller(c)
-	from, length := a.atMost(c, a.cfg.BodyMax), c.Request().ContentLength
-	body, err := a.readBody(c, io.LimitReader(from, shortBody))
-	if err == nil && len(body) == shortBody { // there may be more
-		large := a.cfg.BodyMax
-		if length >= 0 {
-			large = int(min(length, int64(a.cfg.BodyMax)))
-		}
-		if err := a.limits.Bodies.Take(caller, large); err != nil {
-			return err
-		}
-		defer a.limits.Bodies.Give(caller, large)
-		body, err = a.readBody(c, io.MultiReader(bytes.NewReader(body), from))
-	}
+	body, give, err := a.readLarge(c)
 	if err != nil {
 		return err
 	}
+	defer give()
 	chunks, err := a.parseBatch(body, p.fill)
 	if err != nil {
 		return err
@@ -210,6 +199,31 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		return blame(err, 0, inBody)
 	}
 	return u.answer(c)
+}
+
+// readLarge reads a body whole that may be long, within what long ones may take together. give is to
+// be called when it is not needed any more.
+func (a *API) readLarge(c echo.Context) (body []byte, give func(), err error) {
+	give = func() {}
+	caller := a.caller(c)
+	from, length := a.atMost(c, a.cfg.BodyMax), c.Request().ContentLength
+	body, err = a.readBody(c, io.LimitReader(from, shortBody))
+	if err != nil || len(body) < shortBody {
+		return body, give, err
+	}
+	large := a.cfg.BodyMax // there may be more
+	if length >= 0 {
+		large = int(min(length, int64(a.cfg.BodyMax)))
+	}
+	if err := a.limits.Bodies.Take(caller, large); err != nil {
+		return nil, give, err
+	}
+	body, err = a.readBody(c, io.MultiReader(bytes.NewReader(body), from))
+	if err != nil {
+		a.limits.Bodies.Give(caller, large)
+		return nil, give, err
+	}
+	return body, func() { a.limits.Bodies.Give(caller, large) }, nil
 }
 
 // shortBody is as long, in bytes, as a body may be without counting among the large ones: the bound

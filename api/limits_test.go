@@ -233,6 +233,41 @@ func TestLimit_ofViewers(t *testing.T) {
 	}
 }
 
+// A view of one message is a view: it counts as one, and is refused in words.
+func TestLimit_ofViewersOfMessages(t *testing.T) {
+	t.Parallel()
+	n := serve(t, proxied(func(s *setup) {
+		s.api.Limits.Viewers, s.api.Limits.CallerViewers, s.sse.Feeds, s.sse.Linger = 2, 1, 2, time.Hour
+		s.model = newPaced()
+	}))
+	n.append("s", `{"message_id":"m","content":"sesame"}`)
+	n.append("t", `{"message_id":"m","content":"sesame"}`)
+	all := []request{
+		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"},
+		{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")},
+	}
+	one := n.open(as(request{path: "/v1/sessions/s/stream"}, "198.51.100.1"))
+	for _, q := range all {
+		n.do(as(q, "198.51.100.1")).refused(t, 429, "caller_limit")
+	}
+	two := n.open(as(request{path: "/v1/sessions/t/stream"}, "198.51.100.2"))
+	for _, q := range all {
+		n.do(as(q, "198.51.100.3")).refused(t, 503, "node_limit")
+	}
+	if got := n.page("s", ""); got.Last != 1 {
+		t.Errorf("a question was taken that nobody can see answered: %d", got.Last)
+	}
+	one.stop()
+	two.stop()
+	eventually(t, "all places are free", func() bool { return n.api.limits.Viewers.Taken() == 0 })
+	n.ui(t, as(all[0], "198.51.100.1"))
+	if n.api.limits.Viewers.Taken() != 1 {
+		t.Errorf("%d places are taken", n.api.limits.Viewers.Taken())
+	}
+	n.append("u", `{"message_id":"m","content":"sesame"}`) // of which there is no room for the log
+	n.do(as(request{method: "GET", path: "/v1/sessions/u/ui-stream"}, "198.51.100.2")).refused(t, 503, "node_limit")
+}
+
 // However many logs strangers ask for, so many are watched; those that are have room for all.
 func TestLimit_ofLogsThatAreWatched(t *testing.T) {
 	t.Parallel()
@@ -347,7 +382,7 @@ func TestLimit_ofBodies(t *testing.T) {
 func TestLimit_ofABodysTime(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BodyTimeout = 300 * time.Millisecond })
-	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON} {
+	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON} {
 		r, w := io.Pipe()
 		stop := make(chan struct{})
 		go func() { // ends with the answer
@@ -511,8 +546,8 @@ func TestLimit_ofAnswers(t *testing.T) {
 	going := make(chan struct{})
 	n := serve(t, proxied(func(s *setup) {
 		s.api.Limits.CallerAnswers = 1
-		s.model = answers(func(ctx context.Context, _ []model.Turn) iter.Seq2[string, error] {
-			return func(func(string, error) bool) { <-going }
+		s.model = answers(func(ctx context.Context, _ []model.Turn) iter.Seq2[model.Piece, error] {
+			return func(func(model.Piece, error) bool) { <-going }
 		})
 	}))
 	ask := request{method: "POST", path: "/v1/sessions/s/messages", kind: typeJSON, body: `{"content":"why?"}`}
@@ -552,6 +587,7 @@ func TestLimit_ofASessionsNames(t *testing.T) {
 		{request{method: "POST", path: path, kind: typeText, body: "a"}, -1},
 		{request{method: "POST", path: path + "?message_id=m3&lease=5s", kind: typeJSON, body: `[]`}, -1},
 		{request{method: "POST", path: "/v1/sessions/s/messages", kind: typeJSON, body: `{"content":"why?"}`}, -1},
+		{request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("why?")}, -1},
 		{numbered(request{method: "POST", path: path, kind: typeJSON, body: `{}`}, "p2", 0), -1},
 	} {
 		p := n.do(c.q).refused(t, 409, "session_full")

@@ -8,7 +8,9 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
@@ -18,9 +20,27 @@ import (
 )
 
 const (
-	roleUser      = "user"
-	roleAssistant = "assistant"
+	roleUser      = model.RoleUser
+	roleAssistant = model.RoleAssistant
 )
+
+// Reasons why an answer fails, beside those of model.Error.
+const (
+	modelFailed    = "model_failed" // in a way that it does not say
+	answerTooLarge = "answer_too_large"
+	failedShutdown = "shutdown"
+	failedRedis    = "redis_away"
+)
+
+// answerPatience is how long an answer waits for a Redis that is away.
+const answerPatience = time.Minute
+
+// exchange is a question that was taken: its message and where it is in the log, and the
+// message of the answer.
+type exchange struct {
+	question, reply string
+	seq             int64
+}
 
 // ask appends the user's message and has the model answer into the same log.
 func (a *API) ask(c echo.Context) error {
@@ -35,81 +55,90 @@ func (a *API) ask(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	content := members["content"]
-	if content == "" {
+	if members["content"] == "" {
 		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content, the question, is missing or empty"}
 	}
+	x, err := a.begin(c, members["content"], "/content")
+	if err != nil {
+		return err
+	}
+	return c.JSON(http.StatusAccepted, struct {
+		MessageID string `json:"message_id"`
+		ReplyID   string `json:"reply_message_id"`
+	}{x.question, x.reply})
+}
+
+// begin appends a question, which stands in the request at member, and has the model answer it.
+func (a *API) begin(c echo.Context, content, member string) (x exchange, err error) {
 	if a.ending.Err() != nil {
-		return errDraining
+		return x, errDraining
 	}
-	question, err := uuid.NewV7()
-	if err != nil {
-		return err
+	for _, id := range []*string{&x.question, &x.reply} {
+		made, err := uuid.NewV7()
+		if err != nil {
+			return x, err
+		}
+		*id = made.String()
 	}
-	reply, err := uuid.NewV7()
-	if err != nil {
-		return err
-	}
-	chunk := store.NewChunk(store.TypeMessage, question.String(), roleUser, content)
+	chunk := store.NewChunk(store.TypeMessage, x.question, roleUser, content)
 	if chunk.Size() > a.cfg.ChunkMax {
-		return &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: "/content", Limit: a.cfg.ChunkMax,
+		return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: member, Limit: a.cfg.ChunkMax,
 			Detail: "the question is longer than one chunk may be (-chunk-max)"}
 	}
 	caller := a.caller(c)
 	if err := a.limits.Answers.Take(caller, 1); err != nil {
 		p := *problemOf(err)
 		p.Status, p.Code = http.StatusTooManyRequests, "model_busy"
-		return &p
+		return x, &p
 	}
 	// The answer is an upload of this node's own: numbered, so that what may have been
 	// stored can be sent again, and held, so that it ends when the node dies. Its message
 	// begins with the question: it can be cancelled before its first word.
-	u := a.newUpload(c.Request().Context(), session(c), caller, store.Producer{ID: reply.String()}, 0, 0)
-	u.held = []string{reply.String()}
+	u := a.newUpload(c.Request().Context(), session(c), caller, store.Producer{ID: x.reply}, 0, 0)
+	u.held = []string{x.reply}
 	u.begin()
 	if err := u.append([]store.Chunk{chunk}, store.HoldOpen); err != nil {
 		u.end()
 		a.limits.Answers.Give(caller, 1)
-		return err
+		return x, err
 	}
-	u.patience = time.Minute
+	x.seq = u.stored.Last
+	u.patience = answerPatience
 	a.answers.Go(func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it
 		defer a.limits.Answers.Give(caller, 1)
 		defer u.end()
-		a.answer(u, reply.String(), []model.Turn{{Role: roleUser, Content: content}})
+		a.answer(u, x, content)
 	})
-	return c.JSON(http.StatusAccepted, struct {
-		MessageID string `json:"message_id"`
-		ReplyID   string `json:"reply_message_id"`
-	}{question.String(), reply.String()})
+	return x, nil
 }
 
-// answer appends what the model says, piece by piece, and how it ended.
-func (a *API) answer(u *upload, reply string, conversation []model.Turn) {
-	log := a.log.With(slog.String("session", u.session), slog.String("message_id", reply))
+// answer appends what the model says, as it comes, and how it ended.
+func (a *API) answer(u *upload, x exchange, question string) {
+	log := a.log.With(slog.String("session", u.session), slog.String("message_id", x.reply))
 	log.Info("answer begins")
-	last := store.NewChunk(store.TypeDone, reply, roleAssistant, "")
-	for piece, err := range a.pieces(u.ctx, conversation) {
-		if err == nil {
-			err = u.append([]store.Chunk{store.NewChunk(store.TypeDelta, reply, roleAssistant, piece)}, store.HoldOpen)
-		} else if cause := context.Cause(u.ctx); cause != nil {
-			err = cause
+	last, err := a.transcribe(u, x, question)
+	if cause := context.Cause(u.ctx); err != nil && cause != nil {
+		err = cause
+	}
+	if over(err) {
+		log.Info("answer ends", slog.Any("err", err))
+		return
+	}
+	if err != nil {
+		reason, detail := modelFailed, ""
+		if e, ok := errors.AsType[*model.Error](err); ok {
+			reason, detail = e.Reason, e.Detail
+			log.Warn("model failed", slog.String("reason", reason), slog.Any("err", err)) // an alert tells if it goes on
+		} else if errors.Is(err, errDraining) {
+			reason = failedShutdown
+		} else if store.Away(err) {
+			reason = failedRedis
 		} else {
 			log.Error("model failed", slog.Any("err", err))
 		}
-		if over(err) {
-			log.Info("answer ends", slog.Any("err", err))
-			return
-		}
-		if err != nil {
-			reason := "model_failed"
-			if errors.Is(context.Cause(u.ctx), errDraining) {
-				reason = "shutdown"
-			} else if store.Away(err) {
-				reason = "redis_away"
-			}
-			last = store.NewFailed(reply, roleAssistant, reason)
-			break
+		a.metrics.failed(reason)
+		if last = store.NewFailed(x.reply, roleAssistant, reason); detail != "" {
+			last = last.With("detail", detail)
 		}
 	}
 	if err := u.append([]store.Chunk{last}, store.HoldClosed); err != nil && !over(err) {
@@ -119,15 +148,142 @@ func (a *API) answer(u *upload, reply string, conversation []model.Turn) {
 	log.Info("answer ends")
 }
 
+// What the model has said while an append was under way shares the next one. When so many
+// pieces wait, the model has to.
+const piecesMost = 256
+
+// transcribe appends what the model says, and answers the chunk that ends it.
+func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chunk, err error) {
+	done = store.NewChunk(store.TypeDone, x.reply, roleAssistant, "")
+	turns, err := a.conversation(u.ctx, u.session, x.seq)
+	if err != nil {
+		return done, err
+	}
+	type word struct {
+		piece model.Piece
+		err   error
+	}
+	begun := time.Now()
+	ctx, stop := context.WithCancel(u.ctx)
+	words := make(chan word, piecesMost)
+	var unsaid error // why the rest is not in words, once that is closed
+	var wg sync.WaitGroup
+	wg.Go(func() { // ended by stop, and waited for
+		defer close(words)
+		for piece, err := range a.pieces(ctx, append(turns, model.Turn{Role: roleUser, Content: question})) {
+			select {
+			case words <- word{piece, err}:
+				continue
+			default:
+			}
+			select {
+			case words <- word{piece, err}:
+			case <-ctx.Done():
+				unsaid = ctx.Err()
+				return
+			}
+		}
+	})
+	defer wg.Wait()
+	defer stop()
+
+	size, mute := 0, true
+	for first := range words {
+		if mute && first.err == nil {
+			a.metrics.begun.Observe(time.Since(begun).Seconds())
+			mute = false
+		}
+		var chunks []store.Chunk
+		for w := first; ; w = <-words {
+			var more []store.Chunk
+			if err = w.err; err == nil {
+				more, done, err = a.chunks(x.reply, w.piece, done)
+			}
+			size += len(w.piece.Text) + len(w.piece.ToolCalls)
+			for _, c := range more {
+				if c.Size() > a.cfg.ChunkMax {
+					err = &model.Error{Reason: model.Broken, Detail: "the model said something that does not fit into one chunk (-chunk-max)"}
+				}
+			}
+			if size > a.cfg.AnswerMax {
+				err = &model.Error{Reason: answerTooLarge, Detail: fmt.Sprintf("the answer is larger than %d bytes (-model-answer-max)", a.cfg.AnswerMax)}
+			}
+			if err != nil {
+				break
+			}
+			if chunks = append(chunks, more...); len(words) == 0 || len(chunks) >= piecesMost {
+				break
+			}
+		}
+		if len(chunks) > 0 {
+			if failed := u.append(chunks, store.HoldOpen); failed != nil {
+				return done, failed
+			}
+		}
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, unsaid
+}
+
+// chunks is a piece of an answer as chunks: one, but for a text that is too long, and none for
+// what belongs to the end of it.
+func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store.Chunk, _ store.Chunk, err error) {
+	for text := range cut(p.Text, a.cfg.ChunkMax) {
+		c := store.NewChunk(store.TypeDelta, reply, roleAssistant, text)
+		if p.Refusal {
+			c, _ = c.WithJSON("refusal", []byte("true"))
+		}
+		all = append(all, c)
+	}
+	if p.ToolCalls != nil {
+		c, bad := store.NewChunk("tool_calls", reply, roleAssistant, "").WithJSON("data", p.ToolCalls)
+		if bad != nil {
+			err = &model.Error{Reason: model.Broken, Detail: "the model's service sent calls of tools that are no JSON that a chunk may have"}
+		}
+		all = append(all, c)
+	}
+	if p.Finish != "" {
+		const most = 64 // it is a word
+		done = done.With("finish_reason", p.Finish[:min(len(p.Finish), most)])
+	}
+	if p.Usage != nil && len(p.Usage) < 4<<10 {
+		done, _ = done.WithJSON("usage", p.Usage) // or goes without
+	}
+	return all, done, err
+}
+
+// cut is a text in pieces that fit into a chunk, however much of them has to be escaped. It
+// cuts no character.
+func cut(text string, limit int) iter.Seq[string] {
+	most := max((limit-store.Overhead-192)/6, utf8.UTFMax)
+	return func(yield func(string) bool) {
+		for len(text) > most {
+			at := most
+			for at > most-utf8.UTFMax && !utf8.RuneStart(text[at]) {
+				at--
+			}
+			if !yield(text[:at]) {
+				return
+			}
+			text = text[at:]
+		}
+		if text != "" {
+			yield(text)
+		}
+	}
+}
+
 // pieces is what the model says. One that panics has failed, and the server has not.
-func (a *API) pieces(ctx context.Context, conversation []model.Turn) iter.Seq2[string, error] {
-	return func(yield func(string, error) bool) {
+func (a *API) pieces(ctx context.Context, conversation []model.Turn) iter.Seq2[model.Piece, error] {
+	return func(yield func(model.Piece, error) bool) {
 		ours := false // what runs is not the model
 		defer func() {
 			if r := recover(); r != nil && ours {
 				panic(r)
 			} else if r != nil {
-				yield("", fmt.Errorf("the model panicked: %v\n%s", r, debug.Stack()))
+				yield(model.Piece{}, fmt.Errorf("the model panicked: %v\n%s", r, debug.Stack()))
 			}
 		}()
 		for piece, err := range a.model.Answer(ctx, conversation) {

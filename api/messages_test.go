@@ -2,11 +2,13 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -68,7 +70,7 @@ func TestMessages_questionThenAnswerWordByWordThenDone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want.WriteString(piece)
+		want.WriteString(piece.Text)
 	}
 	deltas := all[1 : len(all)-1]
 	for _, c := range deltas {
@@ -91,30 +93,30 @@ func TestMessages_questionThenAnswerWordByWordThenDone(t *testing.T) {
 // paced is a model that says a piece for each step, and tells how it was ended.
 type paced struct {
 	steps chan string
-	ended chan string // stopped: nobody wanted more; over: its context ended; said: steps was closed
+	ended chan string // over: its context ended; said: steps was closed
 	err   error       // said behind the last step
 }
 
 func newPaced() *paced { return &paced{steps: make(chan string), ended: make(chan string, 8)} }
 
-func (p *paced) Answer(ctx context.Context, _ []model.Turn) iter.Seq2[string, error] {
-	return func(yield func(string, error) bool) {
+func (p *paced) Answer(ctx context.Context, _ []model.Turn) iter.Seq2[model.Piece, error] {
+	return func(yield func(model.Piece, error) bool) {
 		for {
 			select {
 			case piece, ok := <-p.steps:
 				if !ok {
 					if p.err != nil {
-						yield("", p.err)
+						yield(model.Piece{}, p.err)
 					}
 					p.ended <- "said"
 					return
 				}
-				if !yield(piece, nil) {
-					p.ended <- "stopped"
+				if !yield(model.Piece{Text: piece}, nil) {
+					p.ended <- "over"
 					return
 				}
 			case <-ctx.Done():
-				yield("", ctx.Err())
+				yield(model.Piece{}, ctx.Err())
 				p.ended <- "over"
 				return
 			}
@@ -135,16 +137,16 @@ func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		stop func(n *node, a asked)
-		how  string // at once, while the model is silent, or at its next word
+		word bool // it stops at its next word; else at once, while it is silent
 	}{
-		"the session ends":       {func(n *node, _ asked) { n.append("s", `{"type":"end"}`) }, "over"},
-		"the session is deleted": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}) }, "over"},
-		"deleted and begun anew": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}); n.append("s", `{}`) }, "over"},
-		"all are cancelled":      {func(n *node, _ asked) { n.post("/v1/sessions/s/cancel", "", "") }, "over"},
+		"the session ends":       {func(n *node, _ asked) { n.append("s", `{"type":"end"}`) }, false},
+		"the session is deleted": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}) }, false},
+		"deleted and begun anew": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}); n.append("s", `{}`) }, false},
+		"all are cancelled":      {func(n *node, _ asked) { n.post("/v1/sessions/s/cancel", "", "") }, false},
 		"the message is cancelled": {func(n *node, a asked) {
 			n.post("/v1/sessions/s/cancel", typeJSON, `{"message_id":"`+a.ReplyID+`"}`)
-		}, "over"},
-		"another ends the message": {func(n *node, a asked) { n.append("s", `{"type":"cancelled","message_id":"`+a.ReplyID+`"}`) }, "stopped"},
+		}, false},
+		"another ends the message": {func(n *node, a asked) { n.append("s", `{"type":"cancelled","message_id":"`+a.ReplyID+`"}`) }, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -161,10 +163,10 @@ func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
 				return 0
 			}
 			before := last()
-			if c.how == "stopped" {
+			if c.word {
 				m.say(t, "sesame 2")
 			}
-			if how := within(t, "the model's end", m.ended); how != c.how {
+			if how := within(t, "the model's end", m.ended); how != "over" {
 				t.Errorf("the model ended: %s", how)
 			}
 			eventually(t, "the end in the log", func() bool { return strings.Contains(n.log.String(), "answer ends") })
@@ -268,8 +270,9 @@ func TestMessages_answerWaitsForARedisThatIsAwayAndSaysNothingTwice(t *testing.T
 		fail[2+i] = store.ErrAway // the first piece, three times
 	}
 	fail[6] = store.ErrOutcomeUnknown // the second piece, which is stored
+	m := newPaced()
 	n := serve(t, func(s *setup) {
-		s.model = says("sesame 1", "sesame 2", "sesame 3")
+		s.model = m
 		s.logs = func(l Logs) Logs {
 			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
 				switch err := fail[appends.Add(1)]; err {
@@ -287,6 +290,11 @@ func TestMessages_answerWaitsForARedisThatIsAwayAndSaysNothingTwice(t *testing.T
 	v := n.watch("s", "?until=done")
 	v.welcome()
 	n.ask("s", secret)
+	for i := range int64(3) {
+		m.say(t, fmt.Sprint("sesame ", i+1))
+		eventually(t, "the piece", func() bool { return n.page("s", "").Last == i+2 }) // so that each has an append of its own
+	}
+	close(m.steps)
 	all := v.talk(0)
 	var said []string
 	for _, c := range all[1 : len(all)-1] {
@@ -297,6 +305,224 @@ func TestMessages_answerWaitsForARedisThatIsAwayAndSaysNothingTwice(t *testing.T
 	}
 	if last := all[len(all)-1]; last.Type != "done" {
 		t.Errorf("%+v", last)
+	}
+}
+
+// spoken records what a model is told.
+type spoken struct {
+	mu   sync.Mutex
+	told [][]model.Turn
+}
+
+func (s *spoken) Answer(_ context.Context, c []model.Turn) iter.Seq2[model.Piece, error] {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.told = append(s.told, c)
+	return func(yield func(model.Piece, error) bool) {
+		_ = yield(model.Piece{Text: "sesame "}, nil) && yield(model.Piece{Text: "opens"}, nil)
+	}
+}
+
+// last is what it was told last, once that was so often.
+func (s *spoken) last(t *testing.T, times int) (c []model.Turn) {
+	t.Helper()
+	eventually(t, "the model is asked", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.told) == times {
+			c = s.told[times-1]
+		}
+		return len(s.told) == times
+	})
+	return c
+}
+
+func TestMessages_conversationIsSentAlongAsFarAsItGot(t *testing.T) {
+	t.Parallel()
+	m := &spoken{}
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) { on(redis)(s); s.model = m })
+	n.ask("s", "sesame?")
+	eventually(t, "an answer", func() bool { return n.page("s", "").Last == 4 })
+	n.append("s", `[{"message_id":"a","role":"assistant","content":"half "},{"role":"developer","content":"be brief"},
+		{"message_id":"f","role":"assistant","type":"failed","reason":"model_empty"},{"role":"tool","content":"9"},
+		{"message_id":"e","type":"delta","raw":"{}"},{"content":"no"},{"content":"body"},{"message_id":"a","content":"of it"},{"message_id":"a","type":"cancelled"}]`)
+	redis.RPush(t.Context(), "chat:history:s", `{"message_id": "x", "Content": "no", "content": "foreign", "role": 7}`, "no JSON", `["no chunk"]`)
+	n.ask("s", "and now?")
+	want := []model.Turn{{Role: "user", Content: "sesame?"}, {Role: "assistant", Content: "sesame opens"}, {Role: "assistant", Content: "half of it"},
+		{Role: "system", Content: "be brief"}, {Role: "assistant", Content: "nobody"}, {Role: "assistant", Content: "foreign"}, {Role: "user", Content: "and now?"}}
+	if got := m.last(t, 2); !slices.Equal(got, want) {
+		t.Errorf("the model was told\n%q\nand not\n%q", got, want)
+	}
+}
+
+func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
+	t.Parallel()
+	m := &spoken{}
+	n := serve(t, func(s *setup) { s.model, s.api.ContextMax, s.store.HistoryMax = m, 100, 20 })
+	text := strings.Repeat("x", 40)
+	n.append("s", `[{"message_id":"1","content":"`+text+`"},{"message_id":"2","content":"`+text+`"},{"message_id":"3","content":"`+text+`"},{"message_id":"1","content":"late"}]`)
+	n.ask("s", "sesame?")
+	want := []model.Turn{{Role: "assistant", Content: text}, {Role: "assistant", Content: text}, {Role: "user", Content: "sesame?"}}
+	if got := m.last(t, 1); !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+	// One whose beginning was trimmed is left out, and one that is too long by itself.
+	eventually(t, "an answer", func() bool { return n.page("s", "").Last == 8 })
+	for i, more := range []string{"", `{"message_id":"5","content":"` + text + text + text + `"}`} {
+		for range 25 {
+			n.append("s", fmt.Sprintf(`{"message_id":"4-%d","content":"y"}`, i))
+		}
+		if more != "" {
+			n.append("s", more)
+		}
+		n.append("s", fmt.Sprintf(`{"message_id":"6-%d","content":"short"}`, i))
+		before := n.page("s", "").Last
+		n.ask("s", "sesame?")
+		want = []model.Turn{{Role: "assistant", Content: "short"}, {Role: "user", Content: "sesame?"}}
+		if got := m.last(t, 2+i); !slices.Equal(got, want) {
+			t.Errorf("%q", got)
+		}
+		eventually(t, "an answer", func() bool { return n.page("s", "").Last == before+4 })
+	}
+}
+
+// batches notes how many chunks each append had, and holds one up.
+type batches struct {
+	Logs
+	hold chan struct{}
+	mu   sync.Mutex
+	all  []int
+}
+
+func (b *batches) Append(ctx context.Context, session string, batch store.Batch) (store.Appended, error) {
+	b.mu.Lock()
+	if len(batch.Chunks) > 0 {
+		b.all = append(b.all, len(batch.Chunks))
+	}
+	held := len(b.all) == 2 && len(batch.Chunks) > 0
+	b.mu.Unlock()
+	if held {
+		<-b.hold
+	}
+	return b.Logs.Append(ctx, session, batch)
+}
+
+func TestMessages_wordsThatComeDuringAnAppendShareTheNext(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	b := &batches{hold: make(chan struct{})}
+	n := serve(t, func(s *setup) { s.model = m; s.logs = func(l Logs) Logs { b.Logs = l; return b } })
+	v := n.watch("s", "?until=done")
+	v.welcome()
+	n.ask("s", secret)
+	for i := range 100 { // which the model may say although nothing is stored
+		m.say(t, fmt.Sprint("sesame ", i))
+	}
+	close(b.hold)
+	close(m.steps)
+	all := v.talk(0)
+	if len(all) != 102 {
+		t.Fatalf("%d chunks", len(all))
+	}
+	for i, c := range all[1:101] { // and each is a chunk
+		if c.Content != fmt.Sprint("sesame ", i) {
+			t.Fatalf("%d: %+v", i, c)
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.all) > 6 {
+		t.Errorf("there were appends of %d chunks", b.all)
+	}
+}
+
+// failing is a model that says pieces, and then fails, if there is an error.
+func failing(err error, pieces ...model.Piece) model.Model {
+	return answers(func(context.Context, []model.Turn) iter.Seq2[model.Piece, error] {
+		return func(yield func(model.Piece, error) bool) {
+			for _, p := range pieces {
+				if !yield(p, nil) {
+					return
+				}
+			}
+			if err != nil {
+				yield(model.Piece{}, err)
+			}
+		}
+	})
+}
+
+func TestMessages_whatAModelSaysBesideItsTextIsKept(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("\x00\U0001f35e", 4000)
+	n := serve(t, func(s *setup) {
+		s.api.ChunkMax = 4 << 10
+		s.model = failing(nil, model.Piece{Text: "sesame"}, model.Piece{Text: "not that", Refusal: true}, model.Piece{ToolCalls: []byte("[{\"id\":\n1}]")},
+			model.Piece{Text: long}, model.Piece{Finish: "length"}, model.Piece{Usage: []byte(`{"total_tokens":7}`)})
+	})
+	v := n.watch("s", "?until=done")
+	v.welcome()
+	n.ask("s", secret)
+	var all []map[string]any
+	for {
+		e := v.next()
+		var c map[string]any
+		if err := json.Unmarshal([]byte(e.data), &c); err != nil {
+			t.Fatal(err)
+		}
+		if all = append(all, c); c["type"] == "done" {
+			break
+		}
+	}
+	var text strings.Builder
+	for _, c := range all[4 : len(all)-1] {
+		text.WriteString(c["content"].(string))
+	}
+	if text.String() != long || len(all) < 8 {
+		t.Errorf("a long piece came as %d chunks of %d bytes, not of %d", len(all)-5, text.Len(), len(long))
+	}
+	if c := all[2]; c["refusal"] != true || c["content"] != "not that" || c["type"] != "delta" {
+		t.Errorf("%v", c)
+	}
+	if c := all[3]; c["type"] != "tool_calls" || fmt.Sprint(c["data"]) != "[map[id:1]]" {
+		t.Errorf("%v", c)
+	}
+	if c := all[len(all)-1]; c["finish_reason"] != "length" || fmt.Sprint(c["usage"]) != "map[total_tokens:7]" {
+		t.Errorf("%v", c)
+	}
+}
+
+func TestMessages_failureSaysWhatEverybodyMayKnow(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		model          model.Model
+		reason, detail string
+	}{
+		"its own":   {failing(&model.Error{Reason: model.RateLimited, Detail: "too much"}), model.RateLimited, "too much"},
+		"too large": {failing(nil, model.Piece{Text: strings.Repeat("x", 600)}, model.Piece{Text: strings.Repeat("x", 600)}), answerTooLarge, "-model-answer-max"},
+		"no JSON":   {failing(nil, model.Piece{ToolCalls: []byte("[\"\xff\"]")}), model.Broken, "no JSON"},
+		"too long":  {failing(nil, model.Piece{ToolCalls: []byte(`"` + strings.Repeat("x", 900) + `"`)}), model.Broken, "-chunk-max"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := serve(t, func(s *setup) { s.model, s.api.AnswerMax, s.api.ChunkMax = c.model, 1000, store.Overhead+800 })
+			v := n.watch("s", "?until=done")
+			v.welcome()
+			n.ask("s", secret)
+			var last struct{ Type, Reason, Detail string }
+			for last.Type != "failed" {
+				if err := json.Unmarshal([]byte(v.next().data), &last); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if last.Reason != c.reason || !strings.Contains(last.Detail, c.detail) {
+				t.Errorf("%+v", last)
+			}
+			if text := string(n.get("/metrics").body); !strings.Contains(text, `gapless_model_errors_total{reason="`+c.reason+`"} 1`) {
+				t.Error("it is not counted")
+			}
+		})
 	}
 }
 

@@ -10,22 +10,37 @@ import (
 	"github.com/labstack/echo/v4"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"gapless/api/model"
 )
 
 // metrics is what the HTTP face says of itself to Prometheus.
 type metrics struct {
 	requests *prometheus.CounterVec // by method, route and status
+	begun    prometheus.Histogram   // how long models took to their first word
+	errors   *prometheus.CounterVec // by reason
 }
 
 func newMetrics(a *API) *metrics {
 	m := &metrics{requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gapless_http_requests_total", Help: "Requests that were answered, streams included. Status 0: broken off, as a stream is whose log has not ended.",
-	}, []string{"method", "route", "status"})}
+	}, []string{"method", "route", "status"}),
+		begun: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "gapless_model_seconds", Help: "From a question to the first word of the model's answer, seconds.",
+			Buckets: []float64{.05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120},
+		}),
+		errors: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gapless_model_errors_total", Help: "Answers of the model that failed, by the reason that their failed chunk says.",
+		}, []string{"reason"}),
+	}
+	for _, reason := range failures { // as begin does for requests
+		m.errors.WithLabelValues(reason)
+	}
 	gauge := func(name, help string, value func() int) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "gapless_" + name, Help: help}, func() float64 { return float64(value()) })
 	}
 	a.registry.MustRegister(a.limits.Metrics()...)
-	a.registry.MustRegister(m.requests,
+	a.registry.MustRegister(m.requests, m.begun, m.errors,
 		gauge("uploads", "Uploads and answers under way that are watched.", a.uploads.count),
 		gauge("answers", "Answers of the model under way.", func() int { return a.limits.Answers.Taken() }),
 		gauge("draining", "1 while this node drains.", func() int {
@@ -36,6 +51,15 @@ func newMetrics(a *API) *metrics {
 		}))
 	return m
 }
+
+// failures are the reasons why answers of the model fail.
+var failures = []string{
+	model.Unauthorized, model.NotFound, model.Rejected, model.RateLimited, model.Unavailable, model.Timeout, model.Broken, model.Empty,
+	modelFailed, answerTooLarge, failedShutdown, failedRedis,
+}
+
+// failed counts an answer that failed.
+func (m *metrics) failed(reason string) { m.errors.WithLabelValues(reason).Inc() }
 
 // begin counts zero faults for every route: a first one that made its own series would be
 // no increase, and nobody would be called.

@@ -27,13 +27,15 @@ func calls() []request {
 		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/stream?until=done"},
 		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
 		{method: "POST", path: s + "/tickets"},
+		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"},
+		{method: "POST", path: s + "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"},
 	}
 }
 
 // asksRedis are the calls above that can fail with Redis.
 func asksRedis(q request) bool {
-	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream") || q.path == "/readyz"
+	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") || q.path == "/readyz"
 }
 
 func isTickets(q request) bool { return strings.HasSuffix(q.path, "/tickets") }

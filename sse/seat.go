@@ -116,7 +116,7 @@ func (r *row) remove(s *seat) {
 // Take takes the connection of a viewer over, if it can be. If it answers false, nothing has
 // happened. What follows is what Over decides, with its patience, and then Serve.
 func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience time.Duration, told Told) bool {
-	if h.cfg.Plain || v.Raw || r.ProtoMajor != 1 || r.ProtoMinor != 1 { // what is Raw may have to be read before it is answered
+	if h.cfg.Plain || v.bare() || r.ProtoMajor != 1 || r.ProtoMinor != 1 { // what is Raw may have to be read before it is answered
 		return false
 	}
 	conn, ok := h.hijack(to, r)

@@ -136,7 +136,7 @@ const (
 	Expired  Cause = "expired"  // what allowed it has run out (Ask.Expires)
 	Replaced Cause = "replaced" // another connection has taken its place
 	Full     Cause = "full"     // there was no room for it
-	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw has no way to say so
+	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw and Fold have no way to say so
 )
 
 // Clean says whether a response that ended for this cause is ended as HTTP ends one,

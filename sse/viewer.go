@@ -22,6 +22,11 @@ type Ask struct {
 	Snapshot   bool   // what there is already, if it has nothing, comes as one event
 	// Expires is when what allows it to view runs out; zero: never.
 	Expires time.Time
+	// Fold, if not nil, makes another protocol of the stream: it appends to b what comes of whole
+	// events (Chunks reads them), and says whether nothing more is to come: then the response ends
+	// cleanly. It is first called without events, for what a response begins with. From cursor 0
+	// on it is given what is kept. There is no way to say a reset: the response is broken off.
+	Fold func(b, events []byte) (out []byte, over bool)
 }
 
 // Latest is the cursor of a viewer that wants nothing of what is there already.
@@ -48,13 +53,16 @@ type Viewer struct {
 	pageBytes int       // how large the next one is to be
 	pageAt    time.Time // when the last one came
 
-	raw []byte // Raw: the last events, as they came
+	raw []byte // Raw or Fold: what was made of the last events
 
 	// Its feed's mu guards these: who writes to it, and why it has to go.
 	seat    *seat // where its connection was taken over
 	writer  *Writer
 	leaving Cause
 }
+
+// bare says whether the viewer is given no events of ours.
+func (v *Viewer) bare() bool { return v.Raw || v.Fold != nil }
 
 // A page is small at first, since what is read for a viewer that then stands still is read
 // for nothing, and grows for one that is quick.
@@ -126,7 +134,7 @@ func (v *Viewer) expire() (stop func() bool) {
 // farewell is what a viewer is told before its response is broken off for cause c.
 func (v *Viewer) farewell(c Cause) []byte {
 	switch {
-	case v.Raw:
+	case v.bare():
 		return nil
 	case c == Expired && v.joined:
 		return appendNamed(nil, "expired", expired{"expired"}, 0, v.Cursor)
@@ -271,10 +279,14 @@ func (v *Viewer) next(w *window) step {
 			return step{events: events, cursor: cursor, end: Deleted}
 		}
 	}
-	if reason, to := v.misplaced(w, cursor); reason != "" {
-		if v.Raw && reason != resetDeleted {
-			return step{cursor: cursor, end: Outside}
-		}
+	reason, to := v.misplaced(w, cursor)
+	switch {
+	case reason == "":
+	case v.Fold != nil && !v.joined && cursor == 0:
+		cursor = to
+	case v.Fold != nil, v.Raw && reason != resetDeleted:
+		return step{cursor: cursor, end: Outside}
+	default:
 		v.hub.metrics.resets.WithLabelValues(reason).Inc()
 		events = appendReset(events, reason, cursor, to, w.Bounds)
 		cursor, v.behind = to, v.Snapshot
@@ -310,7 +322,7 @@ func (v *Viewer) next(w *window) step {
 		return step{cursor: cursor, fetch: true}
 	}
 	if to := p.base(); to > cursor && !p.has(cursor) { // trimmed since the feed has read
-		if v.Raw {
+		if v.bare() {
 			return step{cursor: cursor, end: Outside}
 		}
 		v.behind = v.Snapshot && to < w.Last
@@ -447,6 +459,9 @@ func (v *Viewer) begin() []byte {
 	if v.Raw { // it has no welcome that could say this
 		begin = appendRetry(begin, retry())
 	}
+	if v.Fold != nil {
+		begin, _ = v.Fold(begin, nil)
+	}
 	return begin
 }
 
@@ -462,9 +477,13 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 		s := v.next(window)
 		more := (<-chan struct{})(window.next)
 		if len(s.events) > 0 {
-			events := s.events
+			events, over := s.events, false
 			if v.Raw {
 				v.raw = appendRaw(v.raw[:0], events)
+				events = v.raw
+			}
+			if v.Fold != nil {
+				v.raw, over = v.Fold(v.raw[:0], events)
 				events = v.raw
 			}
 			if len(events) > 0 && w.write(events) != nil {
@@ -472,6 +491,9 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			}
 			v.note(s.chunks, v.Cursor, s.cursor, window)
 			v.Cursor = s.cursor
+			if over {
+				return Done
+			}
 			if v.Cursor != window.Last || window.Ended {
 				more = ready
 			}

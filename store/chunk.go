@@ -258,8 +258,24 @@ func NewChunk(typ, messageID, role, content string) Chunk {
 
 // NewFailed makes the chunk that ends a message whose producer failed.
 func NewFailed(messageID, role, reason string) Chunk {
-	c := NewChunk(TypeFailed, messageID, role, "")
-	c.members = strings.TrimSuffix(c.members, "}") + `,"reason":` + quote(reason) + `}`
+	return NewChunk(TypeFailed, messageID, role, "").With("reason", reason)
+}
+
+// With is a chunk of the server's own with one more member, which is text.
+func (c Chunk) With(name, text string) Chunk { return c.with(name, quote(text)) }
+
+// WithJSON is With, of a member that is JSON, of which the same is asked as of a chunk that is posted.
+func (c Chunk) WithJSON(name string, value []byte) (Chunk, error) {
+	line := jsontext.Value(bytes.Clone(value))
+	if deep(append([]byte{'{'}, line...)) || !line.IsValid() {
+		return c, &ChunkError{Code: "invalid_json", Detail: fmt.Sprintf("member %q is no JSON that a chunk may have", name)}
+	}
+	_ = line.Compact() // a chunk is one line
+	return c.with(name, string(line)), nil
+}
+
+func (c Chunk) with(name, value string) Chunk {
+	c.members = strings.TrimSuffix(c.members, "}") + "," + quote(name) + ":" + value + "}"
 	return c
 }
 

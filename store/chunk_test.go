@@ -232,3 +232,15 @@ func TestElement_isReadAsAnybodyReadsIt(t *testing.T) {
 		t.Fatalf("%d of them were JSON, and %d ended something", valid, ended)
 	}
 }
+
+func TestChunk_withMoreMembersIsStillOneLine(t *testing.T) {
+	c, err := store.NewChunk(store.TypeDone, "m", "", "").With("why", "a\n\"b\"").WithJSON("usage", []byte("{\n\"n\": 1 }"))
+	if got, want := c.Members(), `"type":"done","message_id":"m","why":"a\n\"b\"","usage":{"n":1}}`; got != want || err != nil || !c.Ends() {
+		t.Errorf("%s %v", got, err)
+	}
+	for _, bad := range []string{"", "{", "1 2", `{"a":1,"a":2}`, "\"\xff\"", `"\ud800"`, strings.Repeat("[", store.MaxDepth) + strings.Repeat("]", store.MaxDepth)} {
+		if same, err := c.WithJSON("data", []byte(bad)); err == nil || same.Members() != c.Members() {
+			t.Errorf("%q was taken: %s", bad, same.Members())
+		}
+	}
+}

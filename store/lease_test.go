@@ -301,6 +301,40 @@ func TestCancel_endsTheMessageInTheLog(t *testing.T) {
 	})
 }
 
+func TestOpen_tellsWhatIsUnfinished(t *testing.T) {
+	both(t, nil, func(t *testing.T, s *store.Store) {
+		ctx := t.Context()
+		open := func(want ...string) store.Bounds {
+			t.Helper()
+			b, ids, err := s.Open(ctx, "s")
+			if slices.Sort(ids); err != nil || !slices.Equal(ids, want) {
+				t.Fatal(ids, err)
+			}
+			return b
+		}
+		if _, _, err := s.Open(ctx, "s"); !errors.Is(err, store.ErrNotFound) {
+			t.Fatal(err)
+		}
+		batch{Chunks: []store.Chunk{store.NewChunk(store.TypeMessage, "q", "user", "Why?"), of("m"), of("n"), of("f"), store.NewChunk(store.TypeDone, "f", "", "")}}.must(t, s)
+		batch{Messages: []string{"begun without a chunk"}, Hold: store.HoldOpen, Token: "u"}.must(t, s)
+		if b := open("begun without a chunk", "m", "n"); b.First != 1 || b.Last != 5 || b.Epoch == "" {
+			t.Fatal(b)
+		}
+		if _, err := s.Cancel(ctx, "s", "m"); err != nil {
+			t.Fatal(err)
+		}
+		open("begun without a chunk", "n")
+		batch{Chunks: []store.Chunk{store.NewEnding(store.TypeEnd, store.Fill{})}}.must(t, s)
+		open()
+		if err := s.Delete(ctx, "s"); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.Open(ctx, "s"); !errors.Is(err, store.ErrNotFound) {
+			t.Fatal(err)
+		}
+	})
+}
+
 // Ids are any text.
 func TestCancel_ofAnIDThatNeedsQuoting(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -76,6 +77,32 @@ func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled,
 	default:
 		return Cancelled{}, fmt.Errorf("cancel in session %s: status %q: %w", session, r.status(), errReply)
 	}
+}
+
+// Open answers which messages are unfinished, in no order that means anything, and the log's bounds
+// at that instant. ErrNotFound: there is no such session.
+func (s *Store) Open(ctx context.Context, session string) (Bounds, []string, error) {
+	reply, err := s.run(ctx, scriptSession, session, 0, false, "open")
+	if errors.Is(err, ErrOutcomeUnknown) { // what it changes, any other call would
+		err = fmt.Errorf("%w: %v", ErrAway, err)
+	}
+	if err != nil {
+		return Bounds{}, nil, fmt.Errorf("open messages of session %s: %w", session, err)
+	}
+	r := fields(reply)
+	if r.status() == "absent" {
+		return Bounds{}, nil, ErrNotFound
+	}
+	b := r.bounds()
+	all, ok := r.at(9).([]any)
+	if r.err != nil || !ok {
+		return b, nil, fmt.Errorf("open messages of session %s: %v: %w", session, r.err, errReply)
+	}
+	ids := make([]string, len(all))
+	for i, id := range all {
+		ids[i], _ = id.(string)
+	}
+	return b, ids, nil
 }
 
 func (s *Store) session(ctx context.Context, session, what string, args ...any) (Bounds, bool, error) {

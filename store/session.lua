@@ -1,4 +1,4 @@
--- Makes, deletes, begins anew, and cancels. Its arguments: create | delete | renew | cancel; of renew then the epoch
+-- Makes, deletes, begins anew, cancels, and tells what is open. Its arguments: create | delete | renew | cancel | open; of renew then the epoch
 -- that is to end and the highest number that was given out in it; of cancel a message, or nothing for all that are open.
 local function work()
   local what = argument(1)
@@ -57,6 +57,17 @@ local function work()
     end
     finish()
     return reply(status, int(head + 1), int(head + #ids), ids, how)
+  end
+
+  if what == 'open' then
+    if log.deleted then return { 'absent' } end
+    save() -- as above
+    local ids = {}
+    for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
+      if message(one).open then ids[#ids + 1] = one end
+    end
+    finish()
+    return reply('ok', ids)
   end
 
   -- renew: compare and set, so that of several nodes that notice, one does it. The others may have given

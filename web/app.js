@@ -76,7 +76,8 @@ function take(seq, chunk) {
   m.last = seq;
   m.text += text;
   m.undrawn += text;
-  if (typeof chunk.reason === 'string') m.reason = chunk.reason; // why it failed
+  const why = chunk.detail ?? chunk.reason; // why it failed
+  if (typeof why === 'string') m.reason = why;
   if (end) settle(m, end);
   else if (!m.ended) m.status = chunk.type === 'message' ? 'done' : 'streaming';
   dirty.add(m);

@@ -423,7 +423,7 @@ func (p *proxy) serve(client *net.TCPConn) {
 			}
 			p.wg.Go(func() { last.pass(up) }) // ends with the connection
 		}
-		if strings.HasSuffix(r.URL.Path, "/stream") {
+		if strings.HasSuffix(r.URL.Path, "stream") { // or ui-stream
 			last.begins(&stream{url: r.RequestURI, cursor: r.Header.Get("Last-Event-ID"), node: node})
 		}
 		if _, err := up.Write(raw.Bytes()); err != nil {

@@ -19,23 +19,23 @@ type Demo struct {
 func NewDemo() Demo { return Demo{50 * time.Millisecond} }
 
 // Answer implements Model. The same question gets the same text.
-func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[string, error] {
+func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, error] {
 	h := fnv.New32a()
 	if len(conversation) > 0 {
 		_, _ = h.Write([]byte(conversation[len(conversation)-1].Content))
 	}
 	text := texts[h.Sum32()%uint32(len(texts))]
-	return func(yield func(string, error) bool) {
+	return func(yield func(Piece, error) bool) {
 		tick := time.NewTicker(d.Pace)
 		defer tick.Stop()
 		for _, word := range strings.SplitAfter(text, " ") {
 			select {
 			case <-tick.C:
 			case <-ctx.Done():
-				yield("", ctx.Err())
+				yield(Piece{}, ctx.Err())
 				return
 			}
-			if !yield(word, nil) {
+			if !yield(Piece{Text: word}, nil) {
 				return
 			}
 		}

@@ -113,6 +113,9 @@ func TestKubernetes_isWhatTheAPITakesAndFitsTogether(t *testing.T) {
 	knownFlags(t, c.Args...)
 	for _, e := range c.Env {
 		knownVariable(t, e.Name)
+		if e.Name == modelKey && (e.ValueFrom == nil || e.ValueFrom.SecretKeyRef == nil || e.ValueFrom.SecretKeyRef.Optional == nil || !*e.ValueFrom.SecretKeyRef.Optional) {
+			t.Errorf("the key of a model is no secret, or has to be there: %+v", e)
+		}
 	}
 }
 
@@ -129,6 +132,15 @@ var flags = func() map[string]bool {
 	return all
 }()
 
+// modelKey is the one variable that is no flag.
+var modelKey = func() string {
+	text, err := os.ReadFile(filepath.Join(root, "api/model/openai.go"))
+	if err != nil {
+		panic(err)
+	}
+	return string(regexp.MustCompile(`KeyVariable = "(\w+)"`).FindSubmatch(text)[1])
+}()
+
 func knownFlags(t *testing.T, args ...string) {
 	t.Helper()
 	for _, arg := range args {
@@ -140,6 +152,9 @@ func knownFlags(t *testing.T, args ...string) {
 
 func knownVariable(t *testing.T, name string) {
 	t.Helper()
+	if name == modelKey {
+		return
+	}
 	if of, ok := strings.CutPrefix(name, "GAPLESS_"); !ok || !flags[strings.ToLower(strings.ReplaceAll(of, "_", "-"))] {
 		t.Errorf("there is no variable %s", name)
 	}

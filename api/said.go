@@ -1,0 +1,42 @@
+package api
+
+import (
+	"github.com/go-json-experiment/json/jsontext"
+
+	"gapless/store"
+)
+
+// said is what a chunk says, as far as it says it: those of foreign producers have what types
+// they like, and what is none of ours is empty.
+type said struct {
+	kind, message, role, content string
+	reason, detail, finish       string
+	complete                     bool
+	data                         jsontext.Value
+}
+
+func parseSaid(chunk []byte) (s said) {
+	store.EachMember(chunk, func(name string, value jsontext.Value) {
+		switch name {
+		case "type":
+			s.kind = store.Text(value)
+		case "message_id":
+			s.message = store.Text(value)
+		case "role":
+			s.role = store.Text(value)
+		case "content":
+			s.content = store.Text(value)
+		case "reason":
+			s.reason = store.Text(value)
+		case "detail":
+			s.detail = store.Text(value)
+		case "finish_reason":
+			s.finish = store.Text(value)
+		case "is_complete":
+			s.complete = value.Kind() == 't'
+		case "data":
+			s.data = value.Clone()
+		}
+	})
+	return s
+}

@@ -1,0 +1,304 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	jsonv2 "github.com/go-json-experiment/json"
+	"github.com/labstack/echo/v4"
+
+	"gapless/api/auth"
+	"gapless/api/limit"
+	"gapless/sse"
+	"gapless/store"
+)
+
+// The Vercel AI SDK's useChat, with its DefaultChatTransport, asks by POST and, when a page is
+// loaded again, resumes by GET. It is answered with a UI message stream: the parts of one
+// message (https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol#data-stream-protocol), always from
+// the message's beginning. Here that is one more form of a viewer's stream, so it is as gapless,
+// as bounded and as slow as its reader.
+//
+// Its client takes a clean end for the end of the answer. So the response ends cleanly behind
+// [DONE] alone, and else it is broken off.
+
+// uiAsk takes what useChat sends, and answers with the answer.
+func (a *API) uiAsk(c echo.Context) error {
+	if err := checkJSON(c); err != nil {
+		return err
+	}
+	body, give, err := a.readLarge(c)
+	if err != nil {
+		return err
+	}
+	content, member, err := uiQuestion(body)
+	give()
+	if err != nil {
+		return err
+	}
+	if err := a.may(c, auth.Read, session(c)); err != nil { // it is answered with what it asks
+		return err
+	}
+	if a.draining.Err() != nil { // nobody could view the answer here
+		return errDraining
+	}
+	caller := a.caller(c)
+	if err := a.limits.Viewers.Take(caller, 1); err != nil {
+		return err
+	}
+	defer a.limits.Viewers.Give(caller, 1)
+	x, err := a.begin(c, content, member)
+	if err != nil {
+		return err
+	}
+	return a.uiStream(c, sse.Ask{Cursor: x.seq}, &uiFold{message: x.reply})
+}
+
+// uiQuestion is the text of the last message that useChat sent, and where it stands. All others
+// are in the log.
+func uiQuestion(body []byte) (content, member string, err error) {
+	var sent struct {
+		Messages []struct {
+			Role  string `json:"role"`
+			Parts []struct {
+				Type string `json:"type"`
+				Text string `json:"text"`
+			} `json:"parts"`
+		} `json:"messages"`
+	}
+	if err := jsonv2.Unmarshal(body, &sent); err != nil {
+		p := &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be JSON as useChat sends it: messages, each with its role and its parts"}
+		if e, ok := errors.AsType[*jsonv2.SemanticError](err); ok {
+			p.Member = string(e.JSONPointer)
+		}
+		return "", "", p
+	}
+	last := len(sent.Messages) - 1
+	if last < 0 || sent.Messages[last].Role != roleUser {
+		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/messages", Detail: "the last of messages, the question, is to be the user's"}
+	}
+	member = fmt.Sprintf("/messages/%d/parts", last)
+	for i, p := range sent.Messages[last].Parts {
+		if p.Type != "text" {
+			return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: fmt.Sprintf("%s/%d", member, i),
+				Detail: "a question is text: leave out parts of other types"}
+		}
+		content += p.Text
+	}
+	if content == "" {
+		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: member, Detail: "the question has no text"}
+	}
+	return content, member, nil
+}
+
+// uiResume answers with the message that is under way; 204 when there is none.
+func (a *API) uiResume(c echo.Context) error { return a.uiView(c, "") }
+
+// uiMessage answers with a message that is under way; 204 when it is not.
+func (a *API) uiMessage(c echo.Context) error {
+	id, err := messageID(c)
+	if err != nil {
+		return err
+	}
+	return a.uiView(c, id)
+}
+
+func (a *API) uiView(c echo.Context, message string) error {
+	if a.draining.Err() != nil {
+		return errDraining
+	}
+	b, open, err := a.logs.Open(c.Request().Context(), session(c))
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	if message == "" && len(open) > 0 {
+		message = slices.Max(open) // of answers to questions, whose ids tell the time, the newest
+	}
+	if !slices.Contains(open, message) {
+		return c.NoContent(http.StatusNoContent)
+	}
+	caller := a.caller(c)
+	if err := a.limits.Viewers.Take(caller, 1); err != nil {
+		return err
+	}
+	defer a.limits.Viewers.Give(caller, 1)
+	f := &uiFold{message: message}
+	if b.First-1 > b.Former { // what this log began with is not kept any more
+		f.torn = b.First
+	}
+	return a.uiStream(c, sse.Ask{}, f)
+}
+
+func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
+	connection, err := newConnection(c)
+	if err != nil {
+		return err
+	}
+	ask.Session, ask.Connection, ask.Expires, ask.Fold = strings.Clone(session(c)), connection, grant(c).Expires, f.fold
+	v, err := a.hub.View(ask)
+	if errors.Is(err, sse.ErrDraining) {
+		return errDraining
+	}
+	if errors.Is(err, sse.ErrFull) {
+		return a.limits.Refuse(limit.Feeds(a.hub.FeedsMax()))
+	}
+	if err != nil {
+		return err
+	}
+	defer v.Close()
+	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
+	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", c.RealIP()))
+	w := a.hub.NewWriter(c.Response().Writer, c.Request())
+	cause := v.Serve(c.Request().Context(), w)
+	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
+	if cause != sse.Done {
+		cause = sse.Outside // the log's end, or its deletion, is none of the message's
+	}
+	return w.End(cause)
+}
+
+// stopMessage stops a message. One that has ended is stopped as well: the button was late.
+func (a *API) stopMessage(c echo.Context) error {
+	id, err := messageID(c)
+	if err != nil {
+		return err
+	}
+	_, err = a.logs.Cancel(c.Request().Context(), session(c), id)
+	if _, ended := errors.AsType[*store.MessageEndedError](err); err != nil && !ended && !errors.Is(err, store.ErrSessionEnded) {
+		return err
+	}
+	return c.NoContent(http.StatusNoContent)
+}
+
+func messageID(c echo.Context) (string, error) {
+	id := param(c, "message_id")
+	if id == "" || len(id) > store.MaxMessageID || !utf8.ValidString(id) {
+		return "", &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "message_id", Limit: store.MaxMessageID,
+			Detail: fmt.Sprintf("message_id is text in UTF-8, of 1 to %d bytes", store.MaxMessageID)}
+	}
+	return id, nil
+}
+
+// uiFold makes parts of a UI message of the chunks of one message.
+type uiFold struct {
+	message string
+	torn    int64 // the first chunk that is kept, if those before it are not; a message that goes on there has lost its beginning
+
+	begun bool
+	texts int  // text parts that have begun
+	text  bool // one of them is open
+}
+
+// part is a part of a UI message stream. Which of its members it has follows from its type.
+type part struct {
+	Type         string          `json:"type"`
+	MessageID    string          `json:"messageId,omitempty"`
+	ID           string          `json:"id,omitempty"`
+	Delta        string          `json:"delta,omitempty"`
+	Data         json.RawMessage `json:"data,omitempty"`
+	FinishReason string          `json:"finishReason,omitempty"`
+	Reason       string          `json:"reason,omitempty"`
+	ErrorText    string          `json:"errorText,omitempty"`
+}
+
+// fold is the sse.Ask.Fold of such a stream.
+func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
+	if !f.begun {
+		f.begun = true
+		b = appendPart(b, part{Type: "start", MessageID: f.message})
+	}
+	for seq, chunk := range sse.Chunks(events) {
+		if !f.mayMatter(chunk) {
+			continue
+		}
+		s := parseSaid(chunk)
+		if s.kind == store.TypeEnd {
+			return f.end(b, part{Type: "error", ErrorText: "the conversation was ended before the answer was"}), true
+		}
+		if s.message != f.message {
+			continue
+		}
+		if seq == f.torn && s.kind != store.TypeMessage {
+			return f.end(b, part{Type: "error", ErrorText: "the beginning of the answer is no longer kept"}), true
+		}
+		if s.content != "" {
+			if !f.text {
+				f.text = true
+				f.texts++
+				b = appendPart(b, part{Type: "text-start", ID: f.id()})
+			}
+			b = appendPart(b, part{Type: "text-delta", ID: f.id(), Delta: s.content})
+		}
+		if s.data != nil {
+			kind := s.kind
+			if kind == "" {
+				kind = store.TypeDelta
+			}
+			b = appendPart(f.endText(b), part{Type: "data-" + kind, Data: json.RawMessage(s.data)})
+		}
+		switch {
+		case s.kind == store.TypeDone, s.kind != store.TypeFailed && s.kind != store.TypeCancelled && s.complete:
+			return f.end(b, part{Type: "finish", FinishReason: finishReason(s.finish)}), true
+		case s.kind == store.TypeFailed:
+			text := "the answer failed"
+			if s.detail != "" {
+				text += ": " + s.detail
+			} else if s.reason != "" {
+				text += ": " + s.reason
+			}
+			return f.end(b, part{Type: "error", ErrorText: text}), true
+		case s.kind == store.TypeCancelled:
+			return f.end(b, part{Type: "abort", Reason: "cancelled"}), true
+		}
+	}
+	return b, false
+}
+
+// mayMatter says whether a chunk may be of the message, or end the log: most others are not parsed.
+func (f *uiFold) mayMatter(chunk []byte) bool {
+	return bytes.Contains(chunk, []byte(f.message)) || bytes.IndexByte(chunk, '\\') >= 0 || bytes.Contains(chunk, []byte(`"end"`))
+}
+
+func (f *uiFold) id() string { return fmt.Sprint("text-", f.texts) }
+
+func (f *uiFold) endText(b []byte) []byte {
+	if !f.text {
+		return b
+	}
+	f.text = false
+	return appendPart(b, part{Type: "text-end", ID: f.id()})
+}
+
+// end appends the last part, and the stream's end.
+func (f *uiFold) end(b []byte, last part) []byte {
+	return append(appendPart(f.endText(b), last), "data: [DONE]\n\n"...)
+}
+
+func appendPart(b []byte, p part) []byte {
+	text, err := json.Marshal(p)
+	if err != nil { // what a foreign producer takes for JSON, and this library does not
+		return b
+	}
+	return append(append(append(b, "data: "...), text...), "\n\n"...)
+}
+
+// finishReason is the AI SDK's word for a finish_reason of the chat-completions API.
+func finishReason(text string) string {
+	switch text {
+	case "", "stop", "length":
+		return text
+	case "content_filter":
+		return "content-filter"
+	case "tool_calls", "function_call":
+		return "tool-calls"
+	}
+	return "other"
+}

@@ -1,0 +1,163 @@
+package web_test
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"gapless/store/storetest"
+)
+
+// chat is the Vercel AI SDK's, at work on a session.
+type chat struct {
+	done chan struct{}
+
+	mu    sync.Mutex
+	lines map[string][]string // what it printed, by what it is about
+	over  string
+	err   error
+}
+
+// startChat has a script of the AI SDK run: how is ask, resume or stop.
+func startChat(t *testing.T, base, session, how, question string) *chat {
+	t.Helper()
+	c := &chat{done: make(chan struct{}), lines: map[string][]string{}}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	run := install(t)("ai.mjs", how, question)
+	go func() { // ends with ctx; waited for below
+		defer close(c.done)
+		over, err := run(ctx, base+"/v1/sessions/"+session, func(what, data string) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.lines[what] = append(c.lines[what], data)
+		})
+		c.over, c.err = over, err
+	}()
+	t.Cleanup(func() { cancel(); <-c.done })
+	return c
+}
+
+// has waits until the chat shows so many bytes.
+func (c *chat) has(t *testing.T, bytes int) {
+	t.Helper()
+	eventually(t, fmt.Sprint("the chat shows ", bytes, " bytes"), func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		all := c.lines["bytes"]
+		n, _ := strconv.Atoi(append([]string{"0"}, all...)[len(all)])
+		return n >= bytes
+	})
+}
+
+// ends waits for its end, which must be the status and the text of a message.
+func (c *chat) ends(t *testing.T, status, message, text string) {
+	t.Helper()
+	select {
+	case <-c.done:
+	case <-time.After(patience):
+		t.Fatal("the chat does not end")
+	}
+	if c.err != nil || c.over != status {
+		t.Errorf("the chat ended %q, not %q: %v %q", c.over, status, c.err, c.lines["error"])
+	}
+	if got := c.lines[message]; message != "" && !slices.Equal(got, []string{text}) {
+		t.Errorf("it shows %d bytes, not %d: %.200q", len(strings.Join(got, "")), len(text), got)
+	}
+}
+
+func TestAISDK_resumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	args := []string{"-redis", redis.URL(), "-heartbeat", "100ms"}
+	a, b := start(t, args...), start(t, args...)
+	const session, path = "ui", "/v1/sessions/ui/chunks"
+	want := ""
+	produce := func(n *node) {
+		for _, text := range nasty {
+			want += text
+			n.post(t, path, []chunk{{MessageID: "m", Content: text}, {MessageID: "other", Content: "not of it"}})
+		}
+	}
+	startChat(t, "http://"+a.addr, session, "resume", "").ends(t, "ready", "", "") // nothing runs: 204
+	a.post(t, path, chunk{Type: "message", MessageID: "q", Role: "user", Content: "?"})
+	produce(a)
+
+	line := newProxy(t, a, b)
+	line.cuts = []cut{where(`text-delta.*\n\ndata: {"type":"text-de()`)} // the first response, in mid-answer
+	line.route = func(streams int) int { return min(streams, 1) }
+	b.post(t, path, chunk{Type: "done", MessageID: "other"})
+	whole := startChat(t, "http://"+a.addr, session, "resume", "")
+	torn := startChat(t, "http://"+line.l.Addr().String(), session, "resume", "")
+	whole.has(t, len(want))
+	torn.has(t, len(want))
+	for range 3 {
+		for _, text := range nasty {
+			want += text
+			b.post(t, path, chunk{MessageID: "m", Content: text})
+		}
+		whole.has(t, len(want))
+	}
+	a.stop() // whose chats end in an error: whole comes back to nobody
+	b.post(t, path, chunk{Type: "done", MessageID: "m"})
+	torn.ends(t, "ready", "m", want)
+	if streams := line.seen(); len(streams) < 2 || !streams[0].cut {
+		t.Errorf("%d responses, and the first was not cut: this proves less than it should", len(streams))
+	}
+	whole.ends(t, "error", "m", want)
+	startChat(t, "http://"+b.addr, session, "resume", "").ends(t, "ready", "", "")
+}
+
+func TestAISDK_stopsAnAnswer(t *testing.T) {
+	t.Parallel()
+	n := start(t)
+	const path = "/v1/sessions/ui/chunks"
+	n.post(t, path, chunk{MessageID: "a/b 🍞", Content: "half"})
+	c := startChat(t, "http://"+n.addr, "ui", "stop", "")
+	c.ends(t, "ready", "a/b 🍞", "half")
+	if !slices.Equal(c.lines["stop"], []string{"204"}) {
+		t.Errorf("stop was answered %q", c.lines["stop"])
+	}
+	if all := n.history(t, "ui"); all[len(all)-1].Type != "cancelled" {
+		t.Errorf("%+v", all)
+	}
+}
+
+func TestAISDK_asksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T) {
+	t.Parallel()
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/v1/chat/completions" {
+			http.Error(w, "no", http.StatusUnauthorized)
+			return
+		}
+		w.Header().Set("Content-Type", "text/event-stream")
+		for _, word := range []string{"Four ", "minutes 🍵."} {
+			fmt.Fprintf(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":%q}}]}\n\n", word)
+		}
+		fmt.Fprint(w, "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"length\"}]}\n\ndata: [DONE]\n\n")
+	}))
+	t.Cleanup(service.Close)
+	n := start(t, "-model-url", service.URL+"/v1", "-model-name", "m")
+	c := startChat(t, "http://"+n.addr, "ui", "ask", "How long does tea steep?")
+	c.ends(t, "ready", "", "")
+	all := n.history(t, "ui")
+	if len(all) != 4 || all[0].Content != "How long does tea steep?" || all[3].Type != "done" {
+		t.Fatalf("%+v", all)
+	}
+	c.ends(t, "ready", all[1].MessageID, "Four minutes 🍵.")
+	if got := c.lines["finish"]; !slices.Equal(got, []string{"false false length"}) {
+		t.Errorf("it finished %q", got)
+	}
+	n = start(t, "-model-url", service.URL+"/elsewhere", "-model-name", "m")
+	c = startChat(t, "http://"+n.addr, "ui", "ask", "And now?")
+	c.ends(t, "error", "", "")
+	if got := c.lines["error"]; len(got) != 1 || !strings.Contains(got[0], "401") {
+		t.Errorf("it says %q", got)
+	}
+}
