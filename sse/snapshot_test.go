@@ -291,13 +291,14 @@ func elements(rt *rapid.T) []string {
 			continue
 		}
 		if rapid.Bool().Draw(rt, "ours") {
-			head := fmt.Sprintf(`"seq":%d,"ts":7`, i+1)
-			for _, m := range strings.Split(e, ",") {
+			var head strings.Builder
+			head.WriteString(fmt.Sprintf(`"seq":%d,"ts":7`, i+1))
+			for m := range strings.SplitSeq(e, ",") {
 				if m != "" && !strings.HasPrefix(m, `"ts"`) && !strings.HasPrefix(m, `"seq"`) {
-					head += "," + m
+					head.WriteString("," + m)
 				}
 			}
-			e = head
+			e = head.String()
 		}
 		all[i] = "{" + e + "}"
 	}
