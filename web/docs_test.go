@@ -92,7 +92,8 @@ func TestDocs_callsAreTriedOutAndNothingComesFromElsewhere(t *testing.T) {
 			}
 			for what, script := range map[string]string{"top": `scrollTo(0, 0)`, "call": `document.querySelector('#operations-chunks-readChunks').scrollIntoView()`,
 				"answer": `document.querySelector('#operations-chunks-readChunks .live-responses-table').scrollIntoView()`} {
-				p.run(script)
+				p.run(script + `; window.painted = false; requestAnimationFrame(() => requestAnimationFrame(() => painted = true))`)
+				p.until(`painted`)
 				png, err := chromedp.Run(p.ctx, chromedp.CaptureScreenshot())
 				if err == nil {
 					err = os.WriteFile(filepath.Join(t.ArtifactDir(), fmt.Sprintf("docs-%s-%d-%s.png", what, width, light)), png, 0o600)
