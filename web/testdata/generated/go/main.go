@@ -107,7 +107,7 @@ func use(ctx context.Context, server string) error {
 // follow reads a message from the stream, to its end: the client's plain call gives the response
 // while it is under way, and the contract's types are those of the events' data.
 func follow(ctx context.Context, c *gapless.ClientWithResponses, session string, after int64, message string) (said string, err error) {
-	response, err := c.StreamChunks(ctx, session, &gapless.StreamChunksParams{After: new(fmt.Sprint(after)), Until: new(gapless.Done)})
+	response, err := c.StreamChunks(ctx, session, &gapless.StreamChunksParams{After: new(fmt.Sprint(after)), Until: new(gapless.StreamChunksParamsUntil("done"))})
 	if err != nil {
 		return "", err
 	}
