@@ -204,7 +204,7 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 }
 
 // theContract is what every answer to a node's own client is held against.
-var theContract = sync.OnceValue(func() *apitest.Contract { return apitest.Read("openapi.yaml") })
+var theContract = sync.OnceValue(func() *apitest.Contract { return apitest.New(contract) })
 
 // bearer sends a node's token, and holds what it is answered against the contract.
 type bearer struct {

@@ -12,7 +12,6 @@ import (
 	"maps"
 	"mime"
 	"net/http"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -57,12 +56,8 @@ func (o Outcome) String() string {
 	return strings.TrimSpace(o.Operation + " " + o.Status + " " + o.Code)
 }
 
-// Read reads a contract, which must be a document that can be worked with.
-func Read(path string) *Contract {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		panic(err)
-	}
+// New reads a contract, which must be a document that can be worked with.
+func New(text []byte) *Contract {
 	doc, err := libopenapi.NewDocument(text)
 	if err != nil {
 		panic(err)
