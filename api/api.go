@@ -18,7 +18,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -162,7 +161,7 @@ type API struct {
 
 	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
 	limits  *limit.Limits
-	answers sync.WaitGroup
+	answers underway
 	uploads *uploads
 	tickets *tickets
 	// draining ends first: not ready any more. ending ends uploads and answers.
@@ -283,14 +282,7 @@ func (a *API) End() {
 }
 
 // Wait waits, until ctx ends, for the answers that are under way.
-func (a *API) Wait(ctx context.Context) {
-	done := make(chan struct{})
-	go func() { a.answers.Wait(); close(done) }() // ends with the last answer, which End ends
-	select {
-	case <-done:
-	case <-ctx.Done():
-	}
-}
+func (a *API) Wait(ctx context.Context) { a.answers.wait(ctx) }
 
 func (a *API) ready(c echo.Context) error {
 	if a.draining.Err() != nil {

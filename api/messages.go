@@ -70,6 +70,13 @@ func (a *API) ask(c echo.Context) error {
 
 // begin appends a question, which stands in the request at member, and has the model answer it.
 func (a *API) begin(c echo.Context, content, member string) (x exchange, err error) {
+	a.answers.add() // before it is looked whether all have to end: whoever has them end waits for those that are counted
+	begun := false
+	defer func() {
+		if !begun {
+			a.answers.done()
+		}
+	}()
 	if a.ending.Err() != nil {
 		return x, errDraining
 	}
@@ -104,12 +111,51 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	}
 	x.seq = u.stored.Last
 	u.patience = answerPatience
-	a.answers.Go(func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it
+	begun = true
+	go func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it
+		defer a.answers.done()
 		defer a.limits.Answers.Give(caller, 1)
 		defer u.end()
 		a.answer(u, x, content)
-	})
+	}()
 	return x, nil
+}
+
+// underway counts answers. A WaitGroup could not be waited for while others begin.
+type underway struct {
+	mu   sync.Mutex
+	n    int
+	none chan struct{} // closed when n has become 0
+}
+
+func (u *underway) add() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.n++; u.n == 1 {
+		u.none = make(chan struct{})
+	}
+}
+
+func (u *underway) done() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.n--; u.n == 0 {
+		close(u.none)
+	}
+}
+
+// wait waits, until ctx ends, for a moment in which there is none.
+func (u *underway) wait(ctx context.Context) {
+	u.mu.Lock()
+	n, none := u.n, u.none
+	u.mu.Unlock()
+	if n == 0 {
+		return
+	}
+	select {
+	case <-none:
+	case <-ctx.Done():
+	}
 }
 
 // answer appends what the model says, as it comes, and how it ended.

@@ -97,7 +97,7 @@ type paced struct {
 	err   error       // said behind the last step
 }
 
-func newPaced() *paced { return &paced{steps: make(chan string), ended: make(chan string, 8)} }
+func newPaced() *paced { return &paced{steps: make(chan string), ended: make(chan string, 10_000)} }
 
 func (p *paced) Answer(ctx context.Context, _ []model.Turn) iter.Seq2[model.Piece, error] {
 	return func(yield func(model.Piece, error) bool) {
