@@ -10,5 +10,5 @@ import "embed"
 // Files holds the page: index.html, for "/", and the files that it names, which lie
 // beside it ("/app.js", "/style.css", ...).
 //
-//go:embed index.html app.js follow.js style.css favicon.svg
+//go:embed index.html app.js gapless.js style.css favicon.svg
 var Files embed.FS
