@@ -317,6 +317,12 @@ func (a *API) page(files fs.FS) {
 		h.Set("Permissions-Policy", "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()")
 		h.Set("Referrer-Policy", "no-referrer") // the session's id is in the page's address
 		h.Set("Cache-Control", "no-cache")
+		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // the client is for others' pages, which import it with CORS
+			h.Set("Access-Control-Allow-Origin", "*")
+			if strings.HasSuffix(name, ".ts") {
+				h.Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
+			}
+		}
 		server.ServeHTTP(c.Response(), c.Request())
 		return nil
 	}

@@ -1,4 +1,5 @@
-// Package web holds the page and the JavaScript client, as they are served.
+// Package web holds the page and the JavaScript client, as they are served. gapless.js is the
+// client, for anybody's pages; gapless.d.ts is made from it (types_test.go).
 //
 // There is no build step: what is in this folder is what a browser gets. The page works
 // under a Content-Security-Policy that allows nothing but files and connections of its
@@ -10,5 +11,5 @@ import "embed"
 // Files holds the page: index.html, for "/", and the files that it names, which lie
 // beside it ("/app.js", "/style.css", ...).
 //
-//go:embed index.html app.js gapless.js style.css favicon.svg
+//go:embed index.html app.js gapless.js gapless.d.ts style.css favicon.svg
 var Files embed.FS
