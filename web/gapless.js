@@ -383,13 +383,10 @@ export class Follower {
     return this.seq < this.#last ? 'catching up' : 'live';
   }
 
-  /**
-   * @param {State} state
-   * @param {Partial<Hint>} [more]
-   */
-  #enter(state, more) {
+  /** @param {State} state */
+  #enter(state) {
     this.state = state;
-    this.#post(more);
+    this.#post();
     this.#tell('onState', state, this);
   }
 
@@ -609,14 +606,18 @@ export class Follower {
   #take(seq, data, source) {
     const opening = this.#opening;
     this.seq = seq;
-    if (this.leading) this.#enter(this.#progress(), { data, source });
+    if (this.leading) {
+      this.state = this.#progress();
+      this.#post({ data, source });
+    }
     const chunk = parse(data);
     this.#tell('onChunk', chunk, seq, { source });
     if (opening !== this.#opening) return; // it has closed or restarted us
     // Only the server ends a log, and its chunks begin like this; a foreign "end" is text.
     if (chunk.type === 'end' && data.startsWith(`{"seq":${seq},"ts":`)) return this.#finish('ended');
     if (!this.epoch && this.leading) this.#learn();
-    this.#settle();
+    if (this.leading) this.#tell('onState', this.state, this);
+    else this.#settle();
   }
 
   // A session has no epoch before its first chunk, and that one does not tell it.

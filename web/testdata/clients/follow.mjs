@@ -28,7 +28,8 @@ const f = follow(url, {
 for await (const line of createInterface({ input: process.stdin })) {
   const [call, ...args] = JSON.parse(line);
   try {
-    say('answer', await f[call](...args));
+    const answer = await f[call](...args);
+    if (answer) say('answer', answer);
   } catch (err) {
     say('problem', err.name, err.status, err.problem?.code, err.message);
   }
