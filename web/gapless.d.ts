@@ -54,7 +54,7 @@
 export function follow(url: string | URL, options?: Options): Follower;
 /**
  * @typedef {object} Hint what a leading tab tells the others
- * @property {true} [hello] a question: who leads?
+ * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
  * @property {string} [deleted] the epoch that was deleted
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
@@ -253,9 +253,9 @@ export type Listener = {
  */
 export type Hint = {
     /**
-     * a question: who leads?
+     * a question instead: who leads, and is the connection alive?
      */
-    hello?: true | undefined;
+    asks?: "who" | "alive" | undefined;
     /**
      * the epoch that was deleted
      */

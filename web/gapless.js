@@ -83,7 +83,7 @@ const SIGN = 3_000;     // how long a leading tab may take to give a sign of lif
 
 /**
  * @typedef {object} Hint what a leading tab tells the others
- * @property {true} [hello] a question: who leads?
+ * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
  * @property {string} [deleted] the epoch that was deleted
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
@@ -142,6 +142,7 @@ export class Follower {
   #repaired = -1;      // the number behind which we already asked for missing chunks
   #given = 0;          // the last number that this connection gave
   #learned = 0;        // the opening for which we asked for the epoch
+  #looking = -1;       // the opening whose connection is being looked at
   #heard = 0;          // when something last came
   #signs = 0;          // how many hints came
   #tried = '';         // the leading tab's connection that made us try again
@@ -272,6 +273,7 @@ export class Follower {
     const turn = this.#turn = new AbortController();
     this.#heard = Date.now();
     this.#enter('connecting');
+    if (turn.signal.aborted) return; // by a handler, as below
     const { ticket, shared = true } = this.#options;
     if (!shared || !globalThis.navigator?.locks || !globalThis.BroadcastChannel) return this.#lead();
     try {
@@ -280,7 +282,7 @@ export class Follower {
       const scope = await this.#scope();
       if (turn.signal.aborted) return;
       if (mine) return this.#lead(mine);
-      this.#name = `gapless ${scope} ${this.#url}`;
+      this.#name = `gapless 1 ${scope} ${this.#url}`; // 1: what hints are like
     } catch {
       if (!turn.signal.aborted) this.#disconnect();
       return;
@@ -311,7 +313,7 @@ export class Follower {
         return new Promise((release) => { signal.addEventListener('abort', release); });
       }
       this.#open();
-      this.#channel?.postMessage({ hello: true });
+      this.#channel?.postMessage({ asks: 'who' });
       this.#request(turn, { signal });
       return undefined;
     }).catch(() => {
@@ -337,8 +339,9 @@ export class Follower {
 
   /** @param {Hint} hint */
   #hint(hint) {
-    if (hint.hello) {
+    if (hint.asks) {
       this.#post();
+      if (hint.asks === 'alive' && this.leading) this.#look();
       return;
     }
     if (this.leading) return; // two may lead for a moment
@@ -360,10 +363,10 @@ export class Follower {
     this.#theirs = hint.state === 'catching up' ? 'live' : hint.state;
     this.#known = hint.seq;
     const other = this.epoch !== '' && hint.epoch !== '' && hint.epoch !== this.epoch;
-    if (!other && hint.data !== undefined && hint.seq === this.seq + 1) {
-      this.epoch ||= hint.epoch;
-      return this.#take(hint.seq, hint.data, hint.source ?? 'live');
-    }
+    const { data } = hint;
+    const next = !other && data !== undefined && hint.seq === this.seq + 1;
+    if (next || hint.seq === this.seq) this.epoch ||= hint.epoch;
+    if (next) return this.#take(hint.seq, data, hint.source ?? 'live');
     if (!this.#source && (other || hint.seq > this.seq)) return this.#open();
     this.#settle();
   }
@@ -410,7 +413,7 @@ export class Follower {
     this.#heard = Date.now();
     if (!this.leading) {
       const signs = this.#signs;
-      this.#channel?.postMessage({ hello: true });
+      this.#channel?.postMessage({ asks: 'alive' });
       await pause(SIGN);
       if (turn.signal.aborted || this.leading || this.#signs > signs) return;
       turn.abort(); // out of the queue
@@ -419,9 +422,12 @@ export class Follower {
     }
     if (this.state !== 'live' && this.state !== 'catching up') return silent ? this.#open() : undefined;
     const opening = this.#opening;
+    if (this.#looking === opening) return;
+    this.#looking = opening;
     const { seq } = this;
     const behind = await this.#behind();
     if (opening !== this.#opening) return;
+    this.#looking = -1;
     if (!behind) return this.#post(); // a sign of life
     await pause(GRACE);
     if (opening === this.#opening && seq === this.seq) this.#open();
@@ -458,6 +464,7 @@ export class Follower {
     this.#source = undefined;
     const opening = ++this.#opening;
     this.#enter('connecting');
+    if (opening !== this.#opening) return;
     const { ticket } = this.#options;
     if (!ticket) return this.#connect('');
     ticket().then(

@@ -265,7 +265,7 @@ func (r *run) said() (all []string) {
 	return all
 }
 
-// number is one of the follower's members, as a handler last saw it.
+// member is one of the follower's members, as a handler last saw it.
 func (r *run) member(name string) (value any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
