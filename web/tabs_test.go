@@ -4,10 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -417,46 +417,45 @@ func testLostInAll(t *testing.T, w world) {
 }
 
 func testSnapshotTabs(t *testing.T, w world) {
-	// Until a node has snapshots, one says what a node will say.
-	f := newFake(t, session("e", 3, false))
-	var mu sync.Mutex
-	viewers, most := 0, 0
-	more := make(chan struct{})
-	answer := func(s says) {
-		mu.Lock()
-		viewers++
-		most = max(most, viewers)
-		mu.Unlock()
-		defer func() {
-			mu.Lock()
-			defer mu.Unlock()
-			viewers--
-		}()
-		s.welcome("e", 0, 3)
-		s.raw(`event: snapshot` + "\n" + `data: {"type":"snapshot","epoch":"e","first_seq":1,"last_seq":3,"ended":false,"messages":[{"role":"assistant","content":"abc","status":"streaming","done":false,"first_seq":1,"last_seq":3}]}` + "\nid: 3\n\n")
-		select {
-		case <-more:
-			s.chunks(4)
-			s.hang()
-		case <-s.r.Context().Done():
+	const session = "snapshot"
+	// What a page shows of the messages: their text, wherever it came from.
+	const text = `window.text = {}, window.snapshots = 0`
+	const options = `onSnapshot: (s) => { snapshots++; text = Object.fromEntries(s.messages.map((m) => [m.message_id, m.content])); },
+		onChunk: (c) => { text[c.message_id] = (text[c.message_id] ?? '') + (c.content ?? ''); },`
+	line := newProxy(t, w.node)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	line.cuts = []cut{where(`event: snapshot\ndata: .()`), anywhere(random), where(`}\nid: \d()\d`), anywhere(random)}
+	b := newProfile(t, w.browser, w.node)
+	w.node.post(t, "/v1/sessions/"+session+"/chunks", chunk{MessageID: "q", Role: "user", Type: "message", Content: question})
+	finish := w.node.answers(t, session)
+	cut := open(t, w.browser, line.url("/healthz"), chromedp.WithNewBrowserContext())
+	cut.follow(session, text, options)
+	tabs := []*tab{cut}
+	for i := range 3 {
+		p := b.follows(session, text, options)
+		p.until(fmt.Sprintf(`snapshots === 1 && f.state === 'live' && f.seq >= %d`, 10*i))
+		tabs = append(tabs, p)
+	}
+	leader(t, tabs[1:])
+	eventually(t, "all cuts are made", func() bool { return len(line.seen()) > len(line.cuts) })
+	eventually(t, "two views", func() bool { return w.node.viewers(t, session) == 2 })
+	finish()
+	want := map[string]string{}
+	chunks := w.node.history(t, session)
+	for _, c := range chunks {
+		want[c.MessageID] += c.Content
+	}
+	for _, p := range tabs {
+		p.until(fmt.Sprintf(`f.seq === %d`, len(chunks)))
+		if got := eval[map[string]string](p, `text`); !maps.Equal(got, want) {
+			t.Errorf("the messages are\n%q, not\n%q", got, want)
+		}
+		if got := eval[int](p, `snapshots`); got != 1 {
+			t.Errorf("there were %d snapshots", got)
 		}
 	}
-	f.answers = []func(says){answer, answer, answer}
-	first := open(t, w.browser, f.URL+"/style.css", chromedp.WithNewBrowserContext())
-	second := open(t, first.ctx, f.URL+"/style.css")
-	third := open(t, first.ctx, f.URL+"/style.css")
-	tabs := []*tab{first, second, third}
-	for _, p := range tabs {
-		p.follow("s", `window.snapshots = []`, `onSnapshot: (s) => { snapshots.push(s.messages[0].content + s.last_seq); },`)
-		p.until(`f.state === 'live' && snapshots.join() === 'abc3' && f.seq === 3`)
-	}
-	leader(t, tabs)
-	eventually(t, "one viewer is left", func() bool { mu.Lock(); defer mu.Unlock(); return viewers == 1 })
-	close(more)
-	for _, p := range tabs {
-		p.until(`got.map(([seq]) => seq).join() === '4' && snapshots.length === 1`)
-	}
-	f.wanted(t, " 1", " 1", " 1")
 }
 
 func testDeadConnection(t *testing.T, w world) {
