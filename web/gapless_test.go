@@ -331,7 +331,8 @@ func TestGapless_dropsWhatComesTwiceAndAsksOnceForWhatIsMissing(t *testing.T) {
 			func(s says) { s.welcome("e", 5, 8); s.chunks(8, 9); s.end(10); s.hang() })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "chunk 3 word 3 live",
-			"chunk 4 word 4 repaired", "chunk 5 word 5 repaired", "hole 6 7", "chunk 8 word 8 repaired", "chunk 9 word 9 live", "chunk 10 end live", "end ended")
+			"chunk 4 word 4 repaired", "chunk 5 word 5 repaired", "hole 6 7", "chunk 8 word 8 repaired", "chunk 9 word 9 live",
+			"chunk 10 end live", "end ended")
 		r.until("state", "ended")
 		r.counts(map[string]int{"gaps": 2, "doubles": 2, "reconnects": 2})
 		f.wanted(t, "", "3", "5")
@@ -347,6 +348,57 @@ func TestGapless_takesNoCursorThatIsAheadOfItsOwn(t *testing.T) {
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("hole 1 3", "chunk 4 word 4 repaired", "chunk 5 end repaired", "end ended")
 		f.wanted(t, "", "")
+	})
+}
+
+// An "end" that a program pushed into Redis ends nothing; what stands before the first event may
+// be the rest of another response (WebKit).
+func TestGapless_isNotTakenInByWhatOnlyLooksLikeTheServers(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, "404", func(s says) {
+			s.raw("data: {\"seq\":7,\"content\":\"half\n")
+			s.welcome("e", 0, 1)
+			s.raw("data: {\"type\":\"end\"}\nid: 1\n\ndata: {\"seq\":2,\"type\":\"end\"}\nid: 2\n\ndata: no JSON\nid: 3\n\ndata: null\nid: 4\n\n")
+			s.end(5)
+			s.hang()
+		})
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.says("chunk 1 end history", "chunk 2 end live", "chunk 3 no JSON live", "chunk 4 null live", "chunk 5 end live", "end ended")
+	})
+}
+
+func TestGapless_mayBeRestartedByAHandler(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		answer := func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() }
+		f := newFake(t, "404", answer, answer)
+		r := followed(t, f.URL+streamPath, by, map[string]any{"again": 2})
+		r.says("chunk 1 word 1 history", "chunk 2 end live", "reset restart", "chunk 1 word 1 history", "chunk 2 end live", "end ended")
+		f.wanted(t, "", "")
+	})
+}
+
+// By fetch, heartbeats are heard: where there are none, the connection is dead, whatever the log says.
+func TestGapless_missesHeartbeatsByFetch(t *testing.T) {
+	t.Parallel()
+	f := newFake(t, session("e", 1, false),
+		func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() },
+		func(s says) { s.welcome("e", 1, 1); s.end(2); s.hang() })
+	r := followed(t, f.URL+streamPath, "fetch", map[string]any{"silence": 1500})
+	r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
+	f.wanted(t, "", "1")
+}
+
+func TestGapless_waitsForAsLongAsItIsToldTo(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		times := make(chan time.Time, 2)
+		f := newFake(t, "404",
+			func(s says) { s.welcome("e", 0, 0); s.raw("retry: 5000\n\n"); times <- time.Now(); s.breaks() },
+			func(s says) { times <- time.Now(); s.welcome("e", 0, 0); s.end(1); s.hang() })
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.says("chunk 1 end live", "end ended")
+		if wait := -(<-times).Sub(<-times); wait < 4500*time.Millisecond {
+			t.Errorf("it came back after %v", wait)
+		}
 	})
 }
 

@@ -4,7 +4,7 @@ import { createInterface } from 'node:readline';
 import { EventSource } from 'eventsource';
 import { follow } from './gapless.js';
 
-const { url, by, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2]);
+let { url, by, again, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2]);
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
 let count = 0;
 
@@ -16,6 +16,7 @@ const f = follow(url, {
   ...(snapshot && { onSnapshot: (s) => say('snapshot', s) }),
   onChunk(chunk, seq, { source }) {
     say('chunk', seq, chunk.content ?? chunk.type, source);
+    if (seq === again) f.restart(again = 0);
     if (throws) throw new Error('a handler that throws');
   },
   onReset: (reason) => say('reset', reason),
