@@ -143,7 +143,7 @@ export class Follower {
   #given = 0;          // the last number that this connection gave
   #learned = 0;        // the opening for which we asked for the epoch
   #looking = -1;       // the opening whose connection is being looked at
-  #heard = 0;          // when something last came
+  #heard = 0;          // when something last came, from the connection if there is one
   #signs = 0;          // how many hints came
   #tried = '';         // the leading tab's connection that made us try again
 
@@ -155,6 +155,7 @@ export class Follower {
     this.#options = options;
     this.#url = new URL(url, globalThis.document?.baseURI);
     this.#session = this.#url.origin + this.#url.pathname.replace(/\/stream$/, '');
+    this.#url.hash = '';
     const { searchParams: query } = this.#url;
     this.seq = options.after ?? (Number(query.get('after')) || 0);
     for (const name of ['after', 'snapshot', 'ticket']) query.delete(name);
@@ -212,8 +213,8 @@ export class Follower {
     on(document, 'visibilitychange', () => { if (document.visibilityState === 'visible') this.#look(); });
     const silence = this.#silence();
     const timer = setInterval(() => {
-      // The leading tab looks first, and its sign keeps the others from it.
-      if (Date.now() - this.#heard >= (this.leading ? silence : 1.5 * silence)) this.#look(true);
+      // Without a connection we hear the leading tab, which looks first and then gives a sign.
+      if (Date.now() - this.#heard >= (this.#source ? silence : 1.5 * silence)) this.#look(true);
     }, silence / 4);
     signal.addEventListener('abort', () => clearInterval(timer));
     this.#join();
@@ -297,7 +298,7 @@ export class Follower {
     const headers = Object.entries(await this.#headers());
     if (headers.length === 0) return '';
     const text = new TextEncoder().encode(JSON.stringify(headers.sort()));
-    return Array.from(new Uint8Array(await crypto.subtle.digest('SHA-256', text)), (b) => b.toString(16)).join('');
+    return Array.from(new Uint8Array(await crypto.subtle.digest('SHA-256', text)), (b) => b.toString(16)).join('.');
   }
 
   /**
@@ -312,7 +313,7 @@ export class Follower {
         this.#lead();
         return new Promise((release) => { signal.addEventListener('abort', release); });
       }
-      this.#open();
+      if (!this.#source) this.#open();
       this.#channel?.postMessage({ asks: 'who' });
       this.#request(turn, { signal });
       return undefined;
@@ -345,7 +346,7 @@ export class Follower {
       return;
     }
     if (this.leading) return; // two may lead for a moment
-    this.#heard = Date.now();
+    if (!this.#source) this.#heard = Date.now();
     this.#signs++;
     if (hint.deleted !== undefined) {
       if (!this.epoch || hint.deleted === this.epoch) this.#deleted();
@@ -412,6 +413,7 @@ export class Follower {
     if (!turn || !this.leading && !this.#channel) return;
     this.#heard = Date.now();
     if (!this.leading) {
+      if (this.#source && silent) return this.#open();
       const signs = this.#signs;
       this.#channel?.postMessage({ asks: 'alive' });
       await pause(SIGN);
@@ -539,8 +541,10 @@ export class Follower {
     if (this.leading && this.#welcomes++ > 0) this.reconnects++;
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) {
+      const opening = this.#opening;
       this.#forget('epoch');
-      return this.#open();
+      if (opening === this.#opening) this.#open();
+      return;
     }
     this.epoch = welcome.epoch || this.epoch;
     this.#last = welcome.last_seq;
@@ -728,8 +732,9 @@ export class ProblemError extends Error {
   }
 }
 
-// The server wraps what is no JSON object; this is for one that forgets to.
 /**
+ * The server wraps what is no JSON object; this is for one that forgets to.
+ *
  * @param {string} data
  * @returns {Chunk}
  */

@@ -134,6 +134,7 @@ func TestTabs(t *testing.T) {
 		{"and those with a ticket do not", testTicketTabs},
 		{"those that were refused come back with the first that is let in", testRefusedTabs},
 		{"a log that is lost, deleted and begun again is the same in all of them", testLostInAll},
+		{"a tab whose own read stalls reads again", testStalledRead},
 		{"a snapshot is each tab's own", testSnapshotTabs},
 		{"a connection that died without a word is found when the network or the tab comes back", testDeadConnection},
 		{"a page of another origin imports it", testOtherOrigin},
@@ -414,6 +415,42 @@ func testLostInAll(t *testing.T, w world) {
 	}
 	all("2d")
 	leader(t, tabs)
+}
+
+func testStalledRead(t *testing.T, w world) {
+	f := newFake(t, session("e", 2, false),
+		func(s says) {
+			s.welcome("e", 0, 2)
+			s.chunks(1, 2)
+			for seq := 3; s.r.Context().Err() == nil; seq++ { // so the leading tab gives signs all the time
+				s.chunks(seq)
+				select {
+				case <-time.After(100 * time.Millisecond): // the pace of the answer
+				case <-s.r.Context().Done():
+				}
+			}
+		},
+		func(s says) { s.welcome("e", 0, 2); s.chunks(1); s.hang() },
+		func(s says) {
+			s.welcome("e", 1, 2)
+			for seq := 2; s.r.Context().Err() == nil; seq++ {
+				s.chunks(seq)
+				select {
+				case <-time.After(10 * time.Millisecond): // faster than the other, so that it catches up
+				case <-s.r.Context().Done():
+				}
+			}
+		})
+	first := open(t, w.browser, f.URL+"/style.css", chromedp.WithNewBrowserContext())
+	first.follow("s", "", "")
+	first.until(`f.leading && f.seq > 2`)
+	second := open(t, first.ctx, f.URL+"/style.css")
+	second.follow("s", "", `silence: 3000,`)
+	second.until(`f.seq > 30`)
+	if got := eval[string](second, `got.slice(0, 30).map(([seq]) => seq).join()`); !strings.HasPrefix(got, "1,2,3,4,5,6,7,8,9,10,11,") {
+		t.Errorf("it got %s", got)
+	}
+	f.wanted(t, "", "", "1")
 }
 
 func testSnapshotTabs(t *testing.T, w world) {
