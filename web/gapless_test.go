@@ -491,7 +491,6 @@ func TestGapless_opensAgainWhenAStalledConnectionIsBehind(t *testing.T) {
 // to say is left alone.
 func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
-		goOn := make(chan struct{})
 		f := newFake(t, session("e", 1, false),
 			func(s says) {
 				s.welcome("e", 0, 1)
@@ -504,14 +503,13 @@ func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testin
 					}
 				}
 			},
-			func(s says) { s.welcome("e", 1, 2); close(goOn); s.chunks(2); s.end(3); s.hang() })
+			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3); s.hang() })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 1000})
 		eventually(t, "it looks again and again", func() bool { return f.looked() >= 4 })
 		f.wanted(t, "")
 		f.mu.Lock()
 		f.session = session("e", 2, false)
 		f.mu.Unlock()
-		<-goOn
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 repaired", "chunk 3 end live", "end ended")
 		f.wanted(t, "", "1")
 	})
