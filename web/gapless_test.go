@@ -160,6 +160,7 @@ func (s says) breaks() { panic(http.ErrAbortHandler) }
 type run struct {
 	t     *testing.T
 	stdin io.WriteCloser
+	kill  func() error
 	done  chan struct{}
 
 	mu     sync.Mutex
@@ -184,7 +185,7 @@ func followed(t *testing.T, url, by string, options map[string]any) *run {
 		t.Fatal(err)
 	}
 	r := &run{t: t, done: make(chan struct{})}
-	cmd := exec.CommandContext(t.Context(), "node", "--no-warnings", filepath.Join(dir, "follow.mjs"), string(arg))
+	cmd := exec.Command("node", "--no-warnings", filepath.Join(dir, "follow.mjs"), string(arg))
 	cmd.Stderr = &r.stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -196,7 +197,8 @@ func followed(t *testing.T, url, by string, options map[string]any) *run {
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("node: %v (make test installs it)", err)
 	}
-	go func() { // ends with the process, which stop and the test's end end
+	r.kill = cmd.Process.Kill
+	go func() { // ends with the process, which stop ends
 		defer close(r.done)
 		for lines := bufio.NewReader(out); ; {
 			line, err := lines.ReadBytes('\n')
@@ -228,6 +230,8 @@ func (r *run) stop() {
 	case <-r.done:
 	case <-time.After(patience):
 		r.t.Error("a follower that is closed keeps Node alive")
+		_ = r.kill()
+		<-r.done
 	}
 }
 
@@ -609,15 +613,16 @@ func TestGapless_asksForANewTicketWhereOneIsSpentAndKeepsOneThatLetItIn(t *testi
 func TestGapless_readsTheFormatWhereverItIsCut(t *testing.T) {
 	t.Parallel()
 	for _, by := range []string{"fetch", "headers"} { // npm eventsource waits for what follows a CR
-		const stream = "\ufeff: comment\r\nretry: 30\rid:1\r\ndata:{\"seq\":1,\"ts\":1,\rdata: \"type\":\"delta\",\"content\":\"ä🍞\"}\r\n\r\n" +
+		const stream = "\ufeff: comment\r\nretry: 30\rid:1\r\ndata:{\"seq\":1,\"ts\":1,\r\ndata: \"type\":\"delta\",\"content\":\"ä🍞\"}\r\n\r\n" +
 			"retry: 3x\nid: 7\nevent: other\ndata: {}\n\n" + // no event of ours, and its id is not the cursor
-			"id: 2\nnothing: x\ndata\r\n\r\nid: 2\x00\nevent\ndata: {\"seq\":2,\"ts\":1,\"type\":\"delta\",\"content\":\" \"}\nid: 2\n\n" +
-			"data: {\"seq\":3,\"ts\":1,\"type\":\"end\"}\nid: 3\r\r"
+			"id: 2\nnothing: x\ndata\r\n\r\nevent\ndata: 2, again\n\n" +
+			"data: {\"seq\":3,\"ts\":1,\"type\":\"end\"}\nid: 3\rid: 9\x00\r\r"
 		f := newFake(t, "404", func(s says) {
 			s.w.Header().Set("Content-Type", "text/event-stream")
 			for i := range len(stream) {
 				_, _ = io.WriteString(s.w, stream[i:i+1])
 				_ = http.NewResponseController(s.w).Flush()
+				<-time.After(2 * time.Millisecond) // so that it arrives in pieces
 			}
 			s.hang()
 		})

@@ -55,7 +55,8 @@ func (p *tab) follow(session, before, options string) {
 		})`, before, session, options))
 }
 
-// onlyChunks checks that nothing but chunks was handed out: the list, each element once, in order.
+// gotAll checks that a tab was given the list, each element once, in order, and of the other
+// handlers' calls these.
 func (p *tab) gotAll(list []string, calls string) {
 	p.t.Helper()
 	p.until(fmt.Sprintf(`got.length >= %d && calls.join() === %q`, len(list), calls))
@@ -125,6 +126,7 @@ func TestTabs(t *testing.T) {
 		test func(*testing.T, world)
 	}{
 		{"share one connection, and whichever goes, however it goes, no other misses a chunk", testHandOver},
+		{"a connection that is cut at any byte costs no chunk, by EventSource and by fetch", testCutTab},
 		{"seven of them work, though a browser makes six connections", testSevenTabs},
 		{"a tab that loses what the leading one tells it reads the log", testDeafTab},
 		{"a leading tab that says nothing more is put out of its place", testMuteLeader},
@@ -188,6 +190,35 @@ func testHandOver(t *testing.T, w world) {
 		p.until(`f.state === 'ended' && !f.leading`)
 	}
 	eventually(t, "nobody views", func() bool { return w.node.viewers(t, session) == 0 })
+}
+
+func testCutTab(t *testing.T, w world) {
+	const session = "cut"
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	finish := w.node.answers(t, session)
+	tabs, lines := []*tab{}, []*proxy{}
+	for i, options := range []string{"", `headers: { 'X-Me': 'ann' },`} {
+		random := rand.New(rand.NewPCG(seed, uint64(i)))
+		line := newProxy(t, w.node)
+		line.cuts = []cut{where(`\n()\n`), anywhere(random), where(`}\nid: \d()\d`), anywhere(random), where(`}\nid: \d+\n()\n`)}
+		p := open(t, w.browser, line.url("/healthz"), chromedp.WithNewBrowserContext())
+		p.follow(session, "", options)
+		tabs, lines = append(tabs, p), append(lines, line)
+	}
+	for i, line := range lines {
+		eventually(t, "all cuts are made", func() bool { return len(line.seen()) > len(line.cuts) })
+		tabs[i].until(`f.state === 'live'`)
+	}
+	finish()
+	w.node.post(t, "/v1/sessions/"+session+"/chunks", chunk{Type: "end"})
+	list := w.redis.LRange(t.Context(), "chat:history:"+session, 0, -1).Val()
+	for i, p := range tabs {
+		p.gotAll(list, "end ended")
+		for n, s := range lines[i].seen() {
+			t.Logf("tab %d, request %d: Last-Event-ID %q, cut %t, torn %t", i, n, s.cursor, s.cut, s.torn())
+		}
+	}
 }
 
 func testSevenTabs(t *testing.T, w world) {
