@@ -44,7 +44,7 @@ func TestTypes_areSoundAndTheDeclarationsFollowFromThem(t *testing.T) {
 		t.Fatal(err)
 	}
 	if *update {
-		if err := os.WriteFile("gapless.d.ts", made, 0o644); err != nil { //nolint:gosec // it is source
+		if err := os.WriteFile("gapless.d.ts", made, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
