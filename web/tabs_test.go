@@ -141,10 +141,7 @@ func TestTabs(t *testing.T) {
 		{"a connection that died without a word is found when the network or the tab comes back", testDeadConnection},
 		{"a page of another origin imports it", testOtherOrigin},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			c.test(t, w)
-		})
+		t.Run(c.name, func(t *testing.T) { c.test(t, w) }) // one by one: each has many tabs
 	}
 }
 
