@@ -4,6 +4,7 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOSEC       := github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 REDOCLY     := @redocly/cli@1.34.5
+SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
 .PHONY: run build release reproducible test setup lint unit torture soak bench fuzz
 
@@ -35,7 +36,7 @@ lint:
 	go mod tidy -diff
 	@echo "== linters"
 	go run $(STATICCHECK) ./...
-	go run $(GOSEC) -quiet -conf .gosec.json -exclude-dir=.ci ./...
+	go run $(GOSEC) -quiet -conf .gosec.json -exclude-dir=.ci -exclude-dir=testdata ./...
 	@echo "== known vulnerabilities"
 	go vet ./.ci/vulncheck
 	go run ./.ci/vulncheck
@@ -43,6 +44,7 @@ lint:
 	cd deploy/lint && go mod tidy -diff && go vet ./... && go test -count=1 ./...
 	@echo "== openapi.yaml"
 	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
+	npx --yes --ignore-scripts $(SPECTRAL) lint --fail-severity hint --ruleset .spectral.yaml openapi.yaml
 
 unit:
 	go test -race -count=1 -timeout 15m ./...

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"gapless/api/apitest"
 	"gapless/store/storetest"
 )
 
@@ -202,7 +203,10 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 	return n
 }
 
-// bearer sends a node's token.
+// theContract is what every answer to a node's own client is held against.
+var theContract = sync.OnceValue(func() *apitest.Contract { return apitest.New(contract) })
+
+// bearer sends a node's token, and holds what it is answered against the contract.
 type bearer struct {
 	*http.Transport
 	n *node
@@ -213,7 +217,14 @@ func (b *bearer) RoundTrip(r *http.Request) (*http.Response, error) {
 		r = r.Clone(r.Context())
 		r.Header.Set("Authorization", "Bearer "+b.n.token)
 	}
-	return b.Transport.RoundTrip(r)
+	response, err := b.Transport.RoundTrip(r)
+	if _, bench := b.n.t.(*testing.B); err != nil || bench || r.URL.Host != b.n.addr {
+		return response, err
+	}
+	if body, err := apitest.Whole(response); err == nil { // else whoever reads it is told
+		theContract().Judge(b.n.t, r.WithContext(apitest.Bad(r.Context())), nil, response, body)
+	}
+	return response, nil
 }
 
 // planted is words that no log may have, at any level: tokens, tickets, and whatever tests

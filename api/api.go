@@ -199,6 +199,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
 	e.GET("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
 	a.page(files)
+	a.docs(files)
 
 	// Each route has its own check: a group's would answer every other method with 404.
 	a.call("POST", "/v1/sessions", auth.Write, a.createSession) // whose body names it
@@ -310,17 +311,12 @@ func (a *API) ready(c echo.Context) error {
 func (a *API) page(files fs.FS) {
 	server := http.FileServerFS(files)
 	h := func(c echo.Context) error {
-		h := c.Response().Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
+		forPeople(c.Response().Header(), "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
 			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
-		h.Set("Cross-Origin-Opener-Policy", "same-origin")
-		h.Set("Permissions-Policy", "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()")
-		h.Set("Referrer-Policy", "no-referrer") // the session's id is in the page's address
-		h.Set("Cache-Control", "no-cache")
 		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // the client is for others' pages, which import it with CORS
-			h.Set("Access-Control-Allow-Origin", "*")
+			c.Response().Header().Set("Access-Control-Allow-Origin", "*")
 			if strings.HasSuffix(name, ".ts") {
-				h.Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
+				c.Response().Header().Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
 			}
 		}
 		server.ServeHTTP(c.Response(), c.Request())
@@ -334,6 +330,15 @@ func (a *API) page(files fs.FS) {
 	for _, name := range names {
 		a.echo.GET("/"+name, h)
 	}
+}
+
+// forPeople sets what a page that is shown in a browser says beside its policy.
+func forPeople(h http.Header, policy string) {
+	h.Set("Content-Security-Policy", policy)
+	h.Set("Cross-Origin-Opener-Policy", "same-origin")
+	h.Set("Permissions-Policy", "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()")
+	h.Set("Referrer-Policy", "no-referrer") // the session's id is in the page's address
+	h.Set("Cache-Control", "no-cache")
 }
 
 // checkHost keeps a web page from reaching a loopback server through a name of its own

@@ -168,7 +168,7 @@ func TestLines_tornByABrokenConnectionAreNotStoredAndEarlierOnesAre(t *testing.T
 						t.Errorf("%s", body)
 					}
 					q := n.new(request{method: "POST", path: "/v1/sessions/" + s + "/chunks", kind: typeNDJSON})
-					theContract().judge(t, q, []byte("{}"), &http.Response{StatusCode: res.StatusCode, Header: res.Header, Request: q}, body)
+					theContract().Judge(t, q, []byte("{}"), &http.Response{StatusCode: res.StatusCode, Header: res.Header, Request: q}, body)
 				}
 				// The node has noticed when it takes connections no more than it has.
 				eventually(t, "the request's end", func() bool { return n.active.Load() == 0 })

@@ -74,11 +74,31 @@ func TestClient_isServedToPagesOfAnyOrigin(t *testing.T) {
 	}
 }
 
+func TestDocs_areServedUnderAPolicyThatAllowsOnlyTheirOwnParts(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	docs := n.get("/docs")
+	want, _ := fs.ReadFile(web.Files, "docs/index.html")
+	if docs.status != 200 || !bytes.Equal(docs.body, want) || docs.header.Get("ETag") == "" {
+		t.Fatalf("%d %v %.100s", docs.status, docs.header, docs.body)
+	}
+	for _, name := range []string{"/docs", "/docs/docs.js", "/docs/docs.css", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/docs/swagger-ui.LICENSE.txt"} {
+		part := n.get(name)
+		if part.status != 200 || len(part.body) == 0 {
+			t.Errorf("%s: %d", name, part.status)
+		}
+		policy := part.header.Get("Content-Security-Policy")
+		if !strings.HasPrefix(policy, "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; ") || strings.Contains(policy, "unsafe") || strings.Contains(policy, "http") {
+			t.Errorf("%s: %s", name, policy)
+		}
+	}
+}
+
 func TestContract_isServedToTheByte(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
 	a := n.get("/openapi.yaml")
-	if a.status != 200 || !bytes.Equal(a.body, theContract().text) || a.header.Get("Content-Type") != "application/yaml" {
+	if a.status != 200 || !bytes.Equal(a.body, theContract().Text) || a.header.Get("Content-Type") != "application/yaml" {
 		t.Errorf("%d %s, %d bytes", a.status, a.header.Get("Content-Type"), len(a.body))
 	}
 }

@@ -29,7 +29,7 @@ func calls() []request {
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"},
 		{method: "POST", path: s + "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
-		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"},
+		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
 	}
 }
 
@@ -257,7 +257,7 @@ func TestProblem_panicIsAFaultAndTheNodeGoesOn(t *testing.T) {
 func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	for _, path := range []string{"/docs", "/v1", "/v1/", "/v1/sessions/", "/v1/sessions/s/", "/v1/sessions/s/stop", "/v2/sessions", "/nothing", "/.git/config", "/openapi.json"} {
+	for _, path := range []string{"/doc", "/v1", "/v1/", "/v1/sessions/", "/v1/sessions/s/", "/v1/sessions/s/stop", "/v2/sessions", "/nothing", "/.git/config", "/openapi.json"} {
 		for _, method := range []string{"GET", "POST"} {
 			n.do(request{method: method, path: path, bad: true}).refused(t, 404, "not_found")
 		}

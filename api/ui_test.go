@@ -58,7 +58,7 @@ func (u *uiParts) next() (p part, ok bool) {
 			}
 			return p, false
 		default:
-			theContract().holds(u.t, "UIPart", []byte(data))
+			theContract().Holds(u.t, "UIPart", []byte(data))
 			if err := json.Unmarshal([]byte(data), &p); err != nil {
 				u.t.Fatal(err)
 			}

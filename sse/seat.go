@@ -2,7 +2,9 @@ package sse
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -61,8 +63,9 @@ type Told struct {
 // socket is a connection that can also be written to without waiting.
 type socket interface {
 	net.Conn
-	// try writes what fits at once: all of p, or less and no error.
+	// try writes what fits at once: all of p, or less and no error. tryAll does so with several.
 	try(p []byte) (int, error)
+	tryAll(p [][]byte) (int, error)
 	// watch calls gone, once, when the peer has closed its end. It ends with unwatch, which
 	// comes before Close.
 	watch(gone func()) error
@@ -181,11 +184,17 @@ func (h *Hub) sit(v *Viewer, conn socket, head, none []byte, patience time.Durat
 	}
 }
 
-// greet begins the response. What it begins with fits into a socket that has taken nothing yet.
-func (s *seat) greet() bool {
-	begin := appendFrame(s.head, s.begin())
+// begin takes what the response begins with.
+func (s *seat) begin() []byte {
+	begin := appendFrame(s.head, s.Viewer.begin())
 	s.head, s.none = nil, nil
 	s.told.Begins()
+	return begin
+}
+
+// greet begins the response. That fits into a socket that has taken nothing yet.
+func (s *seat) greet() bool {
+	begin := s.begin()
 	n, err := s.conn.try(begin)
 	return err == nil && n == len(begin)
 }
@@ -275,47 +284,59 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 			_, _ = s.conn.try(s.none)
 			return over, false
 		}
-		if !s.greet() {
-			return Gone, false
-		}
+		f.begin = s.begin()
 	}
 	for {
 		step := s.next(w)
-		if step.fetch {
-			return "", true
-		}
-		if events := step.events; len(events) > 0 {
-			before := s.Cursor
+		if len(step.events) > 0 {
+			f.add(step, s.Cursor)
 			s.Cursor, s.wrote = step.cursor, now
-			for len(events) > 0 {
-				piece := events[:min(len(events), segmentSize)]
-				framed := f.of(piece)
-				n, err := s.conn.try(framed)
-				if err != nil {
-					return Gone, false
-				}
-				if n < len(framed) {
-					s.rest, s.skip, s.end, s.since, s.count = events, n, step.end, before, step.chunks
-					return "", true
-				}
-				events = events[len(piece):]
-			}
-			s.note(step.chunks, before, s.Cursor, w)
 		}
+		over := step.end != "" || step.fetch || len(step.events) == 0 || s.Cursor == w.Last && !w.Ended
+		if !over && f.size < someWrite {
+			continue
+		}
+		whole, err := s.give(w, f)
 		switch {
+		case err != nil:
+			return Gone, false
+		case !whole || step.fetch:
+			return "", true
 		case step.end.Clean():
 			if n, err := s.conn.try([]byte(lastFrame)); err == nil && n < len(lastFrame) {
 				s.rest, s.skip, s.end = nil, n, step.end
 				return "", true
 			}
 			return step.end, false
-		case step.end != "":
+		case over:
 			return step.end, false
-		case len(step.events) == 0 || s.Cursor == w.Last && !w.Ended:
-			return "", false
 		}
 	}
 }
+
+// give writes what f has gathered, as far as the socket takes it at once. What is not whole is left to
+// a goroutine, from the piece on that did not fit: what is behind that has not been given.
+func (s *seat) give(w *window, f *frame) (whole bool, err error) {
+	defer f.clear()
+	n, err := f.write(s.conn)
+	if n -= len(f.begin); err != nil || n < 0 { // what it begins with fits into a socket that has taken nothing yet
+		return false, cmp.Or(err, errFull)
+	}
+	for _, p := range f.parts {
+		size := frameSize(p.piece)
+		if n < size {
+			s.Cursor = p.cursor
+			s.rest, s.skip, s.end, s.since, s.count = p.events, n, p.end, p.since, p.chunks
+			return false, nil
+		}
+		if n -= size; len(p.piece) == len(p.events) {
+			s.note(p.chunks, p.since, p.cursor, w)
+		}
+	}
+	return true, nil
+}
+
+var errFull = errors.New("the socket is full already")
 
 // run takes on what did not fit, and goes on until the viewer has all there is, or its
 // response is over.
@@ -487,15 +508,73 @@ func (f *feed) along(do func(*seat, *window, *frame, time.Time) (over Cause, run
 	r.mu.Unlock()
 }
 
-// frame is events as a chunk of HTTP/1.1 (RFC 9112, section 7.1), made once for all viewers
-// that are given the same events.
-type frame struct{ events, framed []byte }
+// someWrite is how much is gathered for one write, about: what a socket takes at once. A window has some ten segments at
+// least, so that is no more than some ten pieces.
+const someWrite = 4 * segmentSize
+
+// frame is events as chunks of HTTP/1.1 (RFC 9112, section 7.1): what a viewer is given at once, in one write, or
+// in the usual case of one piece what all viewers of a row are given, framed once.
+type frame struct {
+	begin []byte // of the response, in front
+	parts []part
+	size  int
+	lists [][]byte
+
+	events, framed []byte // the last piece that was alone
+}
+
+// part is a piece of what a step gives. Its events are from that piece on.
+type part struct {
+	step
+	piece []byte
+	since int64 // the cursor before the step
+}
+
+func (f *frame) add(s step, since int64) {
+	for f.size += len(s.events); len(s.events) > 0; {
+		piece := s.events[:min(len(s.events), segmentSize)]
+		f.parts = append(f.parts, part{s, piece, since})
+		s.events = s.events[len(piece):]
+	}
+}
+
+func (f *frame) clear() {
+	clear(f.parts)
+	clear(f.lists)
+	f.begin, f.parts, f.lists, f.size = nil, f.parts[:0], f.lists[:0], 0
+}
+
+// write writes it as far as the socket takes it.
+func (f *frame) write(to socket) (int, error) {
+	switch {
+	case f.begin == nil && len(f.parts) == 0:
+		return 0, nil
+	case len(f.parts) == 0:
+		return to.try(f.begin)
+	case f.begin == nil && len(f.parts) == 1:
+		return to.try(f.of(f.parts[0].piece))
+	}
+	f.lists = append(f.lists, f.begin)
+	for _, p := range f.parts {
+		f.lists = append(f.lists, append(strconv.AppendInt(make([]byte, 0, 8), int64(len(p.piece)), 16), "\r\n"...), p.piece, []byte("\r\n"))
+	}
+	return to.tryAll(f.lists)
+}
 
 func (f *frame) of(events []byte) []byte {
 	if len(f.events) != len(events) || &f.events[0] != &events[0] {
 		f.events, f.framed = events, appendFrame(f.framed[:0], events)
 	}
 	return f.framed
+}
+
+// frameSize is how long appendFrame makes events.
+func frameSize(events []byte) int {
+	digits := 1
+	for n := len(events); n > 15; n >>= 4 {
+		digits++
+	}
+	return digits + len("\r\n") + len(events) + len("\r\n")
 }
 
 func appendFrame(b, events []byte) []byte {

@@ -2,6 +2,7 @@ package sse
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -238,5 +239,61 @@ func TestSeat_rowDoesNotGrowByComingAndGoing(t *testing.T) {
 	defer r.mu.Unlock()
 	if len(r.seats) > 2*1000+200 {
 		t.Errorf("there are %d seats for 1000 viewers", len(r.seats))
+	}
+}
+
+// Many viewers of a long log, some of them from before it is known: each begins once, and is given all of it, in
+// writes of several pieces.
+func TestSeat_isGivenSeveralPiecesAtOnce(t *testing.T) {
+	for _, window := range []int{1000, 20_000, 1 << 20} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &storetest.Log{}
+			for i := range 2000 {
+				log.Append(fmt.Sprint("a word, and some more of it ", i))
+			}
+			cfg := testConfig()
+			cfg.Window = window
+			h := started(t, cfg, log)
+			var all []*watcher
+			for i := range 20 {
+				all = append(all, seated(t, h, Ask{Session: "s", Cursor: int64(100 * i)}))
+			}
+			synctest.Wait()
+			log.Ack()
+			synctest.Wait()
+			for range 10 {
+				all = append(all, seated(t, h, Ask{Session: "s", Cursor: 1990}))
+			}
+			synctest.Wait()
+			log.Append("live")
+			log.Deliver(0)
+			synctest.Wait()
+			_, list := log.Contents()
+			for i, w := range all {
+				cursor := 1990
+				if i < 20 {
+					cursor = 100 * i
+				}
+				if err := w.check(int64(cursor)+1, list[cursor:]); err != nil {
+					t.Fatal(window, i, err)
+				}
+				if got := names(w.events()); strings.Count(got, "welcome") != 1 || !strings.HasSuffix(got, "chunk 2001") {
+					t.Error(window, i, got[:100])
+				}
+				w.leave()
+			}
+		})
+	}
+}
+
+func TestFrame_isAsLongAsItSays(t *testing.T) {
+	for n := 1; n < 1<<17; n++ {
+		events := make([]byte, n)
+		if got, want := frameSize(events), len(appendFrame(nil, events)); got != want {
+			t.Fatalf("%d events: %d, not %d", n, got, want)
+		}
+		if n > 5000 && n%4096 > 20 {
+			n += 50
+		}
 	}
 }

@@ -55,6 +55,20 @@ func (s *tcpSocket) try(p []byte) (n int, err error) {
 	return n, nil
 }
 
+func (s *tcpSocket) tryAll(p [][]byte) (int, error) {
+	for {
+		switch n, err := unix.Writev(s.fd, p); err {
+		case nil:
+			return n, nil
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return 0, nil
+		default:
+			return 0, err
+		}
+	}
+}
+
 // Close implements net.Conn.
 func (s *tcpSocket) Close() error { return s.conn.Close() }
 

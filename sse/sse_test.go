@@ -275,6 +275,13 @@ func (s *sink) try(p []byte) (int, error) {
 	return len(p), nil
 }
 
+func (s *sink) tryAll(p [][]byte) (int, error) {
+	if len(p) > 100 {
+		panic(fmt.Sprint(len(p), " pieces in a write"))
+	}
+	return s.try(bytes.Join(p, nil))
+}
+
 func (s *sink) watch(gone func()) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

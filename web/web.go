@@ -9,7 +9,8 @@ package web
 import "embed"
 
 // Files holds the page: index.html, for "/", and the files that it names, which lie
-// beside it ("/app.js", "/style.css", ...).
+// beside it ("/app.js", "/style.css", ...). In docs is the API reference, for "/docs": it is Swagger
+// UI as it is published (npm swagger-ui-dist), its large files compressed, and what starts it.
 //
-//go:embed index.html app.js gapless.js gapless.d.ts style.css favicon.svg
+//go:embed index.html app.js gapless.js gapless.d.ts style.css favicon.svg docs
 var Files embed.FS

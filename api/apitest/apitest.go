@@ -1,0 +1,582 @@
+// Package apitest holds traffic against openapi.yaml, for the tests of several packages.
+package apitest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"mime"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/iotest"
+
+	yaml "github.com/pb33f/go-yaml"
+	"github.com/pb33f/libopenapi"
+	validator "github.com/pb33f/libopenapi-validator"
+	"github.com/pb33f/libopenapi-validator/config"
+	"github.com/pb33f/libopenapi-validator/content"
+	validation "github.com/pb33f/libopenapi-validator/errors"
+	"github.com/pb33f/libopenapi-validator/schema_validation"
+	"github.com/pb33f/libopenapi/datamodel/high/base"
+	v3 "github.com/pb33f/libopenapi/datamodel/high/v3"
+	"github.com/pb33f/libopenapi/orderedmap"
+
+	"gapless/web"
+)
+
+// Contract is openapi.yaml, and what of it the tests have seen happen. Whatever goes
+// between the tests and the server is held against it (Transport).
+type Contract struct {
+	Text      []byte
+	Model     *v3.Document
+	validator validator.Validator
+	schemas   schema_validation.SchemaValidator
+	checks    *sync.Mutex // the validators compile a schema when it is first used, and change the model meanwhile
+
+	mu    sync.Mutex
+	seen  map[Outcome]bool
+	forms map[form]bool
+}
+
+// Outcome is an answer that the document lists: an operation, a status, and for a
+// problem its code.
+type Outcome struct{ Operation, Status, Code string }
+
+func (o Outcome) String() string {
+	return strings.TrimSpace(o.Operation + " " + o.Status + " " + o.Code)
+}
+
+// New reads a contract, which must be a document that can be worked with.
+func New(text []byte) *Contract {
+	doc, err := libopenapi.NewDocument(text)
+	if err != nil {
+		panic(err)
+	}
+	model, err := doc.BuildV3Model()
+	if err != nil {
+		panic(err)
+	}
+	options := []config.Option{config.WithFormatAssertions(), config.WithBodyDecoder("application/x-ndjson", content.TextDecoder())}
+	v, errs := validator.NewValidator(doc, options...)
+	if len(errs) > 0 {
+		panic(errs)
+	}
+	return &Contract{
+		Text: text, Model: &model.Model, validator: v,
+		schemas: schema_validation.NewSchemaValidator(options...), checks: &sync.Mutex{}, seen: map[Outcome]bool{}, forms: map[form]bool{},
+	}
+}
+
+// Fresh is the same contract, of which nothing has been seen.
+func (c *Contract) Fresh() *Contract {
+	return &Contract{Text: c.Text, Model: c.Model, validator: c.validator, schemas: c.schemas, checks: c.checks, seen: map[Outcome]bool{}, forms: map[form]bool{}}
+}
+
+// Valid says what is wrong with the document itself.
+func (c *Contract) Valid() error {
+	c.checks.Lock()
+	defer c.checks.Unlock()
+	if ok, errs := c.validator.ValidateDocument(); !ok {
+		return errors.New(explain(errs))
+	}
+	return nil
+}
+
+// Route finds what the document has for an escaped path: its template and its operations.
+func (c *Contract) Route(path string) (template string, operations map[string]*v3.Operation) {
+	parts := strings.Split(path, "/")
+	for found, item := range c.Model.Paths.PathItems.FromOldest() {
+		pattern := strings.Split(found, "/")
+		if slices.EqualFunc(pattern, parts, func(a, b string) bool { return a == b || strings.HasPrefix(a, "{") && b != "" }) &&
+			(operations == nil || !strings.Contains(found, "{")) {
+			template, operations = found, map[string]*v3.Operation{}
+			for method, op := range item.GetOperations().FromOldest() {
+				operations[strings.ToUpper(method)] = op
+			}
+		}
+	}
+	return template, operations
+}
+
+// codes are the problems that an operation lists under a status: it has an example of each.
+func codes(op *v3.Operation, status string) []string {
+	res := op.Responses.Codes.GetOrZero(status)
+	if res == nil || res.Content == nil {
+		return nil
+	}
+	media := res.Content.GetOrZero("application/problem+json")
+	if media == nil {
+		return nil
+	}
+	return slices.Collect(media.Examples.KeysFromOldest())
+}
+
+// Listed is every Outcome that the document knows.
+func (c *Contract) Listed() (all []Outcome) {
+	for _, item := range c.Model.Paths.PathItems.FromOldest() {
+		for _, op := range item.GetOperations().FromOldest() {
+			for status := range op.Responses.Codes.FromOldest() {
+				problems := codes(op, status)
+				for _, code := range problems {
+					all = append(all, Outcome{op.OperationId, status, code})
+				}
+				if problems == nil {
+					all = append(all, Outcome{op.OperationId, status, ""})
+				}
+			}
+		}
+	}
+	return all
+}
+
+// Unseen is what the document lists and no test has brought about: an outcome, or an
+// example of an answer that no answer had the form of. excused says which need not be.
+func (c *Contract) Unseen(excused func(Outcome) bool) (missing []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, o := range c.Listed() {
+		switch {
+		case excused(o):
+		case !c.seen[o]:
+			missing = append(missing, o.String())
+		default:
+			missing = append(missing, c.unreal(o)...)
+		}
+	}
+	return missing
+}
+
+// Schema is the component of this name.
+func (c *Contract) Schema(name string) *base.Schema {
+	proxy := c.Model.Components.Schemas.GetOrZero(name)
+	if proxy == nil {
+		panic("openapi.yaml has no schema " + name)
+	}
+	return proxy.Schema()
+}
+
+// Holds checks JSON against a component schema.
+func (c *Contract) Holds(t testing.TB, schema string, data []byte) {
+	t.Helper()
+	c.HoldsIn(t, schema, c.Schema(schema), data)
+}
+
+// HoldsIn checks JSON against a schema of the document.
+func (c *Contract) HoldsIn(t testing.TB, where string, schema *base.Schema, data []byte) {
+	t.Helper()
+	c.checks.Lock()
+	defer c.checks.Unlock()
+	if ok, errs := c.schemas.ValidateSchemaBytes(schema, data); !ok {
+		t.Errorf("no %s: %s\n%s", where, data, explain(errs))
+	}
+}
+
+func explain(errs []*validation.ValidationError) string {
+	var b strings.Builder
+	for _, e := range errs {
+		fmt.Fprintf(&b, "  %s: %s\n", e.Message, e.Reason)
+		for _, s := range e.SchemaValidationErrors {
+			fmt.Fprintf(&b, "    %s %s\n", s.FieldPath, s.Reason)
+		}
+	}
+	return b.String()
+}
+
+// Transport is a transport that fails the test on whatever the contract does not list: a
+// route, a status, a code, a header, a member of a wrong type, a header that is missing.
+func (c *Contract) Transport(t testing.TB, base http.RoundTripper) http.RoundTripper {
+	return &checked{c, t, base}
+}
+
+type checked struct {
+	c    *Contract
+	t    testing.TB
+	base http.RoundTripper
+}
+
+type badKey struct{}
+
+// Bad is the context of a request that is meant to be bad: only what it is answered is checked.
+func Bad(ctx context.Context) context.Context { return context.WithValue(ctx, badKey{}, true) }
+
+// RoundTrip implements http.RoundTripper.
+func (c *checked) RoundTrip(r *http.Request) (*http.Response, error) {
+	sent := &recorder{}
+	if r.Body != nil {
+		sent.from = r.Body
+		r = r.Clone(r.Context())
+		r.Body = sent
+	}
+	res, err := c.base.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	body, err := Whole(res)
+	if err != nil {
+		return nil, err
+	}
+	c.c.Judge(c.t, r, whole(r, sent), res, body)
+	return res, nil
+}
+
+// Whole reads an answer's body, and leaves it to be read again, its error included. Of a stream
+// it reads nothing.
+func Whole(res *http.Response) ([]byte, error) {
+	if kind, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type")); kind == "text/event-stream" {
+		return nil, nil
+	}
+	body, err := io.ReadAll(res.Body)
+	_ = res.Body.Close()
+	again := io.Reader(bytes.NewReader(body))
+	if err != nil {
+		again = io.MultiReader(again, iotest.ErrReader(err))
+		err = fmt.Errorf("read the answer's body: %w", err)
+	}
+	res.Body = io.NopCloser(again)
+	return body, err
+}
+
+// whole is a request's body, of which not all need have gone when the answer came. Of one that
+// cannot be had again it is what was sent.
+func whole(r *http.Request, sent *recorder) []byte {
+	if r.GetBody != nil {
+		if again, err := r.GetBody(); err == nil {
+			text, _ := io.ReadAll(again)
+			return text
+		}
+	}
+	return sent.bytes()
+}
+
+// recorder keeps what was sent of a body. It is read from the transport's goroutine.
+type recorder struct {
+	from io.ReadCloser
+	mu   sync.Mutex
+	sent []byte
+}
+
+func (r *recorder) Read(p []byte) (int, error) {
+	n, err := r.from.Read(p)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.sent = append(r.sent, p[:n]...)
+	return n, err
+}
+
+func (r *recorder) Close() error { return r.from.Close() }
+
+func (r *recorder) bytes() []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return bytes.Clone(r.sent)
+}
+
+// Judge holds one request and its answer against the document.
+func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.Response, body []byte) {
+	t.Helper()
+	what := fmt.Sprintf("%s %s -> %d", r.Method, r.URL.RequestURI(), res.StatusCode)
+	template, operations := c.Route(r.URL.EscapedPath())
+	op := operations[r.Method]
+	status := strconv.Itoa(res.StatusCode)
+
+	var p problem
+	isProblem := res.StatusCode >= 400
+	if isProblem {
+		got := res.Header.Get("Content-Type")
+		if res.StatusCode == http.StatusRequestHeaderFieldsTooLarge && strings.HasPrefix(got, "text/plain") {
+			return // net/http's own, as the contract says
+		}
+		if got != "application/problem+json" {
+			t.Errorf("%s: Content-Type %q: %.200s", what, got, body)
+			return
+		}
+		if r.Method != http.MethodHead {
+			c.Holds(t, "Problem", body)
+			if err := json.Unmarshal(body, &p); err != nil || p.Status != res.StatusCode || p.Title == "" || p.Detail == "" {
+				t.Errorf("%s: %s (%v)", what, body, err)
+			}
+		}
+	}
+
+	if operations == nil && r.Method == http.MethodGet && !isProblem && partOfThePage(r.URL.Path) {
+		return
+	}
+	c.headers(t, what, op, status, res.Header)
+
+	// What belongs to no operation.
+	switch {
+	case p.Code == "host_not_allowed" && op == nil:
+		return
+	case operations == nil && res.StatusCode == 404 && (p.Code == "not_found" || r.Method == http.MethodHead):
+		c.see(Outcome{"", status, p.Code}, nil)
+		return
+	case op == nil && operations != nil && (res.StatusCode == 405 || r.Method == http.MethodOptions && res.StatusCode == 204):
+		if p.Code != "method_not_allowed" && r.Method != http.MethodHead && res.StatusCode == 405 {
+			t.Errorf("%s: code %q", what, p.Code)
+		}
+		c.see(Outcome{"", status, p.Code}, nil)
+		want := append(slices.Collect(maps.Keys(operations)), http.MethodOptions)
+		got := strings.Split(strings.ReplaceAll(res.Header.Get("Allow"), " ", ""), ",")
+		slices.Sort(want)
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: Allow names %v, the contract has %v", what, got, want)
+		}
+		return
+	case op == nil:
+		t.Errorf("%s %q: the contract has no such operation (%s)", what, p.Code, template)
+		return
+	}
+
+	c.checks.Lock()
+	defer c.checks.Unlock()
+	if r.Context().Value(badKey{}) == nil {
+		again := r.Clone(r.Context())
+		again.Body, again.ContentLength = http.NoBody, 0
+		if len(sent) > 0 {
+			again.Body, again.ContentLength = io.NopCloser(bytes.NewReader(sent)), int64(len(sent))
+		}
+		if ok, errs := c.validator.ValidateHttpRequestSync(again); !ok {
+			t.Errorf("%s: the request is none of the contract's:\n%s", what, explain(errs))
+		}
+	}
+	seen := &http.Response{StatusCode: res.StatusCode, Header: res.Header, Body: io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)), Request: r}
+	if ok, errs := c.validator.ValidateHttpResponse(r, seen); !ok {
+		t.Errorf("%s: the answer is none of the contract's: %.300s\n%s", what, body, explain(errs))
+	}
+	if op.Responses.Codes.GetOrZero(status) == nil {
+		t.Errorf("%s: the contract lists no such status", what)
+	}
+	if isProblem && !slices.Contains(codes(op, status), p.Code) {
+		t.Errorf("%s: the contract does not list %q there", what, p.Code)
+	}
+	c.see(Outcome{op.OperationId, status, p.Code}, body)
+}
+
+func (c *Contract) see(o Outcome, body []byte) {
+	f := formOf(o, body)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seen[o] = true
+	c.forms[f] = true
+}
+
+// form is what an example has to have in common with a real answer: the names of its members,
+// and of a problem what it says, but for names and numbers. Operations share the examples of
+// problems.
+type form struct {
+	Outcome
+	members, detail string
+}
+
+var names = regexp.MustCompile(`"[^"]*"|'.'|[0-9][0-9A-Za-z:.-]*`)
+
+func formOf(o Outcome, body []byte) form {
+	var members map[string]any
+	_ = json.Unmarshal(body, &members) // what is no object has none
+	detail, _ := members["detail"].(string)
+	if o.Code != "" {
+		o.Operation = ""
+	}
+	return form{o, strings.Join(slices.Sorted(maps.Keys(members)), " "), names.ReplaceAllString(detail, "_")}
+}
+
+// unreal names the examples of an outcome that are like nothing that the server has said.
+func (c *Contract) unreal(o Outcome) (missing []string) {
+	for _, e := range c.examples(o) {
+		if f := formOf(o, e.text); !c.forms[f] {
+			missing = append(missing, fmt.Sprintf("%s as the example %s has it: %q with %s", o, e.name, f.detail, f.members))
+			for seen := range c.forms {
+				if seen.Outcome == f.Outcome {
+					missing = append(missing, fmt.Sprintf("  it is %q with %s", seen.detail, seen.members))
+				}
+			}
+		}
+	}
+	return missing
+}
+
+type example struct {
+	name string
+	text []byte // JSON
+}
+
+// examples are those that the document has of an outcome, if it is JSON.
+func (c *Contract) examples(o Outcome) (all []example) {
+	for _, item := range c.Model.Paths.PathItems.FromOldest() {
+		for _, op := range item.GetOperations().FromOldest() {
+			if op.OperationId != o.Operation {
+				continue
+			}
+			for kind, media := range op.Responses.Codes.GetOrZero(o.Status).Content.FromOldest() {
+				for name, e := range media.Examples.FromOldest() {
+					if !strings.HasSuffix(kind, "json") || o.Code != "" && name != o.Code {
+						continue
+					}
+					all = append(all, example{name, JSON(e.Value)})
+				}
+			}
+		}
+	}
+	return all
+}
+
+// Listing is what the document has under one status of an operation, of problems.
+type Listing struct {
+	Name            string
+	Codes, Examples []string // in its schema, and in its examples
+}
+
+// Responses is every answer of the document that is a problem.
+func (c *Contract) Responses() (all []Listing) {
+	for _, item := range c.Model.Paths.PathItems.FromOldest() {
+		for _, op := range item.GetOperations().FromOldest() {
+			for status := range op.Responses.Codes.FromOldest() {
+				if problems := codes(op, status); problems != nil {
+					l := Listing{Name: op.OperationId + " " + status, Examples: problems}
+					media := op.Responses.Codes.GetOrZero(status).Content.GetOrZero("application/problem+json")
+					if own := codeOf(media.Schema); own != nil {
+						for _, node := range own.Enum {
+							l.Codes = append(l.Codes, node.Value)
+						}
+					}
+					all = append(all, l)
+				}
+			}
+		}
+	}
+	return all
+}
+
+// codeOf is what a schema says of the member code, beside what it refers to.
+func codeOf(proxy *base.SchemaProxy) *base.Schema {
+	code := proxy.Schema().Properties.GetOrZero("code")
+	if code == nil {
+		return nil
+	}
+	return code.Schema()
+}
+
+// Example is one of the document's, of a body in JSON or of a parameter.
+type Example struct {
+	Where  string
+	Schema *base.Schema
+	JSON   []byte
+}
+
+// Examples are all of them.
+func (c *Contract) Examples() (all []Example) {
+	body := func(where string, bodies *orderedmap.Map[string, *v3.MediaType]) {
+		for kind, media := range bodies.FromOldest() {
+			for name, e := range media.Examples.FromOldest() {
+				all = append(all, Example{fmt.Sprint(where, " ", kind, " ", name), media.Schema.Schema(), JSON(e.Value)})
+			}
+		}
+	}
+	for path, item := range c.Model.Paths.PathItems.FromOldest() {
+		for method, op := range item.GetOperations().FromOldest() {
+			where := method + " " + path
+			for _, p := range append(item.Parameters, op.Parameters...) {
+				if p.Example != nil {
+					all = append(all, Example{where + " " + p.Name, p.Schema.Schema(), JSON(p.Example)})
+				}
+				for name, e := range p.Examples.FromOldest() {
+					all = append(all, Example{where + " " + p.Name + " " + name, p.Schema.Schema(), JSON(e.Value)})
+				}
+			}
+			if op.RequestBody != nil {
+				body(where, op.RequestBody.Content)
+			}
+			for status, res := range op.Responses.Codes.FromOldest() {
+				body(where+" "+status, res.Content)
+				for name, h := range res.Headers.FromOldest() {
+					if h.Example != nil {
+						all = append(all, Example{where + " " + status + " " + name, h.Schema.Schema(), JSON(h.Example)})
+					}
+				}
+			}
+		}
+	}
+	return all
+}
+
+// JSON is what a node of the document says.
+func JSON(node *yaml.Node) []byte {
+	var value any
+	if err := node.Decode(&value); err != nil {
+		panic(err)
+	}
+	text, err := json.Marshal(value)
+	if err != nil {
+		panic(err)
+	}
+	return text
+}
+
+// headers holds an answer's header against what its status lists, and the table of those that
+// belong to all.
+func (c *Contract) headers(t testing.TB, what string, op *v3.Operation, status string, h http.Header) {
+	t.Helper()
+	for _, name := range []string{"X-Content-Type-Options", "Cross-Origin-Resource-Policy"} {
+		if h.Get(name) == "" {
+			t.Errorf("%s: %s is missing", what, name)
+		}
+	}
+	listed := c.everywhere()
+	if op != nil {
+		if res := op.Responses.Codes.GetOrZero(status); res != nil {
+			for name := range res.Headers.KeysFromOldest() {
+				listed[http.CanonicalHeaderKey(name)] = true
+			}
+		}
+	}
+	for name := range h {
+		if !listed[name] {
+			t.Errorf("%s: the contract does not list the header %s there", what, name)
+		}
+	}
+}
+
+var headerRow = regexp.MustCompile("(?m)^\\| (`[A-Za-z-]+`(?:, `[A-Za-z-]+`)*) \\|")
+
+// everywhere is what the section on headers names.
+func (c *Contract) everywhere() map[string]bool {
+	_, section, _ := strings.Cut(c.Model.Info.Description, "### Headers\n")
+	section, _, _ = strings.Cut(section, "\n### ")
+	all := map[string]bool{}
+	for _, row := range headerRow.FindAllStringSubmatch(section, -1) {
+		for name := range strings.SplitSeq(row[1], ", ") {
+			all[http.CanonicalHeaderKey(strings.Trim(name, "`"))] = true
+		}
+	}
+	return all
+}
+
+// partOfThePage says whether a path is a script or a style of the page or of the API
+// reference: their names are their own business.
+func partOfThePage(path string) bool {
+	for _, name := range []string{path[1:], path[1:] + ".gz"} {
+		if stat, err := fs.Stat(web.Files, name); err == nil && !stat.IsDir() {
+			return true
+		}
+	}
+	return false
+}
+
+// problem is what every problem says.
+type problem struct {
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail"`
+	Code   string `json:"code"`
+}

@@ -1,0 +1,92 @@
+package api
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/labstack/echo/v4"
+)
+
+// docsPolicy is the strictest that lets Swagger UI work.
+const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " +
+	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+// docs serves the API reference, which lies in the folder of that name, and its parts.
+func (a *API) docs(files fs.FS) {
+	names, err := fs.Glob(files, "docs/*.*")
+	if err != nil {
+		panic(err) // the pattern is a constant
+	}
+	for _, name := range names {
+		text, err := fs.ReadFile(files, name)
+		if err != nil {
+			panic(err) // it is in the binary
+		}
+		if name == "docs/index.html" {
+			a.echo.GET("/docs", doc(name, text))
+			continue
+		}
+		a.echo.GET("/"+strings.TrimSuffix(name, ".gz"), doc(name, text))
+	}
+}
+
+// doc serves one of them. A large one is kept compressed (.gz), and sent so to who takes it, as
+// browsers do.
+func doc(name string, text []byte) echo.HandlerFunc {
+	name, packed := strings.CutSuffix(path.Base(name), ".gz")
+	tag := fmt.Sprintf("%x", sha256.Sum256(text))[:16]
+	plain := sync.OnceValue(func() []byte { return unpack(text) })
+	return func(c echo.Context) error {
+		h := c.Response().Header()
+		forPeople(h, docsPolicy)
+		body, etag := text, tag
+		switch {
+		case !packed:
+		case takesGzip(c.Request().Header.Get("Accept-Encoding")):
+			h.Set("Content-Encoding", "gzip")
+			etag += "-gzip"
+		default:
+			body = plain()
+		}
+		if packed {
+			h.Set("Vary", "Accept-Encoding")
+		}
+		h.Set("ETag", `"`+etag+`"`)
+		http.ServeContent(c.Response(), c.Request(), name, time.Time{}, bytes.NewReader(body))
+		return nil
+	}
+}
+
+// takesGzip reads an Accept-Encoding (RFC 9110, section 12.5.3).
+func takesGzip(accepted string) bool {
+	for one := range strings.SplitSeq(accepted, ",") {
+		coding, weight, _ := strings.Cut(strings.TrimSpace(one), ";")
+		if strings.EqualFold(strings.TrimSpace(coding), "gzip") {
+			weight = strings.ReplaceAll(weight, " ", "")
+			return strings.Trim(strings.TrimPrefix(weight, "q="), "0.") != "" || weight == ""
+		}
+	}
+	return false
+}
+
+// unpack is what a part of the binary's own is, uncompressed.
+func unpack(packed []byte) []byte {
+	r, err := gzip.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		panic(err)
+	}
+	text, err := io.ReadAll(r)
+	if err != nil {
+		panic(err)
+	}
+	return text
+}
