@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
@@ -177,9 +178,7 @@ func followed(t *testing.T, url, by string, options map[string]any) *run {
 		t.Fatal(err)
 	}
 	all := map[string]any{"url": url, "by": by}
-	for name, value := range options {
-		all[name] = value
-	}
+	maps.Copy(all, options)
 	arg, err := json.Marshal(all)
 	if err != nil {
 		t.Fatal(err)
