@@ -105,7 +105,7 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	if found != 14 {
 		t.Errorf("%d routes: calls() and needs() have to know all of them", found)
 	}
-	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml", "/docs", "/"} {
+	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml", "/gapless.js", "/gapless.d.ts", "/docs", "/"} {
 		if a := n.get(path); a.status != 200 {
 			t.Errorf("%s: %d", path, a.status)
 		}

@@ -305,6 +305,12 @@ func (a *API) page(files fs.FS) {
 	h := func(c echo.Context) error {
 		forPeople(c.Response().Header(), "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
 			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // the client is for others' pages, which import it with CORS
+			c.Response().Header().Set("Access-Control-Allow-Origin", "*")
+			if strings.HasSuffix(name, ".ts") {
+				c.Response().Header().Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
+			}
+		}
 		server.ServeHTTP(c.Response(), c.Request())
 		return nil
 	}

@@ -35,7 +35,7 @@ func TestPage_isServedUnderAPolicyThatAllowsOnlyItsOwnParts(t *testing.T) {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
-	types := map[string]string{".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+	types := map[string]string{".js": "text/javascript", ".ts": "application/typescript", ".css": "text/css", ".svg": "image/svg+xml"}
 	for _, name := range pageFiles(t) {
 		if name == "index.html" {
 			continue
@@ -51,11 +51,27 @@ func TestPage_isServedUnderAPolicyThatAllowsOnlyItsOwnParts(t *testing.T) {
 		if res.StatusCode != 200 || !bytes.Equal(body, want) || kind != types[name[strings.LastIndex(name, "."):]] {
 			t.Errorf("%s: %d %s", name, res.StatusCode, kind)
 		}
+		if got := res.Header.Get("Access-Control-Allow-Origin"); (got == "*") != strings.HasPrefix(name, "gapless.") {
+			t.Errorf("%s may be read by %q", name, got)
+		}
 		if res.Header.Get("Content-Security-Policy") == "" || res.Header.Get("X-Content-Type-Options") != "nosniff" {
 			t.Errorf("%s has no policy: %v", name, res.Header)
 		}
 	}
 	http.DefaultClient.CloseIdleConnections()
+}
+
+// The client is in the contract, unlike the page's own parts.
+func TestClient_isServedToPagesOfAnyOrigin(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for _, name := range []string{"gapless.js", "gapless.d.ts"} {
+		want, err := fs.ReadFile(web.Files, name)
+		if a := n.do(request{method: "GET", path: "/" + name, header: map[string]string{"Origin": "https://elsewhere.example"}}); err != nil ||
+			a.status != 200 || !bytes.Equal(a.body, want) || a.header.Get("Access-Control-Allow-Origin") != "*" {
+			t.Errorf("%s: %d, %d bytes, %v (%v)", name, a.status, len(a.body), a.header, err)
+		}
+	}
 }
 
 func TestDocs_areServedUnderAPolicyThatAllowsOnlyTheirOwnParts(t *testing.T) {

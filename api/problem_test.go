@@ -29,7 +29,7 @@ func calls() []request {
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"},
 		{method: "POST", path: s + "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
-		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
+		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
 	}
 }
 

@@ -3,7 +3,7 @@
 // The log is the only source of what is shown. A question is drawn when it comes back as
 // a chunk, not when it is sent, so every tab and every reload shows the same thing.
 
-import { Follower } from '/follow.js';
+import { follow } from '/gapless.js';
 
 const $ = (id) => document.getElementById(id);
 const log = $('log');
@@ -250,18 +250,18 @@ function toEnd() {
 
 // ---- following
 
-let follower; // it reports a change while it is being made
-follower = new Follower(`${api}/stream`, {
-  chunk: take,
-  clear,
+const follower = follow(`${api}/stream`, {
+  onChunk: (chunk, seq) => take(seq, chunk),
+  onReset: clear,
   ticket,
-  change,
-  hole: (from, to) => note(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
+  fetch: call,
+  onState: change,
+  onHole: (from, to) => note(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
 });
 
 function change() {
   draw();
-  if (follower?.state === 'disconnected') explain();
+  if (follower.state === 'disconnected') explain();
 }
 
 // An EventSource does not say why it was refused; the session itself may.
@@ -277,13 +277,10 @@ async function explain() {
 }
 
 $('reconnect').addEventListener('click', reconnect);
-addEventListener('online', () => {
-  if (follower.state === 'disconnected') reconnect(); // some browsers give up where there is no network
-});
 
 function reconnect() {
   complain('');
-  follower.reconnect();
+  follower.restart();
 }
 
 // ---- asking
@@ -324,7 +321,7 @@ async function submit() {
     awaited = (await response.json()).reply_message_id ?? '';
     ask.value = '';
     toEnd();
-    if (follower.state === 'disconnected') follower.reconnect();
+    if (follower.state === 'disconnected') follower.restart();
   } catch {
     // It may have arrived all the same; the page must not send it twice by itself.
     complain('The server did not answer. If your question does not appear above, send it again.');

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -270,8 +271,26 @@ func clients(scripts func(script string, args ...string) runner, r *rand.Rand) [
 				}
 			},
 		},
+		{name: "gapless.js in Node, by fetch", run: scripts("gapless.mjs"), over: "ended", last: http.StatusOK, check: gotAllValues},
+		{name: "gapless.js in Node, by npm eventsource", run: scripts("gapless.mjs", "eventsource"), over: "ended", last: http.StatusOK, check: gotAllValues},
 		{name: "curl", run: runCurl, over: "204", last: http.StatusNoContent},
 	}
+}
+
+// gotAllValues is gotAll for a client that hands out what the JSON says, not its bytes.
+func gotAllValues(t *testing.T, list []string, events [][2]string) {
+	t.Helper()
+	for i, e := range events {
+		if i >= len(list) {
+			break
+		}
+		var want, got any
+		if err := errors.Join(json.Unmarshal([]byte(list[i]), &want), json.Unmarshal([]byte(e[1]), &got)); err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("chunk %d arrived as\n%.300q, not as\n%.300q (%v)", i+1, e[1], list[i], err)
+		}
+		events[i][1] = list[i]
+	}
+	gotAll(t, list, events)
 }
 
 // sparing spares the last byte of an event.
@@ -295,7 +314,8 @@ func longest(messageID string) chunk {
 
 type runner = func(ctx context.Context, url string, chunk func(id, data string)) (string, error)
 
-// installed is where the Node libraries that testdata/clients pins are, beside a copy of it.
+// installed is where the Node libraries that testdata/clients pins are, beside a copy of it and
+// of gapless.js.
 var installed = sync.OnceValues(func() (string, error) {
 	npm, err := exec.LookPath("npm")
 	if err != nil {
@@ -303,6 +323,13 @@ var installed = sync.OnceValues(func() (string, error) {
 	}
 	to := filepath.Join(dir, "clients")
 	if err := os.CopyFS(to, os.DirFS(filepath.Join("testdata", "clients"))); err != nil {
+		return "", err
+	}
+	module, err := os.ReadFile("gapless.js")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(to, "gapless.js"), module, 0o600)
+	}
+	if err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*patience)

@@ -284,6 +284,7 @@ type stream struct {
 	status int
 	body   []byte // with the framing of HTTP
 	cut    bool   // by the proxy
+	silent bool   // nothing more of it passes
 }
 
 // torn says whether the response was cut in the middle of an event.
@@ -359,6 +360,15 @@ func (p *proxy) resetAll() {
 	defer p.mu.Unlock()
 	for c := range p.conns {
 		reset(c)
+	}
+}
+
+// goSilent swallows, from now on, what the streams that are open say, and closes nothing.
+func (p *proxy) goSilent() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range p.streams {
+		s.silent = true
 	}
 }
 
@@ -478,6 +488,9 @@ func (a *answer) pass(up *net.TCPConn) {
 	for {
 		n, err := up.Read(buf)
 		passed := a.note(buf[:n])
+		if passed == 0 && n > 0 && a.isSilent() {
+			continue
+		}
 		_, werr := a.client.Write(buf[:passed])
 		if err == nil && werr == nil && passed == n {
 			continue
@@ -492,6 +505,12 @@ func (a *answer) pass(up *net.TCPConn) {
 	}
 }
 
+func (a *answer) isSilent() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.stream != nil && a.stream.silent
+}
+
 // note notes what came of a stream, and says how much of it may pass.
 func (a *answer) note(piece []byte) int {
 	a.mu.Lock()
@@ -499,6 +518,9 @@ func (a *answer) note(piece []byte) int {
 	s := a.stream
 	if s == nil {
 		return len(piece)
+	}
+	if s.silent {
+		return 0
 	}
 	if s.status > 0 {
 		s.body = append(s.body, piece...)

@@ -1,4 +1,5 @@
-// Package web holds the page and the JavaScript client, as they are served.
+// Package web holds the page and the JavaScript client, as they are served. gapless.js is the
+// client, for anybody's pages; gapless.d.ts is made from it (types_test.go).
 //
 // There is no build step: what is in this folder is what a browser gets. The page works
 // under a Content-Security-Policy that allows nothing but files and connections of its
@@ -11,5 +12,5 @@ import "embed"
 // beside it ("/app.js", "/style.css", ...). In docs is the API reference, for "/docs": it is Swagger
 // UI as it is published (npm swagger-ui-dist), its large files compressed, and what starts it.
 //
-//go:embed index.html app.js follow.js style.css favicon.svg docs
+//go:embed index.html app.js gapless.js gapless.d.ts style.css favicon.svg docs
 var Files embed.FS

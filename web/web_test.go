@@ -9,7 +9,7 @@ import (
 
 func TestFiles_holdWhatThePageNames(t *testing.T) {
 	named := regexp.MustCompile(`(?:href|src)="/([^"]+)"|from '/([^']+)'`)
-	for _, file := range []string{"index.html", "app.js", "follow.js"} {
+	for _, file := range []string{"index.html", "app.js", "gapless.js"} {
 		text, err := fs.ReadFile(Files, file)
 		if err != nil {
 			t.Fatal(err)

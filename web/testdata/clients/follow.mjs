@@ -1,0 +1,38 @@
+// Follows with gapless.js for gapless_test.go: prints each call of a handler as a line of JSON, and
+// calls what stdin says. When stdin ends it closes, and must then end by itself.
+import { createInterface } from 'node:readline';
+import { EventSource } from 'eventsource';
+import { follow } from './gapless.js';
+
+let { url, by, again, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2]);
+const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
+let count = 0;
+
+const f = follow(url, {
+  ...options,
+  ...(by === 'eventsource' && { EventSource }),
+  ...(by === 'headers' && { EventSource, headers: async () => ({ Authorization: `Bearer ${++count}` }) }),
+  ...(tickets && { ticket: async () => `ticket-${++count}` }),
+  ...(snapshot && { onSnapshot: (s) => say('snapshot', s) }),
+  onChunk(chunk, seq, { source }) {
+    say('chunk', seq, chunk.content ?? chunk.type, source);
+    if (seq === again) f.restart(again = 0);
+    if (throws) throw new Error('a handler that throws');
+  },
+  onReset: (reason) => say('reset', reason),
+  onHole: (from, to) => say('hole', from, to),
+  onState: (state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }) =>
+    say('state', state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }),
+  onEnd: (reason) => say('end', reason),
+});
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const [call, ...args] = JSON.parse(line);
+  try {
+    const answer = await f[call](...args);
+    if (answer) say('answer', answer);
+  } catch (err) {
+    say('problem', err.name, err.status, err.problem?.code, err.message);
+  }
+}
+f.close();

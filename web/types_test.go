@@ -1,0 +1,64 @@
+package web_test
+
+import (
+	"bytes"
+	"flag"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write gapless.d.ts as it follows from gapless.js")
+
+// The types stand in gapless.js, as JSDoc, and are checked there; the declarations follow from
+// them, and are what a program in TypeScript uses.
+func TestTypes_areSoundAndTheDeclarationsFollowFromThem(t *testing.T) {
+	t.Parallel()
+	from, err := installed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A folder of its own, since its parts are written beside the module that other tests use.
+	to := t.TempDir()
+	for _, name := range []string{"gapless.js", "consumer.ts", "package.json", "tsconfig.json"} {
+		text, err := os.ReadFile(filepath.Join(from, name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(to, name), text, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	tsc := func(args ...string) {
+		t.Helper()
+		cmd := exec.Command("node", append([]string{filepath.Join(from, "node_modules", "typescript", "bin", "tsc")}, args...)...)
+		cmd.Dir = to
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("tsc: %v\n%s", err, out)
+		}
+	}
+	tsc("-p", ".")
+	made, err := os.ReadFile(filepath.Join(to, "types", "gapless.d.ts"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile("gapless.d.ts", made, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept, err := os.ReadFile("gapless.d.ts")
+	if err != nil || !bytes.Equal(kept, made) {
+		t.Fatalf("gapless.d.ts is not what follows from gapless.js (%v): go test ./web -run TestTypes -update", err)
+	}
+
+	// What is served is what a consumer reads: the declarations, without the module.
+	if err := os.Rename(filepath.Join(to, "types", "gapless.d.ts"), filepath.Join(to, "gapless.d.ts")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(to, "gapless.js")); err != nil {
+		t.Fatal(err)
+	}
+	tsc("--ignoreConfig", "--strict", "--noEmit", "--exactOptionalPropertyTypes", "--target", "es2022", "--module", "nodenext", "--lib", "es2023,dom,dom.iterable", "consumer.ts")
+}
