@@ -294,6 +294,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
+	cfg.api.Demo = cfg.demo
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger, cfg.model.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
 	version, _ := build()
 	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}

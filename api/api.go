@@ -73,6 +73,8 @@ type Config struct {
 	// Patience is how long a stream waits for Redis before it answers with a status:
 	// later it cannot say 204 any more.
 	Patience time.Duration
+	// Demo adds the calls with which the page shows what goes wrong elsewhere (demo.go).
+	Demo bool
 	// Tracer follows requests and what they append; nil: nobody does.
 	Tracer Tracer
 
@@ -145,6 +147,7 @@ type Logs interface {
 	EnterTicket(ctx context.Context, name, session, connection string) (until time.Time, err error)
 	RenewTicket(ctx context.Context, name, session, connection string, until time.Time) error
 	ListenTickets(l store.Listener) (stop func())
+	Overhear(ctx context.Context, session string, begun func(), heard func(payload string)) error
 }
 
 // API answers requests. It owns the answers of the model that are under way.
@@ -164,6 +167,7 @@ type API struct {
 	answers underway
 	uploads *uploads
 	tickets *tickets
+	demo    *demo // nil: there is none
 	// draining ends first: not ready any more. ending ends uploads and answers.
 	draining, ending context.Context
 	drain            context.CancelFunc
@@ -215,6 +219,11 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.call("GET", onePath+"/messages/:message_id/ui-stream", auth.Read, a.uiMessage)
 	a.call("GET", onePath+"/ui-stream", auth.Read, a.uiResume)
 	a.call("POST", onePath+"/ui-stream", auth.Ask, a.uiAsk)
+	if cfg.Demo {
+		a.demo = &demo{all: map[string]shown{}}
+		a.call("POST", onePath+"/demo", auth.Read, a.disturb)
+		a.call("GET", onePath+"/demo/naive", auth.Read, a.naive)
+	}
 	a.metrics.begin(e.Routes())
 	return a
 }
@@ -315,12 +324,14 @@ func (a *API) page(files fs.FS) {
 		return nil
 	}
 	a.echo.GET("/", h)
-	names, err := fs.Glob(files, "*.*")
-	if err != nil {
-		panic(err) // the pattern is a constant
-	}
-	for _, name := range names {
-		a.echo.GET("/"+name, h)
+	for _, pattern := range []string{"*.*", "vendor/*.*"} {
+		names, err := fs.Glob(files, pattern)
+		if err != nil {
+			panic(err) // the patterns are constants
+		}
+		for _, name := range names {
+			a.echo.GET("/"+name, h)
+		}
 	}
 }
 

@@ -94,7 +94,7 @@ func serve(t testing.TB, change func(*setup)) *node {
 	logger := slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	s := setup{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: DefaultConfig(), model: says("Yes, ", secret, "."), logs: func(l Logs) Logs { return l }}
 	s.store.Logger, s.sse.Logger, s.api.Logger = logger, logger, logger
-	s.sse.Node = "n1"
+	s.sse.Node, s.api.Demo = "n1", true
 	s.api.Limits.Addresses, s.api.Limits.Logger = false, logger // all tests come from one
 	if change != nil {
 		change(&s)
@@ -629,8 +629,9 @@ func (f answers) Answer(ctx context.Context, c []model.Turn) iter.Seq2[model.Pie
 func pageFiles(t testing.TB) []string {
 	t.Helper()
 	names, err := fs.Glob(web.Files, "*.*")
-	if err != nil || len(names) == 0 {
-		t.Fatalf("%v %v", names, err)
+	vendored, err2 := fs.Glob(web.Files, "vendor/*.*")
+	if err != nil || err2 != nil || len(names) == 0 {
+		t.Fatalf("%v %v %v %v", names, vendored, err, err2)
 	}
-	return names
+	return append(names, vendored...)
 }

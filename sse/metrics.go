@@ -49,7 +49,7 @@ func newMetrics(h *Hub) *metrics {
 	m.begun = counter("streams_begun_total", "Streams that viewers began.")
 	m.resumed = counter("streams_resumed_total", "Those of them that came with a cursor: reconnects, mostly.")
 	m.ended = vector("streams_ended_total", "Streams that ended, by cause: ended and deleted also where the answer was only that there is nothing more (204).", "cause",
-		string(Ended), string(Done), string(Deleted), string(Gone), string(Slow), string(Shutdown), string(Expired), string(Replaced), string(Outside))
+		string(Ended), string(Done), string(Deleted), string(Gone), string(Slow), string(Shutdown), string(Expired), string(Replaced), string(Cut), string(Outside))
 	m.delivered = counter("chunks_delivered_total", "Chunks written to viewers' sockets: each one as often as it has viewers.")
 	m.snapshots = counter("snapshots_total", "Snapshots that viewers were given instead of the chunks that they say.")
 	m.resets = vector("resets_total", "Resets that viewers were told, by reason.", "reason",

@@ -287,6 +287,9 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 		f.begin = s.begin()
 	}
 	for {
+		if s.joined && s.Cursor < w.Last && s.pace.Load() > 0 {
+			return "", true
+		}
 		step := s.next(w)
 		if len(step.events) > 0 {
 			f.add(step, s.Cursor)

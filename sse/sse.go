@@ -135,6 +135,7 @@ const (
 	Shutdown Cause = "shutdown" // this node drains
 	Expired  Cause = "expired"  // what allowed it has run out (Ask.Expires)
 	Replaced Cause = "replaced" // another connection has taken its place
+	Cut      Cause = "cut"      // it was asked for, to see that nothing is lost by it
 	Full     Cause = "full"     // there was no room for it
 	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw and Fold have no way to say so
 )

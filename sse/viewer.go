@@ -55,6 +55,8 @@ type Viewer struct {
 
 	raw []byte // Raw or Fold: what was made of the last events
 
+	pace atomic.Int64 // Slow's pause
+
 	// Its feed's mu guards these: who writes to it, and why it has to go.
 	seat    *seat // where its connection was taken over
 	writer  *Writer
@@ -107,7 +109,7 @@ func (v *Viewer) drop() {
 }
 
 // Leave breaks the viewer's response off, or the one that is about to begin, for a cause that is
-// not the log's: Shutdown, Expired or Replaced.
+// not the log's: Shutdown, Expired, Replaced or Cut.
 func (v *Viewer) Leave(c Cause) {
 	v.feed.mu.Lock()
 	if v.leaving == "" {
@@ -122,6 +124,10 @@ func (v *Viewer) Leave(c Cause) {
 		w.leave(c)
 	}
 }
+
+// Slow has the viewer given one chunk at a time, and that pause behind each; 0: as fast as it takes
+// them. It is then what a bad line makes of one: late, and nothing else.
+func (v *Viewer) Slow(pause time.Duration) { v.pace.Store(int64(pause)) }
 
 // expire has the viewer leave when its right runs out, unless stop is called first.
 func (v *Viewer) expire() (stop func() bool) {
@@ -311,7 +317,11 @@ func (v *Viewer) next(w *window) step {
 	if v.behind {
 		return v.fold(w, cursor)
 	}
-	if s, ok := v.take(&w.memory, cursor, w.Last); ok {
+	last := w.Last
+	if v.pace.Load() > 0 {
+		last = cursor + 1
+	}
+	if s, ok := v.take(&w.memory, cursor, last); ok {
 		return s
 	}
 	p := v.hand
@@ -329,7 +339,7 @@ func (v *Viewer) next(w *window) step {
 		v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
 		return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
 	}
-	s, _ := v.take(&p.memory, cursor, w.Last)
+	s, _ := v.take(&p.memory, cursor, last)
 	s.fetch = len(s.events) == 0
 	return s
 }
@@ -472,6 +482,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 	defer beat.Stop()
 	var reading <-chan singleflight.Result // the page that is under way
 	var pause <-chan time.Time             // before the next
+	var rest <-chan time.Time              // of one that is slowed down
 	for {
 		window := v.feed.window.Load()
 		s := v.next(window)
@@ -497,6 +508,9 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			if v.Cursor != window.Last || window.Ended {
 				more = ready
 			}
+			if d := v.pace.Load(); d > 0 && s.chunks && s.end == "" {
+				more, rest = nil, time.After(time.Duration(d))
+			}
 		}
 		if s.end != "" {
 			return s.end
@@ -504,7 +518,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 		if s.fetch && reading == nil && pause == nil {
 			reading = v.fetch(window)
 		}
-		if wait != nil && more != ready && reading == nil && pause == nil && wait(window) {
+		if wait != nil && more != ready && reading == nil && pause == nil && rest == nil && wait(window) {
 			return ""
 		}
 		select { // with more ready, it still notices in time that it must go
@@ -516,6 +530,8 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			}
 		case <-pause:
 			pause = nil
+		case <-rest:
+			rest = nil
 		case <-beat.C:
 			quiet := time.Since(w.wrote)
 			if quiet >= v.hub.cfg.Heartbeat {

@@ -1,0 +1,191 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/labstack/echo/v4"
+
+	"gapless/store"
+)
+
+// The demo is what the page needs to show why this server exists: a way to disturb a connection, and the
+// viewer that reads first and subscribes then, to look at beside ours. A server that
+// asks a real model has none of it.
+
+// shown is a connection that may be disturbed.
+type shown struct {
+	session string
+	leave   func()
+	slow    func(pause time.Duration)
+}
+
+// demo is the connections of this node, by their names. A nil one knows none.
+type demo struct {
+	mu  sync.Mutex
+	all map[string]shown
+}
+
+// show has a connection found until hide is called.
+func (d *demo) show(session, connection string, s shown) (hide func()) {
+	if d == nil {
+		return func() {}
+	}
+	s.session = session
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.all[connection] = s
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.all, connection)
+	}
+}
+
+// slowPause is behind each chunk of a connection that is slowed down: four a second, where the demo's
+// model says twenty words.
+const slowPause = 250 * time.Millisecond
+
+// disturb cuts a connection, or slows it down. Who names one may read its session, and has been told
+// its name: by welcome, or by the answer's header.
+func (a *API) disturb(c echo.Context) error {
+	if err := checkJSON(c); err != nil {
+		return err
+	}
+	body, err := a.readBody(c, a.atMost(c, smallBody))
+	if err != nil {
+		return err
+	}
+	members, err := readStrings(body, "connection", "do")
+	if err != nil {
+		return err
+	}
+	a.demo.mu.Lock()
+	found, ok := a.demo.all[members["connection"]]
+	a.demo.mu.Unlock()
+	if !ok || found.session != session(c) {
+		return &Problem{Status: http.StatusNotFound, Code: "connection_not_found", Member: "/connection",
+			Detail: "this node has no such connection of the session: it may have ended, or be another node's"}
+	}
+	switch members["do"] {
+	case "cut":
+		found.leave()
+	case "slow":
+		found.slow(slowPause)
+	case "quick":
+		found.slow(0)
+	default:
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/do", Detail: "do is cut, slow or quick"}
+	}
+	return c.NoContent(http.StatusNoContent)
+}
+
+// maxGap bounds the time between the two steps of a naive viewer, in ms.
+const maxGap = 2000
+
+// naive is the viewer that this server exists to end: it reads the history, sends it, and subscribes
+// then. What is published between the two is lost, and nothing tells. The time between them, some
+// milliseconds by nature, can be stretched, so that one need not wait for bad luck.
+func (a *API) naive(c echo.Context) error {
+	gap := 0
+	if text := c.QueryParam("gap"); text != "" {
+		var err error
+		if gap, err = strconv.Atoi(text); err != nil || gap < 0 || gap > maxGap {
+			return invalid("gap", fmt.Sprintf("gap is a number of milliseconds, 0 to %d", maxGap))
+		}
+	}
+	id, caller := strings.Clone(session(c)), a.caller(c)
+	if err := a.limits.Viewers.Take(caller, 1); err != nil {
+		return err
+	}
+	defer a.limits.Viewers.Give(caller, 1)
+	ctx, cut := context.WithCancel(c.Request().Context())
+	defer cut()
+	defer context.AfterFunc(a.draining, cut)()
+	if g := grant(c); !g.Expires.IsZero() {
+		defer time.AfterFunc(time.Until(g.Expires), cut).Stop()
+	}
+	page, err := a.logs.Read(ctx, id, 1, a.cfg.BodyMax, 1000)
+	if err != nil {
+		return err
+	}
+	connection, err := newConnection(c)
+	if err != nil {
+		return err
+	}
+	defer a.demo.show(id, connection, shown{leave: cut, slow: func(time.Duration) {}})()
+	h := c.Response().Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-cache, no-transform")
+	h.Set("X-Accel-Buffering", "no")
+	c.Response().WriteHeader(http.StatusOK)
+	a.log.LogAttrs(ctx, slog.LevelInfo, "naive viewer begins", slog.String("session", id), slog.String("connection", connection), slog.Int64("last", page.Last))
+
+	out := c.Response().Writer
+	ctl := http.NewResponseController(out)
+	say := func(text string) error {
+		_ = ctl.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		if _, err := out.Write([]byte(text)); err != nil {
+			return err
+		}
+		if err := ctl.Flush(); err != nil {
+			return err
+		}
+		return ctl.SetWriteDeadline(time.Time{}) // HTTP/2 ends a stream by one that passes in silence
+	}
+	err = say(fmt.Sprintf(":\nevent: welcome\ndata: {\"type\":\"welcome\",\"connection\":%q,\"last_seq\":%d}\n\n", connection, page.Last))
+	for last := page.Last; err == nil && len(page.Elements) > 0; {
+		var history strings.Builder
+		for i, element := range page.Elements {
+			if seq := page.From + int64(i); seq <= last { // what it is by then, LRANGE 0 -1 would not have said
+				event, _ := store.AppendElement([]byte("data: "), seq, element)
+				history.Write(append(event, "\n\n"...))
+			}
+		}
+		if err = say(history.String()); err != nil || page.Next() > last {
+			break
+		}
+		page, err = a.logs.Read(ctx, id, page.Next(), a.cfg.BodyMax, 1000)
+	}
+	if err == nil {
+		select {
+		case <-time.After(time.Duration(gap) * time.Millisecond):
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	if err == nil {
+		heard := make(chan string, 1024) // what is over that is lost as well
+		go func() {                      // ended by cut; only it sends on the channel
+			defer close(heard)
+			tell := func(text string) {
+				select {
+				case heard <- text:
+				default:
+				}
+			}
+			_ = a.logs.Overhear(ctx, id,
+				func() { tell("event: subscribed\ndata: {\"type\":\"subscribed\"}\n\n") },
+				func(payload string) {
+					if payload != store.Hint && !strings.ContainsAny(payload, "\r\n") {
+						tell("data: " + payload + "\n\n")
+					}
+				})
+		}()
+		for text := range heard {
+			if err == nil {
+				if err = say(text); err != nil {
+					cut()
+				}
+			}
+		}
+	}
+	a.log.LogAttrs(context.Background(), slog.LevelInfo, "naive viewer ends", slog.String("session", id), slog.String("connection", connection))
+	panic(http.ErrAbortHandler) // like ours: to come back is the client's
+}
