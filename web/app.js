@@ -1,9 +1,12 @@
-// The page: one session's log, shown as a conversation.
+// The page: one session's log, shown as a conversation, and beside it how it came.
 //
 // The log is the only source of what is shown. A question is drawn when it comes back as
 // a chunk, not when it is sent, so every tab and every reload shows the same thing.
 
 import { follow } from '/gapless.js';
+import { Markdown } from '/markdown.js';
+import { Naive } from '/naive.js';
+import { Plot, kinds, shape } from '/plot.js';
 
 const $ = (id) => document.getElementById(id);
 const log = $('log');
@@ -26,7 +29,10 @@ let token = '';
 
 async function call(path, init = {}) {
   const response = await fetch(path, token ? { ...init, headers: { ...init.headers, Authorization: `Bearer ${token}` } } : init);
-  if (response.status === 401) $('login').hidden = false;
+  if (response.status === 401) {
+    $('login').hidden = false;
+    if (document.activeElement === $('ask') && !$('ask').value) $('token').focus();
+  }
   return response;
 }
 
@@ -63,7 +69,9 @@ const wordless = new Set(); // ids of messages that were done without a word: th
 
 const endings = ['done', 'failed', 'cancelled'];
 
-function take(seq, chunk) {
+function take(chunk, seq, { source }) {
+  plot.mark(source, seq);
+  if (source === 'live' && Number.isFinite(chunk.ts)) note.latency(Date.now() - chunk.ts);
   if (chunk.type === 'end') {
     for (const m of messages) if (m.status === 'streaming') settle(m, 'unfinished');
     return;
@@ -74,13 +82,35 @@ function take(seq, chunk) {
   if (!m) return;
 
   m.last = seq;
-  m.text += text;
-  m.undrawn += text;
+  say(m, text);
   const why = chunk.detail ?? chunk.reason; // why it failed
   if (typeof why === 'string') m.reason = why;
   if (end) settle(m, end);
   else if (!m.ended) m.status = chunk.type === 'message' ? 'done' : 'streaming';
+  if (m.status !== 'streaming' && source !== 'history' && m.role !== 'user') m.aloud = true;
   dirty.add(m);
+}
+
+// What the log holds already comes as whole messages.
+function restore(snapshot) {
+  const asked = awaited; // it may come behind what is restored
+  clear('');
+  awaited = asked;
+  plot.mark('snapshot', snapshot.last_seq, snapshot.first_seq);
+  set($('snapshot'), `${snapshot.last_seq - snapshot.first_seq + 1} chunks in one event`);
+  for (const { message_id: id, role, content, status, reason, chunks = [], first_seq: first, last_seq: last } of snapshot.messages) {
+    if (!content && status === 'done') {
+      if (id) wordless.add(id);
+      continue;
+    }
+    const m = begin(id || `chunk-${first}`, role ?? 'assistant', first);
+    Object.assign(m, { anonymous: !id, last, reason: chunks.findLast((c) => typeof c.detail === 'string')?.detail ?? reason ?? '' });
+    say(m, content);
+    if (status !== 'streaming') settle(m, status);
+    else if (snapshot.ended) settle(m, 'unfinished');
+    if (!current || last > current.last) current = m;
+    dirty.add(m);
+  }
 }
 
 // Finds the message that a chunk belongs to, or begins one. Chunks without a message_id
@@ -105,23 +135,36 @@ function messageOf(seq, chunk, hasSomethingToShow) {
   return m;
 }
 
+function nameOf(role) {
+  return role === 'user' ? 'Question' : role === 'assistant' ? 'Answer' : role;
+}
+
 function begin(id, role, seq) {
   const article = element('article', { className: 'message' });
-  const head = element('h2', { textContent: role === 'user' ? 'Question' : role === 'assistant' ? 'Answer' : role });
+  const head = element('h2', { textContent: nameOf(role) });
   const range = element('span', { className: 'range' });
   const body = element('div', { className: 'text' });
-  const words = document.createTextNode('');
   const label = element('p', { className: 'label', hidden: true });
-  body.append(words);
+  const actions = element('p', { className: 'actions', hidden: true });
+  actions.append(element('button', { type: 'button', className: 'quiet copy-message', textContent: 'Copy' }));
+  if (role === 'assistant') actions.append(element('button', { type: 'button', className: 'quiet again', textContent: 'Ask again' }));
   head.append(range);
-  article.append(head, body, label);
+  article.append(head, body, label, actions);
   Object.assign(article.dataset, { id, role });
   log.append(article);
-  const m = { id, role, text: '', status: 'streaming', ended: false, anonymous: false,
-    first: seq, last: seq, reason: '', undrawn: '', article, words, range, label };
+  // Only what the model says is Markdown: what others wrote is shown as they wrote it.
+  const markdown = role === 'assistant' ? new Markdown(body) : undefined;
+  const words = markdown ? undefined : body.appendChild(document.createTextNode(''));
+  const m = { id, role, text: '', status: 'streaming', ended: false, anonymous: false, aloud: false,
+    first: seq, last: seq, reason: '', undrawn: '', article, markdown, words, range, label, actions };
   messages.push(m);
   byId.set(id, m);
   return m;
+}
+
+function say(m, text) {
+  m.text += text;
+  m.undrawn += text;
 }
 
 function settle(m, status) {
@@ -144,11 +187,12 @@ function clear(reason) {
   dirty.clear();
   current = null;
   awaited = '';
+  plot.clear();
   log.replaceChildren();
-  if (whyCleared[reason]) note(whyCleared[reason]);
+  if (whyCleared[reason]) remark(whyCleared[reason]);
 }
 
-function note(text) {
+function remark(text) {
   log.append(element('p', { className: 'note', textContent: text }));
 }
 
@@ -165,11 +209,17 @@ const whyFailed = {
 
 let frame = 0;
 let timer = 0;
+let rest = 0; // until when there is other work to do than to draw
 
 function draw() {
   if (timer) return;
   // A hidden page gets no frames, and may become hidden while one is due: whichever of
-  // the two comes first.
+  // the two comes first. What takes long to draw is drawn less often.
+  const wait = rest - performance.now();
+  if (wait > 20) {
+    timer = setTimeout(flush, wait);
+    return;
+  }
   frame = requestAnimationFrame(flush);
   timer = setTimeout(flush, 200);
 }
@@ -178,37 +228,47 @@ function flush() {
   cancelAnimationFrame(frame);
   clearTimeout(timer);
   timer = 0;
+  const begun = performance.now();
 
   for (const m of dirty) {
-    m.words.appendData(m.undrawn);
+    if (m.markdown) {
+      m.markdown.append(m.undrawn);
+      m.markdown.draw();
+    } else {
+      m.words.appendData(m.undrawn);
+    }
     m.undrawn = '';
+    const growing = m.status === 'streaming';
     m.article.dataset.status = m.status;
-    m.article.ariaBusy = String(m.status === 'streaming');
+    m.article.ariaBusy = String(growing);
+    m.actions.hidden = growing;
     set(m.range, m.first === m.last ? `chunk ${m.first}` : `chunks ${m.first}–${m.last}`);
     const label = { failed: 'Failed', cancelled: 'Stopped', unfinished: 'Unfinished' }[m.status];
     m.label.hidden = !label;
     if (label) set(m.label, m.reason ? `${label}: ${whyFailed[m.reason] ?? m.reason}` : label);
+    if (m.aloud) {
+      m.aloud = false;
+      set($('said'), `${nameOf(m.role)}${label ? `, ${m.label.textContent}` : ''}: ${m.article.querySelector('.text').innerText}`);
+    }
   }
   dirty.clear();
+  drawNaive();
 
   const { state } = follower;
   document.body.dataset.state = state;
   set($('state'), state);
-  set($('node'), follower.node || '–');
-  for (const name of ['seq', 'gaps', 'doubles', 'reconnects']) {
-    set($(name), String(follower[name]));
-    $(name).dataset.zero = follower[name] === 0;
-  }
+  note.draw();
 
   const coming = state === 'connecting' || state === 'catching up';
-  log.ariaBusy = String(coming); // what is only repeated is not announced
   $('empty').hidden = coming || state === 'disconnected' || log.childElementCount > 0 || awaited !== '';
   const waiting = awaited !== '' && !byId.has(awaited) && !wordless.has(awaited) && state !== 'ended';
   $('waiting').hidden = !waiting;
-  $('disconnected').hidden = state !== 'disconnected';
+  $('disconnected').hidden = state !== 'disconnected' || !$('login').hidden;
   const ended = state === 'ended';
   $('ended').hidden = !ended;
+  $('form').hidden = ended;
   ask.disabled = $('send').disabled = ended;
+  document.body.classList.toggle('over', ended);
   for (const b of $('samples').querySelectorAll('button')) b.disabled = ended;
   // What was streaming in a part of the log may have ended in the rest of it: until that is
   // here, the button stays as it was.
@@ -216,6 +276,8 @@ function flush() {
 
   if (pinned) scroll.scrollTop = scroll.scrollHeight;
   $('latest').hidden = pinned;
+  const end = performance.now();
+  rest = end + 3 * (end - begun);
 }
 
 // Writing the same text again would still be announced, and laid out.
@@ -248,19 +310,229 @@ function toEnd() {
   draw();
 }
 
+// ---- the inspector: how it came
+
+const plot = new Plot($('plot'));
+
+const note = {
+  latencies: [], // of the last live chunks, in ms
+
+  latency(ms) {
+    this.latencies.push(ms);
+    if (this.latencies.length > 50) this.latencies.shift();
+  },
+
+  draw() {
+    const { state } = follower;
+    plot.connected(state === 'catching up' || state === 'live' || state === 'ended');
+    for (const name of ['seq', 'gaps', 'doubles', 'reconnects']) {
+      set($(name), String(follower[name]));
+      $(name).dataset.zero = follower[name] === 0;
+    }
+    set($('node'), follower.node || '–');
+    set($('epoch'), follower.epoch || '–');
+    set($('connection'), follower.connection || '–');
+    set($('leading'), state !== 'ended' && follower.connection ? (follower.leading ? 'this tab' : 'another tab') : '–');
+    for (const kind of kinds) set($(`n-${kind}`), String(kind === 'lost' ? naive.everLost.size : plot.counts[kind]));
+    const sorted = this.latencies.toSorted((a, b) => a - b);
+    if (sorted.length > 0) set($('latency'), `${sorted[sorted.length >> 1]} ms`.replace('-', '−'));
+    if (sorted[0] < 0) set($('skew'), `This page's clock is behind the server's by ${-sorted[0]} ms or more: so much is missing from the latency.`);
+    const lost = `${naive.missing} lost`;
+    set($('naive-count'), naive.everLost.size > naive.missing ? `${lost} now, ${naive.everLost.size} in all` : lost);
+    $('naive-count').dataset.zero = naive.missing === 0;
+    this.describe();
+  },
+
+  // Words for those who do not see the plot: it is theirs to ask for them, so they may be a little late.
+  described: 0,
+  describe() {
+    if (Date.now() - this.described < 1000) return;
+    this.described = Date.now();
+    set($('plot-words'), plot.words);
+    setTimeout(() => set($('plot-words'), plot.words), 1000);
+  },
+};
+
+function drawKeys() {
+  for (const key of document.querySelectorAll('canvas.key')) {
+    const dots = devicePixelRatio;
+    key.width = key.height = 14 * dots;
+    const g = key.getContext('2d');
+    g.scale(dots, dots);
+    shape(g, key.dataset.kind, 7, 7, getComputedStyle(key).getPropertyValue(`--${key.dataset.kind}`).trim(), 10);
+  }
+}
+drawKeys();
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', drawKeys);
+
+// Beside the conversation where there is room, else over it.
+const wide = matchMedia('(min-width: 64rem)');
+
+function inspect(open) {
+  $('inspector').hidden = !open;
+  $('inspect').ariaExpanded = String(open);
+  document.body.classList.toggle('inspected', open);
+  $('chat').inert = open && !wide.matches;
+}
+
+inspect(wide.matches);
+wide.addEventListener('change', () => inspect(wide.matches));
+$('inspect').addEventListener('click', () => {
+  inspect($('inspector').hidden);
+  if (!$('inspector').hidden && !wide.matches) $('close').focus();
+});
+$('close').addEventListener('click', closeInspector);
+$('inspector').addEventListener('keydown', (e) => {
+  if (e.key === 'Escape' && !wide.matches) closeInspector();
+});
+
+function closeInspector() {
+  inspect(false);
+  $('inspect').focus();
+}
+
+// ---- the demo: what only a server with -model demo can do
+
+async function lookForDemo() {
+  const response = await fetch(`${api}/demo`, { method: 'OPTIONS' }).catch(() => undefined);
+  $('demo').hidden = !response?.headers.get('Allow')?.includes('POST'); // any status may be for CORS
+}
+
+async function disturb(connection, what) {
+  if (!connection) return complain('There is no connection now.');
+  complain('');
+  try {
+    const response = await call(`${api}/demo`, {
+      method: 'POST',
+      headers: { 'Content-Type': 'application/json' },
+      body: JSON.stringify({ connection, do: what }),
+    });
+    if (!response.ok) complain(await reasonOf(response));
+  } catch {
+    complain('The server did not answer.');
+  }
+}
+
+$('cut').addEventListener('click', () => {
+  disturb(follower.connection, 'cut');
+  if (naive.state === 'live' || naive.state === 'reading') disturb(naive.connection, 'cut');
+});
+
+let slowed = ''; // the connection that is throttled: the next one is not
+
+$('slow').addEventListener('click', () => {
+  const on = slowed !== follower.connection;
+  slowed = on ? follower.connection : '';
+  disturb(follower.connection, on ? 'slow' : 'quick');
+  $('slow').ariaPressed = String(on);
+});
+
+$('tabs').addEventListener('click', () => {
+  let blocked = 0;
+  for (let i = 0; i < 4; i++) if (!open(location.href, '_blank')) blocked++;
+  $('tab-links').hidden = blocked === 0;
+  $('tab-links').replaceChildren('Your browser opens one tab a click: ');
+  for (let i = 1; i <= blocked; i++) {
+    if (i > 1) $('tab-links').append(', ');
+    $('tab-links').append(element('a', { href: location.href, target: '_blank', textContent: `tab ${i}` }));
+  }
+});
+
+const naive = new Naive(`${api}/demo/naive`, {
+  fetch: (path, init) => call(path, init),
+  clear() {
+    naiveById.clear();
+    naiveLast = undefined;
+    $('naive-log').replaceChildren();
+  },
+  chunk(chunk) {
+    if (typeof chunk.content === 'string' && chunk.content !== '') sayNaively(naiveWords(chunk), 'append', chunk.content);
+  },
+  lost(from, to) {
+    for (let seq = from; seq <= to; seq++) plot.mark('lost', seq);
+    // What is missing is not known to it; where is.
+    sayNaively(naiveLast ?? naiveWords({}), 'miss', from === to ? `✕ ${from} lost` : `✕ ${from}–${to} lost`);
+  },
+  change: draw,
+});
+const naiveById = new Map(); // what it shows of each message
+let naiveLast;
+
+function naiveWords({ message_id: id = '', role = 'assistant' }) {
+  let words = naiveById.get(id);
+  if (!words) {
+    const article = element('article', { className: 'message' });
+    const body = element('div', { className: 'text' });
+    article.dataset.role = role;
+    article.append(element('h2', { textContent: nameOf(role) }), body);
+    $('naive-log').append(article);
+    words = { markdown: role === 'assistant' ? new Markdown(body) : undefined, body };
+    naiveById.set(id, words);
+  }
+  naiveLast = words;
+  return words;
+}
+
+function sayNaively(words, how, text) {
+  if (words.markdown) words.markdown[how](text);
+  else words.body.append(how === 'miss' ? element('mark', { textContent: text }) : text);
+  naiveDirty.add(words);
+  draw();
+}
+
+function drawNaive() {
+  for (const { markdown } of naiveDirty) markdown?.draw();
+  if (naiveDirty.size > 0) $('naive').scrollTop = $('naive').scrollHeight;
+  naiveDirty.clear();
+}
+const naiveDirty = new Set();
+
+let comparing = 0;
+
+$('compare').addEventListener('click', () => {
+  const on = $('compare').ariaChecked !== 'true';
+  $('compare').ariaChecked = String(on);
+  $('naive').hidden = !on;
+  scroll.querySelector('.side-label').hidden = $('lost-key').hidden = !on;
+  $('views').classList.toggle('two', on);
+  clearInterval(comparing);
+  if (on) {
+    naive.start(Number($('gap').value));
+    // What has not come to it within three looks was not on its way.
+    const seen = [];
+    comparing = setInterval(() => {
+      if (naive.state !== 'live') seen.length = 0;
+      else if (seen.push(follower.seq) > 3) naive.compare(seen.shift());
+    }, 500);
+  } else {
+    naive.stop();
+  }
+  toEnd();
+});
+
+$('gap').addEventListener('change', () => {
+  if ($('compare').ariaChecked === 'true') naive.start(Number($('gap').value));
+});
+
 // ---- following
 
 const follower = follow(`${api}/stream`, {
-  onChunk: (chunk, seq) => take(seq, chunk),
+  onChunk: take,
+  onSnapshot: restore,
   onReset: clear,
+  onState: change,
+  onHole: (from, to) => remark(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
   ticket,
   fetch: call,
-  onState: change,
-  onHole: (from, to) => note(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
 });
+lookForDemo();
 
 function change() {
   draw();
+  if (slowed && slowed !== follower.connection) {
+    slowed = '';
+    $('slow').ariaPressed = 'false';
+  }
   if (follower.state === 'disconnected') explain();
 }
 
@@ -269,7 +541,7 @@ async function explain() {
   let reason = 'The server cannot be reached.';
   try {
     const response = await call(api);
-    reason = response.ok ? '' : await reasonOf(response);
+    reason = response.ok || (response.status === 401 && !token) ? '' : await reasonOf(response); // the form says it
   } catch {
     // Not even that.
   }
@@ -310,25 +582,40 @@ async function submit() {
   if (sending || !content.trim()) return;
   // Not `disabled`, which would take the focus away.
   sending = ask.readOnly = true;
+  if (await question(content)) ask.value = '';
+  sending = ask.readOnly = false;
+}
+
+// Says whether it arrived.
+async function question(content) {
   complain('');
   try {
-    const response = await call(`${api}/messages`, {
-      method: 'POST',
-      headers: { 'Content-Type': 'application/json' },
-      body: JSON.stringify({ content }),
-    });
-    if (!response.ok) return complain(await reasonOf(response));
-    awaited = (await response.json()).reply_message_id ?? '';
-    ask.value = '';
+    const { reply_message_id: reply } = await follower.ask(content);
+    awaited = reply ?? '';
     toEnd();
     if (follower.state === 'disconnected') follower.restart();
-  } catch {
+    return true;
+  } catch (err) {
     // It may have arrived all the same; the page must not send it twice by itself.
-    complain('The server did not answer. If your question does not appear above, send it again.');
-  } finally {
-    sending = ask.readOnly = false;
+    complain(err.status ? err.message : 'The server did not answer. If your question does not appear above, send it again.');
+    return false;
   }
 }
+
+// ---- what can be done with a message
+
+log.addEventListener('click', (e) => {
+  const button = e.target.closest('button');
+  const m = byId.get(button?.closest('article')?.dataset.id);
+  if (!m) return;
+  if (button.matches('.copy-code')) copy(button, button.closest('.code').querySelector('code').textContent);
+  if (button.matches('.copy-message')) copy(button, m.text);
+  if (button.matches('.again')) {
+    const asked = messages.slice(0, messages.indexOf(m)).findLast((q) => q.role === 'user');
+    if (asked) question(asked.text);
+    else complain('The question is not there any more.');
+  }
+});
 
 // ---- stopping
 
@@ -357,12 +644,12 @@ async function cancel() {
   stop.ariaDisabled = 'true'; // not `disabled`, as above
   complain('');
   try {
-    const response = await call(`${api}/cancel`, { method: 'POST' });
-    // 404 and 409 say that nothing is left to stop, which is what was wanted.
-    if (!response.ok && response.status !== 404 && response.status !== 409) return complain(await reasonOf(response));
+    await follower.stop();
     if (follower.state === 'disconnected') reconnect(); // to the log, which says what became of it
-  } catch {
-    complain('The server did not answer. If more is said, press Stop again.');
+  } catch (err) {
+    // 404 and 409 say that nothing is left to stop, which is what was wanted.
+    if (!err.status) complain('The server did not answer. If more is said, press Stop again.');
+    else if (err.status !== 404 && err.status !== 409) complain(err.message);
   } finally {
     stopping = false;
     stop.ariaDisabled = null;
@@ -380,15 +667,25 @@ function complain(text) {
   $('problem').hidden = !text;
 }
 
-$('copy').addEventListener('click', async () => {
+$('copy').addEventListener('click', () => copy($('copy'), location.href));
+
+async function copy(button, text) {
+  button.dataset.label ??= button.textContent;
+  let done = 'Copied';
   try {
-    await navigator.clipboard.writeText(location.href);
-    $('copy').textContent = 'Copied';
-    setTimeout(() => { $('copy').textContent = 'Copy link'; }, 1500);
-  } catch {
-    prompt('The link of this conversation:', location.href); // no clipboard without a secure context
+    await navigator.clipboard.writeText(text);
+  } catch { // there is no clipboard without a secure context
+    const area = element('textarea', { value: text, readOnly: true, className: 'unseen' });
+    button.after(area);
+    area.select();
+    if (!document.execCommand('copy')) done = 'Not allowed';
+    area.remove();
+    button.focus();
   }
-});
+  button.textContent = done;
+  set($('said'), done);
+  setTimeout(() => { button.textContent = button.dataset.label; }, 1500);
+}
 
 // ---- for tests, and for the curious with an open console
 
@@ -396,11 +693,15 @@ window.gapless = Object.freeze({
   get state() { return follower.state; },
   get epoch() { return follower.epoch; },
   get node() { return follower.node; },
+  get connection() { return follower.connection; },
+  get leading() { return follower.leading; },
   get seq() { return follower.seq; },
   get gaps() { return follower.gaps; },
   get doubles() { return follower.doubles; },
   get resets() { return follower.resets; },
   get reconnects() { return follower.reconnects; },
+  get counts() { return { ...plot.counts }; },
+  get naive() { return { state: naive.state, missing: naive.missing, lost: [...naive.everLost] }; },
   get messages() { return messages.map(({ id, role, text, status }) => ({ id, role, text, status })); },
   text: (id) => byId.get(id)?.text,
 });

@@ -698,10 +698,23 @@ func (p *tab) session() string {
 	return s
 }
 
-// shown is the text of each message, with its id, as it stands in the document.
+// shown is the text of each message, with its id, as it stands in the document. Markdown stands
+// there as what it means: of that the source is answered, if what was drawn piece by piece is what
+// would be drawn of it at once, and else what is there instead.
 func (p *tab) shown() [][2]string {
-	return eval[[][2]string](p, `Array.from(document.querySelectorAll('#log article'),
-		a => [a.dataset.id, a.querySelector('.text').textContent])`)
+	p.t.Helper()
+	p.run(`import('/markdown.js').then((m) => { window.Markdown = m.Markdown; })`)
+	p.until(`window.Markdown !== undefined`)
+	return eval[[][2]string](p, `Array.from(document.querySelectorAll('#log article'), (a) => {
+		const text = a.querySelector('.text');
+		if (a.dataset.role !== 'assistant') return [a.dataset.id, text.textContent];
+		const source = gapless.text(a.dataset.id);
+		const whole = document.createElement('div');
+		const markdown = new Markdown(whole);
+		markdown.append(source);
+		markdown.draw();
+		return [a.dataset.id, whole.innerHTML === text.innerHTML ? source : text.innerHTML + ' INSTEAD OF ' + whole.innerHTML];
+	})`)
 }
 
 // press presses a button with the mouse.
@@ -809,6 +822,17 @@ func TestPage(t *testing.T) {
 		{"after the end no request is made, not even after a reload", testEnd},
 		{"ten thousand chunks of history are shown", testLongHistory},
 		{"text of any kind is shown as it is", testText},
+		{"Markdown that grows is drawn as if it had come at once, and what is done is not drawn again", testMarkdown},
+		{"what a hostile answer says is shown, and does nothing", testHostile},
+		{"a connection that is cut comes back by itself, and the inspector shows it", testCut},
+		{"a throttled connection is late, and catches up", testThrottle},
+		{"the naive viewer loses chunks where the page says so, and ours does not", testNaive},
+		{"four more tabs are opened, or offered", testFourTabs},
+		{"without the demo none is offered", testNoDemo},
+		{"messages and code are copied, and a question is asked again", testCopyAndAgain},
+		{"whole messages are said aloud, once", testAloud},
+		{"everything is reached by keyboard", testKeyboard},
+		{"axe finds nothing", testAccessible},
 		{"Stop ends an answer in its middle, where the log ends it", testStop},
 		{"Stop is there after a reload in the middle of an answer", testStopAfterReload},
 		{"what one tab stops is stopped in the other", testStopFromSecondTab},
@@ -835,7 +859,7 @@ func testGrows(t *testing.T, w world) {
 	// Looked at by the page itself, since this test may look too rarely.
 	p.run(`window.states = [];
 		new MutationObserver(() => {
-			const text = document.querySelector('#log article[data-role=assistant] .text')?.textContent;
+			const text = document.querySelector('#log article[data-role=assistant] .text')?.textContent.trimEnd();
 			if (text && text !== states.at(-1)) states.push(text);
 		}).observe(document.getElementById('log'), { childList: true, subtree: true, characterData: true })`)
 	p.ask(question)
@@ -877,6 +901,10 @@ func testToken(t *testing.T, w world) {
 	p.until(`gapless.state === 'disconnected' && document.getElementById('problem').textContent.includes('no token')`)
 	paste(issuer.Token(life, may))
 	p.until(`gapless.state === 'live' && document.getElementById('login').hidden`)
+	p.run(`document.getElementById('compare').click()`) // which has the token's rights, too
+	p.until(`gapless.naive.state === 'live'`)
+	p.run(`document.getElementById('cut').click()`)
+	p.until(`gapless.reconnects === 1 && gapless.state === 'live'`)
 	p.ask(question)
 	p.until(`gapless.state === 'disconnected' && gapless.seq > 1 && !document.getElementById('login').hidden`)
 	if kept := eval[string](p, `location.href + document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage)`); strings.Contains(kept, "eyJ") {
@@ -1027,6 +1055,27 @@ func testLongHistory(t *testing.T, w world) {
 	if got := eval[int](p, `gapless.reconnects`); got != 0 {
 		t.Errorf("%d reconnects, though nothing was cut", got)
 	}
+
+	// And a long answer costs a reload one event.
+	for some := range slices.Chunk(chunks, 1000) {
+		for i := range some {
+			some[i].MessageID = "one"
+		}
+		w.a.post(t, "/v1/sessions/long-answer/chunks", some)
+	}
+	line := newProxy(t, w.a)
+	p.do("open", chromedp.Navigate(line.url("/?session=long-answer")))
+	p.until(`gapless.seq === 10000 && gapless.state === 'live'`)
+	p.do("reload", chromedp.Reload())
+	p.until(`gapless.seq === 10000 && gapless.state === 'live'`)
+	p.showsTheHistory(w.a, "long-answer")
+	p.until(`document.getElementById('snapshot').textContent === '10000 chunks in one event'`)
+	if got := eval[string](p, `JSON.stringify(gapless.counts)`); got != `{"snapshot":10000,"history":0,"live":0,"repaired":0,"lost":0}` {
+		t.Errorf("it came as %s", got)
+	}
+	if s := line.seen(); len(s) != 2 || bytes.Count(s[1].body, []byte("\nid: ")) > 2 {
+		t.Errorf("%d requests, the last one with %d events", len(s), bytes.Count(s[len(s)-1].body, []byte("\nid: ")))
+	}
 }
 
 // nasty are texts that have broken an event, a parser or a page somewhere.
@@ -1040,7 +1089,7 @@ var nasty = []string{
 func testText(t *testing.T, w world) {
 	var chunks []chunk
 	for i, text := range nasty {
-		chunks = append(chunks, chunk{MessageID: fmt.Sprint("m", i), Content: text}, chunk{MessageID: "all", Content: text})
+		chunks = append(chunks, chunk{MessageID: fmt.Sprint("m", i), Role: []string{"user", "tool"}[i%2], Content: text}, chunk{MessageID: "all", Content: text})
 	}
 	w.node.post(t, "/v1/sessions/text/chunks", chunks)
 	p := open(t, w.browser, w.node.url("/?session=text"), chromedp.WithNewBrowserContext())

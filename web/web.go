@@ -11,6 +11,7 @@ import "embed"
 // Files holds the page: index.html, for "/", and the files that it names, which lie
 // beside it ("/app.js", "/style.css", ...). In docs is the API reference, for "/docs": it is Swagger
 // UI as it is published (npm swagger-ui-dist), its large files compressed, and what starts it.
+// In vendor is what the page has of others, as they published it (npm marked, dompurify).
 //
-//go:embed index.html app.js gapless.js gapless.d.ts style.css favicon.svg docs
+//go:embed index.html app.js gapless.js gapless.d.ts markdown.js naive.js plot.js style.css favicon.svg vendor/*.js docs
 var Files embed.FS

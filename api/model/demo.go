@@ -49,15 +49,30 @@ Streams of text can be kept the same way. Each piece gets the next number when i
 
 What one does not need is a perfect messenger. The messenger may stumble, repeat himself or fall asleep; the book does not. It is enough that a glance into the book tells what the messenger left out.`,
 
-	`Tides are raised by the Moon more than by the Sun, although the Sun pulls on the Earth almost two hundred times as strongly. What counts is not the pull but how much it differs between the near and the far side of the Earth, and a difference fades with the cube of the distance. The Moon is close; the Sun is far away.
-
-The water does not simply rise towards the Moon, either. Two bulges form, one below the Moon and one on the opposite side, and the Earth turns beneath them. In an ocean without continents we would have two floods a day, a little later each day because the Moon has moved on meanwhile.
-
-Real coasts make it stranger. Basins have their own rhythm, as a bathtub has. The Bay of Fundy swings in almost exactly the time between two floods, so each tide pushes it like a child on a swing, and the water rises by sixteen metres. In the Mediterranean the rhythm does not fit, and you can leave your towel where it lies.`,
-
 	`Bread is patience with flour in it. Mix five hundred grams of flour with three hundred and fifty grams of water, ten grams of salt and three grams of dry yeast, until no dry spot is left, and then do nothing for half a day. Time kneads better than hands do: the proteins find each other by themselves once they are wet.
 
 Fold the dough twice, shape it without pressing the air out, and let it rest once more while the oven gets as hot as it can. A heavy pot with a lid, heated along with the oven, keeps the steam around the loaf; the crust stays soft for long enough to rise, and becomes glassy afterwards. Thirty minutes with the lid, fifteen without.
 
 Then comes the hard part. The loaf sings while it cools: the crust cracks very softly as it shrinks. If you cut it now it will be gummy inside, because the starch has not set. Wait an hour. „Ein Brot muss man ausreden lassen“, says a baker's proverb that I may have made up: one should let a loaf finish speaking. 🍞`,
+
+	`A stream loses words in the moment between two steps. The server **reads the history**, sends it, and only then **subscribes** to what is new:
+
+1. It reads chunks 1 to 6.
+2. Chunk 7 is published. Nobody listens yet.
+3. It subscribes, and hears 8, 9 and all the rest.
+
+Nothing tells the reader that 7 is missing. The remedy is a *log with numbers*: a viewer is a cursor, and there is one question, "what comes after my cursor?"
+
+` + "```js\nconst source = new EventSource('/v1/sessions/tea/stream');\nsource.onmessage = (e) => {\n  console.log(e.lastEventId, JSON.parse(e.data).content);\n};\n```" + `
+
+That is all a page needs. When the connection breaks, the browser comes back by itself and says how far it got:
+
+| it sends | it gets |
+|---|---|
+| ` + "`Last-Event-ID: 6`" + ` | 7, 8, 9, … |
+| nothing | 1, 2, 3, … |
+
+> A notification may be lost. The log may not.
+
+So press *Cut connection* while this grows, reload the page, or open four tabs of it: every one of them shows every word, once and in order.`,
 }

@@ -1,0 +1,98 @@
+// The viewer that loses chunks, to be looked at beside ours: its server reads the history, sends
+// it, and subscribes only then. It has no cursor and asks for nothing again; when its connection breaks it
+// begins anew. That something is missing it could not tell: the marks come from the numbers in
+// the chunks, which nobody but this page compares.
+
+export class Naive {
+  /** idle | connecting | reading | live */
+  state = 'idle';
+  connection = '';
+  /** Chunks that are missing from what it shows now. */
+  missing = 0;
+  /** Those that were missing at some time, each once. */
+  everLost = new Set();
+
+  #url;
+  #on;
+  #abort;
+  #last = 0; // the number of its last chunk; -1: the next one is the first that is kept
+
+  /**
+   * @param {string} url
+   * @param {object} on  fetch(url, init), clear(), chunk(chunk), lost(from, to): the numbers between the
+   *   chunk before and the one that follows, change()
+   */
+  constructor(url, on) {
+    this.#url = url;
+    this.#on = on;
+  }
+
+  /** Begins, with so many ms between read and subscription. */
+  async start(gap) {
+    this.stop();
+    const abort = this.#abort = new AbortController();
+    while (!abort.signal.aborted) {
+      this.#enter('connecting');
+      try {
+        const response = await this.#on.fetch(`${this.#url}?gap=${gap}`, { signal: abort.signal });
+        if (response.ok) await this.#read(response.body);
+        else if (response.status < 500 && response.status !== 429) return this.stop();
+      } catch {
+        // Broken off, as it always ends.
+      }
+      await new Promise((resolve) => { setTimeout(resolve, 1000); });
+    }
+  }
+
+  stop() {
+    this.#abort?.abort();
+    this.#enter('idle');
+  }
+
+  /** Says how far the log is: what it does not have by now, and is published, will never come. */
+  compare(seq) {
+    if (this.state === 'live' && this.#last >= 0 && seq > this.#last) this.#take({ seq: seq + 1 }, true);
+  }
+
+  async #read(body) {
+    this.missing = 0;
+    this.#on.clear();
+    let text = '';
+    for (const reader = body.pipeThrough(new TextDecoderStream()).getReader(); ;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const events = (text + value).split('\n\n');
+      text = events.pop();
+      for (const event of events) {
+        const data = /^data: (.*)$/m.exec(event)?.[1];
+        if (data) this.#take(JSON.parse(data));
+      }
+    }
+  }
+
+  #take(chunk, onlyHole = false) {
+    if (chunk.type === 'welcome') {
+      this.connection = chunk.connection;
+      this.#last = chunk.last_seq > 0 ? -1 : 0;
+      return this.#enter('reading');
+    }
+    if (chunk.type === 'subscribed') return this.#enter('live');
+    if (this.#last >= 0 && chunk.seq > this.#last + 1) {
+      for (let seq = this.#last + 1; seq < chunk.seq; seq++) this.everLost.add(seq);
+      this.missing += chunk.seq - this.#last - 1;
+      this.#on.lost(this.#last + 1, chunk.seq - 1);
+    }
+    if (onlyHole) this.#last = chunk.seq - 1;
+    else {
+      this.#last = chunk.seq ?? this.#last;
+      this.#on.chunk(chunk);
+    }
+    this.#on.change();
+  }
+
+  #enter(state) {
+    if (this.state === state) return;
+    this.state = state;
+    this.#on.change();
+  }
+}
