@@ -685,7 +685,7 @@ func (p *tab) ask(question string) {
 	p.t.Helper()
 	p.types(question)
 	p.do("press Enter", chromedp.KeyEvent("\r"))
-	p.until(`document.querySelector('#log article[data-role=user]') !== null`)
+	p.until(`Boolean(document.querySelector('#log article[data-role=user] .text')?.textContent)`)
 }
 
 // session is the one in the page's URL.
