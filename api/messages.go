@@ -39,7 +39,8 @@ const answerPatience = time.Minute
 // message of the answer.
 type exchange struct {
 	question, reply string
-	seq             int64
+	seq             int64  // the question's number,
+	epoch           string // in this log
 }
 
 // ask appends the user's message and has the model answer into the same log.
@@ -109,7 +110,7 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 		a.limits.Answers.Give(caller, 1)
 		return x, err
 	}
-	x.seq = u.stored.Last
+	x.seq, x.epoch = u.stored.Last, u.stored.Epoch
 	u.patience = answerPatience
 	begun = true
 	go func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it

@@ -59,7 +59,7 @@ func (a *API) uiAsk(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.uiStream(c, sse.Ask{Cursor: x.seq}, &uiFold{message: x.reply})
+	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, &uiFold{message: x.reply})
 }
 
 // uiQuestion is the text of the last message that useChat sent, and where it stands. All others
@@ -134,7 +134,7 @@ func (a *API) uiView(c echo.Context, message string) error {
 	if b.First-1 > b.Former { // what this log began with is not kept any more
 		f.torn = b.First
 	}
-	return a.uiStream(c, sse.Ask{}, f)
+	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, f)
 }
 
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {

@@ -16,6 +16,7 @@ type Ask struct {
 	Session    string
 	Connection string // names this connection in logs, and to the client
 	Cursor     int64  // the last number that it has; Latest: whatever is the last one now
+	Epoch      string // that the log had a moment ago, if that is known: it is not viewed as it was before
 	Unknown    bool   // it came with an id that is no number: from the start, by a reset
 	UntilDone  bool   // its response ends behind the next chunk that ends a message or the log
 	Raw        bool   // it is given only what was ingested as events, as that came
@@ -243,7 +244,7 @@ func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 // know more: the cursor may be one of theirs, and an end or a deletion may be past, with
 // a new life begun. Then the log is read once more first.
 func (v *Viewer) fresh(w *window) bool {
-	if v.Cursor <= w.Last && !w.Ended && !w.Deleted {
+	if v.Cursor <= w.Last && !w.Ended && !w.Deleted && (v.Epoch == "" || v.Epoch == w.Epoch) {
 		return true
 	}
 	if v.ticket == 0 {

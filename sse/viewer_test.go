@@ -184,6 +184,29 @@ func TestViewer_nodeIsBehind_looksBeforeItSaysAhead(t *testing.T) {
 }
 
 // Promise: Ends, once and for good.
+// Nor does one see a log as it was before the epoch that its caller knows of.
+func TestViewer_nodeDoesNotKnowTheEpoch_looksFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		h := started(t, testConfig(), log)
+		now(t, h, log, Ask{}).leave()
+		log.Replace(storetest.Element(1, "b")) // another epoch begins, and this node has not heard of it
+		if err := log.Renew(t.Context(), "s", "e1", 1); err != nil {
+			t.Fatal(err)
+		}
+		p, err := log.Read(t.Context(), "s", 0, all, all)
+		if err != nil || p.Epoch == "e1" {
+			t.Fatal(p.Epoch, err)
+		}
+		w := now(t, h, log, Ask{Epoch: p.Epoch})
+		if got, want := names(w.events()), fmt.Sprintf("welcome 0, reset %d, chunk %d", p.First-1, p.First); got != want || w.take(w.events()) != nil || len(w.resets) != 1 || w.resets[0] != "trimmed" {
+			t.Errorf("%s, not %s: %v", got, want, w.resets)
+		}
+		w.leave()
+	})
+}
+
 func TestViewer_endOfTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
