@@ -390,6 +390,8 @@ func run(ctx context.Context, cfg config) error {
 		defer tokens.Close()
 		cfg.api.Auth = tokens
 	}
+	returned := sse.NewReturned(listener.Addr())
+	cfg.sse.Back = returned.Back
 	hub := sse.NewHub(cfg.sse, logs)
 	var answers model.Model = model.NewDemo()
 	if !cfg.demo {
@@ -418,6 +420,9 @@ func run(ctx context.Context, cfg config) error {
 	var begun time.Time // the end
 	failed := make(chan error, 1)
 	bounded := handler.Listener(listener)
+	if secret == nil { // connections with TLS are not taken over
+		go func() { _ = server.Serve(returned) }() // ended by Shutdown or Close
+	}
 	go func() { // ended by Shutdown or Close; waited for below
 		if secret != nil {
 			failed <- server.ServeTLS(bounded, "", "")

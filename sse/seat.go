@@ -45,6 +45,7 @@ type seat struct {
 	count bool  // whose events are chunks
 	// parting: it is the last event, and the response breaks off behind it.
 	parting bool
+	torn    bool // the response's last bytes are not written
 
 	// The row's mutex guards these: what befalls a seat that a goroutine has.
 	gone   bool
@@ -129,9 +130,8 @@ func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience 
 	header := to.Header() // with what others have set: both responses say it
 	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	none := responseHead("204 No Content", header)
-	none = append(none[:len(none)-2], "Connection: close\r\n\r\n"...)
 	header.Set("Transfer-Encoding", "chunked")
-	// Not Connection: close, although it is closed at the end: undici, for one, takes the end of such a
+	// Not Connection: close, although it may be closed at the end: undici, for one, takes the end of such a
 	// connection for the end of its response, which breaks off like that.
 	h.sit(v, conn, responseHead("200 OK", streamHeader(header)), none, patience, told)
 	return true
@@ -281,7 +281,8 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 			return "", false
 		}
 		if over, _ := s.nothing(w); over != "" {
-			_, _ = s.conn.try(s.none)
+			n, err := s.conn.try(s.none)
+			s.torn = err != nil || n < len(s.none)
 			return over, false
 		}
 		f.begin = s.begin()
@@ -387,6 +388,7 @@ func (s *seat) run() {
 		w.writing.Add(1) // so that it is given up, too, if it takes too long
 		_, w.err = s.conn.Write([]byte(lastFrame)[out.skip:])
 		w.writing.Add(1)
+		s.torn = w.err != nil
 	}
 	w.stop()
 	if cause != "" {
@@ -398,7 +400,7 @@ func (s *seat) run() {
 func (s *seat) close(c Cause) {
 	s.expiry()
 	s.conn.unwatch()
-	if c.Clean() {
+	if c.Clean() && !s.torn {
 		s.conn.finish() // a 204 ends there, too
 	} else {
 		_ = s.conn.Close()

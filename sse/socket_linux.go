@@ -1,6 +1,7 @@
 package sse
 
 import (
+	"bytes"
 	"net"
 	"net/http"
 	"sync"
@@ -20,11 +21,17 @@ func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
 	if err != nil {
 		return nil, false
 	}
-	if _, _, err := http.NewResponseController(to).Hijack(); err != nil {
+	_, buffered, err := http.NewResponseController(to).Hijack()
+	if err != nil {
 		return nil, false
 	}
 	setSendBuffer(tcp, sendBuffer)
-	s := &tcpSocket{TCPConn: tcp, conn: conn, gone: &h.gone, fd: -1} // on which all fails, if the connection is closed already
+	// On descriptor -1 all fails: the connection is closed already. What stands behind a body that nobody reads is no request.
+	s := &tcpSocket{TCPConn: tcp, conn: conn, hub: h, last: r.Close || r.Body != http.NoBody, fd: -1}
+	if n := buffered.Reader.Buffered(); n > 0 { // the next request, sent already
+		s.read, _ = buffered.Reader.Peek(n)
+		s.read = bytes.Clone(s.read)
+	}
 	_ = raw.Control(func(fd uintptr) { s.fd = int(fd) })
 	return s, true
 }
@@ -35,7 +42,9 @@ type tcpSocket struct {
 	*net.TCPConn
 	conn net.Conn // as it was accepted: whoever counts connections wants to know of its Close
 	fd   int
-	gone *departures
+	hub  *Hub
+	read []byte // behind the request
+	last bool   // no other request follows
 }
 
 func (s *tcpSocket) try(p []byte) (n int, err error) {
@@ -84,12 +93,16 @@ func plainConn(c net.Conn) *net.TCPConn {
 // NetConn is what Writer asks how far the peer has got.
 func (s *tcpSocket) NetConn() net.Conn { return s.TCPConn }
 
-func (s *tcpSocket) watch(gone func()) error { return s.gone.add(s.fd, gone) }
-func (s *tcpSocket) unwatch()                { s.gone.remove(s.fd) }
+func (s *tcpSocket) watch(gone func()) error { return s.hub.gone.add(s.fd, gone) }
+func (s *tcpSocket) unwatch()                { s.hub.gone.remove(s.fd) }
 
-// finish closes once the peer had the time to read the end: a connection that is closed with something
-// unread in it is reset, and takes along what was sent last.
+// finish gives the connection back to the server, for the next request. Or it closes, once the peer had the time to
+// read the end: a connection that is closed with something unread in it is reset, and takes along what was sent last.
 func (s *tcpSocket) finish() {
+	if back := s.hub.cfg.Back; back != nil && !s.last && s.hub.leaving.Err() == nil && s.SetDeadline(time.Time{}) == nil {
+		back(s.conn, s.read)
+		return
+	}
 	_ = s.CloseWrite()
 	time.AfterFunc(500*time.Millisecond, func() { _ = s.Close() })
 }

@@ -31,6 +31,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"time"
 
 	"gapless/store"
@@ -70,6 +71,9 @@ type Config struct {
 	Reads int
 	// Plain leaves all connections to the HTTP server, also those that could be taken over.
 	Plain bool
+	// Back takes a connection that was taken over, once its response has ended as HTTP ends one, and what
+	// was read behind its request (Returned); nil: it is closed.
+	Back func(c net.Conn, read []byte)
 	// Tracer follows chunks; nil: nobody does.
 	Tracer Tracer
 
