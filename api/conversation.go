@@ -31,8 +31,9 @@ func (a *API) conversation(ctx context.Context, session string, before int64) ([
 			break // it was trimmed, or is another log by now
 		}
 		for i, element := range p.Elements[:min(int64(len(p.Elements)), before-p.From)] {
-			// One that is not known from its first chunk is not known: its beginning may be gone.
-			c.take([]byte(element), i == 0 && c.taken == 0 && p.From > 1)
+			// One that is not known from its first chunk is not known: its beginning may be gone. What an epoch
+			// began with has numbers behind those of the former one.
+			c.take([]byte(element), i == 0 && c.taken == 0 && p.From-1 > p.Former)
 		}
 		from = p.Next()
 	}

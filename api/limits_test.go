@@ -382,7 +382,7 @@ func TestLimit_ofBodies(t *testing.T) {
 func TestLimit_ofABodysTime(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BodyTimeout = 300 * time.Millisecond })
-	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON} {
+	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON, "/v1/sessions/s/demo": typeJSON} {
 		r, w := io.Pipe()
 		stop := make(chan struct{})
 		go func() { // ends with the answer

@@ -356,6 +356,22 @@ func TestMessages_conversationIsSentAlongAsFarAsItGot(t *testing.T) {
 	}
 }
 
+// What was said first after a deletion has a high number, and nothing in front of it.
+func TestMessages_conversationBeginsWithItsEpoch(t *testing.T) {
+	t.Parallel()
+	m := &spoken{}
+	n := serve(t, func(s *setup) { s.model = m })
+	n.append("s", `{"content":"former"}`)
+	if a := n.do(request{method: "DELETE", path: "/v1/sessions/s"}); a.status != 204 {
+		t.Fatalf("%+v", a)
+	}
+	n.append("s", `[{"message_id":"q","role":"user","content":"remember 42"},{"message_id":"q","type":"done"}]`)
+	n.ask("s", "sesame?")
+	if got, want := m.last(t, 1), []model.Turn{{Role: "user", Content: "remember 42"}, {Role: "user", Content: "sesame?"}}; !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 	t.Parallel()
 	m := &spoken{}

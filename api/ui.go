@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	jsonv2 "github.com/go-json-experiment/json"
+	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
 
 	"gapless/api/auth"
@@ -119,8 +121,8 @@ func (a *API) uiView(c echo.Context, message string) error {
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
-	if message == "" && len(open) > 0 {
-		message = slices.Max(open) // of answers to questions, whose ids tell the time, the newest
+	if message == "" {
+		message = newest(open)
 	}
 	if !slices.Contains(open, message) {
 		return c.NoContent(http.StatusNoContent)
@@ -135,6 +137,20 @@ func (a *API) uiView(c echo.Context, message string) error {
 		f.torn = b.First
 	}
 	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, f)
+}
+
+// newest is the newest of messages that are open: of those whose ids this server made, and which tell the time, or, if
+// there are none, of others.
+func newest(open []string) string {
+	var made, others string
+	for _, id := range open {
+		if u, err := uuid.Parse(id); err == nil && u.Version() == 7 && u.String() == id {
+			made = max(made, id)
+		} else {
+			others = max(others, id)
+		}
+	}
+	return cmp.Or(made, others)
 }
 
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {

@@ -105,6 +105,21 @@ func TestUI_questionIsAnsweredByItsParts(t *testing.T) {
 	}
 }
 
+// What a producer has left open, under a name of its own, is not what somebody who asked comes back for.
+func TestUI_resumesTheAnswer(t *testing.T) {
+	t.Parallel()
+	m := newPaced()
+	n := serve(t, func(s *setup) { s.model = m })
+	n.append("s", `[{"message_id":"m1","content":"left open"},{"message_id":"zz","content":"left open"}]`)
+	n.ask("s", secret)
+	u := n.ui(t, request{method: "GET", path: "/v1/sessions/s/ui-stream"})
+	m.steps <- "sesame"
+	close(m.steps)
+	if last := u.rest(); last.Type != "finish" || u.text.String() != "sesame" {
+		t.Errorf("%s %q", u.kinds(), u.text.String())
+	}
+}
+
 func TestUI_resumesARunningMessageFromItsBeginningOnAnyNode(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)

@@ -329,7 +329,7 @@ func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return view(t, h, v, &sink{taken: takenOver})
+	return view(t, h, v, &sink{taken: takenOver && !a.Raw})
 }
 
 // view has a viewer given what there is, into a sink.

@@ -55,6 +55,7 @@ type Viewer struct {
 	pageAt    time.Time // when the last one came
 
 	raw []byte // Raw or Fold: what was made of the last events
+	got bool   // Raw: it has been given something, now or on a former connection
 
 	pace atomic.Int64 // Slow's pause
 
@@ -83,7 +84,7 @@ var ErrFull = errors.New("this node watches no more logs")
 
 // View begins to view. Close must be called. Errors: ErrDraining, ErrFull.
 func (h *Hub) View(a Ask) (*Viewer, error) {
-	v := &Viewer{Ask: a, hub: h, pageBytes: leastPage}
+	v := &Viewer{Ask: a, hub: h, pageBytes: leastPage, got: a.Cursor > 0}
 	v.shown.Store(-1)
 	if err := h.enter(v); err != nil {
 		return nil, err
@@ -493,6 +494,10 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			if v.Raw {
 				v.raw = appendRaw(v.raw[:0], events)
 				events = v.raw
+				v.got = v.got || len(events) > 0
+				if s.end == Done && !v.got { // what is done had nothing for it
+					s.end = ""
+				}
 			}
 			if v.Fold != nil {
 				v.raw, over = v.Fold(v.raw[:0], events)

@@ -184,6 +184,32 @@ func TestViewer_nodeIsBehind_looksBeforeItSaysAhead(t *testing.T) {
 }
 
 // Promise: Ends, once and for good.
+// Who wants events alone waits for the end of a message of which something was given, not of one before it.
+func TestViewer_untilDone_ofEventsAlone(t *testing.T) {
+	for _, window := range []int{0, 1 << 20} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &storetest.Log{}
+			for _, e := range []string{`{"content":"a"}`, `{"type":"done"}`, `{"raw":"x"}`, `{"content":"b"}`, `{"type":"done"}`, `{"raw":"y"}`} {
+				log.Push(e)
+			}
+			cfg := testConfig()
+			cfg.Window = window
+			h := started(t, cfg, log)
+			for cursor, want := range map[int64]string{0: "chunk 3", 3: "", 5: "chunk 6"} {
+				w := now(t, h, log, Ask{Cursor: cursor, UntilDone: true, Raw: true})
+				if got := names(w.events()); got != want {
+					t.Errorf("from %d: %s, not %s", cursor, got, want)
+				}
+				if cursor == 5 {
+					w.leave()
+				} else if cause := <-w.done; cause != Done {
+					t.Error(cursor, cause)
+				}
+			}
+		})
+	}
+}
+
 // Nor does one see a log as it was before the epoch that its caller knows of.
 func TestViewer_nodeDoesNotKnowTheEpoch_looksFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
