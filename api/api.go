@@ -220,9 +220,9 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.call("GET", onePath+"/ui-stream", auth.Read, a.uiResume)
 	a.call("POST", onePath+"/ui-stream", auth.Ask, a.uiAsk)
 	if cfg.Demo {
-		a.demo = &demo{all: map[string]shown{}}
+		a.demo = &demo{naive: map[string]naiveViewer{}}
 		a.call("POST", onePath+"/demo", auth.Read, a.disturb)
-		a.call("GET", onePath+"/demo/naive", auth.Read, a.naive)
+		a.call("GET", onePath+"/demo/naive", auth.Read, a.readFirst)
 	}
 	a.metrics.begin(e.Routes())
 	return a

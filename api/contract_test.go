@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"gapless/api/apitest"
 )
@@ -132,7 +131,7 @@ func TestContract_exampleRequestsAreAnswered(t *testing.T) {
 					t.Run(op.OperationId+" "+name, func(t *testing.T) {
 						session := op.OperationId + name
 						n.append(session, `{"message_id":"m1","content":"sesame"}`) // which some go on with, and cancel stops
-						n.api.demo.show(session, "01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10", shown{leave: func() {}, slow: func(time.Duration) {}})
+						n.api.demo.show("01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10", naiveViewer{session, func() {}})
 						body := apitest.JSON(e.Value)
 						if kind != typeJSON {
 							var text string

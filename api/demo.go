@@ -12,6 +12,7 @@ import (
 
 	"github.com/labstack/echo/v4"
 
+	"gapless/sse"
 	"gapless/store"
 )
 
@@ -19,33 +20,38 @@ import (
 // viewer that reads first and subscribes then, to look at beside ours. A server that
 // asks a real model has none of it.
 
-// shown is a connection that may be disturbed.
-type shown struct {
-	session string
-	leave   func()
-	slow    func(pause time.Duration)
-}
-
-// demo is the connections of this node, by their names. A nil one knows none.
+// demo is the naive viewers of this node, by the names of their connections. The others are the hub's.
 type demo struct {
-	mu  sync.Mutex
-	all map[string]shown
+	mu    sync.Mutex
+	naive map[string]naiveViewer
 }
 
-// show has a connection found until hide is called.
-func (d *demo) show(session, connection string, s shown) (hide func()) {
-	if d == nil {
-		return func() {}
-	}
-	s.session = session
+// naiveViewer is one of them.
+type naiveViewer struct {
+	session string
+	cut     func()
+}
+
+// show has a naive viewer found until hide is called.
+func (d *demo) show(connection string, n naiveViewer) (hide func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.all[connection] = s
+	d.naive[connection] = n
 	return func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		delete(d.all, connection)
+		delete(d.naive, connection)
 	}
+}
+
+// find finds the naive viewer of a session that has a connection; nil: there is none.
+func (d *demo) find(session, connection string) (cut func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if n := d.naive[connection]; n.session == session {
+		return n.cut
+	}
+	return nil
 }
 
 // slowPause is behind each chunk of a connection that is slowed down: four a second, where the demo's
@@ -66,20 +72,25 @@ func (a *API) disturb(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	a.demo.mu.Lock()
-	found, ok := a.demo.all[members["connection"]]
-	a.demo.mu.Unlock()
-	if !ok || found.session != session(c) {
+	v, cut := a.hub.Viewer(session(c), members["connection"]), a.demo.find(session(c), members["connection"])
+	if v != nil {
+		cut = func() { v.Leave(sse.Cut) }
+	}
+	if cut == nil {
 		return &Problem{Status: http.StatusNotFound, Code: "connection_not_found", Member: "/connection",
 			Detail: "this node has no such connection of the session: it may have ended, or be another node's"}
 	}
+	pause := time.Duration(0)
 	switch members["do"] {
 	case "cut":
-		found.leave()
+		cut()
 	case "slow":
-		found.slow(slowPause)
+		pause = slowPause
+		fallthrough
 	case "quick":
-		found.slow(0)
+		if v != nil { // a naive one is always as it is
+			v.Slow(pause)
+		}
 	default:
 		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/do", Detail: "do is cut, slow or quick"}
 	}
@@ -89,10 +100,10 @@ func (a *API) disturb(c echo.Context) error {
 // maxGap bounds the time between the two steps of a naive viewer, in ms.
 const maxGap = 2000
 
-// naive is the viewer that this server exists to end: it reads the history, sends it, and subscribes
+// readFirst is the viewer that this server exists to end: it reads the history, sends it, and subscribes
 // then. What is published between the two is lost, and nothing tells. The time between them, some
 // milliseconds by nature, can be stretched, so that one need not wait for bad luck.
-func (a *API) naive(c echo.Context) error {
+func (a *API) readFirst(c echo.Context) error {
 	gap := 0
 	if text := c.QueryParam("gap"); text != "" {
 		var err error
@@ -119,7 +130,7 @@ func (a *API) naive(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	defer a.demo.show(id, connection, shown{leave: cut, slow: func(time.Duration) {}})()
+	defer a.demo.show(connection, naiveViewer{id, cut})()
 	h := c.Response().Header()
 	h.Set("Content-Type", "text/event-stream")
 	h.Set("Cache-Control", "no-cache, no-transform")

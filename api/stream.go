@@ -69,9 +69,6 @@ func (a *API) stream(c echo.Context) error {
 	if in != nil {
 		in.view(v)
 	}
-	hide := a.demo.show(view.Session, view.Connection, shown{leave: func() { v.Leave(sse.Cut) }, slow: v.Slow})
-	give := leave
-	leave = func() { hide(); give() }
 	client := strings.Clone(c.RealIP())
 	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
 	answered := func(int) {}

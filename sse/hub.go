@@ -129,6 +129,24 @@ func (h *Hub) Viewers(session string) int {
 	return len(f.viewers)
 }
 
+// Viewer finds the viewer of a session that has a connection, on this node; nil: there is none.
+func (h *Hub) Viewer(session, connection string) *Viewer {
+	h.mu.Lock()
+	f := h.feeds[session]
+	h.mu.Unlock()
+	if f == nil {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for v := range f.viewers {
+		if v.Connection == connection {
+			return v
+		}
+	}
+	return nil
+}
+
 // divide shares the memory of the node among the feeds. mu is held.
 func (h *Hub) divide() {
 	h.share.Store(int64(min(h.cfg.Window, (h.cfg.WindowTotal-h.pages.budget-h.cfg.WindowTotal/8)/max(len(h.feeds), 1))))
