@@ -1,6 +1,6 @@
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused for good; `restart()` tries again
+ *   disconnected: refused, and so is a look at the session; `restart()` begins again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
@@ -125,7 +125,7 @@ export class ProblemError extends Error {
     problem: Problem;
 }
 /**
- * disconnected: refused for good; `restart()` tries again
+ * disconnected: refused, and so is a look at the session; `restart()` begins again
  */
 export type State = "connecting" | "catching up" | "live" | "waiting to reconnect" | "disconnected" | "ended";
 export type ResetReason = "trimmed" | "ahead" | "epoch" | "unknown" | "deleted" | "restart";

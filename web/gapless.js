@@ -19,7 +19,7 @@
 
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused for good; `restart()` tries again
+ *   disconnected: refused, and so is a look at the session; `restart()` begins again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
@@ -131,6 +131,7 @@ export class Follower {
   #ticket = '';        // that this connection was opened with
   #proven = true;      // false: this ticket has not let us in yet
   #welcomes = 0;
+  #refusals = 0;       // since we were last welcomed
   #welcomed = false;   // this connection was
   #last = 0;           // how far the log went when we were welcomed: from there on we are live
   #known = 0;          // how far it goes, says the leading tab
@@ -261,7 +262,7 @@ export class Follower {
   }
 
   #online() {
-    // Some browsers give up where there is no network; others wait.
+    // It may have been a network that lets nobody in.
     if (this.state === 'disconnected') return this.#join();
     if (this.state === 'waiting to reconnect' && this.leading) return this.#open();
     this.#look();
@@ -500,18 +501,27 @@ export class Follower {
       },
     };
     const { EventSource = globalThis.EventSource, headers } = this.#options;
+    const mine = () => this.#headers().catch((err) => {
+      if (opening === this.#opening) this.#disconnect();
+      throw err;
+    });
     this.#source = EventSource && !headers ? listen(new EventSource(url.href), on)
-      : read(url.href, (url, init) => this.#fetch(url, init), () => this.#headers(), this.#silence(), on);
+      : read(url.href, (url, init) => this.#fetch(url, init), mine, this.#silence(), on);
   }
 
-  // An EventSource does not say why it was refused. 204 is no refusal: there is nothing more.
+  // An EventSource does not say why it was refused: the session may. 204 is no refusal: there is
+  // nothing more. Where the session is there, or nobody can say, it was a proxy whose node is
+  // away, or a limit: then we try again, those who were refused together not all at once.
   async #refused() {
     const opening = this.#opening;
     const session = await this.#describe().catch(() => 0);
     if (opening !== this.#opening) return;
     if (session === 404 && (this.epoch || this.seq > 0)) return this.#deleted();
     if (typeof session === 'object' && session.ended && session.last_seq === this.seq && (!this.epoch || session.epoch === this.epoch)) return this.#finish('ended');
-    this.#disconnect();
+    if (typeof session === 'number' && session >= 400 && session < 500 && session !== 429) return this.#disconnect();
+    const timer = setTimeout(() => this.#open(), Math.min(1000 * 2 ** this.#refusals++, 15_000) * (1 + Math.random()));
+    this.#source = { close: () => clearTimeout(timer) };
+    this.#enter('waiting to reconnect');
   }
 
   // ---- what the stream says
@@ -538,6 +548,7 @@ export class Follower {
     this.node = welcome.node;
     this.connection = welcome.connection;
     this.#proven = this.#welcomed = true;
+    this.#refusals = 0;
     if (this.leading && this.#welcomes++ > 0) this.reconnects++;
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) {
@@ -809,12 +820,7 @@ function read(url, fetch, headers, silence, on) {
     attempt = new AbortController();
     heard();
     /** @type {Record<string, string>} */
-    let all;
-    try {
-      all = { ...await headers(), Accept: 'text/event-stream' };
-    } catch {
-      return true;
-    }
+    const all = { ...await headers(), Accept: 'text/event-stream' };
     const cursor = parser.begin();
     if (cursor) all['Last-Event-ID'] = cursor;
     const response = await fetch(url, { headers: all, cache: 'no-store', signal: attempt.signal });

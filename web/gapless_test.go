@@ -475,7 +475,55 @@ func TestGapless_tellsAnEndFromARefusal(t *testing.T) {
 		f.session = session("e", 2, true)
 		f.mu.Unlock()
 		r.call("restart")
-		r.until("state", "disconnected") // the log has two chunks, and none came
+		r.until("state", "waiting to reconnect") // the log has two chunks, and none came
+	})
+}
+
+// Where nodes go and come behind a proxy, it answers 502 for a while, which ends an EventSource.
+func TestGapless_triesAgainWhereAProxyHasNoNode(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		var mu sync.Mutex
+		var times []time.Time
+		came := func() {
+			mu.Lock()
+			defer mu.Unlock()
+			times = append(times, time.Now())
+		}
+		away := func(s says) { came(); s.w.WriteHeader(http.StatusBadGateway) }
+		f := newFake(t, "502",
+			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() },
+			away, away,
+			func(s says) { came(); s.welcome("e", 1, 1); s.end(2); s.hang() })
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.until("state", "waiting to reconnect")
+		eventually(t, "it is refused", func() bool { mu.Lock(); defer mu.Unlock(); return len(times) > 1 })
+		f.mu.Lock()
+		f.session = session("e", 1, false)
+		f.mu.Unlock()
+		r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
+		f.wanted(t, "", "1", "1", "1")
+		if by == "eventsource" {
+			for i, least := range []time.Duration{1, 2} {
+				if wait := times[i+1].Sub(times[i]); wait < least*time.Second {
+					t.Errorf("it tried again after %v", wait)
+				}
+			}
+		}
+	})
+}
+
+// Nothing is waited for where a session was never there, nor by a follower that is closed.
+func TestGapless_triesNotAgainWhereItIsToldNotTo(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound} {
+			f := newFake(t, fmt.Sprint(status), func(s says) { s.w.WriteHeader(status) })
+			r := followed(t, f.URL+streamPath, by, nil)
+			r.until("state", "disconnected")
+		}
+		f := newFake(t, session("e", 1, false), func(s says) { s.w.WriteHeader(http.StatusForbidden) })
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.until("state", "waiting to reconnect")
+		r.stop() // the fake expects no other request
 	})
 }
 
