@@ -56,6 +56,7 @@ export function follow(url: string | URL, options?: Options): Follower;
  * @typedef {object} Hint what a leading tab tells the others
  * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
  * @property {string} [deleted] the epoch that was deleted
+ * @property {ResetReason} [reset] why everything up to here is to be forgotten
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
  * @property {State} state
@@ -260,6 +261,10 @@ export type Hint = {
      * the epoch that was deleted
      */
     deleted?: string | undefined;
+    /**
+     * why everything up to here is to be forgotten
+     */
+    reset?: ResetReason | undefined;
     epoch: string;
     /**
      * the leading tab's cursor

@@ -85,6 +85,7 @@ const SIGN = 3_000;     // how long a leading tab may take to give a sign of lif
  * @typedef {object} Hint what a leading tab tells the others
  * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
  * @property {string} [deleted] the epoch that was deleted
+ * @property {ResetReason} [reset] why everything up to here is to be forgotten
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
  * @property {State} state
@@ -284,7 +285,7 @@ export class Follower {
       const scope = await this.#scope();
       if (turn.signal.aborted) return;
       if (mine) return this.#lead(mine);
-      this.#name = `gapless 1 ${scope} ${this.#url}`; // 1: what hints are like
+      this.#name = `gapless 2 ${scope} ${this.#url}`; // 2: what hints are like
     } catch {
       if (!turn.signal.aborted) this.#disconnect();
       return;
@@ -364,12 +365,19 @@ export class Follower {
     this.connection = hint.connection;
     this.#theirs = hint.state === 'catching up' ? 'live' : hint.state;
     this.#known = hint.seq;
-    const other = this.epoch !== '' && hint.epoch !== '' && hint.epoch !== this.epoch;
     const { data } = hint;
-    const next = !other && data !== undefined && hint.seq === this.seq + 1;
-    if (next || hint.seq === this.seq) this.epoch ||= hint.epoch;
-    if (next) return this.#take(hint.seq, data, hint.source ?? 'live');
-    if (!this.#source && (other || hint.seq > this.seq)) return this.#open();
+    if (hint.reset && (hint.epoch === '' || hint.epoch !== this.epoch) && (this.epoch !== '' || this.seq > 0)) {
+      const opening = this.#opening;
+      this.#forget(hint.reset);
+      if (opening !== this.#opening) return;
+      if (this.#source) return this.#open();
+    }
+    // Equal numbers mean equal chunks in one log only. Where neither tab knows which log it has, it
+    // is the same one, since resets are told.
+    if (!this.epoch && (hint.seq === this.seq || this.seq === 0 && hint.seq === 1)) this.epoch = hint.epoch;
+    const ours = hint.epoch === this.epoch;
+    if (ours && data !== undefined && hint.seq === this.seq + 1) return this.#take(hint.seq, data, hint.source ?? 'live');
+    if (!this.#source && (hint.epoch !== '' && !ours || hint.seq > this.seq)) return this.#open();
     this.#settle();
   }
 
@@ -553,7 +561,7 @@ export class Follower {
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) {
       const opening = this.#opening;
-      this.#forget('epoch');
+      this.#forget('epoch', welcome.epoch);
       if (opening === this.#opening) this.#open();
       return;
     }
@@ -576,14 +584,14 @@ export class Follower {
   #reset(id, reset) {
     if (reset.reason === 'deleted') return this.#deleted();
     const opening = this.#opening;
-    this.resets++;
-    this.seq = this.#given = id; // its data has the cursor that we came with
+    // Its data has the cursor that we came with. Without an epoch, the next welcome tells.
+    this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
+    if (opening !== this.#opening) return;
+    this.#given = id;
     this.#last = reset.last_seq;
     this.#late = 'history';
-    this.#repaired = -1;
-    if (reset.epoch !== undefined || reset.reason !== 'trimmed') this.epoch = reset.epoch ?? ''; // else the next welcome tells
-    this.#tell('onReset', reset.reason);
-    if (opening === this.#opening) this.#settle();
+    this.#fresh = false;
+    this.#settle();
   }
 
   #deleted() {
@@ -673,14 +681,21 @@ export class Follower {
     return false;
   }
 
-  /** @param {ResetReason} reason */
-  #forget(reason) {
-    this.seq = 0;
-    this.epoch = '';
+  /**
+   * @param {ResetReason} reason
+   * @param {string} [epoch] of the log that follows, where it is known
+   * @param {number} [seq] the chunk behind which it follows
+   */
+  #forget(reason, epoch = '', seq = 0) {
+    this.seq = seq;
+    this.epoch = epoch;
     this.#last = this.#known = 0;
     this.#fresh = true;
-    this.#repaired = -1;
-    if (reason !== 'restart') this.resets++;
+    this.#repaired = this.#learned = -1;
+    if (reason !== 'restart') {
+      this.resets++;
+      if (reason !== 'deleted') this.#post({ reset: reason }); // which is told before, with its epoch
+    }
     this.#tell('onReset', reason);
   }
 
