@@ -39,7 +39,7 @@
  * @property {number} [after] the chunk to begin behind; 0 is the start
  * @property {boolean} [shared] false: a connection of this tab's own
  * @property {number} [silence] how long nothing may come, in ms, before we look whether the connection is alive:
- *   two and a half of the server's heartbeats
+ *   two and a half of the server's heartbeats; Infinity: we do not look
  * @property {typeof globalThis.fetch} [fetch] instead of the global one
  * @property {new (url: string) => Pick<EventSource, 'addEventListener' | 'readyState' | 'close'>} [EventSource]
  *   instead of the global one; where there is none, fetch is used
@@ -232,7 +232,7 @@ export type Options = {
     shared?: boolean | undefined;
     /**
      * how long nothing may come, in ms, before we look whether the connection is alive:
-     * two and a half of the server's heartbeats
+     * two and a half of the server's heartbeats; Infinity: we do not look
      */
     silence?: number | undefined;
     /**

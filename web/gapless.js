@@ -59,7 +59,7 @@
  * @property {number} [after] the chunk to begin behind; 0 is the start
  * @property {boolean} [shared] false: a connection of this tab's own
  * @property {number} [silence] how long nothing may come, in ms, before we look whether the connection is alive:
- *   two and a half of the server's heartbeats
+ *   two and a half of the server's heartbeats; Infinity: we do not look
  * @property {typeof globalThis.fetch} [fetch] instead of the global one
  * @property {new (url: string) => Pick<EventSource, 'addEventListener' | 'readyState' | 'close'>} [EventSource]
  *   instead of the global one; where there is none, fetch is used
@@ -79,6 +79,7 @@ export function follow(url, options = {}) {
 const SILENCE = 37_500; // two and a half heartbeats of 15 s, the server's default
 const LOOK = 10_000;    // how long the answer to a look may take, ms
 const GRACE = 1_000;    // how long a chunk may be on its way that a look has seen, ms
+const LONGEST = 2 ** 31 - 1; // of a timer, ms: with more it fires at once
 const SIGN = 3_000;     // how long a leading tab may take to give a sign of life, ms
 
 /**
@@ -214,11 +215,11 @@ export class Follower {
     on(document, 'resume', () => this.#return());
     on(document, 'visibilitychange', () => { if (document.visibilityState === 'visible') this.#look(); });
     const silence = this.#silence();
-    const timer = setInterval(() => {
+    const timer = silence < Infinity && setInterval(() => {
       // Without a connection we hear the leading tab, which looks first and then gives a sign.
       if (Date.now() - this.#heard >= (this.#source ? silence : 1.5 * silence)) this.#look(true);
     }, silence / 4);
-    signal.addEventListener('abort', () => clearInterval(timer));
+    signal.addEventListener('abort', () => { if (timer) clearInterval(timer); });
     this.#join();
   }
 
@@ -413,7 +414,8 @@ export class Follower {
   // ---- is the connection alive?
 
   #silence() {
-    return this.#options.silence ?? SILENCE;
+    const { silence = SILENCE } = this.#options;
+    return silence < Infinity ? Math.min(silence, LONGEST) : Infinity;
   }
 
   /** @param {boolean} [silent] whether nothing came for a long time */
@@ -823,7 +825,7 @@ function read(url, fetch, headers, silence, on) {
   let timer;
   const heard = () => {
     clearTimeout(timer);
-    timer = setTimeout(() => attempt.abort(), silence);
+    if (silence < Infinity) timer = setTimeout(() => attempt.abort(), silence);
   };
   const parser = makeParser((name, id, data) => {
     failures = 0;

@@ -577,6 +577,33 @@ func TestGapless_triesAgainWhereNothingIsAnswered(t *testing.T) {
 	})
 }
 
+// A timer that is set to more than 2^31-1 ms fires at once.
+func TestGapless_isSilentForAsLongAsItLikes(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		for _, silence := range []any{"Infinity", 1e12} {
+			f := newFake(t, session("e", 9, false), func(s says) {
+				s.welcome("e", 0, 0)
+				for seq := 1; seq < 10; seq++ {
+					select {
+					case <-time.After(50 * time.Millisecond): // the pace of the answer
+						s.chunks(seq)
+					case <-s.r.Context().Done():
+						return
+					}
+				}
+				s.end(10)
+				s.hang()
+			})
+			r := followed(t, f.URL+streamPath, by, map[string]any{"silence": silence})
+			r.until("state", "ended")
+			f.wanted(t, "")
+			if got := f.looked(); got > 0 {
+				t.Errorf("it looked %d times", got)
+			}
+		}
+	})
+}
+
 func TestGapless_takesASnapshotForAllThatWasBefore(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		snapshot := func(s says, last int, ended bool) {

@@ -4,7 +4,9 @@ import { createInterface } from 'node:readline';
 import { EventSource } from 'eventsource';
 import { follow } from './gapless.js';
 
-let { url, by, again, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2]);
+// JSON has no such number.
+const number = (_, value) => (value === 'NaN' || value === 'Infinity' ? Number(value) : value);
+let { url, by, again, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2], number);
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
 let count = 0;
 
