@@ -92,7 +92,7 @@ export class Follower {
     leading: boolean;
     /** Ends following; no handler is called any more. */
     close(): void;
-    /** Starts again from the first chunk, also after the end. */
+    /** Starts again from the first chunk, wherever it began, also after the end. */
     restart(): void;
     /**
      * Asks the model: POST …/messages.

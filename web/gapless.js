@@ -148,6 +148,7 @@ export class Follower {
   #looking = -1;       // the opening whose connection is being looked at
   #heard = 0;          // when something last came, from the connection if there is one
   #signs = 0;          // how many hints came
+  #restarting = false;
   #tried = '';         // the leading tab's connection that made us try again
 
   /**
@@ -171,9 +172,14 @@ export class Follower {
     this.state = 'disconnected';
   }
 
-  /** Starts again from the first chunk, also after the end. */
+  /** Starts again from the first chunk, wherever it began, also after the end. */
   restart() {
+    if (this.#restarting) return; // by its own onReset
+    const opening = this.#opening;
+    this.#restarting = true;
     this.#forget('restart');
+    this.#restarting = false;
+    if (opening !== this.#opening) return; // it has closed us
     if (!this.#life) this.#begin(this.#life = new AbortController());
     else if (!this.#turn) this.#join();
     else this.#open();

@@ -380,6 +380,26 @@ func TestGapless_mayBeRestartedByAHandler(t *testing.T) {
 	})
 }
 
+func TestGapless_mayBeRestartedAndClosedByWhatARestartCalls(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, "404",
+			func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2); s.reset("ahead", "e", 0, 1); s.hang() },
+			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() })
+		r := followed(t, f.URL+streamPath, by, map[string]any{"resets": "restart"})
+		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "reset ahead", "reset restart",
+			"chunk 1 word 1 history", "chunk 2 end live", "end ended")
+		f.wanted(t, "", "")
+
+		f = newFake(t, "404", func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() })
+		r = followed(t, f.URL+streamPath, by, map[string]any{"resets": "close"})
+		r.says("chunk 1 word 1 history")
+		r.call("restart")
+		r.stop()
+		r.says("chunk 1 word 1 history", "reset restart")
+		f.wanted(t, "")
+	})
+}
+
 // By fetch, heartbeats are heard: where there are none, the connection is dead, whatever the log says.
 func TestGapless_missesHeartbeatsByFetch(t *testing.T) {
 	t.Parallel()

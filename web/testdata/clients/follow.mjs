@@ -6,7 +6,7 @@ import { follow } from './gapless.js';
 
 // JSON has no such number.
 const number = (_, value) => (value === 'NaN' || value === 'Infinity' ? Number(value) : value);
-let { url, by, again, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2], number);
+let { url, by, again, resets, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2], number);
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
 let count = 0;
 
@@ -21,7 +21,10 @@ const f = follow(url, {
     if (seq === again) f.restart(again = 0);
     if (throws) throw new Error('a handler that throws');
   },
-  onReset: (reason) => say('reset', reason),
+  onReset(reason) {
+    say('reset', reason);
+    if (resets) f[resets]();
+  },
   onHole: (from, to) => say('hole', from, to),
   onState: (state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }) =>
     say('state', state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }),
