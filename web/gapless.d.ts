@@ -50,6 +50,7 @@
  * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document
  * @param {Options} [options]
  * @returns {Follower}
+ * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
  */
 export function follow(url: string | URL, options?: Options): Follower;
 /**

@@ -15,7 +15,7 @@
 //
 // Not promised: that a chunk is shown in two tabs at the same time; that a dead connection
 // is noticed at once (heartbeats are hidden by EventSource, so it takes `silence`, or the
-// tab's coming back); anything about `?format=raw` and `?until=`, which are for others.
+// tab's coming back); `?format=raw` and `?until=`, which are for others.
 
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
@@ -71,6 +71,7 @@
  * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document
  * @param {Options} [options]
  * @returns {Follower}
+ * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
  */
 export function follow(url, options = {}) {
   return new Follower(url, options);
@@ -161,7 +162,13 @@ export class Follower {
     this.#session = this.#url.origin + this.#url.pathname.replace(/\/stream$/, '');
     this.#url.hash = '';
     const { searchParams: query } = this.#url;
-    this.seq = options.after ?? (Number(query.get('after')) || 0);
+    for (const name of ['lastEventId', 'format', 'until']) {
+      if (query.has(name)) throw new TypeError(`${name} is in the URL, and what it asks for cannot be followed: take it out`);
+    }
+    this.seq = options.after ?? Number(query.get('after'));
+    if (!Number.isSafeInteger(this.seq) || this.seq < 0) {
+      throw new TypeError(`after is ${options.after ?? query.get('after')}, and not a chunk's number: make it a whole number, 0 for the start, or leave it out`);
+    }
     for (const name of ['after', 'snapshot', 'ticket']) query.delete(name);
     queueMicrotask(() => { if (this.#life) this.#begin(this.#life); }); // a handler may use what follow() returns
   }

@@ -597,6 +597,37 @@ func TestGapless_triesAgainWhereNothingIsAnswered(t *testing.T) {
 	})
 }
 
+func TestGapless_saysWhatCannotBeFollowed(t *testing.T) {
+	t.Parallel()
+	const after, param = "not a chunk's number: make it a whole number, 0 for the start, or leave it out", "is in the URL, and what it asks for cannot be followed: take it out"
+	for _, c := range []struct {
+		query string
+		after any
+		want  string
+	}{
+		{"", "NaN", "after is NaN, and " + after},
+		{"", "latest", "after is latest, and " + after},
+		{"", "2", "after is 2, and " + after},
+		{"", -1, "after is -1, and " + after},
+		{"", 1.5, "after is 1.5, and " + after},
+		{"?after=latest", nil, "after is latest, and " + after},
+		{"?lastEventId=3", nil, "lastEventId " + param},
+		{"?format=raw", nil, "format " + param},
+		{"?until=done", nil, "until " + param},
+	} {
+		options := map[string]any{}
+		if c.after != nil {
+			options["after"] = c.after
+		}
+		r := followed(t, "http://127.0.0.1:1"+streamPath+c.query, "fetch", options)
+		r.says("thrown TypeError " + c.want)
+	}
+	f := newFake(t, "404", func(s says) { s.welcome("e", 7, 7); s.end(8); s.hang() })
+	r := followed(t, f.URL+streamPath+"?after=7", "fetch", nil)
+	r.says("chunk 8 end live", "end ended")
+	f.wanted(t, "7")
+}
+
 // A timer that is set to more than 2^31-1 ms fires at once.
 func TestGapless_isSilentForAsLongAsItLikes(t *testing.T) {
 	both(t, func(t *testing.T, by string) {

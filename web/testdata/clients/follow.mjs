@@ -10,7 +10,7 @@ let { url, by, again, resets, throws, snapshot, tickets, ...options } = JSON.par
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
 let count = 0;
 
-const f = follow(url, {
+const handlers = {
   ...options,
   ...(by === 'eventsource' && { EventSource }),
   ...(by === 'headers' && { EventSource, headers: async () => ({ Authorization: `Bearer ${++count}` }) }),
@@ -29,7 +29,15 @@ const f = follow(url, {
   onState: (state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }) =>
     say('state', state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }),
   onEnd: (reason) => say('end', reason),
-});
+};
+
+let f;
+try {
+  f = follow(url, handlers);
+} catch (err) {
+  say('thrown', err.name, err.message);
+  process.exit();
+}
 
 for await (const line of createInterface({ input: process.stdin })) {
   const [call, ...args] = JSON.parse(line);
