@@ -32,8 +32,8 @@
  * @property {(from: number, to: number) => void} [onHole] chunks that the log did not have when asked again
  * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
- * @property {() => Promise<string>} [ticket] a ticket for the stream, '' for none; when it is rejected, we
- *   are disconnected. With a ticket each tab has its own connection
+ * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
+ *   we are disconnected. With a ticket each tab has its own connection
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
  *   for each request, which then is made by fetch. Only tabs with equal ones share a connection
  * @property {number} [after] the chunk to begin behind; 0 is the start
@@ -215,10 +215,10 @@ export type Options = {
      */
     onEnd?: ((reason: EndReason) => void) | undefined;
     /**
-     * a ticket for the stream, '' for none; when it is rejected, we
-     * are disconnected. With a ticket each tab has its own connection
+     * a ticket for the stream, '' for none; when it throws or is rejected,
+     * we are disconnected. With a ticket each tab has its own connection
      */
-    ticket?: (() => Promise<string>) | undefined;
+    ticket?: (() => Promise<string> | string) | undefined;
     /**
      * for each request, which then is made by fetch. Only tabs with equal ones share a connection
      */

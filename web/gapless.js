@@ -52,8 +52,8 @@
  * @property {(from: number, to: number) => void} [onHole] chunks that the log did not have when asked again
  * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
- * @property {() => Promise<string>} [ticket] a ticket for the stream, '' for none; when it is rejected, we
- *   are disconnected. With a ticket each tab has its own connection
+ * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
+ *   we are disconnected. With a ticket each tab has its own connection
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
  *   for each request, which then is made by fetch. Only tabs with equal ones share a connection
  * @property {number} [after] the chunk to begin behind; 0 is the start
@@ -493,7 +493,7 @@ export class Follower {
     if (opening !== this.#opening) return;
     const { ticket } = this.#options;
     if (!ticket) return this.#connect('');
-    ticket().then(
+    (async () => ticket())().then(
       (ticket) => { if (opening === this.#opening) this.#connect(ticket); },
       () => { if (opening === this.#opening) this.#disconnect(); },
     );

@@ -734,6 +734,20 @@ func TestGapless_asksForANewTicketWhereOneIsSpentAndKeepsOneThatLetItIn(t *testi
 	})
 }
 
+func TestGapless_takesAPlainTicketAndIsDisconnectedWhereThereIsNone(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, "401", func(s says) { s.welcome("e", 0, 0); s.end(1); s.hang() })
+		r := followed(t, f.URL+streamPath, by, map[string]any{"tickets": "plain"})
+		r.says("chunk 1 end live", "end ended")
+		f.wanted(t, " ticket-1")
+
+		r = followed(t, f.URL+streamPath, by, map[string]any{"tickets": "refused"})
+		r.until("state", "disconnected")
+	})
+	f := newFake(t, session("e", 1, false))
+	followed(t, f.URL+streamPath, "refusing", nil).until("state", "disconnected")
+}
+
 // The format, as nobody writes it who wants to be read easily.
 func TestGapless_readsTheFormatWhereverItIsCut(t *testing.T) {
 	t.Parallel()

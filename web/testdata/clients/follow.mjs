@@ -14,7 +14,10 @@ const handlers = {
   ...options,
   ...(by === 'eventsource' && { EventSource }),
   ...(by === 'headers' && { EventSource, headers: async () => ({ Authorization: `Bearer ${++count}` }) }),
+  ...(by === 'refusing' && { headers: () => { throw new Error('no headers'); } }),
   ...(tickets && { ticket: async () => `ticket-${++count}` }),
+  ...(tickets === 'plain' && { ticket: () => `ticket-${++count}` }),
+  ...(tickets === 'refused' && { ticket: () => { throw new Error('no ticket'); } }),
   ...(snapshot && { onSnapshot: (s) => say('snapshot', s) }),
   onChunk(chunk, seq, { source }) {
     say('chunk', seq, chunk.content ?? chunk.type, source);
