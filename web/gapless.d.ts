@@ -29,7 +29,8 @@
  * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, what is there already comes as one
  *   snapshot, which replaces all that was given before
  * @property {(reason: ResetReason) => void} [onReset] forget every chunk; another first one follows
- * @property {(from: number, to: number) => void} [onHole] chunks that the log did not have when asked again
+ * @property {(from: number, to: number) => void} [onHole] chunks that the stream left out, and again when
+ *   asked for them: they are passed over
  * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
  * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
@@ -203,7 +204,8 @@ export type Options = {
      */
     onReset?: ((reason: ResetReason) => void) | undefined;
     /**
-     * chunks that the log did not have when asked again
+     * chunks that the stream left out, and again when
+     * asked for them: they are passed over
      */
     onHole?: ((from: number, to: number) => void) | undefined;
     /**

@@ -49,7 +49,8 @@
  * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, what is there already comes as one
  *   snapshot, which replaces all that was given before
  * @property {(reason: ResetReason) => void} [onReset] forget every chunk; another first one follows
- * @property {(from: number, to: number) => void} [onHole] chunks that the log did not have when asked again
+ * @property {(from: number, to: number) => void} [onHole] chunks that the stream left out, and again when
+ *   asked for them: they are passed over
  * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
  * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
@@ -143,7 +144,7 @@ export class Follower {
   #fresh = true;       // false: from here on, what is behind #last was missed
   /** @type {Info['source']} */
   #late = 'history';
-  #repaired = -1;      // the number behind which we already asked for missing chunks
+  #repaired = -1;      // the number behind which we already asked for missing chunks: what is left out again is a hole
   #given = 0;          // the last number that this connection gave
   #learned = 0;        // the opening for which we asked for the epoch
   #looking = -1;       // the opening whose connection is being looked at
@@ -680,7 +681,8 @@ export class Follower {
 
   /**
    * Asks for what is missing up to `to`, but only once: a log that really lacks it must not
-   * make us ask for ever. Says whether to go on without.
+   * make us ask for ever. What the stream leaves out twice in a row is told as a hole, and passed
+   * over: also where the log has it and only the stream does not. Says whether to go on without.
    *
    * @param {number} to
    */
