@@ -1,6 +1,6 @@
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused for good; `restart()` tries again
+ *   disconnected: refused, and so is a look at the session; `restart()` begins again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
@@ -29,17 +29,18 @@
  * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, what is there already comes as one
  *   snapshot, which replaces all that was given before
  * @property {(reason: ResetReason) => void} [onReset] forget every chunk; another first one follows
- * @property {(from: number, to: number) => void} [onHole] chunks that the log did not have when asked again
+ * @property {(from: number, to: number) => void} [onHole] chunks that the stream left out, and again when
+ *   asked for them: they are passed over
  * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
- * @property {() => Promise<string>} [ticket] a ticket for the stream, '' for none; when it is rejected, we
- *   are disconnected. With a ticket each tab has its own connection
+ * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
+ *   we are disconnected. With a ticket each tab has its own connection
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
  *   for each request, which then is made by fetch. Only tabs with equal ones share a connection
  * @property {number} [after] the chunk to begin behind; 0 is the start
  * @property {boolean} [shared] false: a connection of this tab's own
  * @property {number} [silence] how long nothing may come, in ms, before we look whether the connection is alive:
- *   two and a half of the server's heartbeats
+ *   two and a half of the server's heartbeats; Infinity: we do not look
  * @property {typeof globalThis.fetch} [fetch] instead of the global one
  * @property {new (url: string) => Pick<EventSource, 'addEventListener' | 'readyState' | 'close'>} [EventSource]
  *   instead of the global one; where there is none, fetch is used
@@ -50,12 +51,14 @@
  * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document
  * @param {Options} [options]
  * @returns {Follower}
+ * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
  */
 export function follow(url: string | URL, options?: Options): Follower;
 /**
  * @typedef {object} Hint what a leading tab tells the others
  * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
  * @property {string} [deleted] the epoch that was deleted
+ * @property {ResetReason} [reset] why everything up to here is to be forgotten
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
  * @property {State} state
@@ -91,7 +94,7 @@ export class Follower {
     leading: boolean;
     /** Ends following; no handler is called any more. */
     close(): void;
-    /** Starts again from the first chunk, also after the end. */
+    /** Starts again from the first chunk, wherever it began, also after the end. */
     restart(): void;
     /**
      * Asks the model: POST …/messages.
@@ -125,7 +128,7 @@ export class ProblemError extends Error {
     problem: Problem;
 }
 /**
- * disconnected: refused for good; `restart()` tries again
+ * disconnected: refused, and so is a look at the session; `restart()` begins again
  */
 export type State = "connecting" | "catching up" | "live" | "waiting to reconnect" | "disconnected" | "ended";
 export type ResetReason = "trimmed" | "ahead" | "epoch" | "unknown" | "deleted" | "restart";
@@ -201,7 +204,8 @@ export type Options = {
      */
     onReset?: ((reason: ResetReason) => void) | undefined;
     /**
-     * chunks that the log did not have when asked again
+     * chunks that the stream left out, and again when
+     * asked for them: they are passed over
      */
     onHole?: ((from: number, to: number) => void) | undefined;
     /**
@@ -213,10 +217,10 @@ export type Options = {
      */
     onEnd?: ((reason: EndReason) => void) | undefined;
     /**
-     * a ticket for the stream, '' for none; when it is rejected, we
-     * are disconnected. With a ticket each tab has its own connection
+     * a ticket for the stream, '' for none; when it throws or is rejected,
+     * we are disconnected. With a ticket each tab has its own connection
      */
-    ticket?: (() => Promise<string>) | undefined;
+    ticket?: (() => Promise<string> | string) | undefined;
     /**
      * for each request, which then is made by fetch. Only tabs with equal ones share a connection
      */
@@ -231,7 +235,7 @@ export type Options = {
     shared?: boolean | undefined;
     /**
      * how long nothing may come, in ms, before we look whether the connection is alive:
-     * two and a half of the server's heartbeats
+     * two and a half of the server's heartbeats; Infinity: we do not look
      */
     silence?: number | undefined;
     /**
@@ -260,6 +264,10 @@ export type Hint = {
      * the epoch that was deleted
      */
     deleted?: string | undefined;
+    /**
+     * why everything up to here is to be forgotten
+     */
+    reset?: ResetReason | undefined;
     epoch: string;
     /**
      * the leading tab's cursor

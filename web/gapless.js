@@ -15,11 +15,11 @@
 //
 // Not promised: that a chunk is shown in two tabs at the same time; that a dead connection
 // is noticed at once (heartbeats are hidden by EventSource, so it takes `silence`, or the
-// tab's coming back); anything about `?format=raw` and `?until=`, which are for others.
+// tab's coming back); `?format=raw` and `?until=`, which are for others.
 
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused for good; `restart()` tries again
+ *   disconnected: refused, and so is a look at the session; `restart()` begins again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
@@ -49,17 +49,18 @@
  * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, what is there already comes as one
  *   snapshot, which replaces all that was given before
  * @property {(reason: ResetReason) => void} [onReset] forget every chunk; another first one follows
- * @property {(from: number, to: number) => void} [onHole] chunks that the log did not have when asked again
+ * @property {(from: number, to: number) => void} [onHole] chunks that the stream left out, and again when
+ *   asked for them: they are passed over
  * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
- * @property {() => Promise<string>} [ticket] a ticket for the stream, '' for none; when it is rejected, we
- *   are disconnected. With a ticket each tab has its own connection
+ * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
+ *   we are disconnected. With a ticket each tab has its own connection
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
  *   for each request, which then is made by fetch. Only tabs with equal ones share a connection
  * @property {number} [after] the chunk to begin behind; 0 is the start
  * @property {boolean} [shared] false: a connection of this tab's own
  * @property {number} [silence] how long nothing may come, in ms, before we look whether the connection is alive:
- *   two and a half of the server's heartbeats
+ *   two and a half of the server's heartbeats; Infinity: we do not look
  * @property {typeof globalThis.fetch} [fetch] instead of the global one
  * @property {new (url: string) => Pick<EventSource, 'addEventListener' | 'readyState' | 'close'>} [EventSource]
  *   instead of the global one; where there is none, fetch is used
@@ -71,6 +72,7 @@
  * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document
  * @param {Options} [options]
  * @returns {Follower}
+ * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
  */
 export function follow(url, options = {}) {
   return new Follower(url, options);
@@ -79,12 +81,14 @@ export function follow(url, options = {}) {
 const SILENCE = 37_500; // two and a half heartbeats of 15 s, the server's default
 const LOOK = 10_000;    // how long the answer to a look may take, ms
 const GRACE = 1_000;    // how long a chunk may be on its way that a look has seen, ms
+const LONGEST = 2 ** 31 - 1; // of a timer, ms: with more it fires at once
 const SIGN = 3_000;     // how long a leading tab may take to give a sign of life, ms
 
 /**
  * @typedef {object} Hint what a leading tab tells the others
  * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
  * @property {string} [deleted] the epoch that was deleted
+ * @property {ResetReason} [reset] why everything up to here is to be forgotten
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
  * @property {State} state
@@ -131,6 +135,7 @@ export class Follower {
   #ticket = '';        // that this connection was opened with
   #proven = true;      // false: this ticket has not let us in yet
   #welcomes = 0;
+  #refusals = 0;       // since we were last welcomed
   #welcomed = false;   // this connection was
   #last = 0;           // how far the log went when we were welcomed: from there on we are live
   #known = 0;          // how far it goes, says the leading tab
@@ -139,12 +144,13 @@ export class Follower {
   #fresh = true;       // false: from here on, what is behind #last was missed
   /** @type {Info['source']} */
   #late = 'history';
-  #repaired = -1;      // the number behind which we already asked for missing chunks
+  #repaired = -1;      // the number behind which we already asked for missing chunks: what is left out again is a hole
   #given = 0;          // the last number that this connection gave
   #learned = 0;        // the opening for which we asked for the epoch
   #looking = -1;       // the opening whose connection is being looked at
   #heard = 0;          // when something last came, from the connection if there is one
   #signs = 0;          // how many hints came
+  #restarting = false;
   #tried = '';         // the leading tab's connection that made us try again
 
   /**
@@ -157,7 +163,13 @@ export class Follower {
     this.#session = this.#url.origin + this.#url.pathname.replace(/\/stream$/, '');
     this.#url.hash = '';
     const { searchParams: query } = this.#url;
-    this.seq = options.after ?? (Number(query.get('after')) || 0);
+    for (const name of ['lastEventId', 'format', 'until']) {
+      if (query.has(name)) throw new TypeError(`${name} is in the URL, and what it asks for cannot be followed: take it out`);
+    }
+    this.seq = options.after ?? Number(query.get('after'));
+    if (!Number.isSafeInteger(this.seq) || this.seq < 0) {
+      throw new TypeError(`after is ${options.after ?? query.get('after')}, and not a chunk's number: make it a whole number, 0 for the start, or leave it out`);
+    }
     for (const name of ['after', 'snapshot', 'ticket']) query.delete(name);
     queueMicrotask(() => { if (this.#life) this.#begin(this.#life); }); // a handler may use what follow() returns
   }
@@ -168,9 +180,14 @@ export class Follower {
     this.state = 'disconnected';
   }
 
-  /** Starts again from the first chunk, also after the end. */
+  /** Starts again from the first chunk, wherever it began, also after the end. */
   restart() {
+    if (this.#restarting) return; // by its own onReset
+    const opening = this.#opening;
+    this.#restarting = true;
     this.#forget('restart');
+    this.#restarting = false;
+    if (opening !== this.#opening) return; // it has closed us
     if (!this.#life) this.#begin(this.#life = new AbortController());
     else if (!this.#turn) this.#join();
     else this.#open();
@@ -212,11 +229,11 @@ export class Follower {
     on(document, 'resume', () => this.#return());
     on(document, 'visibilitychange', () => { if (document.visibilityState === 'visible') this.#look(); });
     const silence = this.#silence();
-    const timer = setInterval(() => {
+    const timer = silence < Infinity && setInterval(() => {
       // Without a connection we hear the leading tab, which looks first and then gives a sign.
       if (Date.now() - this.#heard >= (this.#source ? silence : 1.5 * silence)) this.#look(true);
     }, silence / 4);
-    signal.addEventListener('abort', () => clearInterval(timer));
+    signal.addEventListener('abort', () => { if (timer) clearInterval(timer); });
     this.#join();
   }
 
@@ -261,7 +278,7 @@ export class Follower {
   }
 
   #online() {
-    // Some browsers give up where there is no network; others wait.
+    // It may have been a network that lets nobody in.
     if (this.state === 'disconnected') return this.#join();
     if (this.state === 'waiting to reconnect' && this.leading) return this.#open();
     this.#look();
@@ -283,7 +300,7 @@ export class Follower {
       const scope = await this.#scope();
       if (turn.signal.aborted) return;
       if (mine) return this.#lead(mine);
-      this.#name = `gapless 1 ${scope} ${this.#url}`; // 1: what hints are like
+      this.#name = `gapless 2 ${scope} ${this.#url}`; // 2: what hints are like
     } catch {
       if (!turn.signal.aborted) this.#disconnect();
       return;
@@ -363,12 +380,19 @@ export class Follower {
     this.connection = hint.connection;
     this.#theirs = hint.state === 'catching up' ? 'live' : hint.state;
     this.#known = hint.seq;
-    const other = this.epoch !== '' && hint.epoch !== '' && hint.epoch !== this.epoch;
     const { data } = hint;
-    const next = !other && data !== undefined && hint.seq === this.seq + 1;
-    if (next || hint.seq === this.seq) this.epoch ||= hint.epoch;
-    if (next) return this.#take(hint.seq, data, hint.source ?? 'live');
-    if (!this.#source && (other || hint.seq > this.seq)) return this.#open();
+    if (hint.reset && (hint.epoch === '' || hint.epoch !== this.epoch) && (this.epoch !== '' || this.seq > 0)) {
+      const opening = this.#opening;
+      this.#forget(hint.reset);
+      if (opening !== this.#opening) return;
+      if (this.#source) return this.#open();
+    }
+    // Equal numbers mean equal chunks in one log only. Where neither tab knows which log it has, it
+    // is the same one, since resets are told.
+    if (!this.epoch && (hint.seq === this.seq || this.seq === 0 && hint.seq === 1)) this.epoch = hint.epoch;
+    const ours = hint.epoch === this.epoch;
+    if (ours && data !== undefined && hint.seq === this.seq + 1) return this.#take(hint.seq, data, hint.source ?? 'live');
+    if (!this.#source && (hint.epoch !== '' && !ours || hint.seq > this.seq)) return this.#open();
     this.#settle();
   }
 
@@ -404,7 +428,8 @@ export class Follower {
   // ---- is the connection alive?
 
   #silence() {
-    return this.#options.silence ?? SILENCE;
+    const { silence = SILENCE } = this.#options;
+    return silence < Infinity ? Math.min(silence, LONGEST) : Infinity;
   }
 
   /** @param {boolean} [silent] whether nothing came for a long time */
@@ -469,7 +494,7 @@ export class Follower {
     if (opening !== this.#opening) return;
     const { ticket } = this.#options;
     if (!ticket) return this.#connect('');
-    ticket().then(
+    (async () => ticket())().then(
       (ticket) => { if (opening === this.#opening) this.#connect(ticket); },
       () => { if (opening === this.#opening) this.#disconnect(); },
     );
@@ -500,18 +525,27 @@ export class Follower {
       },
     };
     const { EventSource = globalThis.EventSource, headers } = this.#options;
+    const mine = () => this.#headers().catch((err) => {
+      if (opening === this.#opening) this.#disconnect();
+      throw err;
+    });
     this.#source = EventSource && !headers ? listen(new EventSource(url.href), on)
-      : read(url.href, (url, init) => this.#fetch(url, init), () => this.#headers(), this.#silence(), on);
+      : read(url.href, (url, init) => this.#fetch(url, init), mine, this.#silence(), on);
   }
 
-  // An EventSource does not say why it was refused. 204 is no refusal: there is nothing more.
+  // An EventSource does not say why it was refused: the session may. 204 is no refusal: there is
+  // nothing more. Where the session is there, or nobody can say, it was a proxy whose node is
+  // away, or a limit: then we try again, those who were refused together not all at once.
   async #refused() {
     const opening = this.#opening;
     const session = await this.#describe().catch(() => 0);
     if (opening !== this.#opening) return;
     if (session === 404 && (this.epoch || this.seq > 0)) return this.#deleted();
     if (typeof session === 'object' && session.ended && session.last_seq === this.seq && (!this.epoch || session.epoch === this.epoch)) return this.#finish('ended');
-    this.#disconnect();
+    if (typeof session === 'number' && session >= 400 && session < 500 && session !== 429) return this.#disconnect();
+    const timer = setTimeout(() => this.#open(), Math.min(1000 * 2 ** this.#refusals++, 15_000) * (1 + Math.random()));
+    this.#source = { close: () => clearTimeout(timer) };
+    this.#enter('waiting to reconnect');
   }
 
   // ---- what the stream says
@@ -538,11 +572,12 @@ export class Follower {
     this.node = welcome.node;
     this.connection = welcome.connection;
     this.#proven = this.#welcomed = true;
+    this.#refusals = 0;
     if (this.leading && this.#welcomes++ > 0) this.reconnects++;
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) {
       const opening = this.#opening;
-      this.#forget('epoch');
+      this.#forget('epoch', welcome.epoch);
       if (opening === this.#opening) this.#open();
       return;
     }
@@ -565,14 +600,14 @@ export class Follower {
   #reset(id, reset) {
     if (reset.reason === 'deleted') return this.#deleted();
     const opening = this.#opening;
-    this.resets++;
-    this.seq = this.#given = id; // its data has the cursor that we came with
+    // Its data has the cursor that we came with. Without an epoch, the next welcome tells.
+    this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
+    if (opening !== this.#opening) return;
+    this.#given = id;
     this.#last = reset.last_seq;
     this.#late = 'history';
-    this.#repaired = -1;
-    if (reset.epoch !== undefined || reset.reason !== 'trimmed') this.epoch = reset.epoch ?? ''; // else the next welcome tells
-    this.#tell('onReset', reset.reason);
-    if (opening === this.#opening) this.#settle();
+    this.#fresh = false;
+    this.#settle();
   }
 
   #deleted() {
@@ -646,7 +681,8 @@ export class Follower {
 
   /**
    * Asks for what is missing up to `to`, but only once: a log that really lacks it must not
-   * make us ask for ever. Says whether to go on without.
+   * make us ask for ever. What the stream leaves out twice in a row is told as a hole, and passed
+   * over: also where the log has it and only the stream does not. Says whether to go on without.
    *
    * @param {number} to
    */
@@ -662,14 +698,21 @@ export class Follower {
     return false;
   }
 
-  /** @param {ResetReason} reason */
-  #forget(reason) {
-    this.seq = 0;
-    this.epoch = '';
+  /**
+   * @param {ResetReason} reason
+   * @param {string} [epoch] of the log that follows, where it is known
+   * @param {number} [seq] the chunk behind which it follows
+   */
+  #forget(reason, epoch = '', seq = 0) {
+    this.seq = seq;
+    this.epoch = epoch;
     this.#last = this.#known = 0;
     this.#fresh = true;
-    this.#repaired = -1;
-    if (reason !== 'restart') this.resets++;
+    this.#repaired = this.#learned = -1;
+    if (reason !== 'restart') {
+      this.resets++;
+      if (reason !== 'deleted') this.#post({ reset: reason }); // which is told before, with its epoch
+    }
     this.#tell('onReset', reason);
   }
 
@@ -797,7 +840,7 @@ function read(url, fetch, headers, silence, on) {
   let timer;
   const heard = () => {
     clearTimeout(timer);
-    timer = setTimeout(() => attempt.abort(), silence);
+    if (silence < Infinity) timer = setTimeout(() => attempt.abort(), silence);
   };
   const parser = makeParser((name, id, data) => {
     failures = 0;
@@ -809,12 +852,7 @@ function read(url, fetch, headers, silence, on) {
     attempt = new AbortController();
     heard();
     /** @type {Record<string, string>} */
-    let all;
-    try {
-      all = { ...await headers(), Accept: 'text/event-stream' };
-    } catch {
-      return true;
-    }
+    const all = { ...await headers(), Accept: 'text/event-stream' };
     const cursor = parser.begin();
     if (cursor) all['Last-Event-ID'] = cursor;
     const response = await fetch(url, { headers: all, cache: 'no-store', signal: attempt.signal });

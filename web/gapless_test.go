@@ -380,6 +380,26 @@ func TestGapless_mayBeRestartedByAHandler(t *testing.T) {
 	})
 }
 
+func TestGapless_mayBeRestartedAndClosedByWhatARestartCalls(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, "404",
+			func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2); s.reset("ahead", "e", 0, 1); s.hang() },
+			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() })
+		r := followed(t, f.URL+streamPath, by, map[string]any{"resets": "restart"})
+		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "reset ahead", "reset restart",
+			"chunk 1 word 1 history", "chunk 2 end live", "end ended")
+		f.wanted(t, "", "")
+
+		f = newFake(t, "404", func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() })
+		r = followed(t, f.URL+streamPath, by, map[string]any{"resets": "close"})
+		r.says("chunk 1 word 1 history")
+		r.call("restart")
+		r.stop()
+		r.says("chunk 1 word 1 history", "reset restart")
+		f.wanted(t, "")
+	})
+}
+
 // By fetch, heartbeats are heard: where there are none, the connection is dead, whatever the log says.
 func TestGapless_missesHeartbeatsByFetch(t *testing.T) {
 	t.Parallel()
@@ -475,7 +495,55 @@ func TestGapless_tellsAnEndFromARefusal(t *testing.T) {
 		f.session = session("e", 2, true)
 		f.mu.Unlock()
 		r.call("restart")
-		r.until("state", "disconnected") // the log has two chunks, and none came
+		r.until("state", "waiting to reconnect") // the log has two chunks, and none came
+	})
+}
+
+// Where nodes go and come behind a proxy, it answers 502 for a while, which ends an EventSource.
+func TestGapless_triesAgainWhereAProxyHasNoNode(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		var mu sync.Mutex
+		var times []time.Time
+		came := func() {
+			mu.Lock()
+			defer mu.Unlock()
+			times = append(times, time.Now())
+		}
+		away := func(s says) { came(); s.w.WriteHeader(http.StatusBadGateway) }
+		f := newFake(t, "502",
+			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() },
+			away, away,
+			func(s says) { came(); s.welcome("e", 1, 1); s.end(2); s.hang() })
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.until("state", "waiting to reconnect")
+		eventually(t, "it is refused", func() bool { mu.Lock(); defer mu.Unlock(); return len(times) > 1 })
+		f.mu.Lock()
+		f.session = session("e", 1, false)
+		f.mu.Unlock()
+		r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
+		f.wanted(t, "", "1", "1", "1")
+		if by == "eventsource" {
+			for i, least := range []time.Duration{1, 2} {
+				if wait := times[i+1].Sub(times[i]); wait < least*time.Second {
+					t.Errorf("it tried again after %v", wait)
+				}
+			}
+		}
+	})
+}
+
+// Nothing is waited for where a session was never there, nor by a follower that is closed.
+func TestGapless_triesNotAgainWhereItIsToldNotTo(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound} {
+			f := newFake(t, fmt.Sprint(status), func(s says) { s.w.WriteHeader(status) })
+			r := followed(t, f.URL+streamPath, by, nil)
+			r.until("state", "disconnected")
+		}
+		f := newFake(t, session("e", 1, false), func(s says) { s.w.WriteHeader(http.StatusForbidden) })
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.until("state", "waiting to reconnect")
+		r.stop() // the fake expects no other request
 	})
 }
 
@@ -526,6 +594,64 @@ func TestGapless_triesAgainWhereNothingIsAnswered(t *testing.T) {
 			func(s says) { s.welcome("e", 0, 0); s.end(1); s.hang() })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 1000})
 		r.says("chunk 1 end live", "end ended")
+	})
+}
+
+func TestGapless_saysWhatCannotBeFollowed(t *testing.T) {
+	t.Parallel()
+	const after, param = "not a chunk's number: make it a whole number, 0 for the start, or leave it out", "is in the URL, and what it asks for cannot be followed: take it out"
+	for _, c := range []struct {
+		query string
+		after any
+		want  string
+	}{
+		{"", "NaN", "after is NaN, and " + after},
+		{"", "latest", "after is latest, and " + after},
+		{"", "2", "after is 2, and " + after},
+		{"", -1, "after is -1, and " + after},
+		{"", 1.5, "after is 1.5, and " + after},
+		{"?after=latest", nil, "after is latest, and " + after},
+		{"?lastEventId=3", nil, "lastEventId " + param},
+		{"?format=raw", nil, "format " + param},
+		{"?until=done", nil, "until " + param},
+	} {
+		options := map[string]any{}
+		if c.after != nil {
+			options["after"] = c.after
+		}
+		r := followed(t, "http://127.0.0.1:1"+streamPath+c.query, "fetch", options)
+		r.says("thrown TypeError " + c.want)
+	}
+	f := newFake(t, "404", func(s says) { s.welcome("e", 7, 7); s.end(8); s.hang() })
+	r := followed(t, f.URL+streamPath+"?after=7", "fetch", nil)
+	r.says("chunk 8 end live", "end ended")
+	f.wanted(t, "7")
+}
+
+// A timer that is set to more than 2^31-1 ms fires at once.
+func TestGapless_isSilentForAsLongAsItLikes(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		for _, silence := range []any{"Infinity", 1e12} {
+			f := newFake(t, session("e", 9, false), func(s says) {
+				s.welcome("e", 0, 0)
+				for seq := 1; seq < 10; seq++ {
+					select {
+					case <-time.After(50 * time.Millisecond): // the pace of the answer
+						s.chunks(seq)
+					case <-s.r.Context().Done():
+						return
+					}
+				}
+				s.end(10)
+				s.hang()
+			})
+			r := followed(t, f.URL+streamPath, by, map[string]any{"silence": silence})
+			r.until("state", "ended")
+			f.wanted(t, "")
+			if got := f.looked(); got > 0 {
+				t.Errorf("it looked %d times", got)
+			}
+		}
 	})
 }
 
@@ -606,6 +732,20 @@ func TestGapless_asksForANewTicketWhereOneIsSpentAndKeepsOneThatLetItIn(t *testi
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 live")
 		f.wanted(t, " ticket-1", "1 ticket-1", "1 ticket-2", "2 ticket-3")
 	})
+}
+
+func TestGapless_takesAPlainTicketAndIsDisconnectedWhereThereIsNone(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, "401", func(s says) { s.welcome("e", 0, 0); s.end(1); s.hang() })
+		r := followed(t, f.URL+streamPath, by, map[string]any{"tickets": "plain"})
+		r.says("chunk 1 end live", "end ended")
+		f.wanted(t, " ticket-1")
+
+		r = followed(t, f.URL+streamPath, by, map[string]any{"tickets": "refused"})
+		r.until("state", "disconnected")
+	})
+	f := newFake(t, session("e", 1, false))
+	followed(t, f.URL+streamPath, "refusing", nil).until("state", "disconnected")
 }
 
 // The format, as nobody writes it who wants to be read easily.

@@ -136,6 +136,7 @@ func TestTabs(t *testing.T) {
 		{"and those with a ticket do not", testTicketTabs},
 		{"those that were refused come back with the first that is let in", testRefusedTabs},
 		{"a log that is lost, deleted and begun again is the same in all of them", testLostInAll},
+		{"where the log is gone, and begins again, no tab takes the new one for the old one's rest", testLostAndAbsent},
 		{"a tab whose own read stalls reads again", testStalledRead},
 		{"a snapshot is each tab's own", testSnapshotTabs},
 		{"a connection that died without a word is found when the network or the tab comes back", testDeadConnection},
@@ -443,6 +444,41 @@ func testLostInAll(t *testing.T, w world) {
 	}
 	all("2d")
 	leader(t, tabs)
+}
+
+// A log that is absent has no epoch, and nor has the first chunk of the one that follows.
+func testLostAndAbsent(t *testing.T, w world) {
+	const session, path = "absent", "/v1/sessions/absent"
+	b := newProfile(t, w.browser, w.node)
+	old := []chunk{{Content: "old"}, {Content: "old"}, {Content: "old"}}
+	w.node.post(t, path+"/chunks", old)
+	const forget = `onReset: (reason) => { calls.push('reset ' + reason); got = []; },
+		onChunk: (c, seq) => {
+			if (got.length > 0 && !got.at(-1)[1].includes(c.content)) calls.push(c.content + ' behind ' + got.at(-1)[1]);
+			got.push([String(seq), JSON.stringify(c)]);
+		},`
+	tabs := []*tab{b.follows(session, "", forget), b.follows(session, "", forget)}
+	leader(t, tabs)
+	tabs = append(tabs, b.follows(session, lossy+`; window.lost = (e) => e.data.reset !== undefined`, forget))
+	for _, p := range tabs {
+		p.until(`got.length === 3 && f.state === 'live' && f.epoch !== ''`)
+	}
+	if err := w.redis.Del(t.Context(), "chat:history:"+session, "chat:session:"+session).Err(); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range tabs[:2] {
+		p.until(`f.seq === 0 && f.epoch === '' && calls.length === 1`)
+	}
+	again := chunk{Content: "new"}
+	w.node.post(t, path+"/chunks", []chunk{again, again, again, again, again, again}) // at once: before the epoch can be asked for
+	list := w.redis.LRange(t.Context(), "chat:history:"+session, 0, -1).Val()
+	for _, p := range tabs {
+		p.until(fmt.Sprintf(`got.length >= %d && f.epoch !== ''`, len(list)))
+		gotAllValues(t, list, eval[[][2]string](p, `got`))
+		if got := eval[[]string](p, `calls`); len(got) != 1 || !strings.HasPrefix(got[0], "reset ") {
+			t.Errorf("it was told %q", got)
+		}
+	}
 }
 
 func testStalledRead(t *testing.T, w world) {

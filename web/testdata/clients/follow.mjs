@@ -4,27 +4,43 @@ import { createInterface } from 'node:readline';
 import { EventSource } from 'eventsource';
 import { follow } from './gapless.js';
 
-let { url, by, again, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2]);
+// JSON has no such number.
+const number = (_, value) => (value === 'NaN' || value === 'Infinity' ? Number(value) : value);
+let { url, by, again, resets, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2], number);
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
 let count = 0;
 
-const f = follow(url, {
+const handlers = {
   ...options,
   ...(by === 'eventsource' && { EventSource }),
   ...(by === 'headers' && { EventSource, headers: async () => ({ Authorization: `Bearer ${++count}` }) }),
+  ...(by === 'refusing' && { headers: () => { throw new Error('no headers'); } }),
   ...(tickets && { ticket: async () => `ticket-${++count}` }),
+  ...(tickets === 'plain' && { ticket: () => `ticket-${++count}` }),
+  ...(tickets === 'refused' && { ticket: () => { throw new Error('no ticket'); } }),
   ...(snapshot && { onSnapshot: (s) => say('snapshot', s) }),
   onChunk(chunk, seq, { source }) {
     say('chunk', seq, chunk.content ?? chunk.type, source);
     if (seq === again) f.restart(again = 0);
     if (throws) throw new Error('a handler that throws');
   },
-  onReset: (reason) => say('reset', reason),
+  onReset(reason) {
+    say('reset', reason);
+    if (resets) f[resets]();
+  },
   onHole: (from, to) => say('hole', from, to),
   onState: (state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }) =>
     say('state', state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }),
   onEnd: (reason) => say('end', reason),
-});
+};
+
+let f;
+try {
+  f = follow(url, handlers);
+} catch (err) {
+  say('thrown', err.name, err.message);
+  process.exit();
+}
 
 for await (const line of createInterface({ input: process.stdin })) {
   const [call, ...args] = JSON.parse(line);
