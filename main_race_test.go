@@ -255,7 +255,7 @@ func TestRace_stress100ConnectionsInARowEachCutDuringOneAnswerLoseNothing(t *tes
 			}
 		})
 		v := &viewer{session: session}
-		for i := range 100 {
+		for i := 0; ctx.Err() == nil && (i < 100 || len(v.welcomes) < 40 || v.cursor < 100); i++ { // on a busy machine most come too late
 			life, cancel := context.WithTimeout(ctx, 15*time.Millisecond+rand.N(30*time.Millisecond))
 			v.connect(life, both[i%2].addr, nil)
 			cancel()
@@ -266,9 +266,9 @@ func TestRace_stress100ConnectionsInARowEachCutDuringOneAnswerLoseNothing(t *tes
 		v.follow(ctx, at(both[0].addr), func(event) bool { return v.cursor >= int64(len(want)) })
 		v.check(t, want)
 		v.unreset(t)
-		t.Logf("%d of 101 connections were welcomed, up to chunk %d", len(v.welcomes), v.cursor)
+		t.Logf("%d of %d connections were welcomed, up to chunk %d", len(v.welcomes), v.connections, v.cursor)
 		if len(v.welcomes) < 30 || v.cursor < 100 {
-			t.Errorf("only %d of 101 connections were welcomed, up to chunk %d: this shows nothing", len(v.welcomes), v.cursor)
+			t.Errorf("only %d of %d connections were welcomed, up to chunk %d: this shows nothing", len(v.welcomes), v.connections, v.cursor)
 		}
 	})
 }
