@@ -592,7 +592,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	// Without periodic reads every read has its reason.
-	n := nodes(t, 1, redis, "-reconcile", "1h", "-grace", "3h")[0]
+	n := nodes(t, 1, redis, "-reconcile", "1h", "-grace", "3h", "-linger", "5m")[0]
 	ctx := deadline(t)
 	s := newID()
 	post := func(status int) string {
@@ -835,7 +835,8 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	if a.status != http.StatusGatewayTimeout {
 		t.Fatalf("an append to a Redis that is silent: %d %s", a.status, a.body)
 	}
-	l.loose = append(l.loose, `gapless_chunks_appended_total`) // nobody knows
+	// Nobody knows; and the feed that met a key of another type may ask again just then.
+	l.loose = append(l.loose, `gapless_chunks_appended_total`, `gapless_redis_errors_total{kind="unknown",script="read"}`)
 	l.add(metricsOf{post(504): 1, `redis_errors_total{kind="unknown",script="append"}`: 1})
 	l.check("an append without an answer")
 

@@ -135,8 +135,8 @@ func TestDemo_connectionThatIsSlowedDownLosesNothing(t *testing.T) {
 			other.take(0, 1)
 			connection := s.header.Get("Gapless-Connection")
 			n.disturb("s", connection, "slow")
-			n.append("s", `[{"content":"2"},{"content":"3"},{"content":"4"},{"content":"5"}]`)
 			begun := time.Now()
+			n.append("s", `[{"content":"2"},{"content":"3"},{"content":"4"},{"content":"5"}]`)
 			if got := other.take(1, 4); len(got) != 4 {
 				t.Errorf("the other one: %q", got)
 			}
