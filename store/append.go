@@ -133,13 +133,21 @@ func (a *Appended) add(next Appended) {
 	a.Known += next.Known
 }
 
-// append is one call of the script.
+// append is one call of a script: of the one that knows every case, if there may be more to it than most have.
 func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, *known, error) {
 	size := 0
 	for _, c := range b.Chunks {
 		size += len(c.members)
 	}
-	reply, err := s.run(ctx, scriptAppend, session, size, s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0, b.arguments()...)
+	wait := s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0
+	which, reply, err := scriptPush, []any{other}, error(nil)
+	if b.ordinary() && !s.thorough {
+		reply, err = s.run(ctx, which, session, size, wait, b.pushed()...)
+	}
+	if err == nil && reply[0] == other {
+		which = scriptAppend
+		reply, err = s.run(ctx, which, session, size, wait, b.arguments()...)
+	}
 	if err != nil {
 		return Appended{}, nil, fmt.Errorf("append to %s: %w", session, err)
 	}
@@ -152,7 +160,7 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	}
 	switch r.status() {
 	case "ok":
-		a := Appended{Epoch: r.text(1), First: r.int(2), Count: len(b.Chunks), Life: r.int(3), Made: r.int(4) == 1}
+		a := Appended{Epoch: r.text(1), First: r.int(2), Count: len(b.Chunks), Life: r.int(3), Made: which == scriptAppend && r.int(4) == 1}
 		a.Last = a.First + int64(a.Count) - 1
 		return a, nil, r.err
 	case "nothing":
@@ -180,17 +188,59 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	}
 }
 
-// arguments are what the script is told (append.lua).
+func (b Batch) token() string {
+	if b.Token == "" {
+		return "-"
+	}
+	return b.Token
+}
+
+// other is what push.lua answers to an append that it leaves to append.lua.
+const other = "other"
+
+// ordinary says whether push.lua may know what is to be done: chunks that leave the one message open which they belong to, if any,
+// of nobody with numbers, who asks for no lease, and holds no other message.
+func (b Batch) ordinary() bool {
+	if len(b.Chunks) == 0 || len(b.Chunks) > pushMost || b.Producer.ID != "" || b.Lease != 0 || b.Hold != HoldNone && b.Hold != HoldOpen {
+		return false
+	}
+	id := b.Chunks[0].messageID
+	for _, c := range b.Chunks {
+		if c.kind != "" || c.messageID != id {
+			return false
+		}
+	}
+	if b.Hold == HoldNone || id == "" {
+		return len(b.Messages) == 0
+	}
+	return len(b.Messages) == 1 && b.Messages[0] == id
+}
+
+// pushMost is how many chunks push.lua is given: it takes them apart in one go, and Lua has a limit.
+const pushMost = 256
+
+// pushed are what push.lua is told.
+func (b Batch) pushed() []any {
+	token := ""
+	if len(b.Messages) > 0 {
+		token = b.token()
+	}
+	args := make([]any, 0, 4+len(b.Chunks))
+	args = append(args, b.Life, b.Chunks[0].messageID, token, len(b.Chunks))
+	for _, c := range b.Chunks {
+		args = append(args, c.members)
+	}
+	return args
+}
+
+// arguments are what append.lua is told.
 func (b Batch) arguments() []any {
 	args := make([]any, 0, 8+len(b.Messages)+6*len(b.Chunks))
 	if b.Life == 0 && b.Producer.ID == "" && b.Lease == 0 && b.Hold == HoldNone && len(b.Messages) == 0 {
 		args = append(args, 0)
 	} else {
-		p, token := b.Producer, b.Token
-		if token == "" {
-			token = "-"
-		}
-		args = append(args, 7+len(b.Messages), b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), token)
+		p := b.Producer
+		args = append(args, 7+len(b.Messages), b.Life, p.ID, p.Epoch, p.Number, b.Lease.Milliseconds(), string(b.Hold), b.token())
 		for _, m := range b.Messages {
 			args = append(args, m)
 		}

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -11,6 +12,9 @@ import (
 // pipe has the calls of many callers share the runs of a script (group commit): while one is under way, those
 // that come meanwhile wait, and then go together. One that comes alone goes at once. Where half a run waits
 // already, a second one is under way beside the first: then the way to Redis is what takes long.
+//
+// Before a run goes it steps back behind whoever could go on at that moment: on a busy node those are other callers, a
+// few microseconds away from calling.
 type pipe struct {
 	// run runs the script for calls, and leaves with each its reply, or its error.
 	run func(ctx context.Context, calls []*call)
@@ -40,21 +44,23 @@ type call struct {
 // do executes a call, once. It waits for its turn, and no longer than ctx: a call that had none was
 // not sent (errUnsent). One that is on its way is waited for: the client's own time-outs bound that.
 func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
-	p.mu.Lock()
-	if p.under == 0 {
-		p.under = 1
-		p.mu.Unlock()
-		defer p.next()
-		p.run(ctx, []*call{c})
-		return c.reply, c.err
-	}
 	c.done, c.ctx = make(chan struct{}), ctx
+	p.mu.Lock()
 	p.waiting = append(p.waiting, c)
-	if p.under == 1 && len(p.waiting) >= p.calls/2 {
+	leads := p.under == 0 // then all who wait came now: it goes with them
+	switch {
+	case leads:
+		p.under = 1
+	case p.under == 1 && len(p.waiting) >= p.calls/2:
 		p.under = 2
-		p.begin()
+		go p.lead()
 	}
 	p.mu.Unlock()
+	if leads {
+		p.lead()
+		<-c.done // another run may have taken it along
+		return c.reply, c.err
+	}
 	patience := time.NewTimer(p.patience)
 	defer patience.Stop()
 	why := context.DeadlineExceeded
@@ -78,19 +84,10 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	return c.reply, c.err
 }
 
-// next ends a run, and begins that of those who wait.
-func (p *pipe) next() {
+// lead executes those who have waited longest, and has the next run begin. It ends within the client's time-outs.
+func (p *pipe) lead() {
+	runtime.Gosched()
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.waiting) == 0 {
-		p.under--
-		return
-	}
-	p.begin()
-}
-
-// begin begins a run of those who have waited longest. mu is held.
-func (p *pipe) begin() {
 	n, bytes := 0, 0
 	for n < len(p.waiting) && n < p.calls && (n == 0 || bytes+p.waiting[n].size <= p.bytes) {
 		bytes += p.waiting[n].size
@@ -98,11 +95,18 @@ func (p *pipe) begin() {
 	}
 	calls := slices.Clone(p.waiting[:n])
 	p.waiting = slices.Delete(p.waiting, 0, n)
-	go func() { // ends within the client's time-outs
-		defer p.next()
+	p.mu.Unlock()
+	if n > 0 { // nobody may have had the patience
 		p.run(context.WithoutCancel(calls[0].ctx), calls)
-		for _, c := range calls {
-			close(c.done)
-		}
-	}()
+	}
+	p.mu.Lock()
+	if len(p.waiting) > 0 {
+		go p.lead()
+	} else {
+		p.under--
+	}
+	p.mu.Unlock()
+	for _, c := range calls {
+		close(c.done)
+	}
 }

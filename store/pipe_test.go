@@ -25,6 +25,9 @@ func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
 	errs := make([]error, count)
 	var wg sync.WaitGroup
 	for i := range count {
+		if i == 1 { // the first one is on its way
+			until(t, s.Pushes, 0, 1)
+		}
 		wg.Go(func() {
 			_, errs[i] = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta(fmt.Sprint("chunk", i))}})
 		})
@@ -153,6 +156,7 @@ func TestPipe_aBatchThatBreaksIsNotRepeated(t *testing.T) {
 func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
+	s.Thorough()
 	mustAppend(t, s, "first", delta("x"))
 	redis.Set(t.Context(), "chat:history:wrong1", "text", 0)
 	redis.Set(t.Context(), "chat:session:wrong2", "text", 0)
@@ -227,10 +231,83 @@ func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
 	}
 }
 
+// The same of ordinary appends, with those among them that only look so.
+func TestPipe_ordinaryAppendsThatGoTogetherAreApart(t *testing.T) {
+	redis := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
+	ids := []string{"first", "lost", "wrong1", "right1", "wrong2", "right2", "ended", "held", "new"}
+	for _, id := range ids[:len(ids)-1] {
+		mustAppend(t, s, id, store.NewChunk(store.TypeDelta, "m", "", "a"))
+	}
+	mustAppend(t, s, "ended", store.NewChunk(store.TypeEnd, "", "", ""))
+	redis.Set(t.Context(), "chat:history:wrong1", "text", 0)
+	redis.Set(t.Context(), "chat:session:wrong2", "text", 0)
+	redis.Del(t.Context(), "chat:history:lost")
+	redis.ConfigResetStat(t.Context())
+	redis.Signal(syscall.SIGSTOP)
+	var wg sync.WaitGroup
+	wg.Go(func() { mustAppend(t, s, "first", delta("y")) })
+	until(t, s.Pushes, 0, 1)
+	answers, errs := make([]store.Appended, len(ids)), make([]error, len(ids))
+	for i, id := range ids {
+		wg.Go(func() {
+			b := store.Batch{Chunks: []store.Chunk{store.NewChunk(store.TypeDelta, "m", "", "b")}}
+			if id == "held" {
+				b.Hold, b.Token, b.Messages = store.HoldOpen, "t", []string{"m"}
+			}
+			answers[i], errs[i] = s.Append(t.Context(), id, b)
+		})
+	}
+	until(t, s.Pushes, len(ids), 1)
+	redis.Signal(syscall.SIGCONT)
+	wg.Wait()
+	var runs int
+	if _, after, ok := strings.Cut(redis.Info(t.Context(), "commandstats").Val(), "cmdstat_evalsha:calls="); ok {
+		_, _ = fmt.Sscanf(after, "%d", &runs)
+	}
+	if runs < 3 || runs > 2+6 { // the six that are not ordinary go on by themselves
+		t.Errorf("%d runs", runs)
+	}
+	for i, id := range ids {
+		switch id {
+		case "wrong1", "wrong2":
+			if errs[i] == nil || !strings.HasPrefix(errs[i].Error(), "append to "+id+": WRONGTYPE") {
+				t.Errorf("%s: %v", id, errs[i])
+			}
+			continue
+		case "ended":
+			if !errors.Is(errs[i], store.ErrSessionEnded) {
+				t.Errorf("%s: %v", id, errs[i])
+			}
+			continue
+		}
+		want, texts := int64(2), []string{"a", "b"}
+		switch id {
+		case "first":
+			want, texts = 3, []string{"a", "y", "b"}
+		case "lost":
+			texts = texts[1:]
+		case "new":
+			want, texts = 1, texts[1:]
+		}
+		if errs[i] != nil || answers[i].First != want || answers[i].Count != 1 {
+			t.Errorf("%s: %+v, %v", id, answers[i], errs[i])
+		}
+		if got := contents(t, s, id); !slices.Equal(got, texts) {
+			t.Errorf("%s has %q", id, got)
+		}
+	}
+}
+
 func untilAppends(t *testing.T, s *store.Store, waiting, under int) {
 	t.Helper()
+	until(t, s.Appends, waiting, under)
+}
+
+func until(t *testing.T, state func() (waiting, under int), waiting, under int) {
+	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-		w, u := s.Appends()
+		w, u := state()
 		if w == waiting && u == under {
 			return
 		}

@@ -1,0 +1,80 @@
+-- The ordinary append: chunks of one message that is open, or of none, behind a log that is as its last script left
+-- it and in which nothing is due. Nearly all are, and this takes two thirds of the time of append.lua, which knows
+-- every case. What is not ordinary is answered `other`: nothing was done, and append.lua is to do it. What is done
+-- here is what append.lua would have done.
+--
+--   KEYS     three for each caller: the history list, the session hash, the live channel
+--   ARGV[1]  time to live of the list, ms      ARGV[2]  time to live of the hash, ms
+--   ARGV[3]  oldest-first | newest-first       ARGV[4]  PUBLISH | SPUBLISH
+--   ARGV[5]  how many chunks to keep           ARGV[6]  the grace, ms
+--   and then for each caller: which life of the session its upload began in, or 0 or less; the message; the token by
+--   which an upload holds it, or nothing; how many chunks; and of each its members, without the opening brace
+local newest_first, call, sha1hex = ARGV[3] == 'newest-first', redis.call, redis.sha1hex
+local other = { 'other' }
+local at, written
+local clock, now, stamp -- the time of the run, as a number, as text, and as its chunks say it
+
+local function int(n) return string.format('%d', n) end
+
+-- is_held says whether an upload holds a message, by what the hash has of it, and need not say so again (log.lua:
+-- parse, renew).
+local function is_held(text, token)
+  local deadline, holder = text:match('^open (%d+) 0 (%S+) $')
+  if holder ~= token then return false end
+  local grace = tonumber(ARGV[6])
+  local gained = clock + grace - math.min(math.floor(grace / 5), 5000) - deadline
+  return gained >= 0 and gained < grace / 16
+end
+
+local function push(history, session, channel)
+  local life, id, token, count = tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3], tonumber(ARGV[at + 4])
+  local h
+  if id == '' then h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered')
+  else h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered', 'm:' .. id) end
+  local epoch, base, last, now_life = h[1], tonumber(h[2]), tonumber(h[3]), (h[7] or 0) + 1
+  if not epoch or not base or not last or h[5] or h[6] or h[9] or life > 0 and now_life > life then return other end
+  if not clock then
+    local t = call('TIME')
+    clock = t[1] * 1000 + math.floor(t[2] / 1000)
+    now = int(clock)
+    stamp = ',"ts":' .. now .. ','
+  end
+  if h[8] and clock >= tonumber(h[8]) then return other end
+  if id ~= '' and not (h[10] and (token == '' and h[10] == 'open' or token ~= '' and is_held(h[10], token))) then return other end
+
+  -- The list has to be the one that was seen last, and no longer than it was.
+  local length, found = last - base, nil
+  if length == 0 then found = call('LRANGE', history, 0, 0)
+  elseif newest_first then found = call('LRANGE', history, -length - 1, -length)
+  else found = call('LRANGE', history, length - 1, length) end
+  if #found ~= math.min(length, 1) or length > 0 and sha1hex(found[1]) ~= h[4] then return other end
+
+  local elements = {}
+  for i = 1, count do elements[i] = '{"seq":' .. int(last + i) .. stamp .. ARGV[at + 4 + i] end
+  written = true
+  call(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements))
+  call('HSET', session, 'last_seen', int(last + count), 'mark', sha1hex(elements[count]), 'updated_at', now)
+  local excess = length + count - tonumber(ARGV[5])
+  if excess > 0 then
+    if newest_first then call('LTRIM', history, 0, -1 - excess) else call('LTRIM', history, excess, -1) end
+    call('HSET', session, 'base', int(base + excess))
+  end
+  call('PEXPIRE', history, ARGV[1])
+  call('PEXPIRE', session, ARGV[2])
+  for i = 1, count do call(ARGV[4], channel, elements[i]) end
+  return { 'ok', epoch, last + 1, now_life }
+end
+
+local replies = {}
+at = 6
+for i = 1, #KEYS / 3 do
+  local k = 3 * i
+  written = false
+  local ok, reply = pcall(push, KEYS[k - 2], KEYS[k - 1], KEYS[k])
+  if not ok then -- a key of another type is append.lua's to tell of, too
+    reply = written and { 'error', type(reply) == 'table' and reply.err or tostring(reply) } or other
+  end
+  replies[i] = reply
+  at = at + 4 + ARGV[at + 4]
+end
+return replies
