@@ -188,14 +188,17 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.IPExtractor = a.limits.Client
 	e.HTTPErrorHandler = a.problem
 	a.metrics = newMetrics(a)
-	e.Pre(a.partInDrain, a.metrics.observe, a.guard, a.checkSize, a.checkHost, a.checkOrigin()) // what the checks refuse is counted too
+	e.Pre(a.partInDrain, a.metrics.observe, a.guard()) // what is refused is counted too
 	if cfg.Tracer != nil {
 		e.Pre(a.traceRoute)
 	}
 	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{LogErrorFunc: func(_ echo.Context, err error, stack []byte) error {
 		a.log.Error("panic in a request", slog.Any("err", err), slog.String("stack", string(stack)))
 		return err
-	}}), a.share())
+	}}))
+	if len(cfg.Origins) > 0 {
+		e.Use(a.share())
+	}
 
 	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
 	e.GET("/readyz", a.ready, a.pace) // it asks Redis
@@ -346,42 +349,38 @@ func forPeople(h http.Header, policy string) {
 
 // checkHost keeps a web page from reaching a loopback server through a name of its own
 // that it points here (DNS rebinding): no page can choose to be called by an address.
-func (a *API) checkHost(next echo.HandlerFunc) echo.HandlerFunc {
-	return func(c echo.Context) error {
-		if a.cfg.Hosts == nil {
-			return next(c)
-		}
-		host := c.Request().Host
-		if h, _, err := net.SplitHostPort(host); err == nil {
-			host = h
-		}
-		host = strings.ToLower(strings.TrimSuffix(host, "."))
-		if host == "localhost" || strings.HasSuffix(host, ".localhost") || net.ParseIP(strings.Trim(host, "[]")) != nil || slices.Contains(a.cfg.Hosts, host) {
-			return next(c)
-		}
-		return &Problem{Status: http.StatusMisdirectedRequest, Code: "host_not_allowed", Member: "Host",
-			Detail: fmt.Sprintf("this server is not called %q: name it with -hosts if it is", host)}
+func (a *API) checkHost(r *http.Request) error {
+	if a.cfg.Hosts == nil {
+		return nil
 	}
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") || net.ParseIP(strings.Trim(host, "[]")) != nil || slices.Contains(a.cfg.Hosts, host) {
+		return nil
+	}
+	return &Problem{Status: http.StatusMisdirectedRequest, Code: "host_not_allowed", Member: "Host",
+		Detail: fmt.Sprintf("this server is not called %q: name it with -hosts if it is", host)}
 }
 
 // checkOrigin refuses what another site's page sends in a browser's name: with its cookie, or
 // from within its network. Pages of the configured origins may; and no page at all can send a
 // token of its own without a preflight, which only those pass.
-func (a *API) checkOrigin() echo.MiddlewareFunc {
+func checkOrigin(origins []string) func(r *http.Request) error {
 	protection := http.NewCrossOriginProtection()
-	for _, origin := range a.cfg.Origins {
+	for _, origin := range origins {
 		if err := protection.AddTrustedOrigin(origin); err != nil {
 			panic(err) // Validate has seen it
 		}
 	}
-	return func(next echo.HandlerFunc) echo.HandlerFunc {
-		return func(c echo.Context) error {
-			if err := protection.Check(c.Request()); err != nil {
-				return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
-					Detail: "a page of another origin may not change anything here, unless -cors-origins names it"}
-			}
-			return next(c)
+	return func(r *http.Request) error {
+		if err := protection.Check(r); err != nil {
+			return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
+				Detail: "a page of another origin may not change anything here, unless -cors-origins names it"}
 		}
+		return nil
 	}
 }
 
@@ -401,11 +400,9 @@ func validID(id string) bool {
 
 func checkID(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
-		id := param(c, "id")
-		if !validID(id) {
+		if !validID(session(c)) {
 			return &Problem{Status: http.StatusBadRequest, Code: "invalid_session_id", Member: "id", Limit: 128, Detail: idRule}
 		}
-		c.Set("id", id)
 		return next(c)
 	}
 }
@@ -421,6 +418,7 @@ func param(c echo.Context, name string) string {
 	return text
 }
 
-func session(c echo.Context) string { return c.Get("id").(string) }
+// session is the session that the path names.
+func session(c echo.Context) string { return param(c, "id") }
 
 var errDraining = errors.New("draining")

@@ -176,8 +176,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	if err := a.limits.Appends.Take(caller, cost(chunks)); err != nil {
 		return err
 	}
-	u := a.newUpload(c.Request().Context(), session(c), caller, p.producer, p.lease, 0)
-	defer u.end()
+	u := a.newAppend(c.Request().Context(), session(c), caller, p.producer, p.lease)
 	ofMessages := p.fill.MessageID != ""
 	for _, chunk := range chunks {
 		ofMessages = ofMessages || chunk.MessageID() != ""
@@ -289,8 +288,14 @@ func (u *upload) answer(c echo.Context) error {
 	if u.stored.Count > 0 && !u.added {
 		status = http.StatusOK
 	}
-	return c.JSON(status, u.stored)
+	r := c.Response()
+	r.Header()["Content-Type"] = jsonType
+	r.WriteHeader(status)
+	_, err := r.Write(u.stored.append(make([]byte, 0, 256)))
+	return err
 }
+
+var jsonType = []string{"application/json"}
 
 // appendStream appends what arrives for as long as the connection lasts. What came whole
 // before an error is stored, and the answer to the error comes at once, although the
@@ -307,7 +312,7 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 	}
 	u := a.newUpload(c.Request().Context(), session(c), caller, p.producer, p.lease, a.cfg.UploadPatience)
 	defer u.end()
-	defer u.until(grant(c))()
+	defer u.until(a.grant(c))()
 	if p.kind != typeNDJSON {
 		u.stored.MessageID = p.fill.MessageID
 	}

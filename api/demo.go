@@ -119,7 +119,7 @@ func (a *API) readFirst(c echo.Context) error {
 	ctx, cut := context.WithCancel(c.Request().Context())
 	defer cut()
 	defer context.AfterFunc(a.draining, cut)()
-	if g := grant(c); !g.Expires.IsZero() {
+	if g := a.grant(c); !g.Expires.IsZero() {
 		defer time.AfterFunc(time.Until(g.Expires), cut).Stop()
 	}
 	page, err := a.logs.Read(ctx, id, 1, a.cfg.BodyMax, 1000)

@@ -14,14 +14,14 @@ import (
 // token that names nobody, it is the address. Whose token may write all sessions is the operator's own
 // service, through which everybody's words may come: only the node's limits are for it.
 func (a *API) caller(c echo.Context) limit.Caller {
-	g := grant(c)
+	g := a.grant(c)
 	if a.cfg.Auth != nil && g.May(auth.Write, auth.All) {
 		return limit.Caller{}
 	}
 	if subject := g.Subject; subject != "" {
 		return limit.Caller{Subject: subject}
 	}
-	return a.limits.Address(c.RealIP())
+	return a.limits.Caller(c.Request())
 }
 
 // pace refuses calls that come too fast. Who calls is known by then, if a token says it.
@@ -40,23 +40,20 @@ func (a *API) pace(next echo.HandlerFunc) echo.HandlerFunc {
 
 // checkSize refuses what is longer than anybody needs, in words: of what is longer still, the
 // server takes nothing.
-func (a *API) checkSize(next echo.HandlerFunc) echo.HandlerFunc {
-	return func(c echo.Context) error {
-		r := c.Request()
-		if most := a.cfg.URLMax; len(r.RequestURI) > most {
-			return &Problem{Status: http.StatusRequestURITooLong, Code: "url_too_long", Limit: most,
-				Detail: fmt.Sprintf("the URL has %d bytes: at most %d are allowed (-url-max)", len(r.RequestURI), most)}
-		}
-		size := len(r.Host)
-		for name, values := range r.Header {
-			for _, value := range values {
-				size += len(name) + len(value) + len(": \r\n")
-			}
-		}
-		if most := a.cfg.HeaderMax; size > most {
-			return &Problem{Status: http.StatusRequestHeaderFieldsTooLarge, Code: "header_too_large", Limit: most,
-				Detail: fmt.Sprintf("the header has %d bytes: at most %d are allowed (-header-max); a cookie is the longest of it, mostly", size, most)}
-		}
-		return next(c)
+func (a *API) checkSize(r *http.Request) error {
+	if most := a.cfg.URLMax; len(r.RequestURI) > most {
+		return &Problem{Status: http.StatusRequestURITooLong, Code: "url_too_long", Limit: most,
+			Detail: fmt.Sprintf("the URL has %d bytes: at most %d are allowed (-url-max)", len(r.RequestURI), most)}
 	}
+	size := len(r.Host)
+	for name, values := range r.Header {
+		for _, value := range values {
+			size += len(name) + len(value) + len(": \r\n")
+		}
+	}
+	if most := a.cfg.HeaderMax; size > most {
+		return &Problem{Status: http.StatusRequestHeaderFieldsTooLarge, Code: "header_too_large", Limit: most,
+			Detail: fmt.Sprintf("the header has %d bytes: at most %d are allowed (-header-max); a cookie is the longest of it, mostly", size, most)}
+	}
+	return nil
 }

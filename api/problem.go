@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/labstack/echo/v4"
 
 	"gapless/api/auth"
@@ -52,6 +53,19 @@ type Stored struct {
 	Count int    `json:"count"`
 	// MessageID is the message that a text body is.
 	MessageID string `json:"message_id,omitzero"`
+}
+
+// append adds s to b as JSON, which is what most answers are.
+func (s Stored) append(b []byte) []byte {
+	b = append(append(append(b, `{"epoch":"`...), s.Epoch...), `","first_seq":`...)
+	b = append(strconv.AppendInt(b, s.First, 10), `,"last_seq":`...)
+	b = append(strconv.AppendInt(b, s.Last, 10), `,"count":`...)
+	b = strconv.AppendInt(b, int64(s.Count), 10)
+	if s.MessageID != "" {
+		b = append(b, `,"message_id":`...)
+		b, _ = jsontext.AppendQuote(b, s.MessageID) // of valid UTF-8
+	}
+	return append(b, "}\n"...)
 }
 
 // problemOf is the one table from errors to what clients are told.

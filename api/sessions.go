@@ -112,7 +112,7 @@ func (a *API) atMost(c echo.Context, most int) io.Reader {
 
 // readBody reads a body whole, from a reader that bounds it.
 func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
-	body, err := io.ReadAll(from)
+	body, err := readAll(from, c.Request().ContentLength)
 	if err != nil {
 		if _, large := errors.AsType[*http.MaxBytesError](err); large {
 			return nil, err
@@ -123,10 +123,23 @@ func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
 		}
 		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off"}
 	}
-	if expired(grant(c)) { // a body may take its time
+	if expired(a.grant(c)) { // a body may take its time
 		return nil, errExpired
 	}
 	return body, nil
+}
+
+// readAll reads what is length bytes long, if that is known.
+func readAll(from io.Reader, length int64) ([]byte, error) {
+	if length < 1 || length >= shortBody {
+		return io.ReadAll(from)
+	}
+	b := make([]byte, length)
+	n, err := io.ReadFull(from, b)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return b[:n], err
 }
 
 // readStrings reads an object whose members are all strings, and all named.

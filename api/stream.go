@@ -37,7 +37,7 @@ func (a *API) stream(c echo.Context) error {
 			leave()
 		}
 	}()
-	g := grant(c)
+	g := a.grant(c)
 	var in *admission
 	if ticket := ticketOf(c); ticket != "" {
 		g, in, err = a.enter(r.Context(), ticket, view.Session, view.Connection)

@@ -30,7 +30,7 @@ func (a *API) createTicket(c echo.Context) error {
 	if err := a.limits.Tickets.Take(a.caller(c), 1); err != nil {
 		return err
 	}
-	id, g := session(c), grant(c)
+	id, g := session(c), a.grant(c)
 	ticket := rand.Text()
 	expires := time.Now().Add(store.TicketLife).UTC()
 	if !g.Expires.IsZero() && g.Expires.Before(expires) {

@@ -158,7 +158,7 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 	if err != nil {
 		return err
 	}
-	ask.Session, ask.Connection, ask.Expires, ask.Fold = strings.Clone(session(c)), connection, grant(c).Expires, f.fold
+	ask.Session, ask.Connection, ask.Expires, ask.Fold = strings.Clone(session(c)), connection, a.grant(c).Expires, f.fold
 	v, err := a.hub.View(ask)
 	if errors.Is(err, sse.ErrDraining) {
 		return errDraining

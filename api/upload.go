@@ -58,10 +58,17 @@ const doubtPatience = 5 * time.Second
 // it holds so many do not end by its death.
 const heldMost = 64
 
-// newUpload is an upload for the request whose context ctx is.
+// newUpload is an upload for the request whose context ctx is. It is to be ended.
 func (a *API) newUpload(ctx context.Context, session string, caller limit.Caller, p store.Producer, lease, patience time.Duration) *upload {
-	u := &upload{api: a, session: session, caller: caller, token: strconv.FormatUint(rand.Uint64(), 36), producer: p, lease: lease, patience: patience}
+	u := a.newAppend(ctx, session, caller, p, lease)
+	u.token, u.patience = strconv.FormatUint(rand.Uint64(), 36), patience
 	u.ctx, u.stop = context.WithCancelCause(a.ending)
+	return u
+}
+
+// newAppend is an upload that has come whole, and appends once.
+func (a *API) newAppend(ctx context.Context, session string, caller limit.Caller, p store.Producer, lease time.Duration) *upload {
+	u := &upload{api: a, session: session, caller: caller, producer: p, lease: lease, ctx: a.ending}
 	if u.asked = context.Background(); a.cfg.Tracer != nil {
 		u.asked = context.WithoutCancel(ctx)
 	}

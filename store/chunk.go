@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -73,7 +74,9 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	if deep(text) {
 		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk has more than %d arrays and objects in one another", MaxDepth)}
 	}
-	dec := jsontext.NewDecoder(bytes.NewBuffer(text))
+	reader := readers.Get().(*reader)
+	defer readers.Put(reader)
+	dec := reader.of(text)
 	if dec.PeekKind() != '{' {
 		if _, err := dec.ReadValue(); err != nil {
 			return c, syntaxError(err)
@@ -150,9 +153,9 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	if !hasRole {
 		missing.Role = fill.Role
 	}
-	posted := string(text[1:])
+	posted := text[1:]
 	if members == 0 {
-		posted = "}"
+		posted = []byte("}")
 	}
 	message := c.messageID
 	c = assemble(missing, !hasType, posted)
@@ -199,23 +202,35 @@ func (c Chunk) check(limit int) error {
 }
 
 // assemble puts what is filled in before what was posted.
-func assemble(fill Fill, asDelta bool, posted string) Chunk {
-	b := make([]byte, 0, len(posted)+len(fill.MessageID)+len(fill.Role)+64)
+func assemble[text string | []byte](fill Fill, asDelta bool, posted text) Chunk {
+	filled := ""
 	if asDelta {
-		b = append(b, `"type":"`+TypeDelta+`",`...)
+		filled = `"type":"` + TypeDelta + `",`
 	}
 	if fill.MessageID != "" {
-		b = append(append(b, `"message_id":`...), quote(fill.MessageID)...)
-		b = append(b, ',')
+		filled += `"message_id":` + quote(fill.MessageID) + `,`
 	}
 	if fill.Role != "" {
-		b = append(append(b, `"role":`...), quote(fill.Role)...)
-		b = append(b, ',')
+		filled += `"role":` + quote(fill.Role) + `,`
 	}
-	if posted == "}" {
-		b = bytes.TrimSuffix(b, []byte{','})
+	if string(posted) == "}" {
+		filled = strings.TrimSuffix(filled, ",")
 	}
-	return Chunk{members: string(append(b, posted...)), filled: len(b), messageID: fill.MessageID}
+	return Chunk{members: filled + string(posted), filled: len(filled), messageID: fill.MessageID}
+}
+
+// reader reads one text of JSON, and then another.
+type reader struct {
+	dec  jsontext.Decoder
+	text bytes.Buffer // what the decoder reads without a copy
+}
+
+var readers = sync.Pool{New: func() any { return new(reader) }}
+
+func (r *reader) of(text []byte) *jsontext.Decoder {
+	r.text = *bytes.NewBuffer(text)
+	r.dec.Reset(&r.text)
+	return &r.dec
 }
 
 // posted is what the producer sent of the chunk: its members without those that were filled in.

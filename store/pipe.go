@@ -61,8 +61,9 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 		<-c.done // another run may have taken it along
 		return c.reply, c.err
 	}
-	patience := time.NewTimer(p.patience)
-	defer patience.Stop()
+	patience := timers.Get().(*time.Timer)
+	patience.Reset(p.patience)
+	defer func() { patience.Stop(); timers.Put(patience) }()
 	why := context.DeadlineExceeded
 	select {
 	case <-c.done:
@@ -83,6 +84,13 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	<-c.done
 	return c.reply, c.err
 }
+
+// timers are stopped ones. Each call that waits needs one.
+var timers = sync.Pool{New: func() any {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}}
 
 // lead executes those who have waited longest, and has the next run begin. It ends within the client's time-outs.
 func (p *pipe) lead() {

@@ -244,12 +244,12 @@ func (l *Limits) Refuse(e *Error) *Error {
 // the two hands the other on as a stranger wrote it.
 func (l *Limits) Client(r *http.Request) string { return l.extractor(r) }
 
-// Address is the caller at an address. Of IPv6 it is the /64, which is what one subscriber has.
-func (l *Limits) Address(text string) Caller {
+// Caller is who a request comes from, by the address. Of IPv6 it is the /64, which is what one subscriber has.
+func (l *Limits) Caller(r *http.Request) Caller {
 	if !l.cfg.Addresses {
 		return Caller{}
 	}
-	a, err := netip.ParseAddr(text)
+	a, err := netip.ParseAddr(l.Client(r))
 	if err != nil {
 		return Caller{}
 	}
