@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -13,8 +14,8 @@ import (
 // that come meanwhile wait, and then go together. One that comes alone goes at once. Where half a run waits
 // already, a second one is under way beside the first: then the way to Redis is what takes long.
 //
-// Before a run goes it steps back behind whoever could go on at that moment: on a busy node those are other callers, a
-// few microseconds away from calling.
+// Before a run goes, whoever could go on at that moment goes on first: on a busy node those are other callers, some
+// microseconds away from calling. The larger the runs, the less of Redis each call takes.
 type pipe struct {
 	// run runs the script for calls, and leaves with each its reply, or its error.
 	run func(ctx context.Context, calls []*call)
@@ -23,9 +24,12 @@ type pipe struct {
 	calls, bytes int
 	patience     time.Duration // how long a call waits for its turn
 
+	turn *turn
+
 	mu      sync.Mutex
 	waiting []*call
 	under   int // runs that are under way
+	former  int // calls of the last run
 }
 
 // call is what one caller wants of a script, and has of it once done is closed.
@@ -94,7 +98,7 @@ var timers = sync.Pool{New: func() any {
 
 // lead executes those who have waited longest, and has the next run begin. It ends within the client's time-outs.
 func (p *pipe) lead() {
-	runtime.Gosched()
+	p.gather()
 	p.mu.Lock()
 	n, bytes := 0, 0
 	for n < len(p.waiting) && n < p.calls && (n == 0 || bytes+p.waiting[n].size <= p.bytes) {
@@ -103,6 +107,7 @@ func (p *pipe) lead() {
 	}
 	calls := slices.Clone(p.waiting[:n])
 	p.waiting = slices.Delete(p.waiting, 0, n)
+	p.former = n
 	p.mu.Unlock()
 	if n > 0 { // nobody may have had the patience
 		p.run(context.WithoutCancel(calls[0].ctx), calls)
@@ -117,4 +122,61 @@ func (p *pipe) lead() {
 	for _, c := range calls {
 		close(c.done)
 	}
+}
+
+// gather waits for those who are about to call: while there are many, for as long as each turn brings more.
+func (p *pipe) gather() {
+	runtime.Gosched()
+	p.mu.Lock()
+	former, waiting := p.former, len(p.waiting)
+	p.mu.Unlock()
+	for more := former > 1; more; {
+		p.turn.take()
+		runtime.Gosched()
+		p.mu.Lock()
+		more = len(p.waiting) > waiting && len(p.waiting) < p.calls/2
+		waiting = len(p.waiting)
+		p.mu.Unlock()
+	}
+}
+
+// turn is for letting everybody go on for whom something has come from the network. The runtime looks at its sockets
+// all together, and when nobody is left to go on: so who waits for a byte through a pipe goes on when the others can.
+type turn struct {
+	from, to *os.File
+	taken    chan struct{} // one for each byte
+}
+
+func newTurn() (*turn, error) {
+	from, to, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	t := &turn{from, to, make(chan struct{})}
+	go func() { // ends with close
+		defer close(t.taken)
+		var bytes [16]byte
+		for {
+			n, err := from.Read(bytes[:])
+			for range n {
+				t.taken <- struct{}{}
+			}
+			if err != nil {
+				_ = from.Close()
+				return
+			}
+		}
+	}()
+	return t, nil
+}
+
+func (t *turn) take() {
+	if _, err := t.to.Write([]byte{0}); err == nil {
+		<-t.taken
+	}
+}
+
+func (t *turn) close() {
+	_ = t.to.Close()
+	<-t.taken
 }
