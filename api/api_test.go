@@ -37,7 +37,7 @@ import (
 // ran, for answers that the contract lists and none of them has brought about.
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		if code == 0 && everything() {
+		if code == 0 && nothingLeftOut() {
 			for _, missing := range theContract().Unseen(func(o apitest.Outcome) bool { return o.Code == "internal" && cannotFail[o.Operation] }) {
 				fmt.Fprintln(os.Stderr, "openapi.yaml lists what no test has seen:", missing)
 				code = 1
@@ -47,8 +47,8 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// everything says whether no test was left out.
-func everything() bool {
+// nothingLeftOut says whether no test was left out.
+func nothingLeftOut() bool {
 	for _, name := range []string{"test.run", "test.skip", "test.list", "test.fuzz"} {
 		if f := flag.Lookup(name); f != nil && f.Value.String() != "" {
 			return false

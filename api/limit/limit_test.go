@@ -226,11 +226,11 @@ func TestClient_isWhoATrustedProxySaysAndNobodyElse(t *testing.T) {
 		if c.header != "" {
 			r.Header["X-Forwarded-For"] = strings.Split(c.header, "|")
 		}
-		if got := l.Address(l.Client(r)); got != (Caller{Address: netip.MustParseAddr(c.want)}) {
+		if got := l.Caller(r); got != (Caller{Address: netip.MustParseAddr(c.want)}) {
 			t.Errorf("%s, %q: %v, not %s", c.peer, c.header, got, c.want)
 		}
 	}
-	if l := with(func(c *Config) { c.Addresses = false }); l.Address("198.51.100.1") != (Caller{}) {
+	if l := with(func(c *Config) { c.Addresses = false }); l.Caller(&http.Request{RemoteAddr: "198.51.100.1:5"}) != (Caller{}) {
 		t.Error("addresses tell nobody apart here")
 	}
 	for _, bad := range []string{"", "10.0.0.0/8,", "10.0.0.0/33", "proxy.example", "0.0.0.0/0", "::/0", "fe80::1%eth0"} {
