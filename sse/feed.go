@@ -468,7 +468,7 @@ func (f *feed) merge(w *window, page store.Page, number uint64) *window {
 		if seq <= n.Last {
 			continue
 		}
-		n.memory.append(element, limit)
+		n.memory.appendFirst(page.Elements[i:], limit)
 		n.tip, n.Last = element, seq
 		if _, ours := store.Number(element); goesOn && !ours {
 			f.balance(element, -1)

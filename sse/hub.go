@@ -296,8 +296,8 @@ func (h *Hub) read(f *feed, epoch string, from int64, bytes int) <-chan singlefl
 			return nil, err
 		}
 		events := &page{Bounds: p.Bounds, memory: newMemory(p.From), feed: f}
-		for _, element := range p.Elements {
-			events.append(element, all)
+		for i := range p.Elements {
+			events.appendFirst(p.Elements[i:], all)
 		}
 		if len(p.Elements) > 0 {
 			h.pages.put(events)

@@ -84,19 +84,27 @@ func (m *memory) firstSeq() int64 {
 }
 
 // append adds a chunk and lets go of the oldest segments beyond limit bytes.
-func (m *memory) append(element string, limit int) {
+func (m *memory) append(element string, limit int) { m.appendFirst([]string{element}, limit) }
+
+// appendFirst appends the first of chunks of which the others are going to follow.
+func (m *memory) appendFirst(chunks []string, limit int) {
+	element := chunks[0]
 	seq, target := m.nextSeq(), min(segmentSize, limit/8)
 	// Encoded at its final place when it is certain to fit; else it opens a segment.
-	room := len(element) + len("data: \nid: 9007199254740991\n\n")
+	room := eventRoom(element)
 	if len(m.tail.ends) > 0 && len(m.tail.buf)+room > target {
 		m.full = append(m.full, m.tail)
 		m.tail = segment{first: seq}
 	}
 	t := &m.tail
 	if cap(t.buf)-len(t.buf) < room {
-		grown := make([]byte, len(t.buf), max(min(max(2*cap(t.buf), 512), target), len(t.buf)+room))
+		count, coming := 0, len(t.buf)
+		for ; count < len(chunks) && coming < target; count++ {
+			coming += eventRoom(chunks[count])
+		}
+		grown := make([]byte, len(t.buf), max(min(max(2*cap(t.buf), coming, 512), target), len(t.buf)+room))
 		copy(grown, t.buf)
-		t.buf = grown
+		t.buf, t.ends = grown, slices.Grow(t.ends, count)
 	}
 	before := len(t.buf)
 	var ends bool
@@ -109,6 +117,9 @@ func (m *memory) append(element string, limit int) {
 	m.size += len(t.buf) - before
 	m.shrink(limit)
 }
+
+// eventRoom is the most that a chunk's event has, in bytes.
+func eventRoom(element string) int { return len(element) + len("data: \nid: 9007199254740991\n\n") }
 
 // shrink lets go of the oldest segments beyond limit bytes.
 func (m *memory) shrink(limit int) {

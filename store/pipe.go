@@ -24,7 +24,7 @@ type pipe struct {
 	calls, bytes int
 	patience     time.Duration // how long a call waits for its turn
 
-	turn *turn
+	turn *turn // or nil: Redis is in this process
 
 	mu      sync.Mutex
 	waiting []*call
@@ -130,7 +130,7 @@ func (p *pipe) gather() {
 	p.mu.Lock()
 	former, waiting := p.former, len(p.waiting)
 	p.mu.Unlock()
-	for more := former > 1; more; {
+	for more := former > 1 && p.turn != nil; more; {
 		p.turn.take()
 		runtime.Gosched()
 		p.mu.Lock()

@@ -289,11 +289,14 @@ func Open(cfg Config) (*Store, error) {
 			return nil, fmt.Errorf("instrument the client of redis: %w", err)
 		}
 	}
-	turn, err := newTurn()
-	if err != nil {
-		return nil, fmt.Errorf("make a pipe: %w", err)
+	var turn *turn
+	if cfg.Redis != Embedded { // to which nothing goes by the network
+		var err error
+		if turn, err = newTurn(); err != nil {
+			return nil, fmt.Errorf("make a pipe: %w", err)
+		}
+		s.closers = append(s.closers, turn.close)
 	}
-	s.closers = append(s.closers, turn.close)
 	for i := range s.pipes {
 		run := func(ctx context.Context, calls []*call) { s.exec(ctx, i, calls) }
 		s.pipes[i] = &pipe{run: run, calls: 64, bytes: 1 << 20, patience: cfg.Timeout / 2, turn: turn}
