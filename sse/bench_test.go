@@ -1,6 +1,7 @@
 package sse
 
 import (
+	"slices"
 	"bytes"
 	"fmt"
 	"net"
@@ -86,11 +87,12 @@ func BenchmarkLive_toARowOf(b *testing.B) {
 
 // A page of the history for a viewer that is further back than the window.
 func BenchmarkPage(b *testing.B) {
+	elements := slices.Repeat([]string{element}, 128)
 	b.ReportAllocs()
 	for b.Loop() {
 		m := newMemory(1)
-		for range 128 {
-			m.append(element, all)
+		for i := range elements {
+			m.appendFirst(elements[i:], all)
 		}
 	}
 }

@@ -12,11 +12,19 @@ import (
 
 // What an append and a read cost with a real Redis, from one caller and from many at once.
 
-func BenchmarkAppend(b *testing.B) {
+func BenchmarkAppend(b *testing.B) { appendBy(b, func(*store.Store) {}) }
+
+// The same without the script of ordinary appends, for comparison.
+func BenchmarkAppend_byTheScriptThatKnowsEveryCase(b *testing.B) {
+	appendBy(b, (*store.Store).Thorough)
+}
+
+func appendBy(b *testing.B, way func(*store.Store)) {
 	for _, at := range []int{1, 16, 128} {
 		b.Run(fmt.Sprintf("%d at once", at), func(b *testing.B) {
 			r := storetest.Redis(b)
 			s := open(b, func(c *store.Config) { c.Redis = r.URL() })
+			way(s)
 			chunk := delta(strings.Repeat("x", 100))
 			var next atomic.Int64
 			b.SetParallelism(at)

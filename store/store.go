@@ -10,7 +10,8 @@
 // what it changes is changed whole. Every script begins by checking that the list is
 // the one that was seen last (log.lua): a list that was flushed, replaced or cut by
 // other hands gets a new epoch, and its numbers go on where the old ones ended, so
-// that no number ever means two chunks.
+// that no number ever means two chunks. Of the append there are two: push.lua, which is short, does
+// what nearly all appends are, and leaves the others to append.lua, which knows every case.
 //
 // Promised: a chunk that Append acknowledged is in the list, once. Not promised: that
 // a Listener hears of it. Pub/Sub is a hint and loses messages whenever a connection
