@@ -1,11 +1,11 @@
 package sse
 
 import (
-	"slices"
 	"bytes"
 	"fmt"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
