@@ -57,13 +57,15 @@ type Stored struct {
 
 // append adds s to b as JSON, which is what most answers are.
 func (s Stored) append(b []byte) []byte {
-	b = append(append(append(b, `{"epoch":"`...), s.Epoch...), `","first_seq":`...)
+	b = append(b, `{"epoch":`...)
+	b, _ = jsontext.AppendQuote(b, s.Epoch) // of valid UTF-8, like what follows
+	b = append(b, `,"first_seq":`...)
 	b = append(strconv.AppendInt(b, s.First, 10), `,"last_seq":`...)
 	b = append(strconv.AppendInt(b, s.Last, 10), `,"count":`...)
 	b = strconv.AppendInt(b, int64(s.Count), 10)
 	if s.MessageID != "" {
 		b = append(b, `,"message_id":`...)
-		b, _ = jsontext.AppendQuote(b, s.MessageID) // of valid UTF-8
+		b, _ = jsontext.AppendQuote(b, s.MessageID)
 	}
 	return append(b, "}\n"...)
 }

@@ -65,6 +65,9 @@ func TestStream_snapshotIsWhatWasSaidAlready(t *testing.T) {
 	}
 	n.append("s", `[{"message_id":"m","content":"sesame 4"},{"type":"end"}]`)
 	v.take(3, 2)
+	if e, err := v.read(); err != io.EOF { // then the node knows that the log has ended
+		t.Errorf("%+v, %v behind the end", e, err)
+	}
 	if a := n.get("/v1/sessions/s/stream?snapshot=1&after=5"); a.status != 204 {
 		t.Errorf("%+v", a)
 	}

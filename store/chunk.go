@@ -75,7 +75,10 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk has more than %d arrays and objects in one another", MaxDepth)}
 	}
 	reader := readers.Get().(*reader)
-	defer readers.Put(reader)
+	defer func() {
+		reader.of(nil) // nobody keeps what was read
+		readers.Put(reader)
+	}()
 	dec := reader.of(text)
 	if dec.PeekKind() != '{' {
 		if _, err := dec.ReadValue(); err != nil {

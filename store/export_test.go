@@ -32,3 +32,6 @@ func (s *Store) CountOrdinary(n, others *int) {
 		}
 	}
 }
+
+// TurnsGivenUp is a number that changes whenever a turn is given up.
+func TurnsGivenUp(s *Store) int64 { return s.pipes[scriptPush].turn.rest.Load() }

@@ -2,11 +2,13 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -46,7 +48,8 @@ type call struct {
 }
 
 // do executes a call, once. It waits for its turn, and no longer than ctx: a call that had none was
-// not sent (errUnsent). One that is on its way is waited for: the client's own time-outs bound that.
+// not sent (errUnsent). One that is on its way, or leads those that are, is waited for: the client's own time-outs
+// bound that.
 func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	c.done, c.ctx = make(chan struct{}), ctx
 	p.mu.Lock()
@@ -109,20 +112,27 @@ func (p *pipe) lead() {
 	p.waiting = slices.Delete(p.waiting, 0, n)
 	p.former = n
 	p.mu.Unlock()
+	defer func() { // also if the run panics
+		p.mu.Lock()
+		if len(p.waiting) > 0 {
+			go p.lead()
+		} else {
+			p.under--
+		}
+		p.mu.Unlock()
+		for _, c := range calls {
+			close(c.done)
+		}
+	}()
 	if n > 0 { // nobody may have had the patience
+		for _, c := range calls {
+			c.err = errBroken // unless the run says something else
+		}
 		p.run(context.WithoutCancel(calls[0].ctx), calls)
 	}
-	p.mu.Lock()
-	if len(p.waiting) > 0 {
-		go p.lead()
-	} else {
-		p.under--
-	}
-	p.mu.Unlock()
-	for _, c := range calls {
-		close(c.done)
-	}
 }
+
+var errBroken = errors.New("the run of the script broke off")
 
 // gather waits for those who are about to call: while there are many, for as long as each turn brings more.
 func (p *pipe) gather() {
@@ -131,7 +141,9 @@ func (p *pipe) gather() {
 	former, waiting := p.former, len(p.waiting)
 	p.mu.Unlock()
 	for more := former > 1 && p.turn != nil; more; {
-		p.turn.take()
+		if !p.turn.take() {
+			return
+		}
 		runtime.Gosched()
 		p.mu.Lock()
 		more = len(p.waiting) > waiting && len(p.waiting) < p.calls/2
@@ -142,24 +154,36 @@ func (p *pipe) gather() {
 
 // turn is for letting everybody go on for whom something has come from the network. The runtime looks at its sockets
 // all together, and when nobody is left to go on: so who waits for a byte through a pipe goes on when the others can.
+// Where somebody is always left, it looks every 10 ms: a turn that is not over soon is given up, and there is none for
+// a while.
 type turn struct {
 	from, to *os.File
-	taken    chan struct{} // one for each byte
+	taken    chan struct{} // one for each byte; closed at the end
+	began    time.Time
+	rest     atomic.Int64 // until when there is none, ns after began; 0: there are
 }
+
+const (
+	turnMost = 200 * time.Microsecond
+	turnRest = 100 * time.Millisecond
+)
 
 func newTurn() (*turn, error) {
 	from, to, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	t := &turn{from, to, make(chan struct{})}
+	t := &turn{from: from, to: to, taken: make(chan struct{}, 16), began: time.Now()}
 	go func() { // ends with close
 		defer close(t.taken)
 		var bytes [16]byte
 		for {
 			n, err := from.Read(bytes[:])
 			for range n {
-				t.taken <- struct{}{}
+				select {
+				case t.taken <- struct{}{}:
+				default: // they were given up
+				}
 			}
 			if err != nil {
 				_ = from.Close()
@@ -170,13 +194,35 @@ func newTurn() (*turn, error) {
 	return t, nil
 }
 
-func (t *turn) take() {
-	if _, err := t.to.Write([]byte{0}); err == nil {
-		<-t.taken
+// take says whether there was a turn.
+func (t *turn) take() bool {
+	if rest := t.rest.Load(); rest > 0 {
+		if time.Since(t.began) < time.Duration(rest) {
+			return false
+		}
+		if t.rest.CompareAndSwap(rest, 0) {
+			for len(t.taken) > 0 { // what was given up has come since
+				<-t.taken
+			}
+		}
+	}
+	if _, err := t.to.Write([]byte{0}); err != nil {
+		return false
+	}
+	patience := timers.Get().(*time.Timer)
+	patience.Reset(turnMost)
+	defer func() { patience.Stop(); timers.Put(patience) }()
+	select {
+	case <-t.taken:
+		return true
+	case <-patience.C:
+		t.rest.Store(int64(time.Since(t.began) + turnRest))
+		return false
 	}
 }
 
 func (t *turn) close() {
 	_ = t.to.Close()
-	<-t.taken
+	for range t.taken { // until it is closed
+	}
 }

@@ -3,7 +3,7 @@
 -- every case. What is not ordinary is answered `other`: nothing was done, and append.lua is to do it. What is done
 -- here is what append.lua would have done.
 --
---   KEYS     three for each caller: the history list, the session hash, the live channel
+--   KEYS     four for each caller: the history list, the session hash, the live channel, the index of producers' numbers
 --   ARGV[1]  time to live of the list, ms      ARGV[2]  time to live of the hash, ms
 --   ARGV[3]  oldest-first | newest-first       ARGV[4]  PUBLISH | SPUBLISH
 --   ARGV[5]  how many chunks to keep           ARGV[6]  the grace, ms
@@ -14,7 +14,7 @@ local other = { 'other' }
 local at, written
 local clock, now, stamp -- the time of the run, as a number, as text, and as its chunks say it
 
-local function int(n) return string.format('%d', n) end
+local function int(n) return string.format('%.0f', n) end
 
 -- is_held says whether an upload holds a message, by what the hash has of it, and need not say so again (log.lua:
 -- parse, renew).
@@ -26,13 +26,13 @@ local function is_held(text, token)
   return gained >= 0 and gained < grace / 16
 end
 
-local function push(history, session, channel)
+local function push(history, session, channel, index)
   local life, id, token, count = tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3], tonumber(ARGV[at + 4])
   local h
   if id == '' then h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered')
   else h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered', 'm:' .. id) end
   local epoch, base, last, now_life = h[1], tonumber(h[2]), tonumber(h[3]), (h[7] or 0) + 1
-  if not epoch or not base or not last or h[5] or h[6] or h[9] or life > 0 and now_life > life then return other end
+  if not epoch or not base or not last or h[5] or h[6] or life > 0 and now_life > life then return other end
   if not clock then
     local t = call('TIME')
     clock = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -61,16 +61,17 @@ local function push(history, session, channel)
   end
   call('PEXPIRE', history, ARGV[1])
   call('PEXPIRE', session, ARGV[2])
+  if h[9] then call('PEXPIRE', index, ARGV[1]) end
   for i = 1, count do call(ARGV[4], channel, elements[i]) end
   return { 'ok', epoch, last + 1, now_life }
 end
 
 local replies = {}
 at = 6
-for i = 1, #KEYS / 3 do
-  local k = 3 * i
+for i = 1, #KEYS / 4 do
+  local k = 4 * i
   written = false
-  local ok, reply = pcall(push, KEYS[k - 2], KEYS[k - 1], KEYS[k])
+  local ok, reply = pcall(push, KEYS[k - 3], KEYS[k - 2], KEYS[k - 1], KEYS[k])
   if not ok then -- a key of another type is append.lua's to tell of, too
     reply = written and { 'error', type(reply) == 'table' and reply.err or tostring(reply) } or other
   end

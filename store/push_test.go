@@ -1,17 +1,24 @@
 package store_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
+	"github.com/redis/go-redis/v9"
 	"pgregory.net/rapid"
 
 	"gapless/store"
+	"gapless/store/storetest"
 )
 
 // twin is a store on an embedded Redis of its own, whose clock is the test's.
@@ -208,5 +215,93 @@ func TestPush_isWhatTheScriptThatKnowsEveryCaseWouldDo(t *testing.T) {
 	})
 	if t.Logf("%d ordinary appends, %d others", ordinary, others); ordinary == 0 || others == 0 {
 		t.Error("one kind was missing")
+	}
+}
+
+// Where too few replicas answer, what push.lua leaves to append.lua is stored all the same, like everything else.
+func TestPush_whatItLeavesIsStoredAlsoWithoutReplicas(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis, c.WaitReplicas, c.WaitTimeout = r.URL(), 1, 20*time.Millisecond })
+	for i, id := range []string{"", "", "m", "m", "n"} { // the first of the log, an ordinary one, the first of a message, …
+		_, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{store.NewChunk(store.TypeDelta, id, "", fmt.Sprint(i))}})
+		if !errors.Is(err, store.ErrOutcomeUnknown) || !strings.Contains(err.Error(), "it is stored") {
+			t.Errorf("chunk %d: %v", i, err)
+		}
+		if n := r.LLen(t.Context(), "chat:history:s").Val(); n != int64(i+1) {
+			t.Errorf("after chunk %d the log has %d", i, n)
+		}
+	}
+}
+
+// A run that panics has an error for all who go with it, and the next one is as if nothing had been.
+func TestPipe_aRunThatPanicsIsNotTheLast(t *testing.T) {
+	r := storetest.Redis(t)
+	hook := &panics{}
+	s := open(t, func(c *store.Config) {
+		c.Redis, c.Instrument = r.URL(), func(client redis.UniversalClient) error { client.AddHook(hook); return nil }
+	})
+	mustAppend(t, s, "s", delta("a"))
+	hook.on.Store(true)
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("there was no panic")
+			}
+		}()
+		_, _ = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("b")}})
+	}()
+	hook.on.Store(false)
+	mustAppend(t, s, "s", delta("c"))
+}
+
+// panics is a hook of the client.
+type panics struct{ on atomic.Bool }
+
+func (*panics) DialHook(next redis.DialHook) redis.DialHook { return next }
+func (*panics) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+func (p *panics) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if p.on.Load() {
+			panic("a mistake in a hook")
+		}
+		return next(ctx, cmd)
+	}
+}
+
+// Whose processors are all busy does not wait for the network to be looked at: a turn that takes long is given up.
+func TestPipe_aBusyNodeWaitsForNobody(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	stop := make(chan struct{})
+	var busy, callers sync.WaitGroup
+	for range 4 * runtime.GOMAXPROCS(0) {
+		busy.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					for begun := time.Now(); time.Since(begun) < 20*time.Microsecond; {
+					}
+					runtime.Gosched()
+				}
+			}
+		})
+	}
+	before := store.TurnsGivenUp(s)
+	for i := range 16 {
+		callers.Go(func() {
+			for range 20 {
+				mustAppend(t, s, fmt.Sprint("s", i), delta("x"))
+			}
+		})
+	}
+	callers.Wait()
+	close(stop)
+	busy.Wait()
+	if store.TurnsGivenUp(s) == before {
+		t.Error("no turn was given up")
 	}
 }

@@ -381,7 +381,7 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 			c.err = fmt.Errorf("script answered %v: %w", replies[i], errReply)
 		case c.reply[0] == "error":
 			c.err = scriptError(fields(c.reply).text(1))
-		case c.wait:
+		case c.wait && c.reply[0] != other: // of what was not done nobody has anything
 			c.err = short
 		}
 	}
@@ -411,7 +411,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 func keys(which int) []string {
 	all := [...]string{"history", "session", "stream", "producers", "messages"}
 	if which == scriptPush {
-		return all[:3]
+		return all[:4]
 	}
 	return all[:]
 }
