@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"iter"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -103,6 +104,12 @@ func serve(t testing.TB, change func(*setup)) *node {
 	if n.store, err = store.Open(s.store); err != nil {
 		t.Fatal(err)
 	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	returned := sse.NewReturned(listener.Addr()) // as main has it: a client may go on with a stream's connection
+	s.sse.Back = returned.Back
 	n.hub = sse.NewHub(s.sse, n.store)
 	n.api = New(s.api, s.logs(n.store), n.hub, s.model, web.Files, theContract().Text, prometheus.NewRegistry())
 	n.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -115,9 +122,15 @@ func serve(t testing.TB, change func(*setup)) *node {
 	n.server.Config.ConnContext = sse.WithConn
 	n.server.Config.ReadTimeout = s.api.BodyTimeout
 	n.server.Config.MaxHeaderBytes = 1 << 20
-	n.server.Listener = n.api.Listener(n.server.Listener)
+	_ = n.server.Listener.Close()
+	n.server.Listener = n.api.Listener(listener)
 	n.server.Config.ErrorLog = slog.NewLogLogger(logger.Handler(), slog.LevelDebug)
 	n.server.Start()
+	served := make(chan struct{})
+	go func() { // ended below
+		defer close(served)
+		_ = n.server.Config.Serve(returned)
+	}()
 	transport := &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 16}
 	n.client = &http.Client{Transport: theContract().Transport(t, transport), CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	t.Cleanup(func() {
@@ -125,6 +138,8 @@ func serve(t testing.TB, change func(*setup)) *node {
 		n.hub.Drain(0)
 		transport.CloseIdleConnections()
 		n.server.Close()
+		_ = returned.Close()
+		<-served
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		n.api.Wait(ctx)
