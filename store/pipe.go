@@ -164,7 +164,7 @@ type turn struct {
 }
 
 const (
-	turnMost = 200 * time.Microsecond
+	turnMost = 2 * time.Millisecond // some hundred requests are answered in it
 	turnRest = 100 * time.Millisecond
 )
 
