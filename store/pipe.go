@@ -201,8 +201,12 @@ func (t *turn) take() bool {
 			return false
 		}
 		if t.rest.CompareAndSwap(rest, 0) {
-			for len(t.taken) > 0 { // what was given up has come since
-				<-t.taken
+			for more := true; more; { // what was given up has come since
+				select {
+				case _, more = <-t.taken:
+				default:
+					more = false
+				}
 			}
 		}
 	}
