@@ -33,5 +33,5 @@ func (s *Store) CountOrdinary(n, others *int) {
 	}
 }
 
-// TurnsGivenUp is a number that changes whenever a turn is given up.
-func TurnsGivenUp(s *Store) int64 { return s.pipes[scriptPush].turn.rest.Load() }
+// Resting says whether runs wait for nobody, since a turn was given up.
+func (s *Store) Resting() bool { return s.pipes[scriptPush].turn.rest.Load() > 0 }
