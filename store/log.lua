@@ -179,8 +179,9 @@ local function seen()
   if log.base ~= log.base_seen then redis.call('HSET', session, 'base', int(log.base)) end
 end
 
--- call_uploads has the session's uploads look whether they may go on.
-local function call_uploads() redis.call('PUBLISH', ARGV[7], (channel:match('^chat:stream:{?(.-)}?$'))) end
+-- call_uploads has the session's uploads check whether they may go on. The live channel ends with the session's id, which
+-- has neither a colon nor a brace.
+local function call_uploads() redis.call('PUBLISH', ARGV[7], (channel:match('([^:{}]+)}?$'))) end
 
 -- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
 -- chunk does.
