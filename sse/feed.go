@@ -22,9 +22,10 @@ import (
 // an acknowledged subscription, the time since the last read. Every doubt has the same
 // remedy: read the log.
 //
-// A read begins at the last chunk that the feed has, not behind it, and compares. If
-// another chunk stands there, or none, the log was rewritten by a failover or by hand,
-// and a new epoch begins: viewers are told by a reset.
+// A read begins at the last chunk that the feed has, not after it, and compares. After a
+// lost connection, a read compares the whole window. If another chunk stands there, or
+// none, the log was rewritten by a failover or by hand, and a new epoch begins: viewers
+// are told by a reset.
 //
 // A chunk may be announced before it is pushed. When a read does not find what was
 // announced, the feed looks again soon (10 ms, then twice as long each time); the
@@ -46,9 +47,9 @@ type feed struct {
 	pending bool      // a read is wanted that has not begun
 	busy    bool      // a read is queued or under way
 	want    int64     // the highest number announced and not yet seen
-	given   int64     // the highest number given out in former epochs
 	short   time.Time // since when the list lacks what was taken live
-	suspect int64     // a number under which something else was announced than the window has
+	suspect int64     // a number from which on the window is compared: something else was announced there; 0: none
+	broken  bool      // the connection to Redis was lost: the whole window is compared
 	retry   time.Duration
 	timer   *time.Timer // runs ask after retry
 	readAt  time.Time   // when the last read ended, or the feed began
@@ -135,10 +136,18 @@ func (f *feed) close() {
 	f.closed = true
 	f.timer.Stop()
 	stop := f.stop
+	f.remember()
 	f.mu.Unlock()
 	f.folded.close(&f.hub.snapshots)
 	if stop != nil {
 		stop()
+	}
+}
+
+// remember tells the node what this feed has given out, for the time after it. mu is held.
+func (f *feed) remember() {
+	if w := f.window.Load(); w.known() && !w.absent() {
+		f.hub.data.Given(f.session, w.Epoch, w.Last)
 	}
 }
 
@@ -152,7 +161,7 @@ func (f *feed) publish(w *window) {
 func (f *feed) Resync() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.trust, f.missed.again = f.reads+1, f.done > 0
+	f.trust, f.missed.again, f.broken = f.reads+1, f.done > 0, f.done > 0
 	for key, n := range f.foreign { // chunks whose announcements may be lost
 		if n < 0 {
 			delete(f.foreign, key)
@@ -290,10 +299,13 @@ func (f *feed) read(ctx context.Context) {
 	f.routine = false
 	if !w.absent() && w.tip != "" {
 		from = w.Last
-		if f.suspect >= w.firstSeq() {
+		if f.broken {
+			from = min(from, w.firstSeq())
+		} else if f.suspect >= w.firstSeq() {
 			from = min(from, f.suspect)
 		}
 	}
+	f.broken = false
 	f.mu.Unlock()
 
 	page, err := f.fetch(ctx, w, from)
@@ -307,6 +319,7 @@ func (f *feed) read(ctx context.Context) {
 	f.readAt = time.Now()
 	f.hub.found(err)
 	if err != nil {
+		f.broken = f.done > 0
 		f.later(max(f.retry, 10*firstRetry))
 		return
 	}
@@ -361,7 +374,7 @@ func (f *feed) later(d time.Duration) {
 // epoch and goes on where w ends, or it is the newest of the log as it now is.
 func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, error) {
 	log, budget := f.hub.data, max(f.hub.limit(), 1)
-	for range 10 {
+	for range 100 {
 		page, err := log.Read(ctx, f.session, from, budget, all)
 		if err != nil {
 			return page, err
@@ -377,25 +390,24 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 			}
 		case from == store.Newest, page.Epoch == w.Epoch && page.From <= w.Last+1 && page.Next() > page.Last:
 			return page, nil
+		case page.Epoch == w.Epoch && page.From <= from && page.Next() > from && page.Next() <= w.Last: // more to compare
+			from = page.Next()
+			continue
 		}
 		from = store.Newest
 	}
 	return store.Page{}, fmt.Errorf("log %s becomes another one faster than it can be read", f.session)
 }
 
-// known says whether this feed has given out chunks of another log than the page's, up
+// known reports whether this feed has given out chunks of another log than the page's, up
 // to which number, and that the page's log does not know so. epoch is the one that has
-// to end for it; empty: it has ended already.
+// to end for it.
 func (f *feed) known(w *window, page store.Page) (epoch string, given int64, another bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	given = f.given
 	same := page.Epoch == w.Epoch
-	if !same {
-		given = max(given, w.Last)
-	}
-	if page.Epoch != "" && !page.Deleted && given > page.Former {
-		return "", given, true
+	if !same && page.Epoch != "" && !page.Deleted && w.Last > page.Former { // begun by a node that knew of no such number
+		return page.Epoch, w.Last, true
 	}
 	switch differs, short := rewritten(w, f.sure, page); {
 	case !same || !differs && !short:
@@ -455,7 +467,7 @@ func (f *feed) merge(w *window, page store.Page, number uint64) *window {
 	case same:
 		n.First = max(n.First, w.First)
 	case w.known():
-		f.given = max(f.given, w.Last)
+		f.remember()
 		if f.want > page.Last { // a number of which log? look once more
 			f.pending, f.want, f.missed.gap = true, 0, false
 		}

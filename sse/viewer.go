@@ -427,8 +427,7 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 	case w.absent() && (cursor > 0 || v.epoch != ""):
 		return resetAhead, 0
 	case v.epoch != "" && v.epoch != w.Epoch,
-		// Numbers up to Former were other chunks. But who has the end of an ended log has the end.
-		!v.joined && v.Cursor > 0 && v.Cursor <= w.Former && !(w.Ended && cursor == w.Last):
+		!v.joined && v.Cursor > 0 && v.Cursor < w.Former: // numbers below Former were chunks of another log
 		return resetEpoch, start
 	case cursor > w.Last:
 		return resetAhead, start

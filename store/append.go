@@ -144,7 +144,10 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	if b.ordinary() && !s.thorough {
 		reply, err = s.run(ctx, which, session, size, wait, b.pushed()...)
 	}
-	if err == nil && reply[0] == other {
+	for err == nil && (reply[0] == other || reply[0] == again) {
+		if reply[0] == again && ctx.Err() != nil {
+			return Appended{}, nil, fmt.Errorf("append to %s: %w: %w", session, ErrAway, ctx.Err())
+		}
 		which = scriptAppend
 		reply, err = s.run(ctx, which, session, size, wait, b.arguments()...)
 	}
@@ -153,26 +156,26 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	}
 	r := fields(reply)
 	refused := func(err error) error {
-		if i := r.int(2); i >= 0 {
+		if i := r.int(5); i >= 0 {
 			err = &RefusedError{Index: int(i), Err: err}
 		}
 		return errors.Join(r.err, err)
 	}
 	switch r.status() {
 	case "ok":
-		a := Appended{Epoch: r.text(1), First: r.int(2), Count: len(b.Chunks), Life: r.int(3), Made: which == scriptAppend && r.int(4) == 1}
+		a := Appended{Epoch: r.text(1), First: r.int(5), Count: len(b.Chunks), Life: r.int(6), Made: which == scriptAppend && r.int(7) == 1}
 		a.Last = a.First + int64(a.Count) - 1
 		return a, nil, r.err
 	case "nothing":
-		last := r.int(2)
+		last := r.int(5)
 		return Appended{Epoch: r.text(1), First: last + 1, Last: last}, nil, r.err
 	case "producer_known":
 		k, err := parseKnown(r)
 		return Appended{}, k, errors.Join(r.err, err)
 	case "producer_fenced":
-		return Appended{}, nil, errors.Join(r.err, &FencedError{Epoch: r.int(2)})
+		return Appended{}, nil, errors.Join(r.err, &FencedError{Epoch: r.int(5)})
 	case "producer_gap":
-		return Appended{}, nil, errors.Join(r.err, &GapError{Expected: r.int(2)})
+		return Appended{}, nil, errors.Join(r.err, &GapError{Expected: r.int(5)})
 	case "session_ended":
 		return Appended{}, nil, refused(ErrSessionEnded)
 	case "session_deleted":
@@ -182,7 +185,7 @@ func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, 
 	case "not_made":
 		return Appended{}, nil, ErrNotMade
 	case "message_ended":
-		return Appended{}, nil, refused(&MessageEndedError{r.text(3), r.text(4)})
+		return Appended{}, nil, refused(&MessageEndedError{r.text(6), r.text(7)})
 	default:
 		return Appended{}, nil, fmt.Errorf("append to %s: status %q: %w", session, r.status(), errReply)
 	}
@@ -197,6 +200,9 @@ func (b Batch) token() string {
 
 // other is what push.lua answers to an append that it leaves to append.lua.
 const other = "other"
+
+// again is what a script answers that has learned a part of what other programs pushed, and did nothing else (log.lua: learn).
+const again = "again"
 
 // ordinary says whether push.lua may know what is to be done: chunks that leave the one message open which they belong to, if any,
 // of nobody with numbers, who asks for no lease, and holds no other message.

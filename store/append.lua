@@ -34,9 +34,6 @@ end
 
 local function field(i, k) return ARGV[at + skip + (i - 1) * stride + k] end
 
--- An append is told where its chunks are, and no more of the log.
-local function answer(status, ...) return { status, log and log.epoch or '', ... } end
-
 local function refuse(...)
   if log then finish() end
   return answer(...)
@@ -96,33 +93,33 @@ end
 -- advance writes down where the producer has got to. Its chunks are those behind head.
 local function advance(head)
   local seq, added = head, 0
-  if position.fresh then redis.call('ZREMRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!') end
+  if position.fresh then write('ZREMRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!') end
   if position.fences then look = true end
   for i = 1, chunks do
     local filled, form = field(i, 5), field(i, 6)
     seq = seq + 1
     if form ~= position.form or filled ~= position.filled or seq ~= position.seq + 1 or position.first == 0 or
         form == 't' and seq - position.first >= 64 then
-      redis.call('ZADD', index, 0, place(number) .. ' ' .. int(seq) .. ' ' .. form .. ' ' .. filled)
+      write('ZADD', index, 0, place(number) .. ' ' .. int(seq) .. ' ' .. form .. ' ' .. filled)
       position.first, position.form, position.filled, added = seq, form, filled, added + 1
     end
     position.seq, number = seq, number + tonumber(field(i, 4))
   end
   if chunks > 0 then position.next = number end
-  redis.call('HSET', session, 'p:' .. producer, int(position.epoch) .. ' ' .. int(position.next) .. ' ' ..
+  write('HSET', session, 'p:' .. producer, int(position.epoch) .. ' ' .. int(position.next) .. ' ' ..
     int(position.seq) .. ' ' .. int(position.first) .. ' ' .. position.form .. ' ' .. position.filled)
   if not log.numbered then
     log.numbered = '1'
-    redis.call('HSET', session, 'numbered', '1')
+    write('HSET', session, 'numbered', '1')
   end
-  if position.fresh and log.deletions > 0 then redis.call('HDEL', session, 'd:' .. producer) end
+  if position.fresh and log.deletions > 0 then write('HDEL', session, 'd:' .. producer) end
   -- Runs whose chunks are all gone. A producer has no end, so some of all producers' are looked at, at random:
   -- more of them than were added.
   if log.base > 0 and added > 0 then
     for _, run in ipairs(redis.call('ZRANDMEMBER', index, 2 + 3 * added)) do
       local next_run = redis.call('ZRANGEBYLEX', index, '(' .. run, '+', 'LIMIT', 0, 1)[1]
       if next_run and next_run:match('^%S+') == run:match('^%S+') and tonumber(next_run:match('^%S+ %d+ (%d+)')) <= log.base + 1 then
-        redis.call('ZREM', index, run)
+        write('ZREM', index, run)
       end
     end
   end
@@ -198,11 +195,13 @@ local function hear_all()
 end
 
 local function work()
+  must_write()
   take_arguments()
   position, behind, room = nil, false, nil
   local runs = producer ~= '' and redis.call('ZCARD', index) -- it fails on a key of another type
   local first = chunks > 0 and field(1, 1)
   open(first ~= '' and first or nil)
+  if log and log.learned then return refuse('again') end -- which messages have ended is not known yet
   if log and life > 0 and log.deletions + 1 > life then return refuse('session_deleted') end
   if producer ~= '' then
     local refusal = locate(runs)
@@ -248,7 +247,7 @@ local function work()
   local made = not log or log.deleted
   if made then
     -- A message that is named makes no session, unless something is to become of it.
-    if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing', int(log and log.last or 0)) end
+    if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing', log and log.last or 0) end
     if life < 0 then return refuse('not_made') end
     if log then revive() else make() end
   end
@@ -259,10 +258,10 @@ local function work()
   add(members)
   if ended and not log.ended then
     log.ended, look = int(log.last), true
-    redis.call('HSET', session, 'ended', log.ended)
+    write('HSET', session, 'ended', log.ended)
   end
   if position then advance(head) end
   if #held > 0 or next(messages) then hear_all() end
   finish()
-  return answer('ok', int(head + 1), log.deletions + 1, made and 1 or 0)
+  return answer('ok', head + 1, log.deletions + 1, made and 1 or 0)
 end

@@ -15,21 +15,55 @@
 --   ARGV[8]  how many chunks to keep
 --   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
 --   ARGV[10] how many messages and producers a log may have
---   and then for each caller: how many arguments it has, and they
+--   ARGV[11] 1: reads may be served by a Redis that is read-only
+--   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or
+--   nothing, 0, nothing), how many arguments it has, and they
 --
--- Scripts are not rolled back, so everything that can fail (a key of another type) is read before
--- anything is written.
+-- Scripts are not rolled back. So everything that can fail (a key of another type, a Redis that refuses writes) is tried
+-- before anything is written, and what fails after the first write is never told as "not done" (run.lua).
 local newest_first = ARGV[4] == 'newest-first'
 
--- The log at hand. log is what `open` found; nil when there is neither hash nor list. messages are those that were
--- looked at, news is what was pushed and is to be published; look says that uploads may have to end. Its caller's
--- arguments are ARGV[at + 1] to ARGV[at + count].
+-- The log at hand. log is what `open` found; nil when there is neither hash nor list. lost is where a log goes on that
+-- the caller's node remembers and Redis has lost. messages are those that were looked at, news is what was pushed and is
+-- to be published; look says that uploads may have to end. note tells the caller what was refused. Its arguments are
+-- ARGV[at + 1] to ARGV[at + count].
 local history, session, channel, index, opens
-local log, messages, news, look
+local log, lost, messages, news, look, note
+local memory = {}
 local due_written -- the earliest of its deadlines, as it is written down
 local at, count
+local written
 
 local function int(n) return string.format('%.0f', n) end
+
+-- write is a command that changes something.
+local function write(...)
+  local reply = redis.call(...)
+  written = true
+  return reply
+end
+
+-- writable reports whether Redis takes writes. To set an empty part of a text that does not exist changes nothing, and
+-- is refused like any other write: by a full Redis, a replica, one without its replicas or its disk, and for want of rights.
+local refusal
+local function writable()
+  if refusal == nil then
+    local reply = redis.pcall('SETRANGE', channel, 0, '')
+    refusal = type(reply) == 'table' and reply.err or false
+  end
+  return not refusal
+end
+
+-- must_write is for calls that mean to change something: they fail before they begin.
+local function must_write()
+  if not writable() then error({ err = refusal }) end
+end
+
+-- publish announces something. An announcement is a hint: its failure is told, and fails nothing.
+local function publish(command, to, message)
+  local reply = redis.pcall(command, to, message)
+  if type(reply) == 'table' and reply.err then note = 'unheard ' .. reply.err end
+end
 
 local clock
 local function now()
@@ -42,11 +76,19 @@ end
 
 -- An epoch of the log at hand: no two logs have the same, nor has one it twice.
 local begun = 0
-local function new_epoch()
-  begun = begun + 1
-  local hash = redis.sha1hex(ARGV[1] .. begun)
+local function epoch_of(hash)
   return hash:sub(1, 8) .. '-' .. hash:sub(9, 12) .. '-4' .. hash:sub(14, 16) .. '-8' .. hash:sub(18, 20) .. '-' .. hash:sub(21, 32)
 end
+local function new_epoch()
+  begun = begun + 1
+  return epoch_of(redis.sha1hex(ARGV[1] .. begun))
+end
+
+-- Numbers of two epochs never meet: every epoch but the first begins right after a multiple of a million that is far
+-- above everything known to have been given out. Another node may have given out a little more.
+local block, margin = 1000000, 500000
+local function next_base(top) return math.ceil((top + margin) / block) * block end
+local function block_of(number) return math.floor(number / block) * block end
 
 -- Chunks are addressed by position, 1 for the oldest. An index from the end that producers push to
 -- would move under a pushed element, so each order counts from the other end.
@@ -57,11 +99,36 @@ local function range(i, j)
   return out
 end
 
+-- The mark of a position is what tells its element from another one: its hash, if it is one of ours, which says its number
+-- and its time. Elements of other programs repeat ("the"), so there it is the hashes of up to eight, from that one
+-- backwards, cut short. Nothing stands there: no mark.
+local mark_length = 16
+local function ours(element) return element:find('^{"seq":[1-9]%d*,"ts":') ~= nil end
+
 local function mark(position)
   if position < 1 then return '' end
   if position == log.length and log.tip then return redis.sha1hex(log.tip) end
-  local found = range(position, position)
-  return found[1] and redis.sha1hex(found[1]) or ''
+  local found, parts = range(math.max(position - 7, 1), position), {}
+  local tip = found[#found]
+  if not tip or #found < math.min(position, 8) then return '' end
+  if ours(tip) then return redis.sha1hex(tip) end
+  for k = #found, 1, -1 do parts[#parts + 1] = redis.sha1hex(found[k]):sub(1, mark_length) end
+  return table.concat(parts)
+end
+
+-- matches reports whether a position still has a mark, as far as it can be told: what was trimmed cannot be compared.
+local function matches(position, text, tip)
+  if position < 1 or #text < mark_length then return true end
+  if #text == 40 then
+    tip = tip or range(position, position)[1]
+    return tip and redis.sha1hex(tip) == text
+  end
+  local found = range(math.max(position - #text / mark_length + 1, 1), position)
+  for k = 0, math.min(#text / mark_length, position) - 1 do
+    local element = found[#found - k]
+    if not element or redis.sha1hex(element):sub(1, mark_length) ~= text:sub(k * mark_length + 1, (k + 1) * mark_length) then return false end
+  end
+  return true
 end
 
 -- A message is what the hash has under m:<its id>:
@@ -122,8 +189,8 @@ local function save()
   local due, added = log.due, false
   for id, m in pairs(messages) do
     if m.changed and (m.how or m.dropped) then
-      redis.call('ZREM', opens, id)
-      if m.how then redis.call('HSET', session, 'm:' .. id, m.how) else redis.call('HDEL', session, 'm:' .. id) end
+      write('ZREM', opens, id)
+      if m.how then write('HSET', session, 'm:' .. id, m.how) else write('HDEL', session, 'm:' .. id) end
     elseif m.changed then
       local text = m.new and 'new' or 'open'
       if m.late then text = m.new and 'newlate' or 'late' end
@@ -131,69 +198,95 @@ local function save()
         text = text .. ' ' .. int(m.deadline) .. ' ' .. int(m.length) .. ' ' .. m.token .. ' ' .. m.producer
         due = math.min(due or m.deadline, m.deadline)
       end
-      redis.call('HSET', session, 'm:' .. id, text)
-      redis.call('ZADD', opens, m.deadline and int(m.deadline) or '+inf', id)
+      write('HSET', session, 'm:' .. id, text)
+      write('ZADD', opens, m.deadline and int(m.deadline) or '+inf', id)
       added = true
     end
   end
-  if added then redis.call('PEXPIRE', opens, ARGV[3]) end
+  if added then write('PEXPIRE', opens, ARGV[3]) end
   if log.lapsed then
     local first = redis.call('ZRANGE', opens, 0, 0, 'WITHSCORES')
     due = first[2] and first[2] ~= 'inf' and tonumber(first[2]) or nil
   end
   if due == due_written then return end
-  if due then redis.call('HSET', session, 'due', int(due)) else redis.call('HDEL', session, 'due') end
+  if due then write('HSET', session, 'due', int(due)) else write('HDEL', session, 'due') end
 end
 
--- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there.
-local function begin(base)
-  log.epoch, log.base, log.former, log.last = new_epoch(), base, base, base + log.length
-  redis.call('HSET', session, 'epoch', log.epoch, 'base', int(base), 'former', int(base))
-  if not log.created_at then
-    log.created_at = int(now())
-    redis.call('HSET', session, 'created_at', log.created_at)
-  end
-  log.begun = true
+-- derived is the epoch that a log has when Redis refuses to write one down: every node and every read derives the same,
+-- from the epoch that is written down (or from the first element, if none is) and the base.
+local function derived(base)
+  return epoch_of(redis.sha1hex(session .. ' ' .. (log.recorded or range(1, 1)[1] or '') .. ' ' .. int(base)))
 end
+
+-- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there. What a replica
+-- lacks, its master may have: that ends no epoch.
+local function begin(base, epoch)
+  if not writable() and refusal:find('READONLY', 1, true) == 1 then error({ err = refusal }) end
+  log.epoch, log.base, log.former, log.last = epoch or writable() and new_epoch() or derived(base), base, base, base + log.length
+  log.created_at = log.created_at or int(now())
+  log.learned, log.begun = nil, true
+end
+
+-- top is the highest number known to have been given out.
+local function top() return math.max(log.last_seen, log.last, memory.last) end
 
 -- make begins a log where there is nothing.
 local function make()
   log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, deletions = 0 }
   due_written = nil
-  begin(0)
+  if lost then begin(lost.base, lost.epoch) else begin(0) end
 end
 
 -- revive makes a deleted session an empty one again, with an epoch of its own.
 local function revive()
-  redis.call('HDEL', session, 'deleted', 'created_at')
-  log.deleted, log.created_at = false, nil
-  begin(log.base)
+  log.deleted, log.created_at, log.revived = false, nil, true
+  begin(next_base(top()))
 end
 
 -- seen writes down how far the log goes and what stands there, so that the next script can tell this
 -- list from another one.
 local function seen()
-  if log.last_seen == log.last and log.base == log.base_seen and not log.begun then return end
+  if log.last_seen == log.last and log.base == log.base_seen and not log.begun and log.learned == log.learned_seen then return end
   if log.last_seen ~= log.last or not log.updated_at then log.updated_at = int(now()) end
-  redis.call('HSET', session, 'last_seen', int(log.last), 'mark', mark(log.last - log.base), 'updated_at', log.updated_at)
-  if log.base ~= log.base_seen then redis.call('HSET', session, 'base', int(log.base)) end
+  if log.begun then
+    if log.revived then write('HDEL', session, 'deleted') end
+    write('HSET', session, 'epoch', log.epoch, 'base', int(log.base), 'former', int(log.former), 'created_at', log.created_at,
+      'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at)
+  else
+    write('HSET', session, 'base', int(log.base), 'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at)
+  end
+  if log.learned then write('HSET', session, 'learned', int(log.learned))
+  elseif log.learned_seen then write('HDEL', session, 'learned') end
 end
 
 -- call_uploads has the session's uploads check whether they may go on. The live channel ends with the session's id, which
 -- has neither a colon nor a brace.
-local function call_uploads() redis.call('PUBLISH', ARGV[7], (channel:match('([^:{}]+)}?$'))) end
+local function call_uploads() publish('PUBLISH', ARGV[7], (channel:match('([^:{}]+)}?$'))) end
+
+-- refresh has the log live on. That is tried: a log can be read without it.
+local function refresh()
+  local reply = redis.pcall('PEXPIRE', history, ARGV[2])
+  if type(reply) == 'table' and reply.err then refusal = reply.err end
+  redis.pcall('PEXPIRE', session, ARGV[3])
+  if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
+end
 
 -- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
--- chunk does.
+-- chunk does. Where Redis refuses writes, a read goes on without.
 local function finish()
-  save()
-  seen()
-  redis.call('PEXPIRE', history, ARGV[2])
-  redis.call('PEXPIRE', session, ARGV[3])
-  if log.numbered then redis.call('PEXPIRE', index, ARGV[2]) end
-  if log.begun and log.former > 0 then redis.call(ARGV[5], channel, ARGV[6]) end
-  for i = 1, #news do redis.call(ARGV[5], channel, news[i]) end
+  if log.last ~= log.last_seen or log.begun then log.mark = mark(log.last - log.base) end
+  local changed = log.last ~= log.last_seen or log.base ~= log.base_seen or log.begun or log.learned ~= log.learned_seen or
+    log.lapsed or next(messages)
+  local recorded = changed and writable()
+  if recorded then
+    save()
+    seen()
+  end
+  refresh()
+  if recorded and log.begun and log.former > 0 then publish(ARGV[5], channel, ARGV[6]) end
+  for i = 1, #news do publish(ARGV[5], channel, news[i]) end
   if look then call_uploads() end
+  if refusal then note = 'refused ' .. refusal end
 end
 
 -- add numbers and pushes chunks, given as text without the opening brace, and trims.
@@ -204,13 +297,13 @@ local function add(members)
     news[#news + 1] = elements[i]
   end
   for i = 1, #elements, 1000 do -- unpack has limits
-    redis.call(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
+    write(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
   log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
   local excess = log.length - tonumber(ARGV[8])
   if excess > 0 then
-    if newest_first then redis.call('LTRIM', history, 0, -1 - excess)
-    else redis.call('LTRIM', history, excess, -1) end
+    if newest_first then write('LTRIM', history, 0, -1 - excess)
+    else write('LTRIM', history, excess, -1) end
     log.base, log.length = log.base + excess, log.length - excess
   end
 end
@@ -247,12 +340,20 @@ local function lapse()
   if #lost > 0 then lose(lost) end
 end
 
--- learn finds out which messages the chunks from a position on begin or end: other hands pushed them.
-local function learn(from)
-  log.learned = true
-  for i = from, log.length, 1000 do
-    for _, element in ipairs(range(i, math.min(i + 999, log.length))) do
+-- learn finds out which messages the chunks after a number begin or end: other programs pushed them. One script learns
+-- a slice, so that nobody else waits long for Redis; the next one goes on. What a slice costs is counted in steps of about
+-- a quarter of a microsecond.
+local slice = 8000
+local function learn(after)
+  local cost, step, i = 0, 16, after - log.base + 1
+  while i <= log.length and cost < slice do
+    local size = 0
+    local elements = range(i, math.min(i + step - 1, log.length))
+    if #elements == 0 then break end
+    for _, element in ipairs(elements) do
+      size = size + #element
       if element:find('message_id', 1, true) or element:find('\\u', 1, true) then
+        cost = cost + 10 + #element / 16
         local ok, chunk = pcall(cjson.decode, element)
         local id = ok and type(chunk) == 'table' and chunk.message_id
         if type(id) == 'string' and id ~= '' then
@@ -267,7 +368,10 @@ local function learn(from)
         end
       end
     end
+    i, cost = i + #elements, cost + #elements + size / 256
+    step = math.max(1, math.min(1000, math.floor((slice - cost) / (#elements + size / 256) * #elements / 2)))
   end
+  log.learned = i <= log.length and log.base + i - 1 or nil
 end
 
 -- known reads the element at a position, the last one that was seen, and how long the list is: mostly that is
@@ -278,40 +382,75 @@ local function known(position)
   return found[1], #found == 1 and position or redis.call('LLEN', history)
 end
 
+-- compare_memory holds the log against what the caller's node remembers: chunks that it acknowledged, or gave out. If
+-- they are not there, Redis has lost them, and the epoch ends in which their numbers meant something.
+local function compare_memory()
+  local function kept() return log.last >= memory.last and matches(memory.last - log.base, memory.mark) end
+  if memory.last == 0 then return end
+  if memory.epoch == log.epoch then
+    if not kept() then begin(next_base(top())) end
+  elseif log.former < memory.last then
+    if derived(block_of(memory.last)) == memory.epoch then -- it was begun by a read that could not write it down
+      begin(block_of(memory.last), memory.epoch)
+      if not kept() then begin(next_base(top())) end
+    elseif memory.mark == '-' then -- nothing was ever given out in it
+      begin(memory.last, memory.epoch)
+    else
+      begin(next_base(top()))
+    end
+  end
+end
+
 -- open reads the log's bounds, and a message's state if it is told one, finds out whether the list is still the one
 -- that was seen last, and does what is due.
 local function open(id)
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
-    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'm:' .. (id or ''))
+    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'm:' .. (id or ''))
   local base, last_seen = tonumber(h[2] or 0), tonumber(h[3] or 0)
   local tip, length = known(last_seen - base)
-  if not h[1] and length == 0 then return end
+  if not h[1] and length == 0 then
+    if memory.last > 0 then
+      local empty, to = memory.mark == '-', next_base(memory.last)
+      lost = { epoch = empty and memory.epoch or epoch_of(redis.sha1hex(session .. ' ' .. memory.epoch .. ' ' .. int(to))), base = empty and memory.last or to }
+    end
+    return
+  end
   log = {
-    epoch = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
+    epoch = h[1], recorded = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
     created_at = h[8], updated_at = h[9], deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12],
-    length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
+    learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]),
+    mark = h[4] or '', length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
   }
   due_written = log.due
-  if id then messages[id] = parse(h[13]) end
-  if not h[1] then
-    begin(log.base) -- a list that a foreign producer began
+  if id then messages[id] = parse(h[14]) end
+  if not log.epoch then -- a list that another program began
+    log.epoch = ''
+    if memory.last == 0 then begin(0, memory.epoch == derived(0) and memory.epoch or nil) end
   elseif log.deleted then
-    log.base = log.last_seen
+    log.base, log.last = log.last_seen, log.last_seen
     if length > 0 then revive() end
   elseif length == 0 then
     log.base = log.last_seen -- expired: the same log, with nothing of it left
-  elseif log.last_seen > log.base and
-      (not tip or redis.sha1hex(tip) ~= h[4]) then
-    begin(log.last_seen) -- another list stands where the known one stood
+  elseif log.last_seen > log.base and not (tip and matches(log.last_seen - log.base, log.mark, tip)) then
+    begin(next_base(top())) -- another list stands where the known one stood
   end
   log.last = log.base + length
-  if log.last > log.last_seen then learn(math.max(log.last_seen - log.base, 0) + 1) end
-  if log.due and not log.ended and now() >= log.due then lapse() end
+  if not log.deleted then compare_memory() end
+  local after = math.max(log.learned or log.last_seen, log.base)
+  if log.begun then after = log.base end
+  if log.last > after then learn(after) end
+  if log.due and not log.ended and now() >= log.due and writable() then lapse() end
 end
 
 local function argument(k) return ARGV[at + k] end
 
+-- Every reply begins with a status and what the node is to remember: the epoch, the last number, its mark; and a note of
+-- what Redis has refused meanwhile. A mark of - says that the epoch has given out nothing yet.
+local function answer(status, ...)
+  if not log then return { status, '', 0, '', note or '', ... } end
+  return { status, log.epoch, log.last, log.last == log.former and '-' or log.mark, note or '', ... }
+end
+
 local function reply(status, ...)
-  return { status, log.epoch, int(log.base), int(log.last), int(log.former), log.ended and 1 or 0,
-    log.deleted and 1 or 0, log.created_at or '', log.updated_at or '', ... }
+  return answer(status, log.base, log.former, log.ended and 1 or 0, log.deleted and 1 or 0, log.created_at or '', log.updated_at or '', ...)
 end

@@ -27,8 +27,8 @@ type run struct {
 }
 
 func parseKnown(r *replyFields) (*known, error) {
-	k := &known{epoch: r.text(1), life: r.int(5), end: r.int(2)}
-	members, _ := r.at(3).([]any)
+	k := &known{epoch: r.text(1), life: r.int(8), end: r.int(5)}
+	members, _ := r.at(6).([]any)
 	for _, m := range members {
 		text, _ := m.(string)
 		run, err := parseRun(text)
@@ -37,7 +37,7 @@ func parseKnown(r *replyFields) (*known, error) {
 		}
 		k.runs = append(k.runs, run)
 	}
-	if text := r.text(4); text != "" {
+	if text := r.text(7); text != "" {
 		behind, err := parseRun(text)
 		if err != nil {
 			return nil, err

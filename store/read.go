@@ -16,7 +16,7 @@ type Bounds struct {
 	Epoch string // empty: there is no such session
 	// First and Last bound what is kept; when nothing is, First is Last+1.
 	First, Last int64
-	// Former is the highest number of earlier epochs: a cursor up to it means another log.
+	// Former is the number after which this epoch began: a cursor below it means another log. No chunk ever had it.
 	Former               int64
 	Ended, Deleted       bool
 	CreatedAt, UpdatedAt time.Time
@@ -79,13 +79,13 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 	if r.status() == "absent" {
 		return Page{Bounds: Bounds{First: 1}, From: 1}, 0, nil
 	}
-	p = Page{Bounds: r.bounds(), From: r.int(9)}
+	p = Page{Bounds: r.bounds(), From: r.int(11)}
 	if r.status() == "large" {
-		memory = r.int(10)
+		memory = r.int(12)
 		return p, memory, r.err
 	}
-	parts, ok := r.at(10).([]any)
-	if r.err != nil || !ok || r.status() != "ok" {
+	parts, ok := r.at(12).([]any)
+	if r.err != nil || !ok || r.status() != "ok" && r.status() != "lost" {
 		return p, 0, fmt.Errorf("%v: %w", r.err, errReply)
 	}
 	for _, part := range parts {
@@ -157,8 +157,8 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, memory in
 
 func (r *replyFields) bounds() Bounds {
 	return Bounds{
-		Epoch: r.text(1), First: r.int(2) + 1, Last: r.int(3), Former: r.int(4),
-		Ended: r.int(5) != 0, Deleted: r.int(6) != 0, CreatedAt: r.time(7), UpdatedAt: r.time(8),
+		Epoch: r.text(1), First: r.int(5) + 1, Last: r.int(2), Former: r.int(6),
+		Ended: r.int(7) != 0, Deleted: r.int(8) != 0, CreatedAt: r.time(9), UpdatedAt: r.time(10),
 	}
 }
 

@@ -7,10 +7,15 @@
 -- in memory: the caller has bounds and chunks read in one transaction. How many bytes they are is not known before, but
 -- they are no more than the list.
 --
--- Waiting for a session creates no keys: where there is nothing, nothing is written.
+-- Waiting for a session creates no keys: where there is nothing, nothing is written. Reading needs no write: where Redis
+-- refuses one, the answer says so, and is the same.
 local function work()
   open()
-  if not log then return { 'absent' } end
+  if not log then
+    -- What Redis has lost goes on elsewhere, as soon as somebody appends: viewers are to know now.
+    if not lost then return answer('absent') end
+    return { 'lost', lost.epoch, lost.base, '-', '', lost.base, lost.base, 0, 0, '', '', lost.base + 1, {} }
+  end
   finish()
 
   local from, bytes, most = tonumber(argument(1)), tonumber(argument(2)), tonumber(argument(3))
@@ -18,8 +23,8 @@ local function work()
   local first = newest and log.length + 1 or math.max(from - log.base, 1)
   local last = newest and log.length or first - 1
   if tonumber(argument(4)) > 0 and not newest and math.min(most, log.length - last) >= 1000 then
-    local memory = redis.pcall('MEMORY', 'USAGE', history, 'SAMPLES', 0)
-    if type(memory) == 'number' and memory <= tonumber(argument(4)) then return reply('large', int(log.base + first), int(memory)) end
+    local bytes_kept = redis.pcall('MEMORY', 'USAGE', history, 'SAMPLES', 0)
+    if type(bytes_kept) == 'number' and bytes_kept <= tonumber(argument(4)) then return reply('large', log.base + first, bytes_kept) end
   end
   local taken, size, step, parts = 0, 0, 64, {}
   while taken < most and (size < bytes or taken == 0) and (newest and first > 1 or not newest and last < log.length) do
@@ -45,5 +50,5 @@ local function work()
     if fit < length or length < step then break end
     step = math.min(4 * step, math.max(math.floor((bytes - size) * taken / math.max(size, 1)), 1)) -- as many as may fit
   end
-  return reply('ok', int(log.base + first), parts)
+  return reply('ok', log.base + first, parts)
 end

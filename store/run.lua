@@ -1,14 +1,18 @@
 -- What every script ends with: its callers one by one. A mistake of one, such as a key of another type, is its own.
-local replies, next_at = {}, 10
+local replies, next_at = {}, 11
 for i = 1, #KEYS / 5 do
   local k = 5 * i
   history, session, channel, index, opens = KEYS[k - 4], KEYS[k - 3], KEYS[k - 2], KEYS[k - 1], KEYS[k]
-  log, messages, news, look = nil, {}, {}, false
-  at = next_at + 1
+  log, lost, messages, news, look, note, written = nil, nil, {}, {}, false, nil, false
+  memory.epoch, memory.last, memory.mark = ARGV[next_at + 1], tonumber(ARGV[next_at + 2]), ARGV[next_at + 3]
+  at = next_at + 4
   count = tonumber(ARGV[at])
   next_at = at + count
   local ok, answer = pcall(work)
-  if not ok then answer = { 'error', type(answer) == 'table' and answer.err or tostring(answer) } end
+  if not ok then answer = { written and 'broken' or 'error', type(answer) == 'table' and answer.err or tostring(answer) } end
   replies[i] = answer
 end
+-- A replica takes no writes: this was the master, perhaps, until a moment ago. Told as an error of the whole, it has the client
+-- drop the connection and dial again. Nothing was done.
+if refusal and refusal:find('READONLY', 1, true) == 1 and ARGV[11] ~= '1' then return redis.error_reply(refusal) end
 return replies

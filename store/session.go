@@ -18,7 +18,7 @@ func (s *Store) Describe(ctx context.Context, session string) (Bounds, error) {
 	if err != nil {
 		return Bounds{}, err
 	}
-	if p.Epoch == "" || p.Deleted {
+	if p.Epoch == "" || p.Deleted || p.CreatedAt.IsZero() {
 		return Bounds{}, ErrNotFound
 	}
 	return p.Bounds, nil
@@ -32,8 +32,7 @@ func (s *Store) Delete(ctx context.Context, session string) error {
 
 // Renew ends an epoch in which numbers up to last were given out, because the log in
 // Redis is found not to be the one that they came from: what is in the list is
-// numbered from there on, in a new epoch. Where another node has ended the epoch
-// already, the log only learns that numbers up to last meant another one (Former).
+// numbered anew, in an epoch whose numbers are far above. Where the epoch has ended already, nothing changes.
 func (s *Store) Renew(ctx context.Context, session, epoch string, last int64) error {
 	_, _, err := s.session(ctx, session, "renew", epoch, last)
 	return err
@@ -52,15 +51,15 @@ type Cancelled struct {
 // Errors: ErrNotFound, ErrMessageUnknown, *MessageEndedError (it has ended by itself),
 // ErrSessionEnded.
 func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled, error) {
-	reply, err := s.run(ctx, scriptSession, session, 0, s.cfg.WaitReplicas > 0, "cancel", message)
+	reply, err := s.runSession(ctx, session, s.cfg.WaitReplicas > 0, "cancel", message)
 	if err != nil {
 		return Cancelled{}, fmt.Errorf("cancel in session %s: %w", session, err)
 	}
 	r := fields(reply)
 	switch r.status() {
 	case "ok":
-		c := Cancelled{Epoch: r.text(1), First: r.int(9), Last: r.int(10)}
-		ids, _ := r.at(11).([]any)
+		c := Cancelled{Epoch: r.text(1), First: r.int(11), Last: r.int(12)}
+		ids, _ := r.at(13).([]any)
 		for _, id := range ids {
 			text, _ := id.(string)
 			c.Messages = append(c.Messages, text)
@@ -71,7 +70,7 @@ func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled,
 	case "message_unknown":
 		return Cancelled{}, ErrMessageUnknown
 	case "message_ended":
-		return Cancelled{}, &MessageEndedError{message, r.text(12)}
+		return Cancelled{}, &MessageEndedError{message, r.text(14)}
 	case "session_ended":
 		return Cancelled{}, ErrSessionEnded
 	default:
@@ -82,7 +81,7 @@ func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled,
 // Open answers which messages are unfinished, in no order that means anything, and the log's bounds
 // at that instant. ErrNotFound: there is no such session.
 func (s *Store) Open(ctx context.Context, session string) (Bounds, []string, error) {
-	reply, err := s.run(ctx, scriptSession, session, 0, false, "open")
+	reply, err := s.runSession(ctx, session, false, "open")
 	if errors.Is(err, ErrOutcomeUnknown) { // what it changes, any other call would
 		err = fmt.Errorf("%w: %v", ErrAway, err)
 	}
@@ -94,7 +93,7 @@ func (s *Store) Open(ctx context.Context, session string) (Bounds, []string, err
 		return Bounds{}, nil, ErrNotFound
 	}
 	b := r.bounds()
-	all, ok := r.at(9).([]any)
+	all, ok := r.at(11).([]any)
 	if r.err != nil || !ok {
 		return b, nil, fmt.Errorf("open messages of session %s: %v: %w", session, r.err, errReply)
 	}
@@ -105,8 +104,21 @@ func (s *Store) Open(ctx context.Context, session string) (Bounds, []string, err
 	return b, ids, nil
 }
 
+// runSession runs the session script, as often as it takes to know the log (log.lua: learn).
+func (s *Store) runSession(ctx context.Context, session string, wait bool, args ...any) (reply []any, err error) {
+	for {
+		reply, err = s.run(ctx, scriptSession, session, 0, wait, args...)
+		if err != nil || reply[0] != again {
+			return reply, err
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrAway, err)
+		}
+	}
+}
+
 func (s *Store) session(ctx context.Context, session, what string, args ...any) (Bounds, bool, error) {
-	reply, err := s.run(ctx, scriptSession, session, 0, s.cfg.WaitReplicas > 0, append([]any{what}, args...)...)
+	reply, err := s.runSession(ctx, session, s.cfg.WaitReplicas > 0, append([]any{what}, args...)...)
 	if err != nil {
 		return Bounds{}, false, fmt.Errorf("%s session %s: %w", what, session, err)
 	}

@@ -2,7 +2,12 @@
 -- that is to end and the highest number that was given out in it; of cancel a message, or nothing for all that are open.
 local function work()
   local what = argument(1)
+  must_write()
   open()
+  if log and log.learned then
+    finish()
+    return answer('again')
+  end
   if what == 'create' then
     if log and not log.deleted then
       finish()
@@ -13,7 +18,7 @@ local function work()
     return reply('ok')
   end
 
-  if not log then return { 'absent' } end
+  if not log then return answer('absent') end
 
   if what == 'delete' then
     if log.deleted then return reply('ok') end
@@ -25,18 +30,18 @@ local function work()
       local kind, id = all[i]:match('^([pd]:)(.*)$')
       if kind then gone[#gone + 1] = { id, kind == 'p:' and all[i + 1]:match('^%d+') or all[i + 1] } end
     end
-    redis.call('DEL', history, session, index, opens)
-    for _, producer in ipairs(gone) do redis.call('HSET', session, 'd:' .. producer[1], producer[2]) end
-    redis.call('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
+    write('DEL', history, session, index, opens)
+    for _, producer in ipairs(gone) do write('HSET', session, 'd:' .. producer[1], producer[2]) end
+    write('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
       'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', int(now()))
-    redis.call('PEXPIRE', session, ARGV[3])
-    redis.call(ARGV[5], channel, ARGV[6])
+    redis.pcall('PEXPIRE', session, ARGV[3])
+    publish(ARGV[5], channel, ARGV[6])
     call_uploads()
     return reply('ok')
   end
 
   if what == 'cancel' then
-    if log.deleted then return { 'absent' } end
+    if log.deleted then return answer('absent') end
     local ids, id, status = {}, argument(2), 'ok'
     if id == '' then
       save() -- so that the set has those that were learnt just now
@@ -56,11 +61,11 @@ local function work()
       look = true
     end
     finish()
-    return reply(status, int(head + 1), int(head + #ids), ids, how)
+    return reply(status, head + 1, head + #ids, ids, how)
   end
 
   if what == 'open' then
-    if log.deleted then return { 'absent' } end
+    if log.deleted then return answer('absent') end
     save() -- as above
     local ids = {}
     for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
@@ -70,15 +75,8 @@ local function work()
     return reply('ok', ids)
   end
 
-  -- renew: compare and set, so that of several nodes that notice, one does it. The others may have given
-  -- out higher numbers than that one knew of: a cursor among those means another log as well.
-  local given = tonumber(argument(3))
-  if log.epoch == argument(2) and not log.deleted then
-    begin(math.max(log.last, given))
-  elseif given > log.former then
-    log.former = given
-    redis.call('HSET', session, 'former', int(given))
-  end
+  -- renew: compare and set, so that of several nodes that notice, one does it.
+  if log.epoch == argument(2) and not log.deleted then begin(next_base(math.max(top(), tonumber(argument(3))))) end
   finish()
   return reply('ok')
 end

@@ -217,6 +217,7 @@ type Store struct {
 	clustered bool
 	thorough  bool // append.lua does it all (a test's)
 	ears      ears
+	memory    memory
 	metrics   *metrics
 	log       *slog.Logger
 	closers   []func()
@@ -379,12 +380,41 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 		switch {
 		case len(c.reply) == 0:
 			c.err = fmt.Errorf("script answered %v: %w", replies[i], errReply)
+			continue
+		case c.reply[0] == other: // a call that was not executed has nothing to replicate
+			continue
 		case c.reply[0] == "error":
 			c.err = scriptError(fields(c.reply).text(1))
-		case c.wait && c.reply[0] != other: // of what was not done nobody has anything
+			continue
+		case c.reply[0] == "broken":
+			c.err = fmt.Errorf("%w: it failed in the middle: %s", ErrOutcomeUnknown, fields(c.reply).text(1))
+			continue
+		case c.wait:
 			c.err = short
 		}
+		r := fields(c.reply)
+		s.memory.note(c.session, remembered{r.text(1), r.int(2), r.text(3)})
+		s.noted(r.text(4))
+		if r.err != nil {
+			c.err = r.err
+		}
 	}
+}
+
+// noted takes a script's note of what Redis has refused meanwhile.
+func (s *Store) noted(note string) {
+	what, text, _ := strings.Cut(note, " ")
+	switch what {
+	case "unheard":
+		s.hintFailed(text)
+	case "refused":
+		s.writesRefused(text)
+	}
+}
+
+// Given tells the store what a feed has given out without having read it, so that it is remembered.
+func (s *Store) Given(session, epoch string, last int64) {
+	s.memory.note(session, remembered{epoch: epoch, last: last})
 }
 
 // eval answers a reply for each call. short says that they are stored, but that too few replicas have them.
@@ -421,7 +451,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	keys := keys(which)
 	size := 13
 	for _, c := range calls {
-		size += len(keys) + 1 + len(c.args)
+		size += len(keys) + 4 + len(c.args)
 	}
 	argv := make([]any, 0, size)
 	argv = append(argv, "evalsha", s.scripts[which].sha, len(keys)*len(calls))
@@ -438,7 +468,8 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if which == scriptPush {
 		argv = append(argv, ttl, sessionTTL, s.cfg.HistoryOrder, publish, s.cfg.HistoryMax, grace)
 		for _, c := range calls {
-			argv = append(argv, c.args...)
+			m := s.memory.get(c.session)
+			argv = append(append(argv, m.epoch, m.last, m.mark), c.args...)
 		}
 		return argv, nil
 	}
@@ -446,9 +477,14 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax)
+	tolerant := 0
+	if s.tolerant() {
+		tolerant = 1
+	}
+	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant)
 	for _, c := range calls {
-		argv = append(append(argv, len(c.args)), c.args...)
+		m := s.memory.get(c.session)
+		argv = append(append(argv, m.epoch, m.last, m.mark, len(c.args)), c.args...)
 	}
 	return argv, nil
 }

@@ -371,7 +371,7 @@ func TestIdentity_anotherListIsAnotherEpoch(t *testing.T) {
 			rewrite(r)
 			length := r.LLen(t.Context(), "chat:history:s").Val()
 			p := mustRead(t, s, "s", 1, lots, lots)
-			if p.Epoch == a.Epoch || p.First != 4 || p.Last != 3+length || p.Former != 3 {
+			if p.Epoch == a.Epoch || p.First != 1_000_001 || p.Last != 1_000_000+length || p.Former != 1_000_000 {
 				t.Fatalf("%+v", p)
 			}
 			if again := mustRead(t, s, "s", 1, lots, lots); again.Epoch != p.Epoch || again.Last != p.Last {
@@ -391,7 +391,7 @@ func TestRenew_isCompareAndSet(t *testing.T) {
 			}
 		}
 		p := mustRead(t, s, "s", 1, lots, lots)
-		if p.Epoch == a.Epoch || p.First != 10 || p.Last != 11 || p.Former != 9 {
+		if p.Epoch == a.Epoch || p.First != 1_000_001 || p.Last != 1_000_002 || p.Former != 1_000_000 {
 			t.Fatalf("%+v", p)
 		}
 	})
@@ -430,13 +430,13 @@ func TestSession_madeDescribedDeletedMadeAnew(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := mustAppend(t, s, "s", store.NewChunk(store.TypeDelta, "m", "", "anew"))
-		if n.First != 3 || n.Epoch == a.Epoch {
+		if n.First != 1_000_001 || n.Epoch == a.Epoch {
 			t.Fatal(n)
 		}
 		if _, err := s.Append(ctx, "s", store.Batch{Life: a.Life, Chunks: []store.Chunk{delta("late")}}); !errors.Is(err, store.ErrSessionDeleted) {
 			t.Fatal(err)
 		}
-		if p := mustRead(t, s, "s", 1, lots, lots); p.Former != 2 || p.First != 3 || p.Ended || p.Deleted {
+		if p := mustRead(t, s, "s", 1, lots, lots); p.Former != 1_000_000 || p.First != 1_000_001 || p.Ended || p.Deleted {
 			t.Fatalf("%+v", p)
 		}
 	})

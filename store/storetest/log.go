@@ -284,12 +284,18 @@ func (l *Log) Renew(_ context.Context, _, epoch string, last int64) error {
 	defer l.mu.Unlock()
 	if l.epoch == epoch {
 		l.epoch += "'"
-		l.base = max(l.base+int64(len(l.elements)), last)
+		l.base = NextBase(max(l.base+int64(len(l.elements)), last))
 		l.former = l.base
 	}
-	l.former = max(l.former, last)
 	return nil
 }
+
+// NextBase is the number after which an epoch begins, when numbers up to top were given out before: the first multiple of a
+// million that is at least half a million above (log.lua: next_base).
+func NextBase(top int64) int64 { return (top + 500_000 + 999_999) / 1_000_000 * 1_000_000 }
+
+// Given is store.Store's. The log in memory forgets nothing.
+func (l *Log) Given(string, string, int64) {}
 
 // Listen is store.Store's.
 func (l *Log) Listen(_ string, listener store.Listener) func() {
