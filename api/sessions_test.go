@@ -183,11 +183,11 @@ func TestSession_deletedIsGoneAndBeginsAnewWithNumbersThatGoOn(t *testing.T) {
 	}
 	n.get(s).refused(t, 404, "session_not_found")
 	is := n.append("s", `{"content":"sesame"}`)
-	if is.Epoch == was.Epoch || is.First != 3 || is.Last != 3 || is.Count != 1 {
+	if is.Epoch == was.Epoch || is.First != 1_000_001 || is.Last != 1_000_001 || is.Count != 1 {
 		t.Errorf("%+v after %+v", is, was)
 	}
 	n.do(request{method: "DELETE", path: s})
-	if again := into[sessionJSON](t, n.post("/v1/sessions", typeJSON, `{"id":"s"}`), 201); again.Epoch == is.Epoch || again.First != 4 || again.Last != 3 {
+	if again := into[sessionJSON](t, n.post("/v1/sessions", typeJSON, `{"id":"s"}`), 201); again.Epoch == is.Epoch || again.First != 2_000_001 || again.Last != 2_000_000 {
 		t.Errorf("%+v after %+v", again, is)
 	}
 }

@@ -208,10 +208,10 @@ func TestStream_ofADeletedSessionIsToldAndEndsAndLaterOnesGet204(t *testing.T) {
 	n.append("s", `{"content":"sesame, anew"}`)
 	v = n.watch("s", "?after=2")
 	_, w := v.welcome()
-	if e, r := v.reset("epoch"); e.id != 3 || r.Cursor != 2 || r.Epoch != w.Epoch || r.Epoch == at.Epoch {
+	if e, r := v.reset("epoch"); e.id != 1_000_000 || r.Cursor != 2 || r.Epoch != w.Epoch || r.Epoch == at.Epoch {
 		t.Errorf("%+v %+v", e, r)
 	}
-	v.take(3, 1)
+	v.take(1_000_000, 1)
 }
 
 func TestStream_badParametersAreRefused(t *testing.T) {

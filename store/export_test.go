@@ -1,6 +1,9 @@
 package store
 
-import "context"
+import (
+	"context"
+	"fmt"
+)
 
 // Appends answers how many appends wait for their turn, and how many runs of them are under way: of the script that
 // knows every case.
@@ -35,3 +38,24 @@ func (s *Store) CountOrdinary(n, others *int) {
 
 // Resting says whether runs wait for nobody, since a turn was given up.
 func (s *Store) Resting() bool { return s.pipes[scriptPush].turn.rest.Load() > 0 }
+
+// FlushAll has Redis forget everything.
+func (s *Store) FlushAll(ctx context.Context) { s.rdb.FlushAll(ctx) }
+
+// Keys is all keys of Redis.
+func (s *Store) Keys(ctx context.Context) []string { return s.rdb.Keys(ctx, "*").Val() }
+
+// Held is what a node remembers after many sessions.
+type Held struct {
+	Kept   int
+	Newest bool
+}
+
+// MemoryHolds has a memory note n sessions.
+func MemoryHolds(n int) Held {
+	var m memory
+	for i := range n {
+		m.note(fmt.Sprint(i), remembered{"e", 1, ""})
+	}
+	return Held{len(m.newer) + len(m.older), m.get(fmt.Sprint(n-50_000)).last == 1}
+}
