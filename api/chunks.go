@@ -502,7 +502,7 @@ func (a *API) readChunks(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	if p.Epoch == "" || p.Deleted {
+	if !p.Exists() {
 		return store.ErrNotFound
 	}
 	if p.Ended {

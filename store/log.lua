@@ -45,7 +45,7 @@ end
 
 -- writable reports whether Redis takes writes. To set an empty part of a text that does not exist changes nothing, and
 -- is refused like any other write: by a full Redis, a replica, one without its replicas or its disk, and for want of rights.
-local refusal
+local refusal, unrefreshed
 local function writable()
   if refusal == nil then
     local reply = redis.pcall('SETRANGE', channel, 0, '')
@@ -266,7 +266,7 @@ local function call_uploads() publish('PUBLISH', ARGV[7], (channel:match('([^:{}
 -- refresh has the log live on. That is tried: a log can be read without it.
 local function refresh()
   local reply = redis.pcall('PEXPIRE', history, ARGV[2])
-  if type(reply) == 'table' and reply.err then refusal = reply.err end
+  if type(reply) == 'table' and reply.err then unrefreshed = reply.err end
   redis.pcall('PEXPIRE', session, ARGV[3])
   if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
 end
@@ -286,7 +286,7 @@ local function finish()
   if recorded and log.begun and log.former > 0 then publish(ARGV[5], channel, ARGV[6]) end
   for i = 1, #news do publish(ARGV[5], channel, news[i]) end
   if look then call_uploads() end
-  if refusal then note = 'refused ' .. refusal end
+  if refusal or unrefreshed then note = 'refused ' .. (refusal or unrefreshed) end
 end
 
 -- add numbers and pushes chunks, given as text without the opening brace, and trims.

@@ -22,6 +22,9 @@ type Bounds struct {
 	CreatedAt, UpdatedAt time.Time
 }
 
+// Exists reports whether there is such a session: not one that was deleted, nor one that this node remembers and Redis has lost.
+func (b Bounds) Exists() bool { return b.Epoch != "" && !b.Deleted && !b.CreatedAt.IsZero() }
+
 // Page is consecutive chunks of a log, and its bounds at the instant they were read.
 type Page struct {
 	Bounds

@@ -18,7 +18,7 @@ func (s *Store) Describe(ctx context.Context, session string) (Bounds, error) {
 	if err != nil {
 		return Bounds{}, err
 	}
-	if p.Epoch == "" || p.Deleted || p.CreatedAt.IsZero() {
+	if !p.Exists() {
 		return Bounds{}, ErrNotFound
 	}
 	return p.Bounds, nil

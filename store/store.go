@@ -8,8 +8,9 @@
 //
 // Each operation is one Lua script, so what it answers is true of one instant, and
 // what it changes is changed whole. Every script begins by checking that the list is
-// the one that was seen last (log.lua): a list that was flushed, replaced or cut by
-// other hands gets a new epoch, and its numbers go on where the old ones ended, so
+// the one that was seen last, and has what this node acknowledged or gave out of it
+// (log.lua, memory.go): a list that was flushed, replaced or cut by other hands, or by a
+// failover, gets a new epoch, whose numbers are far above those of all former ones, so
 // that no number ever means two chunks. Of the append there are two: push.lua, which is short, does
 // what nearly all appends are, and leaves the others to append.lua, which knows every case.
 //
