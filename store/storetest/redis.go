@@ -1,6 +1,6 @@
 // Package storetest holds what tests of several packages need of a store: real Redis
 // servers, as they are run in production, and a log on fake time that fails in every way
-// that a real one can.
+// that a real one can. It also says how long tests wait (Patience).
 package storetest
 
 import (
@@ -91,7 +91,7 @@ func (s *Server) Start() {
 	if err != nil {
 		s.t.Fatalf("start redis-server: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	for s.ping(ctx) != nil {
 		if ctx.Err() != nil {
@@ -254,7 +254,7 @@ func (w *Watched) wait(what string, ok func(ctx context.Context) bool) {
 
 func waitFor(t testing.TB, what string, ok func(ctx context.Context) bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	for !ok(ctx) {
 		if ctx.Err() != nil {
@@ -395,7 +395,7 @@ func (c *Clustered) Move(key string) {
 			break
 		}
 		for _, k := range keys { // one by one, so that a session is in two places for a while
-			must(from.Client.Migrate(ctx, "127.0.0.1", port, k, 0, 5*time.Second).Err())
+			must(from.Client.Migrate(ctx, "127.0.0.1", port, k, 0, Patience).Err())
 			time.Sleep(5 * time.Millisecond)
 		}
 	}

@@ -1,0 +1,83 @@
+package storetest
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// Patience is how long a test waits while nothing happens. It is not how long a test may
+// take: a machine that is slow, or busy with other things, takes its time over everything,
+// and only what stands still has failed. What never stands still is ended by go test -timeout.
+const Patience = 2 * time.Minute
+
+var errIdle = errors.New("nothing has happened for " + Patience.String())
+
+// watch is the time of the last progress of a test and its subtests.
+type watch struct{ last atomic.Int64 }
+
+func (w *watch) moved() { w.last.Store(time.Now().UnixNano()) }
+
+func (w *watch) idle() time.Duration { return time.Since(time.Unix(0, w.last.Load())) }
+
+var watches sync.Map // by the name of the test
+
+func watchOf(t testing.TB) *watch {
+	name, _, _ := strings.Cut(t.Name(), "/")
+	w, _ := watches.LoadOrStore(name, &watch{})
+	return w.(*watch)
+}
+
+type watchKey struct{}
+
+// Watch is a context that ends with another, and when the test has made no progress for
+// Patience. Progress is what Moved and MovedIn are told of, and each wait of Eventually that
+// is over.
+func Watch(parent context.Context, t testing.TB) (context.Context, context.CancelFunc) {
+	w := watchOf(t)
+	w.moved()
+	ctx, cancel := context.WithCancelCause(context.WithValue(parent, watchKey{}, w))
+	go func() { // ends with the context
+		for {
+			left := Patience - w.idle()
+			if left <= 0 {
+				cancel(errIdle)
+				return
+			}
+			select {
+			case <-time.After(left):
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
+// Moved says that the test has made progress.
+func Moved(t testing.TB) { watchOf(t).moved() }
+
+// MovedIn says that the test of a context has made progress: one of Watch, or made from one.
+func MovedIn(ctx context.Context) {
+	if w, ok := ctx.Value(watchKey{}).(*watch); ok {
+		w.moved()
+	}
+}
+
+// Eventually polls until ok, and fails the test when that takes too long. It counts its
+// polls, not the time: on a machine that is busy they come slower, too.
+func Eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	const pace = 5 * time.Millisecond
+	for polls := 0; !ok(); polls++ {
+		if polls > int(Patience/pace) {
+			t.Fatal("waited in vain: ", what)
+		}
+		time.Sleep(pace)
+	}
+	Moved(t)
+}
