@@ -72,7 +72,7 @@ func TestTLS_verifiesTheServerAndLogsIn(t *testing.T) {
 	cert, key := authority.Issue("gapless")
 	reach := func(url, ca, cert, key string) error {
 		s := open(t, func(c *store.Config) { c.Redis, c.RedisCA, c.RedisCert, c.RedisKey = url, ca, cert, key })
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), storetest.Patience)
 		defer cancel()
 		_, err := s.Append(ctx, "s", store.Batch{Chunks: []store.Chunk{delta("a")}})
 		return err
@@ -179,7 +179,7 @@ func TestCluster_contract(t *testing.T) {
 // are announced again.
 func follow(t *testing.T, s *store.Store, sessions int, happen func()) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	defer cancel()
 	ears := make([]*tail, sessions)
 	var wg sync.WaitGroup
@@ -213,6 +213,7 @@ func follow(t *testing.T, s *store.Store, sessions int, happen func()) {
 				}
 				time.Sleep(5 * time.Millisecond)
 			}
+			storetest.Moved(t)
 		}
 	}
 	wait("chunks, announced", func(i int) bool { return counts[i].Load() > 20 && ears[i].heard() > 10 })
@@ -259,13 +260,7 @@ func TestCluster_masterIsLostUnderLoad(t *testing.T) {
 	follow(t, s, 6, func() {
 		lost := c.MasterOf("chat:stream:{s0}")
 		lost.Kill()
-		deadline := time.Now().Add(20 * time.Second)
-		for c.MasterOf("chat:stream:{s0}") == lost {
-			if time.Now().After(deadline) {
-				t.Fatal("nobody takes over")
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
+		storetest.Eventually(t, "another takes over", func() bool { return c.MasterOf("chat:stream:{s0}") != lost })
 		lost.Start() // else the new master has no replica, and nothing can be acknowledged
 	})
 }
@@ -276,13 +271,7 @@ func TestSentinel_failoverUnderLoad(t *testing.T) {
 	follow(t, s, 4, func() {
 		old := w.Master()
 		old.Kill()
-		deadline := time.Now().Add(20 * time.Second)
-		for w.Master() == old {
-			if time.Now().After(deadline) {
-				t.Fatal("nobody takes over")
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
+		storetest.Eventually(t, "another takes over", func() bool { return w.Master() != old })
 		old.StartAsReplica(w.Master())
 	})
 }
@@ -291,7 +280,7 @@ func TestSentinel_failoverUnderLoad(t *testing.T) {
 func TestWaitReplicas_isAcknowledgedWhenReplicasHaveIt(t *testing.T) {
 	w := storetest.Sentinel(t)
 	s := open(t, func(cfg *store.Config) {
-		cfg.Redis, cfg.WaitReplicas, cfg.WaitTimeout = w.URL(), 1, 200*time.Millisecond
+		cfg.Redis, cfg.WaitReplicas, cfg.WaitTimeout = w.URL(), 1, 3*time.Second
 	})
 	mustAppend(t, s, "s", delta("a"))
 	replica := w.Servers[1]

@@ -18,7 +18,7 @@ import (
 // that wait behind them were surely not executed, and are not later.
 func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
 	redis := storetest.Redis(t)
-	s := open(t, func(c *store.Config) { c.Redis, c.Timeout = redis.URL(), 500*time.Millisecond })
+	s := open(t, func(c *store.Config) { c.Redis, c.Timeout = redis.URL(), 3*time.Second })
 	mustAppend(t, s, "s", delta("first"))
 	redis.Signal(syscall.SIGSTOP)
 	const count = 20
@@ -306,7 +306,7 @@ func untilAppends(t *testing.T, s *store.Store, waiting, under int) {
 
 func until(t *testing.T, state func() (waiting, under int), waiting, under int) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(storetest.Patience); ; time.Sleep(time.Millisecond) {
 		w, u := state()
 		if w == waiting && u == under {
 			return

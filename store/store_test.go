@@ -445,7 +445,7 @@ func TestSession_madeDescribedDeletedMadeAnew(t *testing.T) {
 func TestEmbedded_logsExpire(t *testing.T) {
 	s := open(t, func(c *store.Config) { c.HistoryTTL = time.Second })
 	mustAppend(t, s, "s", delta("a"))
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(storetest.Patience)
 	for mustDescribe := func() store.Bounds {
 		// Describing is a use, which would keep the log for ever: wait longer than it is kept.
 		time.Sleep(1100 * time.Millisecond)
@@ -483,7 +483,7 @@ func TestAppend_keyOfAnotherType_writesNothing(t *testing.T) {
 // What was surely not stored, and what may have been, are told apart.
 func TestAway_isToldFromUnknown(t *testing.T) {
 	r := storetest.Redis(t)
-	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Timeout = 300 * time.Millisecond })
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Timeout = 2 * time.Second })
 	mustAppend(t, s, "s", delta("a"))
 	r.Signal(syscall.SIGSTOP)
 	if _, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("b")}}); !errors.Is(err, store.ErrOutcomeUnknown) {
@@ -541,7 +541,7 @@ func (e *ear) Resync() {
 
 func (e *ear) wait(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	idle := time.NewTimer(storetest.Patience)
 	for {
 		e.mu.Lock()
 		ok := done()
@@ -551,7 +551,8 @@ func (e *ear) wait(t *testing.T, what string, done func() bool) {
 		}
 		select {
 		case <-e.notified:
-		case <-deadline:
+			idle.Reset(storetest.Patience)
+		case <-idle.C:
 			t.Fatalf("not heard: %s", what)
 		}
 	}
@@ -610,13 +611,13 @@ func TestListen_redisRestarted_resync(t *testing.T) {
 // A peer that vanished without a reset is noticed, which go-redis does not do.
 func TestListen_silentPeer_isNoticed(t *testing.T) {
 	r := storetest.Redis(t)
-	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Ping = 100 * time.Millisecond })
+	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Ping = time.Second })
 	e := newEar()
 	defer s.Listen("s", e)()
 	e.wait(t, "the acknowledgement", func() bool { return e.resyncs >= 1 })
 	before := r.Do(t.Context(), "CLIENT", "LIST", "TYPE", "pubsub").String()
 	r.Signal(syscall.SIGSTOP)
-	time.Sleep(500 * time.Millisecond) // the fault itself: it is silent for longer than two pings
+	time.Sleep(3 * time.Second) // the fault itself: it is silent for longer than two pings
 	r.Signal(syscall.SIGCONT)
 	e.wait(t, "the acknowledgement on a new connection", func() bool { return e.resyncs >= 2 })
 	after := r.Do(t.Context(), "CLIENT", "LIST", "TYPE", "pubsub").String()
@@ -646,7 +647,7 @@ func TestListen_manySessions_noSubscriptionIsLeft(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	for deadline := time.Now().Add(storetest.Patience); ; {
 		channels := r.PubSubChannels(t.Context(), "*").Val()
 		if len(channels) == 0 {
 			return
