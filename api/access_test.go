@@ -390,7 +390,7 @@ func TestAccess_streamEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	for _, plain := range []bool{false, true} {
 		n, issuer := locked(t, func(s *setup, _ *auth.Config) { s.sse.Plain = plain })
-		token := issuer.Token(2*time.Second, authtest.May{"read": {"s"}, "write": {"s"}})
+		token := issuer.Token(5*time.Second, authtest.May{"read": {"s"}, "write": {"s"}})
 		if a := n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeEvents, body: "data: sesame\n\n"}, token)); a.status != 201 {
 			t.Fatalf("%d %s", a.status, a.body)
 		}
@@ -417,7 +417,7 @@ func TestAccess_streamEndsWithItsToken(t *testing.T) {
 func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
-	token := issuer.Token(time.Second, authtest.May{"write": {"s"}})
+	token := issuer.Token(5*time.Second, authtest.May{"write": {"s"}})
 	body, w := io.Pipe()
 	late := time.AfterFunc(patience/2, func() { _ = w.Close() }) // it does not end by itself in time
 	go func() { _, _ = io.WriteString(w, line("sesame 1")+line("sesame 2")) }()
@@ -491,8 +491,8 @@ func TestTicket_letsAnEventSourceInAndNobodyElse(t *testing.T) {
 func TestTicket_endsWithTheTokenThatItWasMadeBy(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
-	made := n.ticket(t, "s", issuer.Token(2*time.Second, authtest.May{"read": {"s"}}))
-	if time.Until(made.ExpiresAt) > 2*time.Second {
+	made := n.ticket(t, "s", issuer.Token(5*time.Second, authtest.May{"read": {"s"}}))
+	if time.Until(made.ExpiresAt) > 5*time.Second {
 		t.Errorf("%+v", made)
 	}
 	s := n.watch("s", "?ticket="+made.Ticket)

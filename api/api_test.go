@@ -58,8 +58,8 @@ func nothingLeftOut() bool {
 	return true
 }
 
-// patience bounds every wait in these tests: only a failure takes so long.
-const patience = 20 * time.Second
+// patience is how long a test waits while nothing happens.
+const patience = storetest.Patience
 
 // secret is a word that stands in everything that people say in these tests. No log
 // may have it, at any level: every node looks for it when its test ends.
@@ -359,7 +359,7 @@ func (n *node) open(q request) *stream {
 	n.t.Helper()
 	q.method = "GET"
 	r := n.new(q)
-	ctx, cancel := context.WithTimeout(r.Context(), patience)
+	ctx, cancel := storetest.Watch(r.Context(), n.t)
 	res, err := n.client.Do(r.WithContext(ctx))
 	if err != nil {
 		cancel()
@@ -444,6 +444,7 @@ func (s *stream) next() event {
 	if err != nil {
 		s.t.Fatalf("instead of an event: %v", err)
 	}
+	storetest.Moved(s.t)
 	if err := json.Unmarshal([]byte(e.data), &e.chunk); err != nil {
 		s.t.Fatalf("%s: %v", e.data, err)
 	}
@@ -523,11 +524,7 @@ func within[T any](t testing.TB, what string, ch <-chan T) (v T) {
 // eventually polls until ok.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited in vain: %s", what)
-		}
-	}
+	storetest.Eventually(t, what, ok)
 }
 
 // faulty is Logs that fail as a test wants.

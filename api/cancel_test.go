@@ -71,7 +71,8 @@ func TestCancel_saysWhatItStoppedAndWhatCannotBe(t *testing.T) {
 func TestCancel_endsAnUploadUnderWayAtOnce(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	a, b := serve(t, on(redis)), serve(t, on(redis))
+	unasking := func(s *setup) { on(redis)(s); s.api.Look = time.Hour } // it has to be told
+	a, b := serve(t, unasking), serve(t, unasking)
 	for name, c := range map[string]struct{ query, line string }{
 		"said by its lines":   {"", `{"message_id":"m","content":"sesame"}` + "\n"},
 		"said by the request": {"?message_id=m", `{"content":"sesame"}` + "\n"},
@@ -80,14 +81,10 @@ func TestCancel_endsAnUploadUnderWayAtOnce(t *testing.T) {
 		f := a.uploadWith(t, s, c.query, nil)
 		f.write(c.line)
 		eventually(t, "a chunk", func() bool { return b.get("/v1/sessions/"+s).status == 200 && b.page(s, "").Last == 1 })
-		begun := time.Now()
 		if got := into[cancelledJSON](t, b.cancel(s, ""), 200); !slices.Equal(got.Messages, []string{"m"}) {
 			t.Fatalf("%+v", got)
 		}
 		p := f.result().refused(t, 409, "message_cancelled")
-		if took := time.Since(begun); took > time.Second {
-			t.Errorf("it was answered after %v", took)
-		}
 		if p.Message != "m" || p.Stored == nil || p.Stored.Count != 1 {
 			t.Errorf("%+v", p)
 		}
@@ -215,16 +212,16 @@ func TestCancel_racesWithAppendsOnTwoNodes(t *testing.T) {
 // Promise: no answer is left hanging.
 func TestDeath_anUploadThatBreaksEndsItsMessages(t *testing.T) {
 	t.Parallel()
-	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 900*time.Millisecond, 200*time.Millisecond })
+	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 10*time.Second, 200*time.Millisecond })
 	for name, c := range map[string]struct {
 		query, header, kind, body string
 		min, max                  time.Duration
 		content                   string
 	}{
-		"lines":        {"", "", typeNDJSON, `{"message_id":"m"}` + "\n", 0, 400 * time.Millisecond, ""},
-		"text":         {"?message_id=m", "", typeText, "sesame\xc3", 0, 400 * time.Millisecond, "sesame"},
-		"events":       {"?message_id=m", "", typeEvents, "data: x\n\ndata: torn", 0, 400 * time.Millisecond, ""},
-		"with numbers": {"?message_id=m", "Producer-Id: p\r\nProducer-Epoch: 0\r\nProducer-Chunk: 0\r\n", typeText, "sesame", 700 * time.Millisecond, 4 * time.Second, "sesame"},
+		"lines":        {"", "", typeNDJSON, `{"message_id":"m"}` + "\n", 0, 8 * time.Second, ""},
+		"text":         {"?message_id=m", "", typeText, "sesame\xc3", 0, 8 * time.Second, "sesame"},
+		"events":       {"?message_id=m", "", typeEvents, "data: x\n\ndata: torn", 0, 8 * time.Second, ""},
+		"with numbers": {"?message_id=m", "Producer-Id: p\r\nProducer-Epoch: 0\r\nProducer-Chunk: 0\r\n", typeText, "sesame", 8 * time.Second, time.Minute, "sesame"},
 		"with a lease": {"?message_id=m&lease=1s", "", typeText, "sesame", 700 * time.Millisecond, 4 * time.Second, "sesame"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -255,10 +252,10 @@ func TestDeath_anUploadThatBreaksEndsItsMessages(t *testing.T) {
 // A thinking model is silent for minutes: its open upload counts as alive, for as long as it is open.
 func TestDeath_aSilentUploadIsAlive(t *testing.T) {
 	t.Parallel()
-	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 600*time.Millisecond, 150*time.Millisecond })
-	f := n.uploadWith(t, "s", "?message_id=m&lease=1s", nil)
+	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 4*time.Second, 150*time.Millisecond })
+	f := n.uploadWith(t, "s", "?message_id=m&lease=4s", nil)
 	f.write(`{"content":"sesame"}` + "\n")
-	until := time.Now().Add(2500 * time.Millisecond)
+	until := time.Now().Add(9 * time.Second)
 	eventually(t, "time", func() bool {
 		if all := n.get("/v1/sessions/s/chunks"); all.status == 200 && strings.Contains(string(all.body), "failed") {
 			t.Fatalf("%s", all.body)
@@ -289,12 +286,12 @@ func TestLease_isOfAMessageAndIsRenewedByAnEmptyArray(t *testing.T) {
 	post("?lease=1s", "{}").refused(t, 400, "invalid_parameter")
 	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
 	begun := time.Now()
-	into[Stored](t, post("?message_id=m&lease=1s", "[]"), 201) // the message begins before its first chunk
+	into[Stored](t, post("?message_id=m&lease=4s", "[]"), 201) // the message begins before its first chunk
 	for range 4 {
-		time.Sleep(400 * time.Millisecond) // the pace of its producer
+		time.Sleep(1500 * time.Millisecond) // the pace of its producer
 		into[Stored](t, post("?message_id=m", "[]"), 201)
 	}
-	if all := n.chunks("s"); len(all) != 0 || time.Since(begun) < 1500*time.Millisecond {
+	if all := n.chunks("s"); len(all) != 0 || time.Since(begun) < 5*time.Second {
 		t.Fatalf("%+v", all)
 	}
 	eventually(t, "the lease's end", func() bool { all := n.chunks("s"); return len(all) == 1 && all[0].Type == "failed" })

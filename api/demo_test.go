@@ -136,26 +136,30 @@ func TestDemo_connectionThatIsSlowedDownLosesNothing(t *testing.T) {
 			connection := s.header.Get("Gapless-Connection")
 			n.disturb("s", connection, "slow")
 			begun := time.Now()
-			n.append("s", `[{"content":"2"},{"content":"3"},{"content":"4"},{"content":"5"}]`)
-			if got := other.take(1, 4); len(got) != 4 {
+			var said []string
+			for i := range 20 {
+				said = append(said, fmt.Sprint(i+2))
+			}
+			n.append("s", `[{"content":"`+strings.Join(said, `"},{"content":"`)+`"}]`)
+			if got := other.take(1, 20); len(got) != 20 {
 				t.Errorf("the other one: %q", got)
 			}
 			quick := time.Since(begun)
-			if got := s.take(1, 4); !slices.Equal(got, []string{"2", "3", "4", "5"}) {
+			if got := s.take(1, 20); !slices.Equal(got, said) {
 				t.Errorf("%q", got)
 			}
-			if took := time.Since(begun); took < 3*slowPause || quick >= 2*slowPause {
-				t.Errorf("four chunks took %v, and %v without that", took, quick)
+			if took := time.Since(begun); took < 19*slowPause || quick >= 15*slowPause {
+				t.Errorf("twenty chunks took %v, and %v without that", took, quick)
 			}
-			n.append("s", strings.Replace("["+strings.Repeat(`,{"content":"6"}`, 100)+"]", ",", "", 1))
+			n.append("s", strings.Replace("["+strings.Repeat(`,{"content":"6"}`, 200)+"]", ",", "", 1))
 			n.disturb("s", connection, "quick")
 			begun = time.Now()
-			s.take(5, 100)
-			if took := time.Since(begun); took > 50*slowPause {
+			s.take(21, 200)
+			if took := time.Since(begun); took > 100*slowPause {
 				t.Errorf("it was slow for another %v", took)
 			}
 			n.append("s", `{"content":"7"}`) // it sits again
-			s.take(105, 1)
+			s.take(221, 1)
 		})
 	}
 }

@@ -381,7 +381,7 @@ func TestLimit_ofBodies(t *testing.T) {
 // A body that drips is given up; one that goes on, and an upload, are not.
 func TestLimit_ofABodysTime(t *testing.T) {
 	t.Parallel()
-	n := serve(t, func(s *setup) { s.api.BodyTimeout = 800 * time.Millisecond })
+	n := serve(t, func(s *setup) { s.api.BodyTimeout = 2 * time.Second })
 	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON, "/v1/sessions/s/demo": typeJSON} {
 		r, w := io.Pipe()
 		stop := make(chan struct{})
@@ -412,14 +412,14 @@ func TestLimit_ofABodysTime(t *testing.T) {
 		piece := bytes.Repeat([]byte(" "), 16<<10)
 		for range 48 {
 			_, _ = w.Write(piece)
-			<-time.After(40 * time.Millisecond)
+			<-time.After(100 * time.Millisecond)
 		}
 		_, _ = w.Write([]byte(`{}`))
 		_ = w.Close()
 	}()
 	begun := time.Now()
 	into[Stored](t, n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, from: r}), 201)
-	if took := time.Since(begun); took < 1600*time.Millisecond {
+	if took := time.Since(begun); took < 4*time.Second {
 		t.Errorf("it took %v: it was no slow body", took)
 	}
 
@@ -428,7 +428,7 @@ func TestLimit_ofABodysTime(t *testing.T) {
 	u.send(line("a"))
 	n.until("s", 2)
 	s := n.open(request{path: "/v1/sessions/s/stream?format=raw"})
-	<-time.After(1700 * time.Millisecond)
+	<-time.After(4200 * time.Millisecond)
 	u.send(line("b"))
 	u.send("")
 	into[Stored](t, u.response(t), 201)

@@ -2,7 +2,6 @@ package api
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -80,7 +79,7 @@ func (n *node) uploadWith(t *testing.T, session, query string, header map[string
 	r, w := io.Pipe()
 	f := &flow{t, w, make(chan answer, 1), make(chan error, 1)}
 	q := n.new(request{method: "POST", path: "/v1/sessions/" + session + "/chunks" + query, kind: typeNDJSON, from: r, header: header})
-	ctx, cancel := context.WithTimeout(q.Context(), patience)
+	ctx, cancel := storetest.Watch(q.Context(), t)
 	t.Cleanup(cancel)
 	go func() { // ends with the answer, or by its context
 		a, err := n.send(q.WithContext(ctx))

@@ -180,7 +180,7 @@ func TestProblem_redisThatIsGoneSurelyStoredNothing(t *testing.T) {
 func TestProblem_redisThatIsSilentLeavesWritesInDoubtAndReadsAway(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := serve(t, func(s *setup) { s.store.Redis, s.store.Timeout = redis.URL(), 300*time.Millisecond })
+	n := serve(t, func(s *setup) { s.store.Redis, s.store.Timeout = redis.URL(), 2*time.Second })
 	n.append("s", `{"content":"sesame 0"}`)
 	redis.Signal(syscall.SIGSTOP)
 	for _, q := range []request{

@@ -250,7 +250,7 @@ func TestStream_isHeldWhileRedisIsAwayAndNever503(t *testing.T) {
 	select {
 	case e := <-beats:
 		t.Fatalf("%+v while Redis is away", e)
-	case <-time.After(200 * time.Millisecond):
+	case <-time.After(time.Second):
 	}
 	redis.Start()
 	if e := within(t, "welcome", beats); e.name != "welcome" {

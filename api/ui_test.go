@@ -328,7 +328,7 @@ func TestUI_stopIsHarmlessWhereNothingIsLeftToStop(t *testing.T) {
 func TestUI_streamEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
-	token := issuer.Token(2*time.Second, authtest.May{"read": {"s"}, "write": {"s"}})
+	token := issuer.Token(5*time.Second, authtest.May{"read": {"s"}, "write": {"s"}})
 	if a := n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"message_id":"m","content":"sesame"}`}, token)); a.status != 201 {
 		t.Fatalf("%d %s", a.status, a.body)
 	}

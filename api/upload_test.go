@@ -245,7 +245,7 @@ func TestProducer_aTextWithoutAMessageIDThatComesAgain(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	grace := func(s *setup) {
-		s.store.Redis, s.store.Grace, s.api.Look = redis.URL(), 500*time.Millisecond, 100*time.Millisecond
+		s.store.Redis, s.store.Grace, s.api.Look = redis.URL(), 4*time.Second, 100*time.Millisecond
 	}
 	a, b := serve(t, grace), serve(t, grace)
 	const text = "Hello world, all of you"
@@ -260,7 +260,7 @@ func TestProducer_aTextWithoutAMessageIDThatComesAgain(t *testing.T) {
 		t.Errorf("%+v and then %+v", first, second)
 	}
 	begun := time.Now()
-	eventually(t, "a time that is longer than any grace", func() bool { return b.get("/v1/sessions/s").status == 200 && time.Since(begun) > 1200*time.Millisecond })
+	eventually(t, "a time that is longer than any grace", func() bool { return b.get("/v1/sessions/s").status == 200 && time.Since(begun) > 6*time.Second })
 	for i, c := range b.chunks("s") {
 		if c.Message != first.MessageID || c.Type != []string{"delta", "delta", "done"}[i] {
 			t.Errorf("%+v", c)
@@ -275,7 +275,7 @@ func TestProducer_aTextWithoutAMessageIDThatComesAgain(t *testing.T) {
 // Who was told what is wrong may go on in another way.
 func TestDeath_anUploadThatWasAnsweredIsNone(t *testing.T) {
 	t.Parallel()
-	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 500*time.Millisecond, 100*time.Millisecond })
+	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 4*time.Second, 100*time.Millisecond })
 	bad := func(s string) {
 		f := n.upload(t, s, nil)
 		f.write(`{"message_id":"m","content":"sesame"}` + "\nno JSON\n")
@@ -286,7 +286,7 @@ func TestDeath_anUploadThatWasAnsweredIsNone(t *testing.T) {
 	bad("gives-up")
 	eventually(t, "the end of the message", func() bool { all := n.chunks("gives-up"); return all[len(all)-1].Reason == "producer_lost" })
 	begun := time.Now()
-	eventually(t, "a time that is longer than any grace", func() bool { return n.get("/v1/sessions/goes-on").status == 200 && time.Since(begun) > time.Second })
+	eventually(t, "a time that is longer than any grace", func() bool { return n.get("/v1/sessions/goes-on").status == 200 && time.Since(begun) > 6*time.Second })
 	if all := n.chunks("goes-on"); len(all) != 2 {
 		t.Errorf("%+v", all)
 	}
@@ -311,7 +311,7 @@ func TestDeath_aSilentUploadOutlivesAnOutage(t *testing.T) {
 	t.Parallel()
 	var f *faulty
 	n := serve(t, func(s *setup) {
-		s.store.Grace, s.api.Look = 2*time.Second, 50*time.Millisecond
+		s.store.Grace, s.api.Look = 5*time.Second, 50*time.Millisecond
 		s.logs = func(l Logs) Logs { f = &faulty{Logs: &deaf{l}}; return f }
 	})
 	u := n.upload(t, "s", nil)
@@ -327,7 +327,7 @@ func TestDeath_aSilentUploadOutlivesAnOutage(t *testing.T) {
 	select { // and nobody but itself keeps it alive
 	case a := <-u.answer:
 		t.Fatalf("%d %s", a.status, a.body)
-	case <-time.After(3 * time.Second):
+	case <-time.After(8 * time.Second):
 	}
 	u.write(`{"message_id":"m","type":"done"}` + "\n")
 	u.w.Close()
