@@ -136,7 +136,7 @@ func TestAccess_aStreamEndsWithItsToken(t *testing.T) {
 		n.token = token(issuer, time.Hour, authtest.May{"admin": {"*"}})
 		session := newID()
 		n.append(t, session, words(1, 2))
-		v := &viewer{session: session, token: token(issuer, 2*time.Second, authtest.May{"read": {session}})}
+		v := &viewer{session: session, token: token(issuer, 5*time.Second, authtest.May{"read": {session}})}
 		v.nextConnection(false)
 		var last event
 		how := v.raw(deadline(t), n.addr, func(b []byte) bool {

@@ -15,15 +15,18 @@ import (
 	"gapless/store/storetest"
 )
 
-// exits waits for the end of a node that drains, and says whether it came in time. The
-// race detector slows the exit down, hence a margin.
+// slack is what a slow or busy machine may add to a promised time, with the race detector in
+// the program. What a test has to tell it from takes longer.
+const slack = 20 * time.Second
+
+// exits waits for the end of a node that drains, and says whether it came in time.
 func (n *node) exits(t *testing.T, within time.Duration) {
 	t.Helper()
 	begun := time.Now()
 	n.terminate()
 	select {
 	case <-n.exited:
-	case <-time.After(within + 2*time.Second):
+	case <-time.After(within + slack):
 		t.Errorf("the node has not ended %v after SIGTERM, with a drain time of %v", time.Since(begun), within)
 		n.kill()
 		return
@@ -36,7 +39,7 @@ func (n *node) exits(t *testing.T, within time.Duration) {
 
 func TestDrain_viewersAreBrokenOffOneByOneWhileTheNodeIsNotReady(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
-		n := start(t, append(args, "-drain", "3s")...)
+		n := start(t, append(args, "-drain", "8s")...)
 		ctx := deadline(t)
 		session := newID()
 		n.append(t, session, words(1, 3))
@@ -71,12 +74,12 @@ func TestDrain_viewersAreBrokenOffOneByOneWhileTheNodeIsNotReady(t *testing.T) {
 			t.Errorf("a late viewer ended %s, with retry %q", how, late.retry)
 		}
 		wg.Wait()
-		n.exits(t, 3*time.Second)
+		n.exits(t, 8*time.Second)
 		slices.SortFunc(ends, time.Time.Compare)
 		if spread := ends[count-1].Sub(ends[0]); spread < 500*time.Millisecond {
 			t.Errorf("all viewers were broken off within %v", spread)
 		}
-		if last := ends[count-1].Sub(begun); last > 3*time.Second {
+		if last := ends[count-1].Sub(begun); last > 8*time.Second+slack {
 			t.Errorf("the last viewer was broken off after %v", last)
 		}
 		for _, v := range viewers {
@@ -129,7 +132,7 @@ func TestDrain_anUploadUnderWayIsToldWhatIsStored(t *testing.T) {
 func TestDrain_requestsUnderWayFinish(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := nodes(t, 1, redis, "-drain", "4s")[0]
+	n := nodes(t, 1, redis, "-drain", "30s")[0]
 	session := newID()
 	body := words(1, 3)
 	conn := dial(t, n.addr, fmt.Sprintf("POST /v1/sessions/%s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", session, len(body), body[:20]))
@@ -153,7 +156,7 @@ func TestDrain_requestsUnderWayFinish(t *testing.T) {
 	if a := <-answered; a.status != http.StatusCreated {
 		t.Errorf("the upload under way: %d %s (%v)", a.status, a.body, a.err)
 	}
-	n.exits(t, 4*time.Second)
+	n.exits(t, 30*time.Second)
 	if got := len(history(t, redis, session)); got != 3 {
 		t.Errorf("the log has %d chunks", got)
 	}
@@ -201,7 +204,7 @@ func stalled(t *testing.T, n *node, session string) {
 
 func TestDrain_aViewerThatTakesNothingHoldsNothingUp(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
-		n := start(t, append(args, "-drain", "2s")...)
+		n := start(t, append(args, "-drain", "2s", "-write-timeout", "1h")...)
 		session := newID()
 		large(t, n, session, "")
 		stalled(t, n, session)
@@ -218,7 +221,7 @@ func TestDrain_aViewerThatTakesNothingHoldsNothingUp(t *testing.T) {
 
 func TestDrain_aRequestThatNeverEndsHoldsNothingUp(t *testing.T) {
 	t.Parallel()
-	n := start(t, "-drain", "2s")
+	n := start(t, "-drain", "2s", "-header-timeout", "1h", "-body-timeout", "1h")
 	dial(t, n.addr, "POST /v1/sessions/x/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
 	dial(t, n.addr, "GET /v1/sess")
 	eventually(t, "the node serves", func() bool { return n.get("/readyz").status == http.StatusOK })

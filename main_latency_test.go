@@ -10,7 +10,7 @@ import (
 )
 
 // These do not measure speed: machines that run tests are slow now and then. They tell a
-// server that is told of chunks from one that looks for them every two seconds.
+// server that is told of chunks from one that looks for them every eight seconds.
 
 func TestLatency_aViewerHearsOfAnAppendLongBeforeTheNextReconciliation(t *testing.T) {
 	t.Parallel()
@@ -18,10 +18,10 @@ func TestLatency_aViewerHearsOfAnAppendLongBeforeTheNextReconciliation(t *testin
 		t.Run(where, func(t *testing.T) {
 			var to, from *node
 			if strings.HasPrefix(where, "the embedded") {
-				to = start(t, "-reconcile", "2s")
+				to = start(t, "-reconcile", "8s")
 				from = to
 			} else {
-				both := nodes(t, 2, storetest.Redis(t), "-reconcile", "2s")
+				both := nodes(t, 2, storetest.Redis(t), "-reconcile", "8s")
 				to, from = both[0], both[1]
 			}
 			session := newID()
@@ -36,7 +36,7 @@ func TestLatency_aViewerHearsOfAnAppendLongBeforeTheNextReconciliation(t *testin
 func TestLatency_aViewerHearsOfAForeignPushLongBeforeTheNextReconciliation(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := nodes(t, 1, redis, "-reconcile", "2s")[0]
+	n := nodes(t, 1, redis, "-reconcile", "8s")[0]
 	f := foreign{redis: redis, session: newID()}
 	i := 0
 	delays(t, n, f.session, func() time.Time {
@@ -79,7 +79,7 @@ func delays(t *testing.T, n *node, session string, say func() time.Time) {
 	slices.Sort(all)
 	median := all[count/2]
 	t.Logf("median %v, worst %v", median, all[count-1])
-	if most := 500 * time.Millisecond; median > most {
+	if most := 3 * time.Second; median > most {
 		t.Errorf("the median is %v: more than %v, so chunks were looked for, not heard of", median, most)
 	}
 }

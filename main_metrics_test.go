@@ -575,8 +575,7 @@ func (l *ledger) wrong() (all []string) {
 // check waits until all is as it should be.
 func (l *ledger) check(after string) {
 	l.t.Helper()
-	const soon = 10 * time.Second
-	for end := time.Now().Add(soon); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		wrong := l.wrong()
 		if len(wrong) == 0 {
 			return
@@ -921,7 +920,7 @@ func TestMetrics_aSlowViewerShows(t *testing.T) {
 
 func TestMetrics_aDrainShows(t *testing.T) {
 	t.Parallel()
-	n := start(t, "-drain", "5s")
+	n := start(t, "-drain", "15s")
 	session := newID()
 	n.append(t, session, words(1, 3))
 	ctx := deadline(t)

@@ -155,7 +155,7 @@ func TestModel_answersAcrossNodesUntilItIsDoneCancelledDrainedOrKilled(t *testin
 	}
 	select {
 	case at := <-m.gone:
-		if took := at.Sub(begun); took > time.Second {
+		if took := at.Sub(begun); took > slack/2 {
 			t.Errorf("the service was left waiting for %v", took)
 		}
 	case <-time.After(patience):
@@ -249,7 +249,7 @@ func TestModel_theKeyIsForItsServiceAlone(t *testing.T) {
 		}
 	}))
 	defer service.Close()
-	all := nodes(t, 2, storetest.Redis(t), "-model-url", service.URL+"/v1?key="+modelKey, "-model-name", "m", "-model-stall", "300ms", "-model-timeout", "5s")
+	all := nodes(t, 2, storetest.Redis(t), "-model-url", service.URL+"/v1?key="+modelKey, "-model-name", "m", "-model-stall", "2s", "-model-timeout", "1m")
 	var said strings.Builder
 	for name, c := range broken {
 		session := newID()
@@ -279,7 +279,7 @@ func TestModel_isStoppedBetweenTwoTries(t *testing.T) {
 	var asked atomic.Int64
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
-		w.Header().Set("Retry-After", "3")
+		w.Header().Set("Retry-After", "20") // the longest that is waited for
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}))
 	defer service.Close()
@@ -297,7 +297,7 @@ func TestModel_isStoppedBetweenTwoTries(t *testing.T) {
 		t.Fatalf("stop: %d %s", c.status, c.body)
 	}
 	eventually(t, "the answer is over", func() bool { return strings.Contains(all[0].log.String(), "answer ends") })
-	if took := time.Since(begun); took > 2*time.Second || asked.Load() != 1 {
+	if took := time.Since(begun); took > slack/2 || asked.Load() != 1 {
 		t.Errorf("it took %v, and the service was asked %d times", took, asked.Load())
 	}
 	if got := ends(t, all[1].pages(t, session), x.Reply); !slices.Equal(got, []string{"cancelled"}) {

@@ -65,6 +65,18 @@ func (p *numbered) post(ctx context.Context, kind string, count int, body func()
 	return s, ctx.Err()
 }
 
+// enoughHappened waits, before the last chunks, until what there is to survive has happened: a busy
+// machine may start nodes again more slowly than it takes chunks.
+func (g *gapcheck) enoughHappened(ctx context.Context) {
+	if g.enough == nil {
+		return
+	}
+	select {
+	case <-g.enough:
+	case <-ctx.Done():
+	}
+}
+
 // byNumberedPosts appends a chunk a request, each one once or twice.
 func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
@@ -73,6 +85,9 @@ func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int
 		b, err := json.Marshal(map[string]string{"content": content})
 		if err != nil {
 			return acks, err
+		}
+		if i == count {
+			g.enoughHappened(ctx)
 		}
 		again := rand.IntN(4) == 0
 		s, err := p.post(ctx, "application/json", 1, func() io.Reader { return strings.NewReader(string(b)) }, i == count)
@@ -97,6 +112,9 @@ func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count i
 	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
 	for done := 0; done < count; {
 		first, part := done+1, min(count-done, 30+rand.IntN(60))
+		if done+part == count {
+			g.enoughHappened(ctx)
+		}
 		body := func() io.Reader {
 			r, w := io.Pipe()
 			go func() { // ends with the body, which the request closes, perhaps after its answer
@@ -131,13 +149,17 @@ func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count i
 // at its address.
 func (g *gapcheck) restarting(t *testing.T, args ...string) {
 	ctx, cancel := context.WithCancel(t.Context())
-	killed := 0
+	const least = 3
+	killed, enough := 0, make(chan struct{})
+	g.enough = enough
 	wait := background(t, func() {
 		for i := 0; ctx.Err() == nil; i = (i + 1) % len(g.nodes) {
 			pause(ctx, 150*time.Millisecond)
 			old := g.node(i)
 			old.kill()
-			killed++
+			if killed++; killed == least {
+				close(enough)
+			}
 			again := launch(t, append(args, "-listen", old.addr)...)
 			again.waitReady()
 			g.mu.Lock()
@@ -147,7 +169,7 @@ func (g *gapcheck) restarting(t *testing.T, args ...string) {
 	})
 	g.calm = func() {
 		cancel()
-		if wait(); killed < 3 {
+		if wait(); killed < least {
 			t.Errorf("only %d nodes were killed", killed)
 		}
 	}
@@ -307,7 +329,7 @@ func TestLease_nodeKilledDuringAnUpload(t *testing.T) {
 func TestLease_producerThatComesBackFromAKilledNodeGoesOn(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	all := nodes(t, 2, redis, "-grace", "3s", "-reconcile", "300ms")
+	all := nodes(t, 2, redis, "-grace", "10s", "-reconcile", "300ms")
 	session := newID()
 	path := "/v1/sessions/" + session + "/chunks?message_id=m1"
 	header := map[string]string{"Producer-Id": "p", "Producer-Epoch": "0", "Producer-Chunk": "0"}
@@ -319,7 +341,7 @@ func TestLease_producerThatComesBackFromAKilledNodeGoesOn(t *testing.T) {
 	lines, answered := uploadWith(t, all[1], path, header)
 	fmt.Fprintln(lines, `{"content":"word1 "}`)
 	begun := time.Now()
-	eventually(t, "a pause that is longer than the grace", func() bool { return time.Since(begun) > 4*time.Second })
+	eventually(t, "a pause that is longer than the grace", func() bool { return time.Since(begun) > 12*time.Second })
 	fmt.Fprintln(lines, `{"content":"word2 "}`)
 	fmt.Fprintln(lines, `{"type":"done"}`)
 	_ = lines.Close()
@@ -390,9 +412,9 @@ func TestLease_nodeKilledWhileTheModelAnswers(t *testing.T) {
 	}
 }
 
-// Stop, from another node, while an upload runs: it is answered within a second, and
-// nothing comes behind the cancelled chunk.
-func TestCancel_anUploadUnderWayIsAnsweredWithinASecond(t *testing.T) {
+// Stop, from another node, while an upload runs: it is answered at once (a busy machine's at
+// once), and nothing comes behind the cancelled chunk.
+func TestCancel_anUploadUnderWayIsAnsweredAtOnce(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	all := nodes(t, 2, redis)
@@ -417,7 +439,7 @@ func TestCancel_anUploadUnderWayIsAnsweredWithinASecond(t *testing.T) {
 		t.Errorf("%d %s", a.status, a.body)
 	}
 	a := <-answered
-	if took := time.Since(begun); took > time.Second {
+	if took := time.Since(begun); took > slack {
 		t.Errorf("it was answered after %v", took)
 	}
 	if p := a.problem(t); a.status != http.StatusConflict || p.Code != "message_cancelled" {

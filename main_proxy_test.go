@@ -73,7 +73,7 @@ func nginx(t *testing.T, nodes []string, secure bool, more ...string) *proxy {
 		changes = append(changes, "listen "+p.addr+";", "", "#tls ", "", "listen 443", "listen "+p.addr, "/etc/nginx/tls/tls.crt", cert, "/etc/nginx/tls/tls.key", key)
 		w := way{tls: authority.Config(), h2: true}
 		w.tls.Certificates = nil
-		w.client = &http.Client{Transport: w.transport(&net.Dialer{}), Timeout: patience}
+		w.client = &http.Client{Transport: w.transport(&net.Dialer{}), Timeout: exchange}
 		ways.Store(p.addr, w)
 		t.Cleanup(func() { ways.Delete(p.addr) })
 	}
@@ -141,7 +141,7 @@ func (p *proxy) run(name string, args ...string) {
 		p.signal(syscall.SIGTERM)
 		select {
 		case <-p.exited:
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			_ = p.cmd.Process.Kill()
 			<-p.exited
 		}
@@ -156,7 +156,7 @@ func (p *proxy) signal(s os.Signal) { _ = p.cmd.Process.Signal(s) }
 
 // front is the proxy as the tests talk to a node.
 func (p *proxy) front() *node {
-	n := &node{t: p.t, addr: p.addr, scheme: "http", http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: patience}}
+	n := &node{t: p.t, addr: p.addr, scheme: "http", http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: exchange}}
 	if w, ok := ways.Load(p.addr); ok {
 		n.scheme, n.http = w.(way).scheme(), w.(way).client
 	}

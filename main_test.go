@@ -83,14 +83,17 @@ var buildPlain = func() func(path string) error {
 	}
 }()
 
-// patience bounds every wait in these tests: long enough for a loaded machine with the
-// race detector on, since only a failure waits so long.
-const patience = 45 * time.Second
+// patience is how long a test waits while nothing happens.
+const patience = storetest.Patience
 
-// deadline is a context that ends with the test, or with its patience.
+// exchange bounds a request and its whole answer: an upload is a long one.
+const exchange = 5 * patience
+
+// deadline is a context that ends with the test, or when nothing has happened for patience.
+// What happens is that a viewer gets something, that a node answers, that eventually is over.
 func deadline(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -98,11 +101,7 @@ func deadline(t *testing.T) context.Context {
 // eventually polls until ok, and fails the test when that takes too long.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v in vain: %s", patience, what)
-		}
-	}
+	storetest.Eventually(t, what, ok)
 }
 
 // buffer collects a process's output while others look at it.
@@ -250,7 +249,7 @@ func (n *node) cleanup() {
 	n.terminate()
 	select {
 	case <-n.exited:
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		n.t.Errorf("the program does not stop")
 		_ = n.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines go to the log
 		<-n.exited
@@ -340,6 +339,7 @@ func (n *node) do(ctx context.Context, method, path, contentType string, body io
 	}
 	defer response.Body.Close()
 	b, err := io.ReadAll(response.Body)
+	storetest.Moved(n.t)
 	return answer{response.StatusCode, response.Header, string(b), err}
 }
 
@@ -665,6 +665,9 @@ func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) en
 	b := make([]byte, 8<<10)
 	for {
 		n, err := response.Body.Read(b)
+		if len(bytes.Trim(b[:n], ":\n")) > 0 { // more than heartbeats
+			storetest.MovedIn(ctx)
+		}
 		wanted := out(b[:n])
 		v.beats.Store(int64(v.comments))
 		switch {

@@ -46,12 +46,15 @@ var (
 	tortureFaults   = flag.Bool("torture.faults", true, "whether anything happens; without, nodes are the plain program, and their memory is told")
 )
 
+// toxiproxyServer is compiled by .ci/setup, which reads this line.
+const toxiproxyServer = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0"
+
 // toxiproxies starts the program that stands between all others, and does to connections
 // what networks do.
 func toxiproxies(t *testing.T) *toxiproxy.Client {
 	t.Helper()
 	dir := t.TempDir()
-	install := exec.Command("go", "install", "github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0")
+	install := exec.Command("go", "install", toxiproxyServer)
 	install.Env = append(os.Environ(), "GOBIN="+dir, "GOFLAGS=")
 	if out, err := install.CombinedOutput(); err != nil {
 		t.Fatalf("install toxiproxy: %v\n%s", err, out)
@@ -104,7 +107,8 @@ func TestTorture(t *testing.T) {
 	// Its replies are kept by itself: each one is on the disk before it is answered.
 	redis := storetest.Redis(t, "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0")
 	tt := &torture{
-		gapcheck: &gapcheck{redis: redis, client: http.Client{Timeout: 5*time.Second + 50**torturePace}},
+		// Where a fault swallows what was said, nothing is ever answered.
+		gapcheck: &gapcheck{redis: redis, client: http.Client{Timeout: 10*time.Second + 50**torturePace}},
 		t:        t, seed: seed, rand: rand.New(rand.NewPCG(seed, 1)), faults: map[string]int{},
 	}
 	if *tortureTLS {
@@ -147,7 +151,7 @@ func TestTorture(t *testing.T) {
 	}
 	t.Logf("torture: seed %d, %v, %d nodes, %d sessions at a time", seed, *tortureFor, *tortureNodes, *tortureSessions)
 
-	ctx, cancel := context.WithTimeout(t.Context(), *tortureFor+2*time.Minute+300**torturePace)
+	ctx, cancel := context.WithCancel(deadline(t))
 	defer cancel()
 	over := time.Now().Add(*tortureFor)
 	var wg sync.WaitGroup

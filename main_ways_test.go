@@ -64,7 +64,7 @@ func wayOf(t testing.TB, args []string) (way, []string) {
 		w.tls = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 		w.h2 = !slices.Contains(args, overHTTP1)
 	}
-	w.client = &http.Client{Transport: w.transport(&net.Dialer{}), Timeout: patience}
+	w.client = &http.Client{Transport: w.transport(&net.Dialer{}), Timeout: exchange}
 	return w, slices.DeleteFunc(slices.Clone(args), func(a string) bool { return a == overHTTP1 })
 }
 

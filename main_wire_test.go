@@ -29,6 +29,25 @@ type socket struct {
 	in *bufio.Reader
 }
 
+// unhurried is a connection whose reads and writes fail when nothing has come or gone for
+// patience. Heartbeats are nothing.
+type unhurried struct{ net.Conn }
+
+func (u unhurried) Read(b []byte) (int, error) {
+	n, err := u.Conn.Read(b)
+	if len(bytes.Trim(b[:n], "2:\r\n")) > 0 {
+		u.more()
+	}
+	return n, err
+}
+
+func (u unhurried) Write(b []byte) (int, error) {
+	u.more()
+	return u.Conn.Write(b)
+}
+
+func (u unhurried) more() { _ = u.SetDeadline(time.Now().Add(patience)) }
+
 func dial(t *testing.T, addr, request string) *socket {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -36,7 +55,7 @@ func dial(t *testing.T, addr, request string) *socket {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(patience))
+	conn = unhurried{conn}
 	if _, err := io.WriteString(conn, request); err != nil {
 		t.Fatal(err)
 	}
