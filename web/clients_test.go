@@ -109,7 +109,7 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	defer cancel()
 	var all []*following
 	for i, c := range clients(scripts, rand.New(rand.NewPCG(seed, 1))) {
@@ -132,6 +132,7 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 		go func() { // ends with ctx; waited for below
 			defer close(f.done)
 			over, err := f.run(ctx, f.line.url("/v1/sessions/followed/stream"), func(id, data string) {
+				storetest.MovedIn(ctx)
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				f.events = append(f.events, [2]string{id, data})
@@ -148,7 +149,8 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 	// wait appends chunks until all clients are on a node.
 	wait := func(node int) {
 		t.Helper()
-		for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) { // the pace of the answer
+		was, since := 0, time.Now()
+		for ; ; time.Sleep(20 * time.Millisecond) { // the pace of the answer
 			var missing []string
 			for _, f := range all {
 				if !f.isOn(node) && !f.isOver() {
@@ -158,7 +160,10 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 			if len(missing) == 0 {
 				return
 			}
-			if time.Now().After(end) {
+			if len(missing) != was {
+				was, since = len(missing), time.Now()
+			}
+			if time.Since(since) > patience {
 				t.Errorf("waited %v in vain for %s to come to node %d", patience, strings.Join(missing, ", "), node)
 				return
 			}
@@ -179,9 +184,8 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 		t.Run(f.name, func(t *testing.T) {
 			select {
 			case <-f.done:
-			case <-time.After(patience):
+			case <-ctx.Done():
 				t.Error("it does not end")
-				cancel()
 				<-f.done
 			}
 			if f.err != nil {
@@ -332,9 +336,7 @@ var installed = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*patience)
-	defer cancel()
-	ci := exec.CommandContext(ctx, npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
+	ci := exec.Command(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
 	ci.Dir = to
 	if out, err := ci.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("npm ci: %w\n%s", err, out)
@@ -373,6 +375,7 @@ func install(t *testing.T) func(script string, args ...string) runner {
 				}
 				var event [2]string
 				var last struct{ Over string }
+				storetest.MovedIn(ctx)
 				if json.Unmarshal(line, &event) == nil {
 					chunk(event[0], event[1])
 				} else if json.Unmarshal(line, &last) == nil {
@@ -502,7 +505,7 @@ func TestCurl_untilDoneShowsAnAnswerAsItComesAndEndsByItself(t *testing.T) {
 		t.Fatalf("curl is not installed: make test installs it (%v)", err)
 	}
 	n := start(t)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	defer cancel()
 	const path = "/v1/sessions/asked"
 	follow := func(args ...string) (*exec.Cmd, *bufio.Reader) {
@@ -525,6 +528,7 @@ func TestCurl_untilDoneShowsAnAnswerAsItComesAndEndsByItself(t *testing.T) {
 			if err != nil {
 				t.Fatalf("curl shows no more: %v", err)
 			}
+			storetest.Moved(t)
 			if data, ok := strings.CutPrefix(line, "data: "); ok && !strings.Contains(data, `"type":"welcome"`) {
 				return strings.TrimSuffix(data, "\n")
 			}

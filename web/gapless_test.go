@@ -575,7 +575,7 @@ func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testin
 				}
 			},
 			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3); s.hang() })
-		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 1000})
+		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 3000})
 		eventually(t, "it looks again and again", func() bool { return f.looked() >= 4 })
 		f.wanted(t, "")
 		f.mu.Lock()

@@ -1,7 +1,6 @@
 package web_test
 
 import (
-	"context"
 	"io"
 	"net/http"
 	"os"
@@ -13,6 +12,7 @@ import (
 // Clients are made of the contract as a node serves it, by the generators that most take, and
 // used on that node. A call, a shape or a problem that they cannot express fails to compile.
 
+// oapiCodegen is compiled, and what the clients need is fetched, by .ci/setup, which reads this line.
 const oapiCodegen = "github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@v2.8.2"
 
 // workshop is a folder with a program of testdata and the contract that a node serves.
@@ -36,9 +36,7 @@ func workshop(t *testing.T, n *node, program string) (dir string, run func(name 
 	}
 	return dir, func(name string, args ...string) string {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
-		defer cancel()
-		cmd := exec.CommandContext(ctx, name, args...)
+		cmd := exec.CommandContext(t.Context(), name, args...)
 		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "GOFLAGS=", "GOWORK=off")
 		out, err := cmd.CombinedOutput()

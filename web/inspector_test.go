@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/target"
@@ -174,11 +173,10 @@ func testNaive(t *testing.T, w world) {
 	}
 	p.until(`document.getElementById('naive-count').textContent === gapless.naive.missing + ' lost'`)
 	shown := ""
-	for end := time.Now().Add(patience); shown != want; time.Sleep(20 * time.Millisecond) {
-		if shown = eval[string](p, `document.querySelector('#naive-log .text')?.textContent`); time.Now().After(end) {
-			t.Fatalf("it shows\n%q, not\n%q", shown, want)
-		}
-	}
+	eventually(t, "it shows "+want, func() bool {
+		shown = eval[string](p, `document.querySelector('#naive-log .text')?.textContent`)
+		return shown == want
+	})
 	if got := eval[int](p, `gapless.naive.missing`); got != len(lost) || got < 1 || p.text("n-lost") != fmt.Sprint(got) {
 		t.Errorf("%d are missing, %d were lost, and the legend says %s", got, len(lost), p.text("n-lost"))
 	}

@@ -191,6 +191,7 @@ func (s *inStep) pace(ctx context.Context, sent string) bool {
 	for want := s.shows(parse(sent)); s.seen < want; s.seen++ {
 		select {
 		case <-s.shown:
+			storetest.Moved(s.t)
 		case <-ctx.Done():
 			return false
 		case <-time.After(patience):
@@ -210,7 +211,7 @@ func (s *inStep) pace(ctx context.Context, sent string) bool {
 // that ends their message.
 func upload(t *testing.T, service, session string, events int) (acknowledged func()) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	get := exec.CommandContext(ctx, "curl", "-sN", service+"/chat/completions", "-H", "Content-Type: application/json", "-d", `{"stream":true}`)
 	post := exec.CommandContext(ctx, "curl", "-sS", "-X", "POST", "-T", "-", "-H", "Content-Type: text/event-stream", session+"/chunks?message_id=m3")
 	var out, stderr bytes.Buffer
@@ -264,7 +265,9 @@ func show(ctx context.Context, url string, shown chan<- struct{}) (string, error
 	var all []byte
 	for told, buf := 0, make([]byte, 4<<10); ; {
 		n, err := out.Read(buf)
-		all = append(all, buf[:n]...)
+		if all = append(all, buf[:n]...); len(bytes.Trim(buf[:n], ":\n")) > 0 { // more than heartbeats
+			storetest.MovedIn(ctx)
+		}
 		for events := len(parse(string(all))); told < events; told++ {
 			shown <- struct{}{}
 		}
@@ -337,7 +340,7 @@ func TestRaw_isWhatTheServiceStreamedWhileItIsUploadedAndAfterwards(t *testing.T
 	for _, rec := range recordings(t) {
 		t.Run(rec.name, func(t *testing.T) {
 			t.Parallel()
-			ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+			ctx, cancel := storetest.Watch(t.Context(), t)
 			defer cancel()
 			path := "/v1/sessions/" + rec.name
 			other := func() {
@@ -529,7 +532,7 @@ func TestRaw_isReadByTheServicesOwnClientsLikeTheService(t *testing.T) {
 	n := start(t, "-heartbeat", "50ms")
 	for _, rec := range recordings(t) {
 		t.Run(rec.name, func(t *testing.T) { // one at a time: Node is a burden to what runs beside it
-			ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+			ctx, cancel := storetest.Watch(t.Context(), t)
 			defer cancel()
 			want := rec.read(t, rec.events)
 			if text := want.rows[len(want.rows)-1]; text[0] == "object" || text[1] == "" {
@@ -624,7 +627,7 @@ func TestRaw_goesOnWhereItWasCutAtAnyByteWhichTheServiceCannot(t *testing.T) {
 	a, b := start(t, args...), start(t, args...)
 	for _, rec := range recordings(t) {
 		t.Run(rec.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+			ctx, cancel := storetest.Watch(t.Context(), t)
 			defer cancel()
 			seed := rand.Uint64()
 			t.Logf("the cuts' seed is %d", seed)

@@ -53,18 +53,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// patience bounds every wait: long enough for a loaded machine, since only a failure
-// waits so long.
-const patience = 60 * time.Second
+// patience is how long a test waits while nothing happens.
+const patience = storetest.Patience
 
 // eventually polls until ok, and fails the test when that takes too long.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v in vain: %s", patience, what)
-		}
-	}
+	storetest.Eventually(t, what, ok)
 }
 
 // ---- nodes
@@ -618,7 +613,7 @@ func open(t *testing.T, browser context.Context, url string, options ...chromedp
 
 // keep keeps a picture of the tab.
 func (p *tab) keep() {
-	ctx, cancel := context.WithTimeout(p.ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
 	defer cancel()
 	png, err := chromedp.Run(ctx, chromedp.CaptureScreenshot())
 	path := filepath.Join(p.t.ArtifactDir(), fmt.Sprintf("tab-%d.png", time.Now().UnixNano()))
@@ -650,6 +645,18 @@ func eval[T any](p *tab, expression string) T {
 	return value
 }
 
+// compute is what an expression gives that takes its time, and nothing else can be asked of the page meanwhile.
+func compute[T any](p *tab, expression string) T {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, 5*patience)
+	defer cancel()
+	value, err := chromedp.Run(ctx, chromedp.Evaluate[T](expression))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return value
+}
+
 // run runs a script.
 func (p *tab) run(script string) {
 	p.t.Helper()
@@ -660,15 +667,25 @@ func (p *tab) run(script string) {
 	}
 }
 
-// until waits until an expression is true.
+// received is how far a page is: of what it shows, and of what a follower of its has.
+const received = `[globalThis.gapless?.seq, globalThis.f?.seq, document.getElementById('log')?.textContent.length].join()`
+
+// until waits until an expression is true, or until the page has received nothing for patience.
 func (p *tab) until(expression string) {
 	p.t.Helper()
-	for end := time.Now().Add(patience); !eval[bool](p, expression); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			p.t.Fatalf("waited %v in vain for %s; the page says %s", patience, expression,
-				eval[string](p, `document.getElementById('bar')?.innerText.replaceAll('\n', ' ')`))
+	was, since := "", time.Now()
+	for !eval[bool](p, expression) {
+		if time.Since(since) > patience {
+			now := eval[string](p, received)
+			if now == was {
+				p.t.Fatalf("waited %v in vain for %s; the page says %s", patience, expression,
+					eval[string](p, `document.getElementById('bar')?.innerText.replaceAll('\n', ' ')`))
+			}
+			was, since = now, time.Now()
 		}
+		time.Sleep(20 * time.Millisecond)
 	}
+	storetest.Moved(p.t)
 }
 
 // types types a question.
@@ -887,7 +904,7 @@ func testGrows(t *testing.T, w world) {
 func testToken(t *testing.T, w world) {
 	issuer := authtest.New(t)
 	n := start(t, "-auth", issuer.Source())
-	const life = 15 * time.Second
+	const life = 45 * time.Second
 	p := open(t, w.browser, n.url("/"), chromedp.WithNewBrowserContext())
 	p.until(`gapless.state === 'disconnected' && !document.getElementById('login').hidden`)
 	may := authtest.May{}

@@ -1,7 +1,6 @@
 package web_test
 
 import (
-	"context"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -10,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"gapless/store/storetest"
 )
@@ -29,7 +27,7 @@ type chat struct {
 func startChat(t *testing.T, base, session, how, question string) *chat {
 	t.Helper()
 	c := &chat{done: make(chan struct{}), lines: map[string][]string{}}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	run := install(t)("ai.mjs", how, question)
 	go func() { // ends with ctx; waited for below
 		defer close(c.done)
@@ -59,11 +57,7 @@ func (c *chat) has(t *testing.T, bytes int) {
 // ends waits for its end, which must be the status and the text of a message.
 func (c *chat) ends(t *testing.T, status, message, text string) {
 	t.Helper()
-	select {
-	case <-c.done:
-	case <-time.After(patience):
-		t.Fatal("the chat does not end")
-	}
+	<-c.done // it ends with the test's patience, too
 	if c.err != nil || c.over != status {
 		t.Errorf("the chat ended %q, not %q: %v %q", c.over, status, c.err, c.lines["error"])
 	}
