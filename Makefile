@@ -71,6 +71,7 @@ bench: setup ## what a chunk and an append cost, and how fast the whole is: a ta
 	go test -count=1 -timeout 0 -run xxx -bench 'Scenarios$$/$(ONLY)' -benchtime 1x . -scenarios.runs $(RUNS)
 
 fuzz: ## each fuzz target for a while
+	go test -count=1 -run TestElement_isReadAsAnybodyReadsIt ./store -elements 1000000
 	go test -run xxx -fuzz FuzzParseChunk -fuzztime 30s ./store
 	go test -run xxx -fuzz FuzzEvent -fuzztime 30s ./sse
 	go test -run xxx -fuzz FuzzParser -fuzztime 30s ./sse

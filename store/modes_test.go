@@ -280,7 +280,7 @@ func TestSentinel_failoverUnderLoad(t *testing.T) {
 func TestWaitReplicas_isAcknowledgedWhenReplicasHaveIt(t *testing.T) {
 	w := storetest.Sentinel(t)
 	s := open(t, func(cfg *store.Config) {
-		cfg.Redis, cfg.WaitReplicas, cfg.WaitTimeout = w.URL(), 1, 3*time.Second
+		cfg.Redis, cfg.WaitReplicas, cfg.WaitTimeout = w.URL(), 1, 2*time.Second
 	})
 	mustAppend(t, s, "s", delta("a"))
 	replica := w.Servers[1]
