@@ -41,7 +41,7 @@ lint:
 	go vet ./.ci/vulncheck
 	go run ./.ci/vulncheck
 	@echo "== deploy: what can be held against its own tools, without being run"
-	cd deploy/lint && go mod tidy -diff && go vet ./... && go test -count=1 ./...
+	cd deploy/lint && go mod tidy -diff && go vet ./... && go test -count=1 -timeout 1h ./...
 	@echo "== openapi.yaml"
 	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
 	npx --yes --ignore-scripts $(SPECTRAL) lint --fail-severity hint --ruleset .spectral.yaml openapi.yaml

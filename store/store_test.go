@@ -23,6 +23,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func open(t testing.TB, change func(*store.Config)) *store.Store {
 	t.Helper()
 	cfg := store.DefaultConfig()
+	cfg.Timeout = 30 * time.Second // a busy machine's Redis is slow to answer, too
 	if change != nil {
 		change(&cfg)
 	}

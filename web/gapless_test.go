@@ -406,7 +406,7 @@ func TestGapless_missesHeartbeatsByFetch(t *testing.T) {
 	f := newFake(t, session("e", 1, false),
 		func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() },
 		func(s says) { s.welcome("e", 1, 1); s.end(2); s.hang() })
-	r := followed(t, f.URL+streamPath, "fetch", map[string]any{"silence": 1500})
+	r := followed(t, f.URL+streamPath, "fetch", map[string]any{"silence": 5000})
 	r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
 	f.wanted(t, "", "1")
 }
@@ -552,7 +552,7 @@ func TestGapless_opensAgainWhenAStalledConnectionIsBehind(t *testing.T) {
 		f := newFake(t, session("e", 2, false),
 			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() },
 			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3); s.hang() })
-		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 1500})
+		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 5000})
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 repaired", "chunk 3 end live", "end ended")
 		f.wanted(t, "", "1")
 	})
@@ -575,7 +575,7 @@ func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testin
 				}
 			},
 			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3); s.hang() })
-		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 3000})
+		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 5000})
 		eventually(t, "it looks again and again", func() bool { return f.looked() >= 4 })
 		f.wanted(t, "")
 		f.mu.Lock()
@@ -592,7 +592,7 @@ func TestGapless_triesAgainWhereNothingIsAnswered(t *testing.T) {
 		f := newFake(t, "404",
 			func(s says) { s.hang() },
 			func(s says) { s.welcome("e", 0, 0); s.end(1); s.hang() })
-		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 1000})
+		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 5000})
 		r.says("chunk 1 end live", "end ended")
 	})
 }

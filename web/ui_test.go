@@ -27,8 +27,8 @@ type chat struct {
 func startChat(t *testing.T, base, session, how, question string) *chat {
 	t.Helper()
 	c := &chat{done: make(chan struct{}), lines: map[string][]string{}}
-	ctx, cancel := storetest.Watch(t.Context(), t)
 	run := install(t)("ai.mjs", how, question)
+	ctx, cancel := storetest.Watch(t.Context(), t)
 	go func() { // ends with ctx; waited for below
 		defer close(c.done)
 		over, err := run(ctx, base+"/v1/sessions/"+session, func(what, data string) {
