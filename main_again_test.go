@@ -8,8 +8,11 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"gapless/store/storetest"
 )
 
 // A stream that has ended leaves its connection to the next request: Node's client sends one at once, and Go's.
@@ -31,7 +34,6 @@ func TestAgain_aConnectionWhoseStreamHasEndedIsGoodForMore(t *testing.T) {
 					}
 				}
 				n.append(t, session, `{"type":"end"}`)
-				eventually(t, "the node knows of the end", func() bool { return n.get("/v1/sessions/"+session+"/stream?after=41").status == 204 })
 				for range 5 {
 					if a := n.get("/v1/sessions/" + session + "/stream?after=41"); a.status != 204 {
 						t.Errorf("%d %s", a.status, a.body)
@@ -44,6 +46,55 @@ func TestAgain_aConnectionWhoseStreamHasEndedIsGoodForMore(t *testing.T) {
 		}
 		wg.Wait()
 	})
+}
+
+// A viewer that was given the end of a log and asks again at once is answered 204: by the node that gave it the end, which
+// may not have read the log since, and by another one.
+func TestAgain_aThousandViewersAskAgainAtTheEndAndAreTold204(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	for name, all := range map[string][]*node{
+		"two nodes":   nodes(t, 2, redis),
+		"embedded":    {start(t)},
+		"left alone":  nodes(t, 1, redis, "-plain"),
+		"over HTTP/2": nodes(t, 1, redis, "-h2c"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			const viewers = 1000
+			ctx, session := deadline(t), newID()
+			all[0].append(t, session, words(1, 3))
+			var waiting, over sync.WaitGroup
+			waiting.Add(viewers)
+			var told [3]atomic.Int64 // 204, another ending, a fault
+			for i := range viewers {
+				over.Go(func() {
+					v := &viewer{session: session}
+					waits := sync.OnceFunc(waiting.Done)
+					defer waits()
+					v.connect(ctx, all[i%len(all)].addr, func(e event) bool {
+						if e.id == "3" {
+							waits()
+						}
+						return e.id == "4"
+					})
+					switch how := v.connect(ctx, all[i/2%len(all)].addr, nil); {
+					case v.cursor != 4 || len(v.faults) > 0:
+						told[2].Add(1)
+					case how == nothing:
+						told[0].Add(1)
+					default:
+						told[1].Add(1)
+					}
+				})
+			}
+			waiting.Wait()
+			all[0].append(t, session, `{"type":"end"}`)
+			over.Wait()
+			if n := told[0].Load(); n != viewers {
+				t.Errorf("%d of %d are told 204; %d ended in another way, %d saw what they must not", n, viewers, told[1].Load(), told[2].Load())
+			}
+		})
+	}
 }
 
 // What a client has sent behind its stream's request, on the same connection, is answered: once, and in order. What is

@@ -436,9 +436,13 @@ func (f *feed) beat(least time.Duration) {
 	if f.row.taken.Load() == 0 || !f.row.busy.CompareAndSwap(false, true) {
 		return // somebody goes along; the next time will do, it is less than a quarter of the interval away
 	}
-	f.along(func(s *seat, _ *window, fr *frame, now time.Time) (Cause, bool) {
+	f.along(func(s *seat, w *window, fr *frame, now time.Time) (Cause, bool) {
 		quiet := now.Sub(s.wrote)
 		if s.head != nil && quiet >= s.patience {
+			// The answer may be there, and nobody has come along with it yet.
+			if over, run := s.advance(w, fr, now); over != "" || run || s.head == nil {
+				return over, run
+			}
 			s.wrote = now
 			if !s.greet() {
 				return Gone, false

@@ -192,7 +192,9 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
 		select {
 		case <-w.next:
 		case <-ctx.Done():
-			return ""
+			if v.feed.window.Load() == w {
+				return ""
+			}
 		}
 	}
 }
@@ -243,15 +245,33 @@ func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 
 // fresh says whether w can decide about a viewer that has just come. Other nodes may
 // know more: the cursor may be one of theirs, and an end or a deletion may be past, with
-// a new life begun. Then the log is read once more first.
+// a new life begun. And the cursor may be the log's end, of which this node has only heard.
+// Then the log is read once more first.
 func (v *Viewer) fresh(w *window) bool {
 	if v.Cursor <= w.Last && !w.Ended && !w.Deleted && (v.Epoch == "" || v.Epoch == w.Epoch) {
-		return true
+		if v.Cursor != Latest && v.Cursor < w.lastStop || w.lastStop == 0 {
+			return true
+		}
+		switch settled, newest := v.feed.settled(w); {
+		case settled:
+			return true
+		case !newest: // the next one may say it without a read
+			return false
+		}
 	}
 	if v.ticket == 0 {
 		v.ticket = v.feed.doubt()
 	}
 	return w.read >= v.ticket
+}
+
+// settled says whether the log was read up to the last chunk in w that may be its end: one that
+// came live only looks like it until a read says so. newest is false when there is a newer window.
+func (f *feed) settled(w *window) (settled, newest bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	newest = f.window.Load() == w
+	return newest && f.sure >= w.lastStop, newest
 }
 
 // step is what a viewer is to be given next.

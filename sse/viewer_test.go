@@ -263,6 +263,77 @@ func TestViewer_endOfTheLog(t *testing.T) {
 	})
 }
 
+// Promise: Ends. A viewer that comes back with the end's number is told so (204) from the moment the end was given out,
+// although the log has not been read since. One that comes back in the middle of an answer costs no read.
+func TestViewer_endThatWasOnlyHeard_isTheEnd(t *testing.T) {
+	for name, c := range map[string]struct {
+		last   string // is heard live
+		ends   bool   // the log has ended by it
+		more   bool   // another chunk is heard after it
+		cursor int64
+		want   Cause
+		reads  int // that the viewer costs beside the one that the feed does by itself
+	}{
+		"the end":                   {`{"seq":3,"ts":1795424741692,"type":"end"}`, true, false, 3, Ended, 1},
+		"the end, by latest":        {`{"seq":3,"ts":1795424741692,"type":"end"}`, true, false, Latest, Ended, 1},
+		"a chunk after the end":     {`{"seq":3,"ts":1795424741692,"type":"end"}`, true, true, 4, Ended, 1},
+		"before the end":            {`{"seq":3,"ts":1795424741692,"type":"end"}`, true, false, 2, "", 0},
+		"what looks like the end":   {`{"seq":3,"ts":1795424741692,"type":"end"}`, false, false, 3, "", 1},
+		"the end of a message":      {`{"seq":3,"ts":1795424741692,"type":"done"}`, false, false, 3, "", 1},
+		"in the middle":             {storetest.Element(3, "c"), false, false, 3, "", 0},
+		"in the middle, by latest":  {storetest.Element(3, "c"), false, false, Latest, "", 0},
+		"in the middle, and behind": {storetest.Element(3, "c"), false, true, 3, "", 0},
+	} {
+		for _, window := range []int{0, 1 << 20} {
+			t.Run(fmt.Sprint(name, "/", window), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					log := &storetest.Log{}
+					log.Append("a")
+					log.Push(`{"seq":2,"ts":1795424741692,"type":"done","message_id":"m"}`)
+					cfg := testConfig()
+					cfg.Window = window
+					h := started(t, cfg, log)
+					w := now(t, h, log, Ask{Cursor: Latest})
+					log.Hold()
+					push := func(element string) {
+						log.Push(element)
+						log.Publish(element)
+						log.Deliver(0)
+						synctest.Wait()
+					}
+					if push(c.last); c.ends {
+						log.End()
+					}
+					if c.more {
+						push(storetest.Element(4, "d"))
+					}
+					if got := h.feeds["s"].window.Load().Last; got != map[bool]int64{false: 3, true: 4}[c.more] {
+						t.Fatalf("the node knows of %d chunks", got)
+					}
+					own := log.Reads()
+					v, err := h.View(Ask{Session: "s", Cursor: c.cursor})
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer v.Close()
+					over := make(chan Cause, 1)
+					go func() { over <- v.Over(t.Context(), time.Second) }()
+					synctest.Wait()
+					log.Release()
+					if got := <-over; got != c.want {
+						t.Errorf("over by %q, not %q", got, c.want)
+					}
+					synctest.Wait()
+					if got := log.Reads() - own; got > c.reads && window > 0 {
+						t.Errorf("it costs %d reads, not %d", got, c.reads)
+					}
+					w.leave()
+				})
+			})
+		}
+	}
+}
+
 func TestViewer_untilDone_endsBehindTheNextEndOfAMessage(t *testing.T) {
 	for _, window := range []int{0, 1 << 20} {
 		synctest.Test(t, func(t *testing.T) {
