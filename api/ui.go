@@ -61,7 +61,7 @@ func (a *API) uiAsk(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, &uiFold{message: x.reply})
+	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, &uiFold{message: x.reply, base: x.seq})
 }
 
 // uiQuestion is the text of the last message that useChat sent, and where it stands. All others
@@ -132,11 +132,7 @@ func (a *API) uiView(c echo.Context, message string) error {
 		return err
 	}
 	defer a.limits.Viewers.Give(caller, 1)
-	f := &uiFold{message: message}
-	if b.First-1 > b.Former { // what this log began with is not kept any more
-		f.torn = b.First
-	}
-	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, f)
+	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, &uiFold{message: message, base: b.Former})
 }
 
 // newest is the newest of messages that are open: of those whose ids this server made, and which tell the time, or, if
@@ -206,7 +202,8 @@ func messageID(c echo.Context) (string, error) {
 // uiFold makes parts of a UI message of the chunks of one message.
 type uiFold struct {
 	message string
-	torn    int64 // the first chunk that is kept, if those before it are not; a message that goes on there has lost its beginning
+	base    int64 // the message begins somewhere after this number
+	first   int64 // the first chunk that it was given; where that is not base+1, a message that goes on there has lost its beginning
 
 	begun bool
 	texts int  // text parts that have begun
@@ -232,6 +229,9 @@ func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
 		b = appendPart(b, part{Type: "start", MessageID: f.message})
 	}
 	for seq, chunk := range sse.Chunks(events) {
+		if f.first == 0 {
+			f.first = seq
+		}
 		if !f.mayMatter(chunk) {
 			continue
 		}
@@ -242,7 +242,7 @@ func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
 		if s.message != f.message {
 			continue
 		}
-		if seq == f.torn && s.kind != store.TypeMessage {
+		if seq == f.first && seq > f.base+1 && s.kind != store.TypeMessage {
 			return f.end(b, part{Type: "error", ErrorText: "the beginning of the answer is no longer kept"}), true
 		}
 		if s.content != "" {

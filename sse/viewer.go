@@ -25,8 +25,8 @@ type Ask struct {
 	Expires time.Time
 	// Fold, if not nil, makes another protocol of the stream: it appends to b what comes of whole
 	// events (Chunks reads them), and says whether nothing more is to come: then the response ends
-	// cleanly. It is first called without events, for what a response begins with. From cursor 0
-	// on it is given what is kept. There is no way to say a reset: the response is broken off.
+	// cleanly. It is first called without events, for what a response begins with. There is no way
+	// to say a reset: the response is broken off.
 	Fold func(b, events []byte) (out []byte, over bool)
 }
 
@@ -56,6 +56,9 @@ type Viewer struct {
 
 	raw []byte // Raw or Fold: what was made of the last events
 	got bool   // Raw: it has been given something, now or on a former connection
+	// early: Raw or Fold, which cannot be told a reset, without a cursor, and it was given nothing yet:
+	// it begins at the first chunk that is kept, whichever that is by then.
+	early bool
 
 	pace atomic.Int64 // Slow's pause
 
@@ -85,6 +88,7 @@ var ErrFull = errors.New("this node watches no more logs")
 // View begins to view. Close must be called. Errors: ErrDraining, ErrFull.
 func (h *Hub) View(a Ask) (*Viewer, error) {
 	v := &Viewer{Ask: a, hub: h, pageBytes: leastPage, got: a.Cursor > 0}
+	v.early = v.bare() && a.Cursor == 0 && !a.Unknown
 	v.shown.Store(-1)
 	if err := h.enter(v); err != nil {
 		return nil, err
@@ -180,10 +184,11 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
 		if w.known() && v.fresh(w) {
 			cause, cursor := v.nothing(w)
 			if cause == "" && v.Raw {
-				if reason, _ := v.misplaced(w, cursor); reason != "" {
+				reason, to := v.misplaced(w, cursor)
+				if reason != "" && !v.early {
 					return Outside
 				}
-				if w.Ended && !v.rawFollows(ctx, w, cursor) {
+				if w.Ended && !v.rawFollows(ctx, w, to) {
 					return Ended
 				}
 			}
@@ -310,8 +315,8 @@ func (v *Viewer) next(w *window) step {
 	reason, to := v.misplaced(w, cursor)
 	switch {
 	case reason == "":
-	case v.Fold != nil && !v.joined && cursor == 0:
-		cursor = to
+	case v.early && reason != resetDeleted:
+		cursor, v.Cursor = to, to
 	case v.Fold != nil, v.Raw && reason != resetDeleted:
 		return step{cursor: cursor, end: Outside}
 	default:
@@ -354,12 +359,15 @@ func (v *Viewer) next(w *window) step {
 		return step{cursor: cursor, fetch: true}
 	}
 	if to := p.base(); to > cursor && !p.has(cursor) { // trimmed since the feed has read
-		if v.bare() {
+		if v.bare() && !v.early {
 			return step{cursor: cursor, end: Outside}
 		}
-		v.behind = v.Snapshot && to < w.Last
-		v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
-		return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
+		if !v.early {
+			v.behind = v.Snapshot && to < w.Last
+			v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
+			return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
+		}
+		cursor, v.Cursor = to, to
 	}
 	s, _ := v.take(&p.memory, cursor, last)
 	s.fetch = len(s.events) == 0
@@ -514,6 +522,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 				v.raw = appendRaw(v.raw[:0], events)
 				events = v.raw
 				v.got = v.got || len(events) > 0
+				v.early = v.early && !v.got
 				if s.end == Done && !v.got { // what is done had nothing for it
 					s.end = ""
 				}
@@ -521,6 +530,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			if v.Fold != nil {
 				v.raw, over = v.Fold(v.raw[:0], events)
 				events = v.raw
+				v.early = v.early && !s.chunks
 			}
 			if len(events) > 0 && w.write(events) != nil {
 				return v.broken(w)

@@ -263,6 +263,154 @@ func TestViewer_endOfTheLog(t *testing.T) {
 	})
 }
 
+// A viewer that cannot be told a reset begins at the first chunk that is kept, as long as it was given nothing: of any
+// epoch, of a log that was trimmed, and of one that is trimmed at the moment.
+func TestViewer_thatCannotBeTold_beginsWhereTheLogDoes(t *testing.T) {
+	push := func(log *storetest.Log, n int) {
+		for range n {
+			first, list := log.Contents()
+			element := fmt.Sprintf(`{"seq":%d,"ts":1795424741692,"raw":"x"}`, first+int64(len(list)))
+			log.Push(element)
+			log.Publish(element)
+		}
+	}
+	another := func(log *storetest.Log) {
+		log.Replace()
+		push(log, 3)
+		if err := log.Renew(t.Context(), "s", "e1", 9); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		before func(log *storetest.Log) // it views
+		after  func(log *storetest.Log) // it has viewed what there is
+		more   bool                     // of what comes after
+	}{
+		"trimmed":                     {func(log *storetest.Log) { push(log, 6); log.Trim(3) }, nil, true},
+		"all trimmed":                 {func(log *storetest.Log) { push(log, 6); log.Trim(6) }, func(log *storetest.Log) { push(log, 2) }, true},
+		"another epoch":               {func(log *storetest.Log) { push(log, 6); another(log) }, nil, true},
+		"another epoch, trimmed":      {func(log *storetest.Log) { push(log, 6); another(log); log.Trim(2) }, nil, true},
+		"nothing yet, then trimmed":   {func(*storetest.Log) {}, func(log *storetest.Log) { push(log, 6); log.Trim(3) }, true},
+		"nothing yet, then trimmed 2": {func(*storetest.Log) {}, func(log *storetest.Log) { push(log, 1); log.Trim(1); push(log, 2); log.Trim(1); push(log, 2) }, true},
+		"nothing of it, then another": {func(log *storetest.Log) { push(log, 1); log.Trim(1) }, another, true},
+		"something, then another":     {func(log *storetest.Log) { push(log, 6) }, another, false},
+	} {
+		for _, window := range []int{0, 1, 1 << 20} {
+			for _, raw := range []bool{false, true} {
+				t.Run(fmt.Sprint(name, "/", window, "/", raw), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						log := &storetest.Log{}
+						c.before(log)
+						cfg := testConfig()
+						cfg.Window = window
+						h := started(t, cfg, log)
+						ask := Ask{Raw: raw}
+						if !raw {
+							ask.Fold = func(b, events []byte) ([]byte, bool) {
+								for seq, chunk := range Chunks(events) {
+									b = fmt.Appendf(b, "data: %s\nid: %d\n\n", chunk, seq)
+								}
+								return b, false
+							}
+						}
+						w := plainly(t, h, log, ask)
+						if c.after != nil {
+							c.after(log)
+							log.Ack() // read it
+							time.Sleep(time.Minute)
+						}
+						first, list := log.Contents()
+						want := make([]string, len(list))
+						for i := range list {
+							want[i] = fmt.Sprint("chunk ", first+int64(i))
+						}
+						got := names(w.events())
+						if ok := got == strings.Join(want, ", "); ok != c.more {
+							t.Errorf("it was given %s of %s", got, want)
+						}
+						if cause := w.leave(); (cause == Gone) != c.more {
+							t.Error(cause)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// One that is given nothing is overtaken by a log that is trimmed as fast as it grows, and still begins.
+func TestViewer_thatCannotBeTold_isNotOvertakenForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		seq := 0
+		grow := func(n int) {
+			for range n {
+				seq++
+				log.Push(fmt.Sprintf(`{"seq":%d,"ts":1795424741692,"raw":%q}`, seq, strings.Repeat("x", 1000)))
+			}
+		}
+		grow(100)
+		cfg := testConfig()
+		cfg.Window, cfg.WindowTotal = 0, 0
+		h := started(t, cfg, log)
+		log.Hold()
+		w := plainly(t, h, log, Ask{Raw: true})
+		for i := range 20 { // whenever it has learned where the log begins, that is trimmed
+			for log.Asked() {
+				log.Snapshot()
+				log.Reply()
+				synctest.Wait()
+			}
+			if i < 10 {
+				grow(10)
+				log.Trim(10)
+			}
+			time.Sleep(time.Second)
+		}
+		log.Release()
+		time.Sleep(time.Minute)
+		events := w.events()
+		if len(events) == 0 || events[len(events)-1].id != fmt.Sprint(seq) {
+			t.Errorf("it was given %d events of %d", len(events), seq)
+		}
+		for i := range events {
+			if events[i].id != fmt.Sprint(seq-len(events)+1+i) {
+				t.Fatalf("there is a hole: %s", names(events))
+			}
+		}
+		if cause := w.leave(); cause != Gone {
+			t.Error(cause)
+		}
+	})
+}
+
+// plainly is now, of a viewer whose connection is never taken over.
+func plainly(t *testing.T, h *Hub, log *storetest.Log, a Ask) *watcher {
+	t.Helper()
+	a.Session = "s"
+	v, err := h.View(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &watcher{sink: &sink{}, done: make(chan Cause, 1)}
+	ctx, cut := context.WithCancel(t.Context())
+	w.cut = cut
+	r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
+	out := h.NewWriter(w.sink, r)
+	go func() {
+		defer v.Close()
+		cause := v.Serve(ctx, out)
+		out.leaveQuietly()
+		w.done <- cause
+	}()
+	synctest.Wait()
+	if !log.Acked() {
+		log.Ack()
+	}
+	time.Sleep(time.Minute)
+	return w
+}
+
 // Promise: Ends. A viewer that comes back with the end's number is told so (204) from the moment the end was given out,
 // although the log has not been read since. One that comes back in the middle of an answer costs no read.
 func TestViewer_endThatWasOnlyHeard_isTheEnd(t *testing.T) {
