@@ -2,9 +2,7 @@ package sse
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"errors"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -38,6 +36,7 @@ type seat struct {
 	expiry     func() bool // stops what ends it when its right runs out
 
 	// What is left of a write that did not fit, for the goroutine that takes it on.
+	start []byte // of what the response begins with
 	rest  []byte
 	skip  int
 	end   Cause
@@ -64,7 +63,8 @@ type Told struct {
 // socket is a connection that can also be written to without waiting.
 type socket interface {
 	net.Conn
-	// try writes what fits at once: all of p, or less and no error. tryAll does so with several.
+	// try writes what fits at once: all of p, or less and no error. tryAll does so with several. An error
+	// says that the connection is broken.
 	try(p []byte) (int, error)
 	tryAll(p [][]byte) (int, error)
 	// watch calls gone, once, when the peer has closed its end. It ends with unwatch, which
@@ -192,11 +192,13 @@ func (s *seat) begin() []byte {
 	return begin
 }
 
-// greet begins the response. That fits into a socket that has taken nothing yet.
-func (s *seat) greet() bool {
+// greet begins the response. Mostly that fits: the socket has taken nothing yet, or a former response that its
+// client has read.
+func (s *seat) greet() (whole bool, err error) {
 	begin := s.begin()
 	n, err := s.conn.try(begin)
-	return err == nil && n == len(begin)
+	s.start = begin[n:]
+	return len(s.start) == 0, err
 }
 
 // wait puts the seat into the row, unless there is something to do: there is another window
@@ -259,7 +261,10 @@ func (s *seat) leave(c Cause) {
 // sendAway breaks the response off for a cause of ours.
 func (s *seat) sendAway(c Cause) {
 	if s.head != nil {
-		s.greet()
+		if whole, err := s.greet(); !whole || err != nil {
+			s.close(c)
+			return
+		}
 	}
 	if b := s.farewell(c); len(b) > 0 {
 		framed := appendFrame(nil, b)
@@ -323,24 +328,29 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 func (s *seat) give(w *window, f *frame) (whole bool, err error) {
 	defer f.clear()
 	n, err := f.write(s.conn)
-	if n -= len(f.begin); err != nil || n < 0 { // what it begins with fits into a socket that has taken nothing yet
-		return false, cmp.Or(err, errFull)
+	if err != nil {
+		return false, err
 	}
+	s.start = f.begin[min(n, len(f.begin)):]
+	n = max(n-len(f.begin), 0)
 	for _, p := range f.parts {
-		size := frameSize(p.piece)
-		if n < size {
-			s.Cursor = p.cursor
-			s.rest, s.skip, s.end, s.since, s.count = p.events, n, p.end, p.since, p.chunks
-			return false, nil
+		rest, size := p.events, frameSize(p.piece)
+		if n >= size {
+			n -= size
+			if rest = rest[len(p.piece):]; len(rest) == 0 {
+				s.note(p.chunks, p.since, p.cursor, w)
+				continue
+			}
+			if !p.last {
+				continue
+			}
 		}
-		if n -= size; len(p.piece) == len(p.events) {
-			s.note(p.chunks, p.since, p.cursor, w)
-		}
+		s.Cursor = p.cursor
+		s.rest, s.skip, s.end, s.since, s.count = rest, n, p.end, p.since, p.chunks
+		return false, nil
 	}
-	return true, nil
+	return len(s.start) == 0, nil
 }
-
-var errFull = errors.New("the socket is full already")
 
 // run takes on what did not fit, and goes on until the viewer has all there is, or its
 // response is over.
@@ -368,9 +378,14 @@ func (s *seat) run() {
 	}
 	r.mu.Unlock()
 
-	rest, cause := s.rest, s.end
-	s.rest, s.skip, s.end = nil, 0, ""
+	start, rest, cause := s.start, s.rest, s.end
+	s.start, s.rest, s.skip, s.end = nil, nil, 0, ""
+	if len(start) > 0 {
+		s.bare(w, start)
+	}
 	switch {
+	case w.err != nil:
+		cause = w.cause()
 	case len(rest) == 0:
 	case w.write(rest) != nil:
 		cause = w.cause()
@@ -385,15 +400,20 @@ func (s *seat) run() {
 		})
 	}
 	if cause.Clean() {
-		w.writing.Add(1) // so that it is given up, too, if it takes too long
-		_, w.err = s.conn.Write([]byte(lastFrame)[out.skip:])
-		w.writing.Add(1)
+		s.bare(w, []byte(lastFrame)[out.skip:])
 		s.torn = w.err != nil
 	}
 	w.stop()
 	if cause != "" {
 		s.close(cause)
 	}
+}
+
+// bare writes what is in no frame.
+func (s *seat) bare(w *Writer, p []byte) {
+	w.writing.Add(1) // so that it is given up, too, if it takes too long
+	_, w.err = s.conn.Write(p)
+	w.writing.Add(1)
 }
 
 // close ends the response. The seat is in no row.
@@ -444,10 +464,11 @@ func (f *feed) beat(least time.Duration) {
 				return over, run
 			}
 			s.wrote = now
-			if !s.greet() {
+			whole, err := s.greet()
+			if err != nil {
 				return Gone, false
 			}
-			return "", false
+			return "", !whole
 		}
 		if quiet < least || s.head != nil {
 			return "", false
@@ -518,7 +539,7 @@ func (f *feed) along(do func(*seat, *window, *frame, time.Time) (over Cause, run
 }
 
 // someWrite is how much is gathered for one write, about: what a socket takes at once. A window has some ten segments at
-// least, so that is no more than some ten pieces.
+// least, so that is no more than some ten pieces. Of a chunk that is larger the rest is left to a goroutine.
 const someWrite = 4 * segmentSize
 
 // frame is events as chunks of HTTP/1.1 (RFC 9112, section 7.1): what a viewer is given at once, in one write, or
@@ -537,12 +558,14 @@ type part struct {
 	step
 	piece []byte
 	since int64 // the cursor before the step
+	last  bool  // piece of the step: what follows it is too much for one write
 }
 
 func (f *frame) add(s step, since int64) {
-	for f.size += len(s.events); len(s.events) > 0; {
+	for len(s.events) > 0 && f.size < someWrite {
 		piece := s.events[:min(len(s.events), segmentSize)]
-		f.parts = append(f.parts, part{s, piece, since})
+		f.size += len(piece)
+		f.parts = append(f.parts, part{s, piece, since, f.size >= someWrite})
 		s.events = s.events[len(piece):]
 	}
 }

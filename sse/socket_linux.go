@@ -52,10 +52,8 @@ func (s *tcpSocket) try(p []byte) (n int, err error) {
 		k, err := unix.Write(s.fd, p[n:])
 		switch {
 		case err == unix.EINTR:
-		case err == unix.EAGAIN:
-			return n, nil
 		case err != nil:
-			return n, err
+			return n, broken(err)
 		default:
 			n += k
 			return n, nil // less than all: no more fits
@@ -66,16 +64,27 @@ func (s *tcpSocket) try(p []byte) (n int, err error) {
 
 func (s *tcpSocket) tryAll(p [][]byte) (int, error) {
 	for {
-		switch n, err := unix.Writev(s.fd, p); err {
+		switch n, err := unix.Writev(s.fd, p[:min(len(p), mostPieces)]); err {
 		case nil:
 			return n, nil
 		case unix.EINTR:
-		case unix.EAGAIN:
-			return 0, nil
 		default:
-			return 0, err
+			return 0, broken(err)
 		}
 	}
+}
+
+// mostPieces is IOV_MAX (writev(2)). What is behind it does not fit, just as what the socket has no room for.
+const mostPieces = 1024
+
+// broken is err if it says that the connection is: then its viewer has gone. After any other error nothing fits at the
+// moment: whoever waits for room finds out.
+func broken(err error) error {
+	switch err {
+	case unix.EPIPE, unix.ECONNRESET, unix.ECONNABORTED, unix.ENOTCONN, unix.ETIMEDOUT, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EBADF:
+		return err
+	}
+	return nil
 }
 
 // Close implements net.Conn.
