@@ -384,15 +384,17 @@ end
 
 -- compare_memory holds the log against what the caller's node remembers: chunks that it acknowledged, or gave out. If
 -- they are not there, Redis has lost them, and the epoch ends in which their numbers meant something.
+local function has_memory() return log.last >= memory.last and matches(memory.last - log.base, memory.mark) end
+
 local function compare_memory()
-  local function kept() return log.last >= memory.last and matches(memory.last - log.base, memory.mark) end
   if memory.last == 0 then return end
   if memory.epoch == log.epoch then
-    if not kept() then begin(next_base(top())) end
+    local compared = memory.last == log.last_seen and memory.mark == log.mark -- by open
+    if not compared and not has_memory() then begin(next_base(top())) end
   elseif log.former < memory.last then
     if derived(block_of(memory.last)) == memory.epoch then -- it was begun by a read that could not write it down
       begin(block_of(memory.last), memory.epoch)
-      if not kept() then begin(next_base(top())) end
+      if not has_memory() then begin(next_base(top())) end
     elseif memory.mark == '-' then -- nothing was ever given out in it
       begin(memory.last, memory.epoch)
     else
