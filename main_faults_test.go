@@ -210,7 +210,7 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 			begun := time.Now()
 			var wg sync.WaitGroup
 			for i := range viewers {
-				v := &viewer{session: session, renumbered: true}
+				v := &viewer{session: session}
 				viewers[i] = v
 				wg.Go(func() {
 					v.follow(ctx, at(both[i%2].addr), func(e event) bool {
@@ -246,7 +246,7 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 			if *w.target.Load() != master.Addr() {
 				now = replica
 			}
-			list := history(t, now, session)
+			list := renumbered(viewers[0].cursor, history(t, now, session))
 			epochs := map[string]bool{}
 			for _, v := range viewers {
 				v.check(t, list)
@@ -254,6 +254,13 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 					t.Errorf("resets: %+v", v.resets)
 				}
 				epochs[v.welcomes[len(v.welcomes)-1].Epoch] = true
+			}
+			var page struct{ Chunks []json.RawMessage }
+			decode(t, both[0].get("/v1/sessions/"+session+"/chunks?limit=1000").body, &page)
+			for i, c := range page.Chunks {
+				if string(c) != list[i] {
+					t.Fatalf("a page says\n%s\nand viewers were given\n%s", c, list[i])
+				}
 			}
 			t.Logf("%d chunks, reset %v", len(list), viewers[0].reasons())
 		})

@@ -129,6 +129,9 @@ func (s *screen) take(events []event) error {
 			if id != s.cursor+1 {
 				return fmt.Errorf("chunk %d came behind %d", id, s.cursor)
 			}
+			if n, ours := store.Number(e.data); ours && n != id {
+				return fmt.Errorf("chunk %d says %s", id, e.data)
+			}
 			s.cursor, s.chunks = id, append(s.chunks, e.data)
 		default:
 			return fmt.Errorf("unknown event %q", e.name)

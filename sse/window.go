@@ -118,8 +118,11 @@ func (m *memory) appendFirst(chunks []string, limit int) {
 	m.shrink(limit)
 }
 
-// eventRoom is the most that a chunk's event has, in bytes.
-func eventRoom(element string) int { return len(element) + len("data: \nid: 9007199254740991\n\n") }
+// eventRoom is the most that a chunk's event has, in bytes, whatever number the element says. One that is no object may
+// have more.
+func eventRoom(element string) int {
+	return len(element) + len("data: \nid: 9007199254740991\n\n") + len("9007199254740991")
+}
 
 // shrink lets go of the oldest segments beyond limit bytes.
 func (m *memory) shrink(limit int) {

@@ -390,9 +390,17 @@ func syntaxError(err error) *ChunkError {
 // AppendElement appends what viewers and pages are given of list element number seq:
 // the element itself when it is one line of JSON object in valid UTF-8, and else an
 // object that carries its text. Whatever is in the list is a chunk. It says whether that ends its message or the log.
+//
+// One that the append script wrote says its number, which is another one when it was written in an earlier epoch, or
+// was copied from another log: then seq takes its place.
 func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends bool) {
 	start := len(b)
-	b = append(b, element...)
+	if n, ours := Number(element); ours && n != seq {
+		b = strconv.AppendInt(append(b, head...), seq, 10)
+		b = append(b, element[strings.IndexByte(element, ','):]...)
+	} else {
+		b = append(b, element...)
+	}
 	e := b[start:]
 	if ends, ok := flat(e); ok {
 		return b, ends
@@ -407,9 +415,12 @@ func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends bool
 	return append(append(b, quote(element)...), '}'), false
 }
 
+// head is what a chunk begins with that the append script wrote.
+const head = `{"seq":`
+
 // Number tells a chunk that the append script wrote by its first bytes, and its number.
 func Number(element string) (seq int64, ours bool) {
-	rest, ok := strings.CutPrefix(element, `{"seq":`)
+	rest, ok := strings.CutPrefix(element, head)
 	if !ok {
 		return 0, false
 	}

@@ -5,10 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"pgregory.net/rapid"
 
 	"gapless/store"
 )
@@ -145,11 +148,36 @@ func TestAppendElement_whateverIsInTheListIsAChunk(t *testing.T) {
 		{"\xff", `{"seq":5,"type":"foreign","content":"` + "\uFFFD" + `"}`},
 		{"{\"a\":\"\xff\"}", `{"seq":5,"type":"foreign","content":"{\"a\":\"` + "\uFFFD" + `\"}"}`},
 		{"id: 9\n\ndata: x", `{"seq":5,"type":"foreign","content":"id: 9\n\ndata: x"}`},
+		// As the append script writes them: seq is the number that they have now.
+		{`{"seq":5,"ts":1,"a":"é"}`, `{"seq":5,"ts":1,"a":"é"}`},
+		{`{"seq":1234567,"ts":1,"a":"é"}`, `{"seq":5,"ts":1,"a":"é"}`},
+		{`{"seq":1,"ts":1,"seq":9,"data":{"seq":1}}`, `{"seq":5,"ts":1,"seq":9,"data":{"seq":1}}`},
+		// As others write them: seq means nothing.
+		{`{"seq":7,"a":1}`, `{"seq":7,"a":1}`},
+		{`{"seq": 7,"ts":1}`, `{"seq": 7,"ts":1}`},
+		{`{"ts":1,"seq":7}`, `{"ts":1,"seq":7}`},
+		{`{"seq":"7","ts":1}`, `{"seq":"7","ts":1}`},
+		{`{"seq":7,"ts":1`, `{"seq":5,"type":"foreign","content":"{\"seq\":7,\"ts\":1"}`},
 	} {
 		if got, _ := store.AppendElement(nil, 5, c.element); string(got) != c.want {
 			t.Errorf("%q became %s", c.element, got)
 		}
 	}
+}
+
+// Promise: seq in the data is the event's id, whatever it was when the chunk was written. Nothing else of it changes.
+func TestAppendElement_saysItsNumber(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		number := rapid.Int64Range(1, 9999999999999999)
+		wrote, reads := number.Draw(t, "wrote"), number.Draw(t, "reads")
+		members := fmt.Sprintf(`,"ts":%d,"type":"delta","content":%q,"seq2":%d}`, number.Draw(t, "ts"), rapid.StringMatching(`[ -~]{0,40}`).Draw(t, "text"), wrote)
+		element := fmt.Sprintf(`{"seq":%d`, wrote) + members
+		before := []byte("data: ")
+		got, _ := store.AppendElement(before, reads, element)
+		if want := fmt.Sprintf(`data: {"seq":%d`, reads) + members; string(got) != want && json.Valid([]byte(element)) {
+			t.Fatalf("%s as %d is %s", element, reads, got)
+		}
+	})
 }
 
 func TestEnds(t *testing.T) {
