@@ -31,6 +31,12 @@ type snapshot struct {
 	users int // who holds it; of snapshots.mu
 }
 
+// fits says whether a viewer of w that has nothing behind cursor may be given it: it goes on with what is kept, and
+// begins there or later.
+func (s *snapshot) fits(w *window, cursor int64) bool {
+	return s.epoch == w.Epoch && !w.Deleted && s.base >= cursor && s.last >= w.base() && s.last <= w.Last
+}
+
 // fold is what the chunks of a log behind base, up to last, say.
 type fold struct {
 	epoch      string
@@ -307,11 +313,12 @@ func (k *folded) idle(t time.Time, all *snapshots) {
 	}
 }
 
-// errOther says that a log has become another one, or was trimmed, while it was folded.
+// errOther says that a log has become another one while it was folded, or was trimmed further than the feed knows of.
 var errOther = errors.New("not the log that the feed knows")
 
 // fold folds a log behind a cursor, up to a number, or further, and answers a *snapshot, with an
-// error an empty one. Viewers that want the same share it. Errors: errOther, and those of a read.
+// error an empty one. Where what follows the cursor is no longer kept, it begins with what is. Viewers that want the
+// same share it. Errors: errOther, and those of a read.
 func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singleflight.Result {
 	return h.reading.DoChan(fmt.Sprint("snapshot ", f.session, " ", epoch, " ", cursor, " ", upto), func() (any, error) {
 		k := &f.folded
@@ -323,16 +330,20 @@ func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singlefligh
 		case <-h.ctx.Done():
 			return &snapshot{}, h.ctx.Err()
 		}
-		n := k.fold
-		if n == nil || n.epoch != epoch || n.base != cursor {
+		n, start := k.fold, cursor
+		if w := f.window.Load(); w.Epoch == epoch {
+			start = max(start, w.base())
+		}
+		if n == nil || n.epoch != epoch || n.base < cursor || n.last < start {
 			k.forget(&h.snapshots)
-			n = newFold(epoch, cursor)
+			n = newFold(epoch, start)
 		}
 		if k.snap != nil && (n.full || n.last >= upto) {
 			k.used = time.Now()
 			return k.snap, nil
 		}
-		if err := h.extend(n, f, upto); err != nil {
+		n, err := h.extend(n, f, upto)
+		if err != nil {
 			k.forget(&h.snapshots) // it has grown, and was not counted
 			return &snapshot{}, err
 		}
@@ -347,12 +358,13 @@ func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singlefligh
 	})
 }
 
-// extend folds in what follows, up to number upto, from the window, from pages, or from Redis.
-func (h *Hub) extend(n *fold, f *feed, upto int64) error {
+// extend folds in what follows, up to number upto, from the window, from pages, or from Redis. When that was trimmed
+// since, it answers a fold of what is kept: in a log that is full and grows, the beginning is always about to go.
+func (h *Hub) extend(n *fold, f *feed, upto int64) (*fold, error) {
 	for !n.full && n.last < upto {
 		w := f.window.Load()
 		if w.Epoch != n.epoch {
-			return errOther
+			return n, errOther
 		}
 		events, _, _, _ := w.after(n.last, upto, false)
 		if len(events) > 0 {
@@ -363,15 +375,20 @@ func (h *Hub) extend(n *fold, f *feed, upto int64) error {
 		if p == nil {
 			r := <-h.read(f, n.epoch, n.last+1, mostPage)
 			if r.Err != nil {
-				return r.Err
+				return n, r.Err
 			}
 			p = r.Val.(*page)
 		}
-		events, _, _, ok := p.after(n.last, upto, false)
-		if p.Epoch != n.epoch || !ok || len(events) == 0 {
-			return errOther
+		if p.Epoch != n.epoch {
+			return n, errOther
+		}
+		if start := p.base(); start > n.last && !p.has(n.last) && start < w.Last { // its viewers go on no further than the feed knows of
+			n, upto = newFold(n.epoch, start), w.Last
+		}
+		if events, _, _, _ = p.after(n.last, upto, false); len(events) == 0 {
+			return n, errOther
 		}
 		n.take(events, h.cfg.SnapshotMax)
 	}
-	return nil
+	return n, nil
 }

@@ -1,16 +1,19 @@
 package sse
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
 
+	"gapless/store"
 	"gapless/store/storetest"
 )
 
@@ -398,8 +401,8 @@ func TestSnapshot_trimmedMeanwhile_isReset(t *testing.T) {
 	})
 }
 
-// The log is trimmed while it is folded, and the feed knows: what was folded is not what is kept.
-func TestSnapshot_feedIsTrimmedMeanwhile_isFoldedAgain(t *testing.T) {
+// The log is trimmed while it is folded, and the feed knows: the snapshot says what was there, and goes on with what is kept.
+func TestSnapshot_feedIsTrimmedMeanwhile_goesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
 		for i := range 20 {
@@ -421,7 +424,7 @@ func TestSnapshot_feedIsTrimmedMeanwhile_isFoldedAgain(t *testing.T) {
 		synctest.Wait()
 		log.Release()
 		synctest.Wait()
-		if got := names(w.events()); got != "welcome 0, reset 15, snapshot 20" {
+		if got := names(w.events()); got != "welcome 0, snapshot 20" {
 			t.Error(got)
 		}
 		if err := w.check(log.Contents()); err != nil {
@@ -429,6 +432,83 @@ func TestSnapshot_feedIsTrimmedMeanwhile_isFoldedAgain(t *testing.T) {
 		}
 		w.leave()
 	})
+}
+
+// delayed is a log whose reads are answered late, with what it was when it was asked.
+type delayed struct {
+	*storetest.Log
+	by time.Duration
+}
+
+func (d delayed) Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error) {
+	p, err := d.Log.Read(ctx, session, from, bytes, count)
+	time.Sleep(d.by)
+	return p, err
+}
+
+// A log that is full and grows is trimmed all the time, also between the moment in which a node learns where it begins
+// and the one in which it is folded: a viewer is given a snapshot all the same, and then what comes.
+func TestSnapshot_ofAFullLogThatGrows(t *testing.T) {
+	for _, c := range []struct {
+		window, total int
+		late          time.Duration // a read takes so long
+		heard         bool          // the chunks are announced
+		max           int           // the chunks of a snapshot fit into so many bytes
+	}{
+		{0, 0, 0, true, 4 << 20}, {0, 0, 0, false, 4 << 20}, {0, 0, 50 * time.Millisecond, true, 4 << 20}, {0, 0, 50 * time.Millisecond, false, 4 << 20},
+		{1 << 20, 1 << 20, 50 * time.Millisecond, true, 4 << 20}, {1000, 1 << 20, 50 * time.Millisecond, true, 4 << 20}, {0, 0, 50 * time.Millisecond, true, 20_000},
+	} {
+		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				log := &storetest.Log{}
+				const full = 500
+				for range full {
+					log.Append("x")
+				}
+				cfg := testConfig()
+				cfg.Window, cfg.WindowTotal, cfg.SnapshotMax = c.window, c.total, c.max
+				h := NewHub(cfg, delayed{log, c.late})
+				defer h.Close()
+				stop := make(chan struct{})
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					for {
+						select {
+						case <-time.After(20 * time.Millisecond):
+						case <-stop:
+							return
+						}
+						log.Append("y")
+						log.Trim(1)
+						if log.Messages() > 0 && c.heard {
+							log.Deliver(0)
+						} else if log.Messages() > 0 {
+							log.Drop(0)
+						}
+					}
+				})
+				stay := watch(t, h, Ask{Session: "s", Cursor: Latest})
+				time.Sleep(time.Second)
+				log.Ack()
+				for range 10 {
+					time.Sleep(1700 * time.Millisecond)
+					w := watch(t, h, Ask{Session: "s", Snapshot: true})
+					time.Sleep(10 * time.Second)
+					if err := w.take(w.events()); err != nil {
+						t.Fatal(err)
+					}
+					first, list := log.Contents()
+					if last := first + int64(len(list)) - 1; w.said == nil || len(w.resets) > 2 || w.cursor < last-150 {
+						t.Errorf("snapshot %t, resets %v, at %d of %d", w.said != nil, w.resets, w.cursor, last)
+					}
+					w.leave()
+				}
+				stay.leave()
+				close(stop)
+				wg.Wait()
+			})
+		})
+	}
 }
 
 // However many come at once, the log is read and folded once; and what is kept of it is let go.

@@ -47,12 +47,15 @@ type Viewer struct {
 	shown atomic.Int64 // the cursor, for those who count; -1: not joined yet
 	tally int          // of live writes, of which some are measured
 
-	behind bool      // it has nothing, and is to be given a snapshot
-	snap   *snapshot // the one, until it is written
+	behind  bool      // it has nothing, and is to be given a snapshot
+	folding bool      // one is being made
+	snap    *snapshot // the one, until it is written
 
 	hand      *page     // one that was read just now, until something of it is taken
 	pageBytes int       // how large the next one is to be
 	pageAt    time.Time // when the last one came
+
+	retry time.Duration // how long it waits before it tries again, when the feed did not know the log that was read
 
 	raw []byte // Raw or Fold: what was made of the last events
 	got bool   // Raw: it has been given something, now or on a former connection
@@ -312,9 +315,14 @@ func (v *Viewer) next(w *window) step {
 			return step{events: events, cursor: cursor, end: Deleted}
 		}
 	}
+	if v.behind && v.snap != nil && v.snap.fits(w, cursor) {
+		return v.fold(w, cursor)
+	}
 	reason, to := v.misplaced(w, cursor)
 	switch {
 	case reason == "":
+	case reason == resetTrimmed && v.behind && v.folding: // the snapshot may say what is gone since, or begins behind it
+		return step{cursor: cursor, fetch: true}
 	case v.early && reason != resetDeleted:
 		cursor, v.Cursor = to, to
 	case v.Fold != nil, v.Raw && reason != resetDeleted:
@@ -342,7 +350,8 @@ func (v *Viewer) next(w *window) step {
 		return step{cursor: cursor}
 	}
 	if v.behind {
-		return v.fold(w, cursor)
+		v.drop()
+		return step{cursor: cursor, fetch: true}
 	}
 	last := w.Last
 	if v.pace.Load() > 0 {
@@ -374,12 +383,15 @@ func (v *Viewer) next(w *window) step {
 	return s
 }
 
-// fold is next for a viewer that is to be given a snapshot.
+// fold is next for a viewer that has a snapshot, which fits. Where that begins later than the viewer wanted, the
+// chunks before it are no longer kept.
 func (v *Viewer) fold(w *window, cursor int64) step {
 	s := v.snap
-	if s == nil || s.epoch != w.Epoch || s.base != cursor {
-		v.drop()
-		return step{cursor: cursor, fetch: true}
+	if s.base > cursor {
+		v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
+		log := w.Bounds
+		log.First = s.base + 1
+		return step{events: appendReset(nil, resetTrimmed, cursor, s.base, log), cursor: s.base}
 	}
 	v.behind = false
 	given := step{events: s.event, cursor: s.last}
@@ -403,6 +415,7 @@ func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 // fetch begins to read the page behind the cursor, or to fold the log.
 func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	if v.behind {
+		v.folding = true
 		return v.hub.fold(v.feed, w.Epoch, v.Cursor, w.Last)
 	}
 	if time.Since(v.pageAt) < quickPage {
@@ -415,15 +428,16 @@ func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 
 // fetched takes a page or a snapshot, or says how long to wait before the next try.
 func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration) {
+	v.folding = false
 	if r.Err == errOther {
-		v.feed.doubt() // the feed does not know this log yet: it tells by a window
-		return v.hub.cfg.Reconcile
+		return v.unknown()
 	}
 	v.hub.found(r.Err)
 	if r.Err != nil {
 		return jitter(awayPause)
 	}
 	if s, ok := r.Val.(*snapshot); ok {
+		v.retry = 0
 		if v.drop(); len(s.event) > 0 && v.hub.snapshots.hold(s) {
 			v.snap = s
 		} else { // there is no room for it: the chunks say the same
@@ -433,11 +447,17 @@ func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration)
 	}
 	p := r.Val.(*page)
 	if p.Epoch != w.Epoch || p.base() > w.Last || p.Last <= v.Cursor {
-		v.feed.doubt() // as above
-		return v.hub.cfg.Reconcile
+		return v.unknown()
 	}
-	v.hand, v.pageAt = p, time.Now()
+	v.hand, v.pageAt, v.retry = p, time.Now(), 0
 	return 0
+}
+
+// unknown is what fetched does about a log that the feed does not know yet: the feed tells by a window.
+func (v *Viewer) unknown() (pause time.Duration) {
+	v.feed.doubt()
+	v.retry = min(max(2*v.retry, firstRetry), v.hub.cfg.Reconcile)
+	return v.retry
 }
 
 // awayPause is how long a viewer waits before it asks a Redis that did not answer again.
