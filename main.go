@@ -191,8 +191,12 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 			fs.Usage()
 			return cfg, err
 		}
+		mistake := err.Error()
+		if malformed(cfg.store.Redis) { // what follows it may be the rest of its password
+			err = errQuote
+		}
 		errs = append(errs, fmt.Errorf("%w (-help shows all flags)", err))
-		if strings.Contains(err.Error(), "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		if strings.Contains(mistake, "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 			args = args[1:] // its value
 		}
 	}
@@ -201,7 +205,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		fmt.Println("gapless", of, from, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return cfg, flag.ErrHelp
 	}
-	if fs.NArg() > 0 {
+	if fs.NArg() > 0 && malformed(cfg.store.Redis) {
+		errs = append(errs, errQuote)
+	} else if fs.NArg() > 0 {
 		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only, or one of the commands doctor, live, ready in front", fs.Arg(0)))
 	}
 	given := map[string]bool{}
@@ -303,6 +309,15 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	}
 	errs = append(errs, cfg.store.Validate(), cfg.sse.Validate(), cfg.api.Validate(), cfg.auth.Validate())
 	return cfg, errors.Join(errs...)
+}
+
+var errQuote = errors.New("-redis: an argument that is not shown follows the URL and is no flag: quote the URL, and escape a space in it as %20")
+
+// malformed says whether a -redis URL cannot be read: then its password may be spread over other arguments.
+func malformed(redis string) bool {
+	c := store.DefaultConfig()
+	c.Redis = redis
+	return c.Validate() != nil
 }
 
 func isLoopback(host string) bool {

@@ -249,3 +249,22 @@ func TestStart_aSessionIsMadeDescribedAndDeleted(t *testing.T) {
 		t.Errorf("a deleted one: %d", a.status)
 	}
 }
+
+// A password with a space in it comes as several arguments where the URL was not quoted.
+func TestStart_noArgumentIsRepeatedThatMayBeAPartOfAPassword(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{
+		{"-redis", "redis://:12", "s3same@h:6379"}, {"-redis", "redis://:12", "-s3same@h:6379"}, {"-redis", "redis://:12", "-s3same", "x@h"},
+		{"--redis=redis://:ab", "-s3same=x@h", "-drain", "1s"}, {"-redis=redis://:ab", "s3same", "x@h"}, {"-redis", "redis://u:ab/s3same@h"},
+	} {
+		if code, out := program(t, nil, args...); code != 2 || strings.Contains(out, "s3same") || !strings.Contains(out, "-redis: ") {
+			t.Errorf("%q: %d %s", args, code, out)
+		}
+	}
+	if code, out := program(t, []string{"GAPLESS_REDIS=redis://u:12#s3same@h"}); code != 2 || strings.Contains(out, "s3same") || !strings.Contains(out, "%23") {
+		t.Errorf("GAPLESS_REDIS: %d %s", code, out)
+	}
+	if code, out := program(t, nil, "-redis", "redis://h", "-histroy-ttl", "1h"); code != 2 || !strings.Contains(out, "-histroy-ttl") {
+		t.Errorf("a mistyped flag is not named: %d %s", code, out)
+	}
+}

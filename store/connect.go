@@ -25,15 +25,20 @@ const (
 const urlForms = "redis://[user:password@]host:port[/db], redis+sentinel://[user:password@]host:port,…/master[/db] " +
 	"or redis+cluster://[user:password@]host:port,…; rediss… for TLS; or " + Embedded
 
+// escapes is the remedy for a URL that cannot be read: most often its password holds a character that ends a part of a URL.
+const escapes = "in a user name or password escape / as %2F, # as %23, ? as %3F, @ as %40, : as %3A, % as %25 and a space as %20"
+
 // parseRedis reads Config.Redis, and the files that TLS needs.
+//
+// Its errors repeat nothing of the URL but a scheme. Any other part of a URL that is not well formed may be a part of its
+// password: in redis://:ab/cd@host the host is ":ab", and the path "cd@host".
 func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	u, err := url.Parse(c.Redis)
 	if err != nil {
-		// The text may hold a password: url.Error would repeat it.
-		if bad, ok := errors.AsType[*url.Error](err); ok {
-			err = bad.Err
-		}
-		return nil, fmt.Errorf("-redis: %w: it is %s", err, urlForms)
+		return nil, fmt.Errorf("-redis: the URL is malformed: it is %s; %s", urlForms, escapes)
+	}
+	if u.Fragment != "" || strings.HasSuffix(c.Redis, "#") || strings.Contains(u.Path, "@") {
+		return nil, fmt.Errorf("-redis: the URL is malformed: its password seems to hold a character that must be escaped: it is %s; %s", urlForms, escapes)
 	}
 	o := &redis.UniversalOptions{Addrs: strings.Split(u.Host, ",")}
 	scheme, secure := u.Scheme, strings.HasPrefix(u.Scheme, "rediss")
@@ -46,12 +51,18 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 		return nil, errors.New("-redis-ca and -redis-cert are for rediss:// URLs")
 	}
 	if scheme != schemeSingle && scheme != schemeSentinel && scheme != schemeCluster {
-		return nil, fmt.Errorf("-redis: there is no scheme %q: it is %s", u.Scheme, urlForms)
+		if !strings.HasPrefix(strings.ToLower(c.Redis), u.Scheme+"://") || u.Scheme == "" {
+			return nil, fmt.Errorf("-redis: the URL has no scheme: it is %s", urlForms)
+		}
+		return nil, fmt.Errorf("-redis: unknown scheme %q: it is %s", u.Scheme, urlForms)
 	}
 	if u.Host == "" {
 		return nil, fmt.Errorf("-redis: there is no host in it: it is %s", urlForms)
 	}
 	for i, addr := range o.Addrs {
+		if addr == "" || addr[0] == ':' {
+			return nil, fmt.Errorf("-redis: a host has no name: the URL is %s; %s", urlForms, escapes)
+		}
 		if host, port, _ := strings.Cut(addr, ":"); port == "" && !strings.Contains(addr, "]") {
 			o.Addrs[i] = host + ":" + map[bool]string{true: "26379", false: "6379"}[scheme == schemeSentinel]
 		}
@@ -59,7 +70,10 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	o.Username = u.User.Username()
 	o.Password, _ = u.User.Password()
 	path := strings.FieldsFunc(u.Path, func(r rune) bool { return r == '/' })
-	query := u.Query()
+	query, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return nil, fmt.Errorf("-redis: the parameters after the ? are malformed: escape & as %%26, ; as %%3B, + as %%2B and %% as %%25 in their values; %s", escapes)
+	}
 	switch scheme {
 	case schemeSingle:
 		if len(o.Addrs) > 1 {
@@ -82,17 +96,17 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	}
 	if len(path) > 0 {
 		if o.DB, err = strconv.Atoi(path[0]); err != nil || o.DB < 0 || len(path) > 1 || o.IsClusterMode {
-			return nil, fmt.Errorf("-redis: %q is no number of a database: it is %s", strings.Join(path, "/"), urlForms)
+			return nil, fmt.Errorf("-redis: the path is not the number of a database: it is %s; %s", urlForms, escapes)
 		}
 	}
 	if text := query.Get("pool_size"); text != "" {
 		if o.PoolSize, err = strconv.Atoi(text); err != nil || o.PoolSize < 1 {
-			return nil, fmt.Errorf("-redis: pool_size is a number of connections, not %q", text)
+			return nil, errors.New("-redis: pool_size must be a number of connections, 1 or more")
 		}
 		query.Del("pool_size")
 	}
-	for name := range query {
-		return nil, fmt.Errorf("-redis: there is no parameter %q", name)
+	if len(query) > 0 {
+		return nil, fmt.Errorf("-redis: unknown parameter after the ?: there are db, pool_size and, for redis+sentinel://, sentinel_username and sentinel_password; %s", escapes)
 	}
 	return o, nil
 }

@@ -101,11 +101,41 @@ func TestTLS_verifiesTheServerAndLogsIn(t *testing.T) {
 	}
 }
 
+// A password that was not escaped is not printed, whatever becomes of the URL that it breaks.
+func TestConfig_printsNothingOfAPassword(t *testing.T) {
+	const head, tail = "s3same", "0pensesame"
+	for _, between := range []string{"/", "#", "?", "@", "%", "%zz", " ", ":", "\\", "[", "]", "^", "`", "{", "\"", "<", "é", "語", "\t", "\n", "\x00", "&", ";", "=", "+", ",", "//", "/?#", "@/", "#@", "12/", "://", "%2"} {
+		for _, user := range []string{"", "writer"} {
+			for _, first := range []string{head + between + tail, "12" + between + tail, between + tail, tail + between, "%41" + between + tail} {
+				for _, form := range []string{
+					"redis://%s:%s@h:6379", "rediss://%s:%s@h:6379/1", "redis+sentinel://%s:%s@h:1,i:2/main", "redis+cluster://%s:%s@h:1,i:2",
+					"redis://%s:%s", "%s:%s@h:6379", "redis:%s:%s@h:6379", "redis:/%s:%s@h", "http://%s:%s@h", "redis+sentinel://h:1/main/0?sentinel_username=%s&sentinel_password=%s",
+					"redis+sentinel://h:1/main?sentinel_user=%s&sentinel_pass=%s", "redis://h/%s?pool_size=%s", "redis://h?db=%s%s", "redis://%s%s@h",
+				} {
+					cfg := store.DefaultConfig()
+					cfg.Redis = fmt.Sprintf(form, user, first)
+					err := cfg.Validate()
+					if err != nil && (strings.Contains(err.Error(), head) || strings.Contains(err.Error(), tail) || strings.Contains(err.Error(), `"12`)) {
+						t.Errorf("%q: %v", cfg.Redis, err)
+					}
+				}
+			}
+		}
+	}
+	for _, text := range []string{"redis://:ab/cd@h:6379", "redis://:12/cd@h:6379", "redis://:ab#cd@h:6379", "redis://u:12#cd@h", "redis://u:12?cd@h", "redis://:%zz@h", "redis://:a b@h"} {
+		cfg := store.DefaultConfig()
+		cfg.Redis = text
+		if err := cfg.Validate(); err == nil || !strings.Contains(err.Error(), "%2F") {
+			t.Errorf("%s: the error does not name the remedy: %v", text, err)
+		}
+	}
+}
+
 func TestConfig_saysWhatIsWrongWithRedis(t *testing.T) {
 	for text, want := range map[string]string{
 		"localhost:6379": "scheme", "http://x": `scheme "http"`, "redis://": "no host", "redis://a,b": "one host",
 		"redis+sentinel://a:1,b:2": "names the master", "redis+sentinel://a/main/x": "database", "redis+cluster://a/1": "database",
-		"redis://a/x": "database", "redis://a/-1": "database", "redis://a?nope=1": "nope", "redis://a?pool_size=x": "pool_size",
+		"redis://a/x": "database", "redis://a/-1": "database", "redis://a?nope=1": "unknown parameter", "redis://a?pool_size=x": "pool_size",
 		"redis://u:secret@[::1": "redis://[user:password@]", "redis+sentinel://a/main?db=x": "database",
 	} {
 		cfg := store.DefaultConfig()
