@@ -141,7 +141,8 @@ type Logs interface {
 	Create(ctx context.Context, session string) (store.Bounds, bool, error)
 	Describe(ctx context.Context, session string) (store.Bounds, error)
 	Delete(ctx context.Context, session string) error
-	Ping(ctx context.Context) error
+	Probe(ctx context.Context) error
+	Writes() string
 	ListenUploads(l store.Listener) (stop func())
 	MakeTicket(ctx context.Context, name, session string, until time.Time) error
 	EnterTicket(ctx context.Context, name, session, connection string) (until time.Time, err error)
@@ -296,19 +297,42 @@ func (a *API) End() {
 // Wait waits, until ctx ends, for the answers that are under way.
 func (a *API) Wait(ctx context.Context) { a.answers.wait(ctx) }
 
+// readiness is what a node says of itself that is ready.
+type readiness struct {
+	Status string `json:"status"`
+	Writes string `json:"writes"` // store.WritesOK, or the code of why Redis refuses them
+}
+
+// ready says whether this node can serve viewers, and with ?for=writes whether it can take chunks as well. A Redis that is
+// full must not take every node, and with it all viewers, out of a balancer.
 func (a *API) ready(c echo.Context) error {
+	all := c.QueryParams()["for"]
+	if len(all) > 1 || len(all) == 1 && all[0] != "writes" {
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "for", Detail: "for must be writes, or absent"}
+	}
 	if a.draining.Err() != nil {
 		return errDraining
 	}
 	ctx, cancel := context.WithTimeout(c.Request().Context(), time.Second)
 	defer cancel()
-	if err := a.logs.Ping(ctx); err != nil {
-		return fmt.Errorf("%w: %w", store.ErrAway, err)
+	if err := a.logs.Probe(ctx); err != nil {
+		if !errors.Is(err, store.ErrAway) {
+			err = fmt.Errorf("%w: %w", store.ErrAway, err)
+		}
+		p := *problemOf(err)
+		p.Writes = store.Why(err)
+		return &p
 	}
 	if err := a.keysReady(ctx); err != nil {
 		return err
 	}
-	return c.JSON(http.StatusOK, map[string]string{"status": "ready"})
+	writes := a.logs.Writes()
+	if writes != store.WritesOK && len(all) > 0 {
+		p := *problemOf(&store.AwayError{Code: writes, Err: store.ErrAway})
+		p.Writes = writes
+		return &p
+	}
+	return c.JSON(http.StatusOK, readiness{Status: "ready", Writes: writes})
 }
 
 // page serves the page and its parts under the strictest policy that lets it work.

@@ -611,11 +611,11 @@ func (f *faulty) Delete(ctx context.Context, session string) error {
 	return f.Logs.Delete(ctx, session)
 }
 
-func (f *faulty) Ping(ctx context.Context) error {
+func (f *faulty) Probe(ctx context.Context) error {
 	if err := f.failure(); err != nil {
 		return err
 	}
-	return f.Logs.Ping(ctx)
+	return f.Logs.Probe(ctx)
 }
 
 // says is a model that says the same to everybody.

@@ -37,6 +37,9 @@ type Problem struct {
 	ProducerEpoch *int64 `json:"producer_epoch,omitempty"`          // the one that counts
 	ExpectedChunk *int64 `json:"producer_expected_chunk,omitempty"` // the producer's next number
 
+	// Writes is what /readyz says of writes: why Redis refuses them.
+	Writes string `json:"writes,omitzero"`
+
 	retryAfter int    // seconds
 	challenge  string // WWW-Authenticate
 	cause      error  // for the log
@@ -127,6 +130,10 @@ func problemOf(err error) *Problem {
 		return &Problem{Status: http.StatusRequestEntityTooLarge, Code: "body_too_large", Limit: int(e.Limit),
 			Detail: fmt.Sprintf("the body is larger than %d bytes: send it in several requests, or as application/x-ndjson", e.Limit)}
 	}
+	if code := store.Why(err); code != "" {
+		r := refusals[code]
+		return &Problem{Status: http.StatusServiceUnavailable, Code: code, Detail: r.detail, retryAfter: r.after}
+	}
 	for _, row := range []struct {
 		err error
 		p   Problem
@@ -138,7 +145,6 @@ func problemOf(err error) *Problem {
 		{store.ErrSessionDeleted, Problem{Status: http.StatusConflict, Code: "session_deleted", Detail: "the session was deleted while this upload was under way"}},
 		{store.ErrProducerConflict, Problem{Status: http.StatusConflict, Code: "producer_conflict", Member: headerProducerChunk, Detail: "under this number the producer has posted something else: count on, or begin another epoch"}},
 		{store.ErrMessageUnknown, Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "/message_id", Detail: "the session has no such message that could be cancelled"}},
-		{store.ErrAway, Problem{Status: http.StatusServiceUnavailable, Code: "redis_away", Detail: "Redis cannot be reached: nothing was stored, try again", retryAfter: 1}},
 		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not answer: it may or may not have been stored. With producer numbers (Producer-Id, ...) repeat it as it was; without, read the log first"}},
 		{context.Canceled, Problem{Status: 499, Code: "client_gone", Detail: "the client went away"}},
 	} {
@@ -147,6 +153,20 @@ func problemOf(err error) *Problem {
 		}
 	}
 	return &Problem{Status: http.StatusInternalServerError, Code: "internal", Detail: "something went wrong that should not: the server's log says what"}
+}
+
+// refusals are what clients are told of each reason why Redis executes nothing. What takes an operator to end it need not be asked
+// again every second.
+var refusals = map[string]struct {
+	detail string
+	after  int // seconds
+}{
+	store.RedisAway: {"Redis cannot be reached: nothing was stored, try again", 1},
+	store.RedisFull: {"Redis is full (maxmemory): nothing was stored. Viewers are served; try again, it goes on when logs have expired " +
+		"or an operator gives Redis more memory", 5},
+	store.RedisReadOnly: {"Redis takes no writes now (it is a replica, lacks its replicas, or cannot save to its disk): nothing was stored. " +
+		"Viewers are served; try again", 1},
+	store.RedisDenied: {"Redis does not accept this server's user, password or rights (-redis): nothing was stored. Try again; an operator has to mend it", 5},
 }
 
 // problem answers an error. It implements echo.HTTPErrorHandler.

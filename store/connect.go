@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"strconv"
@@ -133,14 +134,26 @@ func (c Config) tls() (*tls.Config, error) {
 	return t, nil
 }
 
+// dialTimeout is how long a connection may take to be made.
+const dialTimeout = 2 * time.Second
+
+// place is where Redis is, for those who read a log.
+func place(o *redis.UniversalOptions) string {
+	at := strings.Join(o.Addrs, ",")
+	if o.MasterName != "" {
+		at += "/" + o.MasterName
+	}
+	return at
+}
+
 // connect makes the client. It does not wait for Redis.
-func connect(c Config, o *redis.UniversalOptions) redis.UniversalClient {
-	o.Dialer = c.Dial
+func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context, network, address string) (net.Conn, error)) redis.UniversalClient {
+	o.Dialer = dial
 	// Nothing is repeated behind our back: an append that is sent twice is stored twice.
 	// (In a cluster, what keeps a command from it is once.)
 	o.MaxRetries = -1
 	o.DialerRetries = 1
-	o.DialTimeout = 2 * time.Second
+	o.DialTimeout = dialTimeout
 	o.ReadTimeout = c.Timeout
 	o.WriteTimeout = c.Timeout
 	o.ContextTimeoutEnabled = true
@@ -153,7 +166,9 @@ func connect(c Config, o *redis.UniversalOptions) redis.UniversalClient {
 		cluster.MaxRedirects = 8 // while a slot moves
 		return redis.NewClusterClient(cluster)
 	case o.MasterName != "":
-		return redis.NewFailoverClient(o.Failover())
+		client := redis.NewFailoverClient(o.Failover())
+		client.AddHook(dialHook{})
+		return client
 	}
 	return redis.NewClient(o.Simple())
 }

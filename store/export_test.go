@@ -59,3 +59,21 @@ func MemoryHolds(n int) Held {
 	}
 	return Held{len(m.newer) + len(m.older), m.get(fmt.Sprint(n-50_000)).last == 1}
 }
+
+// RefusalIn is the code for what Redis answered, or nothing.
+func RefusalIn(text string) string { return refusalIn(text) }
+
+// Classify tells "surely not executed" from "not known".
+func Classify(err error) error { return classify(err) }
+
+// ScriptError is an error reply of Redis.
+func ScriptError(text string) error { return scriptError(text) }
+
+// HintFailed and WritesRefused are what scripts tell.
+func (s *Store) HintFailed(text string)    { s.hintFailed(text) }
+func (s *Store) WritesRefused(text string) { s.writesRefused(text) }
+
+// Scripts are the texts of all scripts.
+func Scripts() string {
+	return luaLog + luaRun + luaPush + luaAppend + luaRead + luaSession + luaTicket
+}

@@ -39,6 +39,8 @@ type ears interface {
 	listen(channel string, l Listener) (stop func())
 	// listenWide is for a channel that is no session's.
 	listenWide(channel string, l Listener) (stop func())
+	// redial has every connection made anew: another server has become the master.
+	redial()
 	count() int // channels
 	close()
 }
@@ -46,10 +48,10 @@ type ears interface {
 // spread is the sessions of one server, spread over a few connections.
 type spread []*subscriber
 
-func newSpread(rdb redis.UniversalClient, cfg Config, m *metrics) spread {
+func newSpread(rdb redis.UniversalClient, cfg Config, m *metrics, r *refusals) spread {
 	all := make(spread, cfg.Listeners)
 	for i := range all {
-		all[i] = newSubscriber(cfg, m, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return rdb.Subscribe(ctx), nil }, nil)
+		all[i] = newSubscriber(cfg, m, r, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return rdb.Subscribe(ctx), nil }, nil)
 	}
 	return all
 }
@@ -67,6 +69,12 @@ func (s spread) count() (n int) {
 		n += sub.count()
 	}
 	return n
+}
+
+func (s spread) redial() {
+	for _, sub := range s {
+		sub.redial()
+	}
 }
 
 func (s spread) close() {
@@ -95,16 +103,19 @@ var (
 // published in between is lost. The acknowledgements of that come in through the loop,
 // and each is a Resync. What go-redis does not notice is a peer that went silent
 // without a reset, so the loop asks for a pong and, when none comes, begins again
-// with a new connection.
+// with a new connection. A connection on which a subscription is refused is kept for those that are not, and is made anew
+// now and then, in case the rights have changed.
 type subscriber struct {
 	kind
-	open    func(ctx context.Context) (*redis.PubSub, error)
-	misfit  func() // a channel is not, or not any more, this server's; may be nil
-	ping    time.Duration
-	metrics *metrics
-	log     *slog.Logger
-	quit    context.CancelFunc
-	done    chan struct{} // closed when the loop has ended
+	open     func(ctx context.Context) (*redis.PubSub, error)
+	misfit   func() // a channel is not, or not any more, this server's; may be nil
+	ping     time.Duration
+	metrics  *metrics
+	trouble  *refusals
+	log      *slog.Logger
+	patience time.Duration // how long a connection on which something is refused is kept; only the loop uses it
+	quit     context.CancelFunc
+	done     chan struct{} // closed when the loop has ended
 
 	// wire is held while listeners change and Redis is told so, so that both happen in
 	// the same order: an unsubscribe that overtakes a later subscribe would leave a
@@ -115,12 +126,13 @@ type subscriber struct {
 	mu        sync.RWMutex
 	listeners map[string]Listener // by channel
 	heard     map[string]bool     // channels whose subscription stands
+	alone     bool                // each channel is subscribed to by a command of its own: Redis refuses a command as a whole
 }
 
-func newSubscriber(cfg Config, m *metrics, k kind, open func(ctx context.Context) (*redis.PubSub, error), misfit func()) *subscriber {
-	ctx, cancel := context.WithCancel(context.Background())
+func newSubscriber(cfg Config, m *metrics, r *refusals, k kind, open func(ctx context.Context) (*redis.PubSub, error), misfit func()) *subscriber {
+	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), lasting{}, true))
 	s := &subscriber{
-		kind: k, open: open, misfit: misfit, ping: cfg.Ping, metrics: m, log: cfg.Logger,
+		kind: k, open: open, misfit: misfit, ping: cfg.Ping, metrics: m, trouble: r, log: cfg.Logger, patience: leastPatience,
 		quit: cancel, done: make(chan struct{}), listeners: map[string]Listener{}, heard: map[string]bool{},
 	}
 	// Ended by close, which waits for it. Only it receives.
@@ -139,6 +151,16 @@ func (s *subscriber) close() {
 	}
 	s.wire.Unlock()
 	<-s.done
+}
+
+// redial has the loop begin again with a new connection.
+func (s *subscriber) redial() {
+	s.wire.Lock()
+	defer s.wire.Unlock()
+	if s.ps != nil {
+		_ = s.ps.Close()
+		s.ps = nil
+	}
 }
 
 func (s *subscriber) listen(channel string, l Listener) (stop func()) {
@@ -186,8 +208,13 @@ func (s *subscriber) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		ps, err := s.connect(ctx)
 		if err == nil {
-			pause = least
-			err = s.receive(ctx, ps)
+			var answered bool
+			if answered, err = s.receive(ctx, ps); answered { // a connection alone says nothing: a proxy may have no Redis
+				pause = least
+			}
+			if !errors.Is(err, errRefused) {
+				s.patience = leastPatience
+			}
 			s.wire.Lock()
 			_ = ps.Close()
 			if s.ps == ps {
@@ -202,7 +229,10 @@ func (s *subscriber) run(ctx context.Context) {
 			return
 		}
 		s.metrics.lost.Inc()
-		s.log.LogAttrs(ctx, slog.LevelWarn, "pub/sub connection lost", slog.Any("err", err))
+		if !errors.Is(err, errRefused) && s.trouble.lost.now() {
+			s.log.LogAttrs(ctx, slog.LevelWarn, "pub/sub connection lost: chunks come up to -reconcile late until it is back",
+				slog.String("redis", s.trouble.at), slog.Any("err", err))
+		}
 		s.amiss()
 		select { // jittered, so that the nodes do not come back to a restarted Redis all at once
 		case <-time.After(pause/2 + rand.N(pause)):
@@ -236,7 +266,7 @@ func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
 	}
 	s.mu.RUnlock()
 	batch := 1000
-	if s.kind.acknowledged == sharded.acknowledged {
+	if s.alone || s.kind.acknowledged == sharded.acknowledged {
 		batch = 1 // the channels of one command must be of one slot
 	}
 	for i := 0; i < len(channels); i += batch {
@@ -251,14 +281,27 @@ func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
 	return ps, nil
 }
 
-// receive hands out what comes until the connection fails or falls silent.
-func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) error {
-	asked := false
+// leastPatience and mostPatience bound how long a connection is kept on which a subscription is refused.
+const leastPatience, mostPatience = time.Second, 30 * time.Second
+
+// receive hands out what comes until the connection fails or falls silent. answered is true when Redis has answered.
+func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) (answered bool, failed error) {
+	asked, refused := false, time.Time{} // refused: when a subscription was refused on this connection
 	for {
-		msg, err := ps.ReceiveTimeout(ctx, s.ping)
+		wait := s.ping
+		if !refused.IsZero() {
+			if wait = min(wait, time.Until(refused.Add(s.patience))); wait <= 0 {
+				s.patience = min(2*s.patience, mostPatience)
+				return answered, errRefused
+			}
+		}
+		msg, err := ps.ReceiveTimeout(ctx, wait)
 		if netErr := net.Error(nil); errors.As(err, &netErr) && netErr.Timeout() {
+			if wait < s.ping {
+				continue
+			}
 			if asked {
-				return errSilent
+				return answered, errSilent
 			}
 			asked = true
 			err = ps.Ping(ctx)
@@ -269,9 +312,17 @@ func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) error {
 			s.amiss()
 			continue
 		}
-		if err != nil {
-			return err
+		if reply := redis.Error(nil); errors.As(err, &reply) && refusalIn(reply.Error()) == RedisDenied { // so it is here
+			s.deny(ctx, reply.Error())
+			if refused.IsZero() {
+				refused = time.Now()
+			}
+			continue
 		}
+		if err != nil {
+			return answered, err
+		}
+		answered = true
 		switch m := msg.(type) {
 		case *redis.Message:
 			if l := s.listener(m.Channel); l != nil {
@@ -287,6 +338,18 @@ func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) error {
 				s.amiss()
 			}
 		}
+	}
+}
+
+// deny says that a subscription was refused.
+func (s *subscriber) deny(ctx context.Context, text string) {
+	s.metrics.deaf.Inc()
+	s.mu.Lock()
+	s.alone = true
+	s.mu.Unlock()
+	if s.trouble.deaf.now() {
+		s.log.LogAttrs(ctx, slog.LevelWarn, "redis refuses a subscription: chunks come up to -reconcile late", slog.String("redis", s.trouble.at),
+			slog.String("says", text), slog.String("remedy", "give the user of -redis the rights to its channels and to subscribe: README, ACL SETUSER"))
 	}
 }
 
@@ -315,7 +378,10 @@ func (s *subscriber) count() int {
 	return len(s.listeners)
 }
 
-var errSilent = errors.New("no sign of life from redis")
+var (
+	errSilent  = errors.New("no sign of life from redis")
+	errRefused = errors.New("redis refuses a subscription")
+)
 
 func (s *subscriber) listener(channel string) Listener {
 	s.mu.RLock()
@@ -330,6 +396,7 @@ type shards struct {
 	cluster *redis.ClusterClient
 	cfg     Config
 	metrics *metrics
+	trouble *refusals
 	wide    *subscriber // of ordinary channels: every server hears of them
 	kick    chan struct{}
 	quit    context.CancelFunc
@@ -346,13 +413,13 @@ type home struct {
 	address string // empty: nowhere yet
 }
 
-func newShards(cluster *redis.ClusterClient, cfg Config, m *metrics) *shards {
+func newShards(cluster *redis.ClusterClient, cfg Config, m *metrics, r *refusals) *shards {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &shards{
-		cluster: cluster, cfg: cfg, metrics: m, kick: make(chan struct{}, 1), quit: cancel, done: make(chan struct{}),
+		cluster: cluster, cfg: cfg, metrics: m, trouble: r, kick: make(chan struct{}, 1), quit: cancel, done: make(chan struct{}),
 		masters: map[string]*subscriber{}, homes: map[string]home{},
 	}
-	s.wide = newSubscriber(cfg, m, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return cluster.Subscribe(ctx), nil }, nil)
+	s.wide = newSubscriber(cfg, m, r, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return cluster.Subscribe(ctx), nil }, nil)
 	go func() { // ended by close, which waits for it
 		defer close(s.done)
 		s.tend(ctx)
@@ -400,7 +467,7 @@ func (s *shards) settle(channel string, h home) {
 	}
 	sub := s.masters[address]
 	if sub == nil {
-		sub = newSubscriber(s.cfg, s.metrics, sharded, func(ctx context.Context) (*redis.PubSub, error) { return s.open(ctx, address) }, s.amiss)
+		sub = newSubscriber(s.cfg, s.metrics, s.trouble, sharded, func(ctx context.Context) (*redis.PubSub, error) { return s.open(ctx, address) }, s.amiss)
 		s.masters[address] = sub
 	}
 	h.address = address
@@ -473,6 +540,16 @@ func (s *shards) compare() (idle []*subscriber) {
 		}
 	}
 	return idle
+}
+
+func (s *shards) redial() {
+	s.amiss()
+	s.wide.redial()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, sub := range s.masters {
+		sub.redial()
+	}
 }
 
 func (s *shards) count() int {

@@ -86,7 +86,7 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	}
 	p.mu.Unlock()
 	if i >= 0 {
-		return nil, fmt.Errorf("%w: %w", errUnsent, why)
+		return nil, fmt.Errorf("%w: %w", errTurn, why)
 	}
 	<-c.done
 	return c.reply, c.err

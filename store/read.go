@@ -123,8 +123,8 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, memory in
 		list = tx.LRange(ctx, s.key("history", session), from, to)
 		return tx.Process(ctx, bounds)
 	})
-	if redis.HasErrorPrefix(err, "NOSCRIPT") { // it was flushed since
-		return p, false, nil
+	if reply := redis.Error(nil); errors.As(err, &reply) || errors.Is(err, errStale) {
+		return p, false, nil // the script is not known any more, or a command is not allowed: the script that does it all says why
 	}
 	if err != nil {
 		return p, false, classify(err)

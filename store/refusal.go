@@ -1,10 +1,322 @@
 package store
 
-// hintFailed is told why Redis refused an announcement.
-func (s *Store) hintFailed(text string) {}
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
-// writesRefused is told why Redis refused a write that a read would have made.
-func (s *Store) writesRefused(text string) {}
+	"github.com/redis/go-redis/v9"
+)
 
-// tolerant reports whether reads may be served by a Redis that is read-only.
-func (s *Store) tolerant() bool { return false }
+// Why Redis did not execute a command. Clients, logs and metrics are told these words.
+const (
+	RedisAway     = "redis_away"     // it cannot be reached, or is not ready
+	RedisFull     = "redis_full"     // OOM: maxmemory is reached
+	RedisReadOnly = "redis_readonly" // READONLY, MISCONF, NOREPLICAS: it takes no writes now
+	RedisDenied   = "redis_denied"   // NOAUTH, WRONGPASS, NOPERM: it does not let us in, or not do this
+)
+
+// WritesOK is what Store.Writes returns while Redis refuses nothing.
+const WritesOK = "ok"
+
+var refusalCodes = []string{RedisAway, RedisFull, RedisReadOnly, RedisDenied}
+
+// AwayError says that Redis surely did not execute a command, and why. It is an ErrAway.
+type AwayError struct {
+	Code string // RedisAway, RedisFull, RedisReadOnly or RedisDenied
+	Err  error
+}
+
+func (e *AwayError) Error() string {
+	what := map[string]string{RedisFull: "redis is full", RedisReadOnly: "redis takes no writes", RedisDenied: "redis denies access"}[e.Code]
+	if what == "" {
+		what = ErrAway.Error()
+	}
+	return what + ": " + e.Err.Error()
+}
+
+func (e *AwayError) Unwrap() []error { return []error{ErrAway, e.Err} }
+
+// Why returns the code of an error that is an ErrAway, and an empty text for any other.
+func Why(err error) string {
+	if e, ok := errors.AsType[*AwayError](err); ok {
+		return e.Code
+	}
+	if errors.Is(err, ErrAway) {
+		return RedisAway
+	}
+	return ""
+}
+
+// What Redis says when it refuses a command. A script reports an error as it is, or, depending on the version of Redis, with
+// words around it ("ERR Error running script …: @user_script: 1: -OOM command not allowed …").
+var (
+	refusedWord = regexp.MustCompile(`(?:^|[ :-])(OOM|READONLY|MISCONF|NOREPLICAS|NOAUTH|WRONGPASS|NOPERM|DENIED) `)
+	deniedWords = []string{"The user executing the script can't", "ACL failure in script", "ERR invalid password", "ERR Client sent AUTH"}
+	// Commands that do nothing when they are refused, but which the scripts send after their first write.
+	hintWords = regexp.MustCompile(`publish to the channel|one of the channels|'s?publish'|access the '[^']*' channel`)
+)
+
+// refusalIn returns the code for what Redis answered, and an empty text when it is no refusal.
+func refusalIn(text string) string {
+	if m := refusedWord.FindStringSubmatch(text); m != nil {
+		switch m[1] {
+		case "OOM":
+			return RedisFull
+		case "READONLY", "MISCONF", "NOREPLICAS":
+			return RedisReadOnly
+		}
+		return RedisDenied
+	}
+	for _, words := range deniedWords {
+		if strings.Contains(text, words) {
+			return RedisDenied
+		}
+	}
+	for _, prefix := range notReady {
+		if strings.HasPrefix(text, prefix) {
+			return RedisAway
+		}
+	}
+	return ""
+}
+
+// notReady are the other error replies by which Redis says that it did nothing.
+var notReady = []string{
+	"LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "NOSCRIPT", "MOVED", "ASK ", "ERR max number of clients", "ERR DB index is out of range",
+}
+
+// leadsElsewhere says whether an answer comes from a server that is not, or not any more, the master: then the address may
+// lead to the master when it is dialled again.
+func leadsElsewhere(text string) bool {
+	return strings.Contains(text, "READONLY ") || strings.HasPrefix(text, "MASTERDOWN") || strings.HasPrefix(text, "LOADING")
+}
+
+// remedyOf is what an operator can do about a refusal.
+func remedyOf(code, text string) string {
+	switch {
+	case code == RedisFull:
+		return "raise Redis' maxmemory, or keep less: -history-ttl, -history-max; viewers are served meanwhile"
+	case strings.Contains(text, "MISCONF"):
+		return "Redis cannot save to its disk: look at its log and at the disk's free space"
+	case strings.Contains(text, "NOREPLICAS"):
+		return "too few replicas are connected to Redis (min-replicas-to-write): look at the replicas"
+	case code == RedisReadOnly:
+		return "the address leads to a replica: let it lead to the master, or use redis+sentinel://"
+	case strings.Contains(text, "NOPERM") || strings.Contains(text, "script"):
+		return "give the user of -redis the rights that it needs: README, ACL SETUSER"
+	case code == RedisDenied:
+		return "look at the user and the password in -redis, and at ACL LIST in Redis"
+	}
+	return "start Redis there, or name another one with -redis"
+}
+
+// seldom lets something be said at most once in a while.
+type seldom struct {
+	every time.Duration
+	mu    sync.Mutex
+	last  time.Time
+}
+
+func (s *seldom) now() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now := time.Now(); s.last.IsZero() || now.Sub(s.last) >= s.every {
+		s.last = now
+		return true
+	}
+	return false
+}
+
+// refusals knows what Redis refuses now, and says so: in the log, to an operator, at most once a minute for each reason.
+type refusals struct {
+	at      string // where Redis is, without a password
+	log     *slog.Logger
+	metrics *metrics
+	moved   func() // called when Redis takes writes again after it was not the master
+	wake    chan struct{}
+	hints   seldom // lines about what could not be announced,
+	deaf    seldom // about subscriptions that are refused,
+	lost    seldom // and about Pub/Sub connections that were lost
+
+	well atomic.Bool // code is empty and nothing is left to say
+
+	mu        sync.Mutex
+	code      string    // why the last command was refused; empty: it was not
+	last      time.Time // when something was refused last
+	said      map[string]*seldom
+	told      bool // the log says that something is refused
+	elsewhere bool // an answer came from a server that is no master
+}
+
+// Redis is away for moments at each failover: that is said more often than what takes an operator to end it.
+const (
+	awayEvery    = 30 * time.Second
+	refusedEvery = time.Minute
+	hintsEvery   = 30 * time.Second
+	// settled is how long nothing may be refused before the log says that all is well: a Redis at the brim of its memory
+	// refuses one write and takes the next.
+	settled = 5 * time.Second
+)
+
+func newRefusals(at string, cfg Config, m *metrics, moved func()) *refusals {
+	r := &refusals{at: at, log: cfg.Logger, metrics: m, moved: moved, wake: make(chan struct{}, 1), hints: seldom{every: hintsEvery}, deaf: seldom{every: hintsEvery}, lost: seldom{every: hintsEvery}, said: map[string]*seldom{}}
+	for _, code := range refusalCodes {
+		r.said[code] = &seldom{every: refusedEvery}
+	}
+	r.said[RedisAway].every = awayEvery
+	r.well.Store(true)
+	return r
+}
+
+// refused notes that Redis did not execute a command.
+func (r *refusals) refused(code, text string) {
+	r.well.Store(false)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.elsewhere = r.elsewhere || leadsElsewhere(text)
+	r.last = time.Now()
+	if r.code != code {
+		r.code = code
+		r.gauge()
+	}
+	if r.said[code].now() {
+		r.told = true
+		what := "redis refuses writes"
+		switch code {
+		case RedisAway:
+			what = "redis cannot be reached"
+		case RedisDenied:
+			what = "redis denies access"
+		}
+		r.log.LogAttrs(context.Background(), slog.LevelWarn, what, slog.String("code", code), slog.String("redis", r.at),
+			slog.String("says", text), slog.String("remedy", remedyOf(code, text)))
+	}
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// accepted notes that Redis executed a write.
+func (r *refusals) accepted() {
+	if r.well.Load() {
+		return
+	}
+	r.mu.Lock()
+	moved := r.elsewhere
+	r.elsewhere = false
+	if r.code != "" {
+		r.code = ""
+		r.gauge()
+	}
+	if r.told && time.Since(r.last) >= settled {
+		r.told = false
+		r.log.LogAttrs(context.Background(), slog.LevelInfo, "redis takes writes again", slog.String("redis", r.at))
+	}
+	r.well.Store(!r.told)
+	r.mu.Unlock()
+	if moved {
+		r.moved()
+	}
+}
+
+func (r *refusals) gauge() {
+	for _, code := range refusalCodes {
+		value := 0.0
+		if code == r.code {
+			value = 1
+		}
+		r.metrics.refuses.WithLabelValues(code).Set(value)
+	}
+}
+
+// note takes from an error, which is classified, what it says of Redis.
+func (r *refusals) note(ctx context.Context, err error) {
+	if err == nil || ctx.Err() != nil || errors.Is(err, errTurn) { // the caller went away, or the node has no time
+		return
+	}
+	if code := Why(err); code != "" {
+		r.refused(code, deepest(err))
+	} else if errors.Is(err, ErrOutcomeUnknown) {
+		r.refused(RedisAway, deepest(err))
+	}
+}
+
+// deepest is what an error says without our own words around it.
+func deepest(err error) string {
+	var reply redis.Error
+	if errors.As(err, &reply) {
+		return reply.Error()
+	}
+	for {
+		switch e := err.(type) {
+		case interface{ Unwrap() error }:
+			inner := e.Unwrap()
+			if inner == nil {
+				return err.Error()
+			}
+			err = inner
+		case interface{ Unwrap() []error }:
+			all := e.Unwrap()
+			if len(all) == 0 {
+				return err.Error()
+			}
+			err = all[len(all)-1]
+		default:
+			return err.Error()
+		}
+	}
+}
+
+// writesRefused notes what became of a write that a read would have done: text is why Redis refused it, or empty when
+// Redis executed it.
+func (s *Store) writesRefused(text string) {
+	if text == "" {
+		s.refusals.accepted()
+		return
+	}
+	if leadsElsewhere(text) {
+		s.dropped()
+	}
+	code := refusalIn(text)
+	if code == "" {
+		code = RedisReadOnly // nobody has named it yet
+	}
+	s.refusals.refused(code, text)
+}
+
+// hintFailed notes that what was stored could not be announced; text is why, and empty when it was.
+func (s *Store) hintFailed(text string) {
+	if text == "" {
+		return
+	}
+	code := refusalIn(text)
+	if code != RedisDenied {
+		code = hintOther
+	}
+	s.metrics.hints.WithLabelValues(code).Inc()
+	if s.refusals.hints.now() {
+		s.log.LogAttrs(context.Background(), slog.LevelWarn, "chunks are stored but not announced: viewers get them up to -reconcile late",
+			slog.String("redis", s.refusals.at), slog.String("says", text),
+			slog.String("remedy", "give the user of -redis the rights to its channels and to publish: README, ACL SETUSER"))
+	}
+}
+
+// Writes returns WritesOK, or the code of why Redis refuses writes as far as this node knows.
+func (s *Store) Writes() string {
+	s.refusals.mu.Lock()
+	defer s.refusals.mu.Unlock()
+	if s.refusals.code == "" {
+		return WritesOK
+	}
+	return s.refusals.code
+}
+
+// tolerant reports whether reads may be served by a Redis that is read-only: not before its address was dialled again.
+func (s *Store) tolerant() bool { return s.dials.recently() }

@@ -145,7 +145,7 @@ func (c Config) Validate() error {
 // that nobody foresaw.
 var (
 	// ErrAway says that Redis cannot serve now, and that the command was surely not
-	// executed.
+	// executed. An AwayError says why, and Why returns its code.
 	ErrAway = errors.New("redis is away")
 	// ErrOutcomeUnknown says that a command was sent and its answer lost: it may or
 	// may not have been executed, and is not repeated here.
@@ -217,6 +217,9 @@ type Store struct {
 	pipes     [len(scriptNames)]*pipe
 	clustered bool
 	thorough  bool // append.lua does it all (a test's)
+	dials     *dials
+	refusals  *refusals
+	probes    probes
 	ears      ears
 	memory    memory
 	metrics   *metrics
@@ -286,7 +289,13 @@ func Open(cfg Config) (*Store, error) {
 		s.closers = append(s.closers, embedded.close)
 	}
 	s.metrics = newMetrics(func() int { return s.ears.count() })
-	s.rdb = connect(cfg, opt)
+	s.dials = &dials{dial: cfg.Dial}
+	if cfg.Dial == nil {
+		s.dials.dial = redis.NewDialer(&redis.Options{DialTimeout: dialTimeout, TLSConfig: opt.TLSConfig})
+	}
+	s.refusals = newRefusals(place(opt), cfg, s.metrics, func() { s.ears.redial() })
+	s.probes.turn = make(chan struct{}, 1)
+	s.rdb = connect(cfg, opt, s.dials.connect)
 	if cfg.Instrument != nil {
 		if err := cfg.Instrument(s.rdb); err != nil {
 			return nil, fmt.Errorf("instrument the client of redis: %w", err)
@@ -307,9 +316,18 @@ func Open(cfg Config) (*Store, error) {
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
 		s.clustered = true
-		s.ears = newShards(cluster, cfg, s.metrics)
+		s.ears = newShards(cluster, cfg, s.metrics, s.refusals)
 	} else {
-		s.ears = newSpread(s.rdb, cfg, s.metrics)
+		s.ears = newSpread(s.rdb, cfg, s.metrics, s.refusals)
+	}
+	if cfg.Redis != Embedded { // which refuses nothing
+		watching, stop := context.WithCancel(context.Background())
+		watched := make(chan struct{})
+		go func() { // ended by Close, which waits for it
+			defer close(watched)
+			s.watch(watching)
+		}()
+		s.closers = append(s.closers, func() { stop(); <-watched })
 	}
 	return s, nil
 }
@@ -320,11 +338,6 @@ func (s *Store) Close() {
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		s.closers[i]()
 	}
-}
-
-// Ping says whether Redis serves.
-func (s *Store) Ping(ctx context.Context) error {
-	return classify(s.rdb.Ping(ctx).Err())
 }
 
 // redisLog is for what go-redis says of itself: every error comes to us as well.
@@ -360,7 +373,13 @@ func (once) NoRetry() bool { return true }
 // or wants. With wait, it also waits until the replicas have what it wrote.
 func (s *Store) run(ctx context.Context, which int, id string, size int, wait bool, args ...any) (reply []any, failed error) {
 	begun := time.Now()
-	defer func() { s.metrics.ran(which, begun, failed) }()
+	defer func() {
+		s.metrics.ran(which, begun, failed)
+		s.refusals.note(ctx, failed)
+		if failed == nil && (which == scriptPush || which == scriptAppend) && reply[0] == "ok" {
+			s.refusals.accepted()
+		}
+	}()
 	c := &call{session: id, args: args, size: size, wait: wait}
 	if s.clustered { // sessions are in different places
 		s.exec(ctx, which, []*call{c})
@@ -418,8 +437,41 @@ func (s *Store) Given(session, epoch string, last int64) {
 	s.memory.note(session, remembered{epoch: epoch, last: last})
 }
 
-// eval answers a reply for each call. short says that they are stored, but that too few replicas have them.
+// eval answers a reply for each call. What a server was asked that is not the master was not executed: it is asked once more,
+// on a connection that is made now. Then reads are served by whoever answers. short says that they are stored, but that too few replicas have them.
 func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []any, short, err error) {
+	generation := s.dials.generation.Load()
+	replies, short, err = s.evalOnce(ctx, which, calls)
+	if s.elsewhere(err) && s.dials.generation.Load() > generation {
+		replies, short, err = s.evalOnce(ctx, which, calls)
+	}
+	return replies, short, err
+}
+
+// elsewhere reports whether err says that the server is not the master, or is silent; then connections are made anew.
+func (s *Store) elsewhere(err error) bool {
+	if reply := redis.Error(nil); errors.As(err, &reply) {
+		if leadsElsewhere(reply.Error()) {
+			s.dropped()
+			return true
+		}
+		return false
+	}
+	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() && !errors.Is(err, errUnsent) {
+		s.dials.drop()
+	}
+	return false
+}
+
+// dropped has all connections made anew, in a Cluster after it was asked who its masters are.
+func (s *Store) dropped() {
+	s.dials.drop()
+	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
+		cluster.ReloadState(context.Background())
+	}
+}
+
+func (s *Store) evalOnce(ctx context.Context, which int, calls []*call) (replies []any, short, err error) {
 	argv, err := s.argv(which, calls)
 	if err != nil {
 		return nil, nil, err
@@ -492,10 +544,18 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 
 // sendScript sends a script by its name, and if Redis does not know that, by its text.
 func (s *Store) sendScript(ctx context.Context, which int, argv []any, send func(context.Context, []any) (*redis.Cmd, error, error)) (cmd *redis.Cmd, short, err error) {
-	cmd, short, err = send(ctx, argv)
+	fresh := func() (*redis.Cmd, error, error) {
+		for {
+			// Each connection of the pool that is from before a failover is found out once, and gone then.
+			if cmd, short, err := send(ctx, argv); !errors.Is(err, errStale) {
+				return cmd, short, err
+			}
+		}
+	}
+	cmd, short, err = fresh()
 	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
 		argv[0], argv[1] = "eval", s.scripts[which].text
-		cmd, short, err = send(ctx, argv)
+		cmd, short, err = fresh()
 	}
 	return cmd, short, err
 }
@@ -559,15 +619,10 @@ func (s *Store) sendAndWait(ctx context.Context, argv []any) (cmd *redis.Cmd, sh
 var (
 	errNoMaster = errors.New("no master is known")
 	errUnsent   = errors.New("the command was not sent")
+	errTurn     = fmt.Errorf("%w: it had no turn", errUnsent)
 )
 
 var errReply = errors.New("not a reply of ours")
-
-// notExecuted are the error replies by which Redis says that it did nothing.
-var notExecuted = []string{
-	"LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MISCONF", "OOM", "NOREPLICAS", "BUSY", "NOSCRIPT", "MOVED", "ASK",
-	"ERR max number of clients",
-}
 
 // classify tells "surely not executed" from "not known".
 func classify(err error) error {
@@ -578,15 +633,17 @@ func classify(err error) error {
 	var reply redis.Error
 	switch {
 	case errors.As(err, &reply):
-		for _, prefix := range notExecuted {
-			if strings.HasPrefix(reply.Error(), prefix) {
-				return fmt.Errorf("%w: %w", ErrAway, err)
-			}
+		code := refusalIn(reply.Error())
+		switch {
+		case code == "":
+			return err
+		case code == RedisDenied && hintWords.MatchString(reply.Error()): // scripts announce what they have done
+			return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 		}
-		return err
+		return &AwayError{Code: code, Err: err}
 	case errors.As(err, &op) && op.Op == "dial", errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted),
 		errors.Is(err, redis.ErrClosed), errors.Is(err, errNoMaster), errors.Is(err, errUnsent):
-		return fmt.Errorf("%w: %w", ErrAway, err)
+		return &AwayError{Code: RedisAway, Err: err}
 	}
 	// Whatever else is no reply of Redis: the connection broke, or time ran out.
 	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)

@@ -501,7 +501,7 @@ func TestAway_isToldFromUnknown(t *testing.T) {
 	if !errors.Is(err, store.ErrAway) {
 		t.Fatal(err)
 	}
-	if err := s.Ping(t.Context()); !store.Away(err) {
+	if err := s.Probe(t.Context()); !store.Away(err) {
 		t.Fatal(err)
 	}
 }

@@ -88,8 +88,10 @@ func (s *Store) ticket(ctx context.Context, what, name, session, connection stri
 	begun := time.Now()
 	cmd, _, err := s.sendScript(ctx, scriptTicket, []any{"evalsha", s.scripts[scriptTicket].sha, 1, "chat:ticket:" + name,
 		what, session, connection, ms, TicketLife.Milliseconds(), begun.UnixMilli(), tickets, name}, s.send)
+	s.elsewhere(err)
 	err = classify(err)
 	s.metrics.ran(scriptTicket, begun, err)
+	s.refusals.note(ctx, err)
 	if errors.Is(err, ErrOutcomeUnknown) { // to do any of it again does no harm
 		err = fmt.Errorf("%w: %v", ErrAway, err)
 	}

@@ -1,0 +1,269 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// A probe asks Redis whether it can be read and whether it takes writes, and tries the rights of its user. PING says none
+// of that: it succeeds on a demoted master, and fails while a full disk stops nothing but writes.
+//
+// The read is the script that reads logs. The writes are the commands of the scripts, sent after MULTI: Redis checks each
+// when it is queued, for rights, memory, replicas and disk, exactly as it does when it executes it. DISCARD then drops
+// them, so nothing is written.
+
+const (
+	// probeEvery bounds how often Redis is probed, however often /readyz is asked.
+	probeEvery = 500 * time.Millisecond
+	// refusedProbe is how often it is probed by the node itself while something is refused.
+	refusedProbe = time.Second
+	probeTimeout = time.Second
+)
+
+// probes is the last probe.
+type probes struct {
+	turn    chan struct{} // held by the one that probes
+	at      time.Time
+	err     error
+	missing []string // rights that its user does not have
+}
+
+// Probe reports whether Redis can be read, and has Writes know whether it takes writes. Calls in quick succession share
+// what one of them found.
+func (s *Store) Probe(ctx context.Context) error {
+	p := &s.probes
+	select {
+	case p.turn <- struct{}{}:
+		defer func() { <-p.turn }()
+	case <-ctx.Done():
+		return &AwayError{Code: RedisAway, Err: ctx.Err()}
+	}
+	if p.at.IsZero() || time.Since(p.at) >= probeEvery {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeTimeout) // others are told what it finds
+		defer cancel()
+		p.err = s.probe(ctx)
+		p.at = time.Now()
+	}
+	return p.err
+}
+
+// probe probes each master. Its error is nil when one of them can be read.
+func (s *Store) probe(ctx context.Context) error {
+	ids := s.probed(ctx)
+	reads, writes := make([]error, len(ids)), make([]error, len(ids))
+	missing := make([][]string, len(ids))
+	var wg sync.WaitGroup
+	for i, id := range ids {
+		wg.Go(func() {
+			c := &call{session: id, args: []any{1, 0, 0, 0}}
+			s.exec(ctx, scriptRead, []*call{c})
+			if reads[i] = classify(c.err); reads[i] != nil {
+				s.refusals.note(ctx, reads[i])
+				return
+			}
+			if s.cfg.Redis != Embedded {
+				missing[i], writes[i] = s.try(ctx, id)
+			}
+		})
+	}
+	wg.Wait()
+	if !slices.ContainsFunc(reads, func(err error) bool { return err == nil }) {
+		return fmt.Errorf("probe redis: %w", reads[0])
+	}
+	s.lacks(slices.Concat(missing...))
+	for _, err := range writes {
+		if err != nil {
+			s.refusals.note(ctx, err)
+			return nil
+		}
+	}
+	if !slices.ContainsFunc(reads, func(err error) bool { return err != nil }) {
+		s.refusals.accepted()
+	}
+	return nil
+}
+
+// probed are sessions that nobody can have, one for each master.
+func (s *Store) probed(ctx context.Context) []string {
+	const id = "!probe"
+	if !s.clustered {
+		return []string{id}
+	}
+	var ids, masters []string
+	for i := range 64 {
+		one := fmt.Sprint(id, i)
+		master, err := s.master(ctx, s.key("session", one))
+		if err == nil && !slices.Contains(masters, master.Options().Addr) {
+			ids, masters = append(ids, one), append(masters, master.Options().Addr)
+		}
+	}
+	if len(ids) == 0 {
+		return []string{id}
+	}
+	return ids
+}
+
+// Rights are the commands that the user of -redis needs, each with arguments under which it would do nothing of
+// importance. A name that begins with @ stands for a key or a channel.
+var (
+	rightsToWrite = []string{
+		"EVALSHA 0 1 @session", "EVAL return 1 @session", "TIME",
+		"HGET @session f", "HMGET @session f", "HGETALL @session", "HLEN @session", "HSET @session f v", "HDEL @session f",
+		"LLEN @history", "LRANGE @history 0 0", "LTRIM @history 0 -1", "LPUSH @history v", "RPUSH @history v",
+		"ZADD @messages XX 1 m", "ZADD @producers XX 1 m", "ZCARD @messages", "ZRANDMEMBER @producers", "ZRANGE @messages 0 0", "ZRANGEBYLEX @producers - +", "ZRANGEBYSCORE @messages 0 0",
+		"ZREM @messages m", "ZREMRANGEBYLEX @producers - (0", "ZREVRANGEBYLEX @producers + -",
+		"PEXPIRE @session 1", "DEL @session", "SETRANGE @stream 0 v", "HSET @ticket f v", "MULTI", "EXEC", "DISCARD",
+	}
+	rightsToHint    = []string{"PUBLISH @stream v", "PUBLISH @uploads v", "PUBLISH @tickets v", "PING", "SUBSCRIBE @stream @uploads @tickets", "UNSUBSCRIBE @stream"}
+	rightsOfMasters = []string{"SPUBLISH @stream v", "SSUBSCRIBE @stream", "SUNSUBSCRIBE @stream"} // of a Cluster
+	rightsToSpare   = []string{"MEMORY USAGE @history"}                                            // without it large pages are read more slowly
+)
+
+// try queues what the scripts do to a session. It returns the rights that are missing, as ACL SETUSER names them, and why
+// writes would be refused.
+func (s *Store) try(ctx context.Context, id string) (missing []string, refusal error) {
+	master, err := s.master(ctx, s.key("session", id))
+	if err != nil {
+		return nil, classify(fmt.Errorf("%w: %w", errNoMaster, err))
+	}
+	var c *redis.Conn
+	for { // as fresh in sendScript
+		c = master.Conn()
+		err := c.Do(ctx, "multi").Err()
+		if err == nil {
+			break
+		}
+		_ = c.Close()
+		if errors.Is(err, errStale) {
+			continue
+		}
+		if err = classify(err); Why(err) == RedisDenied {
+			missing = append(missing, "+multi")
+		}
+		return missing, err
+	}
+	defer c.Close()
+	pipe := c.Pipeline()
+	queue := func(lines []string) (cmds []*redis.Cmd) {
+		for _, line := range lines {
+			if fields := strings.Fields(line); fields[0] != "MULTI" && fields[0] != "EXEC" && fields[0] != "DISCARD" {
+				cmds = append(cmds, pipe.Do(ctx, s.queued(id, fields)...))
+			}
+		}
+		return cmds
+	}
+	writes := queue(rightsToWrite)
+	if s.cfg.WaitReplicas > 0 {
+		writes = append(writes, queue([]string{"WAIT 0 1"})...)
+	}
+	hints := queue(rightsToHint)
+	if s.clustered {
+		hints = append(hints, queue(rightsOfMasters)...)
+	}
+	hints = append(hints, queue(rightsToSpare)...)
+	discard := pipe.Do(ctx, "discard")
+	_, _ = pipe.Exec(ctx)
+	for i, cmd := range append(writes, hints...) {
+		err := classify(cmd.Err())
+		if lost := Why(err) == "" && err != nil && !errors.As(err, new(redis.Error)); lost {
+			return nil, err // the connection broke
+		}
+		if code := Why(err); code == RedisDenied || errors.Is(err, ErrOutcomeUnknown) {
+			missing = append(missing, s.lack(cmd, err))
+		}
+		if i < len(writes) && refusal == nil && Why(err) != "" {
+			refusal = err
+		}
+	}
+	return missing, errors.Join(refusal, classifyDiscard(discard.Err()))
+}
+
+// classifyDiscard is for a connection that broke: what was queued on it is gone with it.
+func classifyDiscard(err error) error {
+	if err = classify(err); errors.Is(err, ErrOutcomeUnknown) {
+		return err
+	}
+	return nil
+}
+
+// queued is a command of the lists of rights, for a session.
+func (s *Store) queued(id string, fields []string) []any {
+	argv := make([]any, 0, len(fields)+1)
+	for i, f := range fields {
+		switch {
+		case i == 2 && fields[0] == "EVAL": // its text has a space
+			argv[1] = "return 1"
+			argv = append(argv, 1)
+		case f == "@uploads":
+			argv = append(argv, uploads)
+		case f == "@tickets":
+			argv = append(argv, tickets)
+		case f[0] == '@':
+			argv = append(argv, s.key(f[1:], id))
+		default:
+			argv = append(argv, f)
+		}
+	}
+	return argv
+}
+
+// lack names the right that is missing when a command was denied.
+func (s *Store) lack(cmd *redis.Cmd, err error) string {
+	text := err.Error()
+	switch {
+	case strings.Contains(text, "channel"):
+		return "&chat:*"
+	case strings.Contains(text, "key"):
+		return "~chat:*"
+	}
+	name := cmd.Name()
+	if name == "memory" {
+		name += "|usage"
+	}
+	return "+" + name
+}
+
+// lacks says which rights are missing, whenever that changes. Only the one that probes calls it.
+func (s *Store) lacks(missing []string) {
+	slices.Sort(missing)
+	missing = slices.Compact(missing)
+	if slices.Equal(missing, s.probes.missing) {
+		return
+	}
+	s.probes.missing = missing
+	if len(missing) == 0 {
+		s.log.LogAttrs(context.Background(), slog.LevelInfo, "the user of -redis has the rights that it needs", slog.String("redis", s.refusals.at))
+		return
+	}
+	s.log.LogAttrs(context.Background(), slog.LevelWarn, "the user of -redis lacks rights that it needs", slog.String("redis", s.refusals.at),
+		slog.String("missing", strings.Join(missing, " ")), slog.String("remedy", "ACL SETUSER, with the whole line that the README has"))
+}
+
+// watch probes Redis at the start, and for as long as it refuses something: so that a refusal is known to be over also when
+// nobody appends.
+func (s *Store) watch(ctx context.Context) {
+	_ = s.Probe(ctx) // what it finds is noted
+	for {
+		select {
+		case <-s.refusals.wake:
+		case <-ctx.Done():
+			return
+		}
+		for !s.refusals.well.Load() {
+			select {
+			case <-time.After(refusedProbe):
+			case <-ctx.Done():
+				return
+			}
+			_ = s.Probe(ctx)
+		}
+	}
+}
