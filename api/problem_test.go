@@ -1,6 +1,7 @@
 package api
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -96,6 +97,53 @@ func TestProblem_otherOriginsPagesChangeNothing(t *testing.T) {
 	}
 }
 
+func refusedBy(code string) error {
+	return fmt.Errorf("append: %w", &store.AwayError{Code: code, Err: errors.New("it says so")})
+}
+
+// A node whose Redis refuses writes serves viewers, and is ready for those who ask for no more.
+func TestReady_tellsReadingFromWriting(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, on(redis))
+	n.append("s", `{"content":"sesame"}`)
+	is := func(path string, status int, writes string) func() bool {
+		return func() bool {
+			a := n.get(path)
+			var said struct{ Status, Writes, Code any }
+			_ = json.Unmarshal([]byte(a.body), &said)
+			return a.status == status && said.Writes == writes && (status == 200 && said.Status == "ready" || said.Code == writes && a.header.Get("Retry-After") != "")
+		}
+	}
+	for what, c := range map[string]struct{ code, set, unset string }{
+		"full": {"redis_full", "maxmemory 100kb", "maxmemory 0"}, "without replicas": {"redis_readonly", "min-replicas-to-write 1", "min-replicas-to-write 0"},
+	} {
+		config := func(text string) {
+			t.Helper()
+			name, value, _ := strings.Cut(text, " ")
+			if err := redis.ConfigSet(t.Context(), name, value).Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, path := range []string{"/readyz", "/readyz?for=writes"} {
+			eventually(t, "ready for all", is(path, 200, "ok"))
+		}
+		config(c.set)
+		eventually(t, what+": ready for viewers", is("/readyz", 200, c.code))
+		eventually(t, what+": not ready for producers", is("/readyz?for=writes", 503, c.code))
+		n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame"}`).refused(t, 503, c.code)
+		if p := n.page("s", ""); p.Last != 1 {
+			t.Errorf("%s: %+v", what, p)
+		}
+		config(c.unset)
+	}
+	redis.Kill()
+	eventually(t, "not ready", is("/readyz", 503, "redis_away"))
+	for _, query := range []string{"for=", "for=reads", "for=writes&for=writes"} {
+		n.do(request{method: "GET", path: "/readyz?" + query, bad: true}).refused(t, 400, "invalid_parameter")
+	}
+}
+
 func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -109,6 +157,9 @@ func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
 		code   string
 	}{
 		{fmt.Errorf("append: %w", store.ErrAway), 503, "redis_away"},
+		{refusedBy(store.RedisFull), 503, "redis_full"},
+		{refusedBy(store.RedisReadOnly), 503, "redis_readonly"},
+		{refusedBy(store.RedisDenied), 503, "redis_denied"},
 		{fmt.Errorf("append: %w", store.ErrOutcomeUnknown), 504, "outcome_unknown"},
 		{errors.New("a fault"), 500, "internal"},
 	} {
@@ -118,7 +169,11 @@ func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
 			case !asksRedis(q), (q.method == http.MethodGet || isTickets(q)) && c.status == 504: // the store answers what may be repeated so
 				continue
 			case q.path == "/readyz":
-				n.do(q).refused(t, 503, "redis_away")
+				code := c.code
+				if c.status != 503 {
+					code = "redis_away"
+				}
+				n.do(q).refused(t, 503, code)
 				continue
 			}
 			a := n.do(q)
@@ -187,6 +242,9 @@ func TestProblem_redisThatIsSilentLeavesWritesInDoubtAndReadsAway(t *testing.T) 
 		{method: "GET", path: "/v1/sessions/s"}, {method: "GET", path: "/v1/sessions/s/chunks"}, {method: "GET", path: "/readyz"},
 		{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "[]"},
 	} {
+		if q.path == "/readyz" { // which tells for a moment what it was told last
+			eventually(t, "not ready", func() bool { return n.do(q).status == 503 })
+		}
 		a := n.do(q)
 		a.refused(t, 503, "redis_away")
 		redis.Signal(syscall.SIGCONT) // so that its connection is made anew
@@ -195,7 +253,7 @@ func TestProblem_redisThatIsSilentLeavesWritesInDoubtAndReadsAway(t *testing.T) 
 	}
 	// The connections are there: what is sent on one may take effect.
 	redis.Signal(syscall.SIGCONT)
-	eventually(t, "ready", func() bool { return n.get("/readyz").status == 200 })
+	eventually(t, "a connection is there", func() bool { return n.get("/v1/sessions/s/chunks").status == 200 })
 	redis.Signal(syscall.SIGSTOP)
 	n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame 1"}`).refused(t, 504, "outcome_unknown")
 	redis.Signal(syscall.SIGCONT)
