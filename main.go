@@ -175,7 +175,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
 	fs.StringVar(&logFormat, "log-format", "text", "text or json")
 	fs.Usage = func() {
-		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\n\n  gapless [flags]              serves\n  gapless doctor [flags] URL   says why a server does not stream (gapless doctor -help)\n  gapless live|ready URL       exits with 0 when the node is, for health checks\n\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
+		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\n\n  gapless [flags]              serves\n  gapless doctor [flags] URL   says why a server does not stream (gapless doctor -help)\n  gapless live|ready URL       exits with 0 when the node is, for health checks (URL?for=writes: ready for appends, too)\n\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
 		fs.PrintDefaults()
 	}
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -116,7 +117,8 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 	return 0
 }
 
-// check is gapless live URL and gapless ready URL, for containers, which have no curl.
+// check is gapless live URL and gapless ready URL, for containers, which have no curl. The URL's query is kept: ?for=writes asks
+// whether the node takes appends, too.
 func check(path string) func(context.Context, []string, func(string) (string, bool)) int {
 	return func(ctx context.Context, args []string, _ func(string) (string, bool)) int {
 		var at *url.URL
@@ -125,7 +127,7 @@ func check(path string) func(context.Context, []string, func(string) (string, bo
 			at, err = url.Parse(args[0])
 		}
 		if at == nil || err != nil || at.Host == "" {
-			fmt.Fprintln(os.Stderr, "it takes one argument, the URL of a node, such as http://127.0.0.1:8080")
+			fmt.Fprintln(os.Stderr, "it takes one argument, the URL of a node, such as http://127.0.0.1:8080, or http://127.0.0.1:8080?for=writes for ready")
 			return 2
 		}
 		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
@@ -144,9 +146,11 @@ func check(path string) func(context.Context, []string, func(string) (string, bo
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		_ = response.Body.Close()
+		defer response.Body.Close()
 		if response.StatusCode != http.StatusOK {
-			fmt.Fprintln(os.Stderr, response.Status)
+			var why struct{ Code, Detail string }
+			_ = json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(&why) // a proxy's answer is something else
+			fmt.Fprintln(os.Stderr, strings.TrimSpace(response.Status+" "+why.Code+" "+why.Detail))
 			return 1
 		}
 		return 0

@@ -241,7 +241,7 @@ func whyStatus(r *http.Response) string {
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		return "call " + r.Header.Get("Location") + " instead: viewers must not be redirected, some come back to the wrong address"
 	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		return "the proxy has no node, or the nodes have no Redis: look at /readyz of each"
+		return "the proxy has no node, the nodes have no Redis, or Redis refuses writes: look at /readyz?for=writes of each"
 	}
 	return "look at the server's log, and at the proxy's"
 }
