@@ -189,7 +189,11 @@ func (a *API) answer(u *upload, x exchange, question string) {
 		}
 	}
 	if err := u.append([]store.Chunk{last}, store.HoldClosed); err != nil && !over(err) {
-		log.Error("answer is left without its end", slog.Any("err", err))
+		level := slog.LevelError
+		if store.Away(err) { // that Redis is away, or refuses, is said once for all; the message's lease runs out instead
+			level = slog.LevelDebug
+		}
+		log.LogAttrs(context.Background(), level, "answer is left without its end", slog.Any("err", err))
 		return
 	}
 	log.Info("answer ends")

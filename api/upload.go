@@ -222,8 +222,8 @@ func (u *upload) leave(how store.Hold) {
 	}
 	u.closed = true
 	if _, err := u.send(store.Batch{Hold: how, Messages: u.held}); err != nil {
-		// Their leases run out instead.
-		u.api.log.LogAttrs(context.Background(), slog.LevelInfo, "an upload's messages are left to their leases", slog.String("session", u.session), slog.Any("err", err))
+		// Their leases run out instead. That Redis is away, or refuses, is said once for all uploads.
+		u.api.log.LogAttrs(context.Background(), slog.LevelDebug, "an upload's messages are left to their leases", slog.String("session", u.session), slog.Any("err", err))
 	}
 }
 

@@ -28,7 +28,7 @@ type Hub struct {
 	drain   context.CancelFunc
 	spread  time.Duration
 
-	away      atomic.Bool // the last read failed
+	trouble   trouble
 	pages     pages
 	snapshots snapshots
 	gone      departures
@@ -190,13 +190,41 @@ func (h *Hub) leave(v *Viewer) {
 // limit is how many bytes of events one feed may keep now.
 func (h *Hub) limit() int { return int(h.share.Load()) }
 
-// found says once that Redis went away, and once that it is back.
+// trouble is what the log says of reads that fail. Some may fail while others succeed, a key of another type for example: so it says
+// that they fail at most every troubleEvery, and that they do not any more when none has failed for troubleOver.
+type trouble struct {
+	told atomic.Bool // the log says that reads fail
+
+	mu       sync.Mutex
+	failed   time.Time // when the last one failed
+	saidLast time.Time
+}
+
+const (
+	troubleEvery = 30 * time.Second
+	troubleOver  = 3 * time.Second
+)
+
+// found notes what became of a read.
 func (h *Hub) found(err error) {
+	t := &h.trouble
+	if err == nil && !t.told.Load() || err != nil && h.ctx.Err() != nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
 	switch {
-	case err == nil && h.away.CompareAndSwap(true, false):
+	case err == nil && t.told.Load() && now.Sub(t.failed) >= troubleOver:
+		t.told.Store(false)
 		h.log.Info("redis is back")
-	case err != nil && h.ctx.Err() == nil && h.away.CompareAndSwap(false, true):
-		h.log.Warn("logs cannot be read, viewers are held", slog.Any("err", err))
+	case err != nil:
+		t.failed = now
+		if t.saidLast.IsZero() || now.Sub(t.saidLast) >= troubleEvery {
+			t.saidLast = now
+			t.told.Store(true)
+			h.log.Warn("logs cannot be read, viewers are held", slog.Any("err", err))
+		}
 	}
 }
 

@@ -39,6 +39,9 @@ func (d *dials) drop() {
 	}
 }
 
+// spoil does what drop does at once, and says nothing of where the address leads: one of the connections must not be used again.
+func (d *dials) spoil() { d.generation.Add(1) }
+
 // recently reports whether drop has just had connections made anew: those that there are now lead wherever the address leads.
 func (d *dials) recently() bool {
 	d.mu.Lock()

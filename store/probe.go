@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -33,7 +34,8 @@ type probes struct {
 	turn    chan struct{} // held by the one that probes
 	at      time.Time
 	err     error
-	missing []string // rights that its user does not have
+	missing []string    // rights that its user does not have
+	simple  atomic.Bool // its user may not do what try does
 }
 
 // Probe reports whether Redis can be read, and has Writes know whether it takes writes. Calls in quick succession share
@@ -67,18 +69,17 @@ func (s *Store) probe(ctx context.Context) error {
 			s.exec(ctx, scriptRead, []*call{c})
 			if reads[i] = classify(c.err); reads[i] != nil {
 				s.refusals.note(ctx, reads[i])
-				return
 			}
-			if s.cfg.Redis != Embedded {
+			if s.cfg.Redis != Embedded && (reads[i] == nil || Why(reads[i]) == RedisDenied) { // which right is it?
 				missing[i], writes[i] = s.try(ctx, id)
 			}
 		})
 	}
 	wg.Wait()
+	s.lacks(slices.Concat(missing...))
 	if !slices.ContainsFunc(reads, func(err error) bool { return err == nil }) {
 		return fmt.Errorf("probe redis: %w", reads[0])
 	}
-	s.lacks(slices.Concat(missing...))
 	for _, err := range writes {
 		if err != nil {
 			s.refusals.note(ctx, err)
@@ -134,6 +135,9 @@ func (s *Store) try(ctx context.Context, id string) (missing []string, refusal e
 	if err != nil {
 		return nil, classify(fmt.Errorf("%w: %w", errNoMaster, err))
 	}
+	if s.probes.simple.Load() { // what is missing is known by then
+		return s.probes.missing, classify(master.SetRange(ctx, s.key("stream", id), 0, "").Err())
+	}
 	var c *redis.Conn
 	for { // as fresh in sendScript
 		c = master.Conn()
@@ -145,10 +149,12 @@ func (s *Store) try(ctx context.Context, id string) (missing []string, refusal e
 		if errors.Is(err, errStale) {
 			continue
 		}
-		if err = classify(err); Why(err) == RedisDenied {
-			missing = append(missing, "+multi")
+		if err = classify(err); strings.Contains(err.Error(), "NOPERM") {
+			s.probes.simple.Store(true)
+			_, refusal = s.try(ctx, id)
+			return []string{"+multi"}, refusal
 		}
-		return missing, err
+		return nil, err
 	}
 	defer c.Close()
 	pipe := c.Pipeline()
@@ -171,10 +177,17 @@ func (s *Store) try(ctx context.Context, id string) (missing []string, refusal e
 	hints = append(hints, queue(rightsToSpare)...)
 	discard := pipe.Do(ctx, "discard")
 	_, _ = pipe.Exec(ctx)
+	if err := discard.Err(); err != nil { // the connection is still in the transaction
+		s.dials.spoil()
+		if strings.Contains(err.Error(), "NOPERM") {
+			s.probes.simple.Store(true)
+			missing = append(missing, "+discard")
+		}
+	}
 	for i, cmd := range append(writes, hints...) {
 		err := classify(cmd.Err())
-		if lost := Why(err) == "" && err != nil && !errors.As(err, new(redis.Error)); lost {
-			return nil, err // the connection broke
+		if err != nil && !errors.As(err, new(redis.Error)) {
+			return s.probes.missing, err // the connection broke
 		}
 		if code := Why(err); code == RedisDenied || errors.Is(err, ErrOutcomeUnknown) {
 			missing = append(missing, s.lack(cmd, err))
@@ -183,15 +196,7 @@ func (s *Store) try(ctx context.Context, id string) (missing []string, refusal e
 			refusal = err
 		}
 	}
-	return missing, errors.Join(refusal, classifyDiscard(discard.Err()))
-}
-
-// classifyDiscard is for a connection that broke: what was queued on it is gone with it.
-func classifyDiscard(err error) error {
-	if err = classify(err); errors.Is(err, ErrOutcomeUnknown) {
-		return err
-	}
-	return nil
+	return missing, refusal
 }
 
 // queued is a command of the lists of rights, for a session.
