@@ -129,6 +129,56 @@ func TestRights_thoseOfTheReadmeAreEnough(t *testing.T) {
 	}
 }
 
+// In a Cluster some more are needed, which the README names as well.
+func TestRights_thoseOfTheReadmeAreEnoughForACluster(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	more := regexp.MustCompile("`(\\+cluster[^`]*)`").FindSubmatch(readme)
+	if more == nil {
+		t.Fatal("the README has no rights for a Cluster")
+	}
+	c := storetest.Cluster(t)
+	for _, r := range c.Servers {
+		doLine(t, r, append(rightsLine(t), strings.Fields(string(more[1]))...))
+	}
+	var log lines
+	s := open(t, func(cfg *store.Config) {
+		cfg.Redis, cfg.Logger = strings.Replace(c.URL(), "://", "://gapless:s3same@", 1), log.logger()
+	})
+	for i := range 12 { // on all masters
+		id := fmt.Sprint("s", i)
+		for range 3 {
+			mustAppend(t, s, id, delta("a"))
+		}
+		l := &tail{s: s, id: id, again: make(chan struct{}, 1)}
+		stop := s.Listen(id, l)
+		<-l.again
+		eventually(t, "a chunk is heard", func() bool { mustAppend(t, s, id, delta("b")); return l.heard() > 0 })
+		stop()
+		if err := s.Delete(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := s.Probe(t.Context()); err != nil || s.Writes() != store.WritesOK {
+		t.Errorf("%v, writes %s", err, s.Writes())
+	}
+	if got := log.String(); got != "" {
+		t.Errorf("the log:\n%s", got)
+	}
+	for _, r := range c.Servers {
+		if denied := r.Do(t.Context(), "ACL", "LOG").Val(); fmt.Sprint(denied) != "[]" {
+			t.Errorf("Redis has denied something: %v", denied)
+		}
+	}
+	// One of the masters is full: logs are read, and writes are refused.
+	if err := c.MasterOf("chat:history:{s1}").ConfigSet(t.Context(), "maxmemory", "100kb").Err(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is known", func() bool { return s.Probe(t.Context()) == nil && s.Writes() == store.RedisFull })
+}
+
 // Each right that is missing is named when a node starts; so none of those in the README is too much, and none is missing there.
 func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 	r := storetest.Redis(t)
