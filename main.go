@@ -119,7 +119,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.store.RedisKey, "redis-key", "", "`file` of its private key")
 	fs.IntVar(&cfg.store.WaitReplicas, "wait-replicas", 0, "how many replicas must have an append before it is acknowledged")
 	fs.DurationVar(&cfg.store.WaitTimeout, "wait-timeout", cfg.store.WaitTimeout, "how long they may take; after that the outcome is unknown")
-	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use")
+	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use: one that is viewed is in use")
 	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
 	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message outlives the upload that it came from: one whose connection broke and that has producer numbers, or whose node died")
 	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "which end of the list foreign producers push to: oldest-first (RPUSH) or newest-first (LPUSH)")
@@ -300,7 +300,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
-	cfg.api.Demo = cfg.demo
+	cfg.api.Demo, cfg.sse.Kept = cfg.demo, cfg.store.HistoryTTL
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger, cfg.model.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
 	version, _ := build()
 	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}

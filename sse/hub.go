@@ -258,10 +258,11 @@ func (h *Hub) work() {
 	}
 }
 
-// clock has each feed read its log once per reconcile interval, and lets go of feeds
+// clock has each feed read its log once per interval, and lets go of feeds
 // that nobody has viewed for a while.
 func (h *Hub) clock() {
-	every := max(min(h.cfg.Reconcile/8, h.cfg.Heartbeat/4), time.Millisecond)
+	interval := h.cfg.interval()
+	every := max(min(interval/8, h.cfg.Heartbeat/4), time.Millisecond)
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -280,7 +281,7 @@ func (h *Hub) clock() {
 		for _, f := range feeds {
 			f.mu.Lock()
 			idle := len(f.viewers) == 0 && now.Sub(f.idle) >= h.cfg.Linger
-			if !idle && now.Sub(f.readAt) >= h.cfg.Reconcile*3/4 { // ticks and the read itself make up the rest
+			if !idle && now.Sub(f.readAt) >= interval*3/4 { // ticks and the read itself make up the rest
 				f.routine = !f.pending && !f.busy
 				f.ask()
 			}

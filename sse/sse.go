@@ -55,6 +55,9 @@ type Config struct {
 	// Reconcile is how long a feed goes without reading the log. It bounds the delay of
 	// a chunk whose every announcement was lost.
 	Reconcile time.Duration
+	// Kept is how long the store keeps a log after it was read, at least; 0: for ever. A log that is viewed is
+	// read three times as often, if that is more often than Reconcile says.
+	Kept time.Duration
 	// Window is how many bytes of events a feed keeps; WindowTotal bounds all of them.
 	Window, WindowTotal int
 	// SnapshotMax is how many bytes a snapshot may have (Ask.Snapshot): it says what the beginning of
@@ -126,6 +129,14 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("-feeds: %d is less than none: 0 is no limit", c.Feeds))
 	}
 	return errors.Join(errs...)
+}
+
+// interval is how long a feed goes without reading the log.
+func (c Config) interval() time.Duration {
+	if c.Kept > 0 {
+		return min(c.Reconcile, c.Kept/3)
+	}
+	return c.Reconcile
 }
 
 // Cause names why a response ended. Every one ends for exactly one cause.

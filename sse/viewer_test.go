@@ -263,6 +263,50 @@ func TestViewer_endOfTheLog(t *testing.T) {
 	})
 }
 
+// A log that is viewed is read before it expires, however soon that is; and no more often than that needs.
+func TestHub_logThatIsViewedIsReadBeforeItExpires(t *testing.T) {
+	for _, c := range []struct{ kept, reconcile time.Duration }{
+		{time.Second, 2 * time.Second}, {time.Second, 10 * time.Second}, {3 * time.Second, 2 * time.Second}, {24 * time.Hour, 2 * time.Second}, {0, 2 * time.Second},
+		{876_000 * time.Hour, time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			log := &timed{Log: &storetest.Log{}}
+			cfg := testConfig()
+			cfg.Kept, cfg.Reconcile = c.kept, c.reconcile
+			h := NewHub(cfg, log)
+			defer h.Close()
+			log.Append("a")
+			w := watch(t, h, Ask{Session: "s"})
+			synctest.Wait()
+			log.Ack()
+			time.Sleep(time.Minute)
+			w.leave()
+			least, most := c.reconcile/2, c.reconcile
+			if c.kept > 0 && c.kept < 3*c.reconcile {
+				least, most = c.kept/6, c.kept/2
+			}
+			longest := time.Duration(0)
+			for i := range len(log.at) - 1 {
+				longest = max(longest, log.at[i+1].Sub(log.at[i]))
+			}
+			if n := len(log.at); longest > most || n > int(time.Minute/least)+3 {
+				t.Errorf("%+v: it is read %d times in a minute, after %v at the latest", c, n, longest)
+			}
+		})
+	}
+}
+
+// timed is a log that knows when it was read.
+type timed struct {
+	*storetest.Log
+	at []time.Time
+}
+
+func (l *timed) Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error) {
+	l.at = append(l.at, time.Now())
+	return l.Log.Read(ctx, session, from, bytes, count)
+}
+
 // A viewer that cannot be told a reset begins at the first chunk that is kept, as long as it was given nothing: of any
 // epoch, of a log that was trimmed, and of one that is trimmed at the moment.
 func TestViewer_thatCannotBeTold_beginsWhereTheLogDoes(t *testing.T) {

@@ -55,8 +55,9 @@ type Config struct {
 	// HistoryTTL is how long a list is kept after its last use. A day: an answer is
 	// read again the next morning, hardly ever later.
 	HistoryTTL time.Duration
-	// SessionTTL is how long the hash is kept. It outlives the list by far, so that
-	// numbers go on, and are not reused, when somebody comes back to an expired log.
+	// SessionTTL is how long the hash is kept, or twice as long as the list if that is longer. It
+	// outlives the list by far, so that numbers go on, and are not reused, when somebody
+	// comes back to an expired log, and so that one that has ended stays so.
 	SessionTTL time.Duration
 	// HistoryMax is how many chunks of a log are kept. 100,000 words are a long book.
 	HistoryMax int
@@ -123,8 +124,8 @@ func (c Config) Validate() error {
 	if c.WaitReplicas > 0 && (c.WaitTimeout < 10*time.Millisecond || c.WaitTimeout >= c.Timeout) {
 		errs = append(errs, fmt.Errorf("-wait-timeout: %v is not between 10ms and %v", c.WaitTimeout, c.Timeout))
 	}
-	if c.HistoryTTL < time.Second {
-		errs = append(errs, fmt.Errorf("-history-ttl: %v is less than a second", c.HistoryTTL))
+	if c.HistoryTTL < time.Second || c.HistoryTTL > mostTTL {
+		errs = append(errs, fmt.Errorf("-history-ttl: %v is not between a second and a hundred years", c.HistoryTTL))
 	}
 	if c.HistoryMax < 1 {
 		errs = append(errs, fmt.Errorf("-history-max: %d is less than one chunk", c.HistoryMax))
@@ -140,6 +141,9 @@ func (c Config) Validate() error {
 	}
 	return errors.Join(errs...)
 }
+
+// mostTTL is the longest that a list is kept.
+const mostTTL = 100 * 365 * 24 * time.Hour
 
 // Errors that callers tell apart. Everything else that a Store returns is a fault
 // that nobody foresaw.
@@ -517,7 +521,8 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if s.clustered {
 		publish = "SPUBLISH"
 	}
-	ttl, sessionTTL, grace := s.cfg.HistoryTTL.Milliseconds(), s.cfg.SessionTTL.Milliseconds(), s.cfg.Grace.Milliseconds()
+	ttl, grace := s.cfg.HistoryTTL.Milliseconds(), s.cfg.Grace.Milliseconds()
+	sessionTTL := max(s.cfg.SessionTTL.Milliseconds(), 2*ttl)
 	if which == scriptPush {
 		argv = append(argv, ttl, sessionTTL, s.cfg.HistoryOrder, publish, s.cfg.HistoryMax, grace)
 		for _, c := range calls {

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/alicebob/miniredis/v2"
+	"github.com/redis/go-redis/v9"
 	"go.uber.org/goleak"
 	"pgregory.net/rapid"
 
@@ -307,6 +309,44 @@ func TestContract_keysAndBytes(t *testing.T) {
 	mustRead(t, s, "s1", 1, 0, 0)
 	if d := r.PTTL(t.Context(), "chat:history:s1").Val(); d < 59*time.Minute {
 		t.Fatal("a read does not refresh the time to live", d)
+	}
+}
+
+// The hash outlives the list, however long that is kept: an ended log whose hash were gone first would be open again, and
+// its numbers would begin again.
+func TestContract_theHashOutlivesTheList(t *testing.T) {
+	for name, url := range map[string]string{"redis": storetest.Redis(t).URL(), "miniredis": "redis://" + miniredis.RunT(t).Addr()} {
+		opt, err := redis.ParseURL(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := redis.NewClient(opt)
+		defer r.Close()
+		for _, ttl := range []time.Duration{time.Minute, 24 * time.Hour, 30 * 24 * time.Hour, 31 * 24 * time.Hour, 8760 * time.Hour, 876_000 * time.Hour} {
+			s := open(t, func(c *store.Config) { c.Redis, c.HistoryTTL = url, ttl })
+			id := fmt.Sprint(name, ttl)
+			for _, c := range []struct {
+				what string
+				use  func()
+			}{
+				{"made", func() { mustAppend(t, s, id, delta("a")) }},
+				{"appended", func() { mustAppend(t, s, id, delta("b")) }},
+				{"read", func() { mustRead(t, s, id, 1, lots, lots) }},
+				{"ended", func() { mustAppend(t, s, id, store.NewEnding(store.TypeEnd, store.Fill{})) }},
+			} {
+				c.use()
+				list, hash := r.PTTL(t.Context(), "chat:history:"+id).Val(), r.PTTL(t.Context(), "chat:session:"+id).Val()
+				if list <= 0 || list > ttl || hash <= list || hash < 29*24*time.Hour {
+					t.Errorf("%s, %s, with %v: the list is kept for %v, the hash for %v", name, c.what, ttl, list, hash)
+				}
+			}
+		}
+	}
+	for _, ttl := range []time.Duration{0, time.Millisecond, 876_001 * time.Hour} {
+		c := store.DefaultConfig()
+		if c.HistoryTTL = ttl; c.Validate() == nil {
+			t.Errorf("%v is taken", ttl)
+		}
 	}
 }
 
