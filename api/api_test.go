@@ -96,7 +96,8 @@ func serve(t testing.TB, change func(*setup)) *node {
 	s := setup{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: DefaultConfig(), model: says("Yes, ", secret, "."), logs: func(l Logs) Logs { return l }}
 	s.store.Logger, s.sse.Logger, s.api.Logger = logger, logger, logger
 	s.sse.Node, s.api.Demo = "n1", true
-	s.store.Timeout = 30 * time.Second // a busy machine's Redis is slow to answer, too
+	// A busy machine's Redis is slow to answer, too.
+	s.store.Timeout = 30 * time.Second
 	s.api.Limits.Addresses, s.api.Limits.Logger = false, logger // all tests come from one
 	if change != nil {
 		change(&s)

@@ -36,6 +36,7 @@ func newTwin(t testing.TB, order string) *twin {
 		t.Fatal(err)
 	}
 	cfg := store.DefaultConfig()
+	cfg.Timeout = 30 * time.Second // as in open
 	cfg.Redis, cfg.HistoryOrder, cfg.HistoryMax, cfg.NamesMax = "redis://"+w.redis.Addr(), order, 6, 3
 	var err error
 	if w.Store, err = store.Open(cfg); err != nil {
