@@ -360,10 +360,15 @@ type stored struct {
 	Count int    `json:"count"`
 }
 
-// append posts a chunk, or an array of them, that must be stored.
+// append posts a chunk, or an array of them, that must be stored. What was not because a busy
+// machine's Redis was slow is said again, as producers do.
 func (n *node) append(t *testing.T, session, body string) (s stored) {
 	t.Helper()
-	a := n.post("/v1/sessions/"+session+"/chunks", "application/json", body)
+	var a answer
+	eventually(t, "Redis is there", func() bool {
+		a = n.post("/v1/sessions/"+session+"/chunks", "application/json", body)
+		return a.status != http.StatusServiceUnavailable || !strings.Contains(a.body, `"redis_away"`)
+	})
 	if a.status != http.StatusCreated {
 		t.Fatalf("append to %s: %d %s (%v)", session, a.status, a.body, a.err)
 	}
