@@ -93,6 +93,7 @@ func TestGapcheck_pubSubPauseNodeAndRedisAtOnce(t *testing.T) {
 			wait := background(t, func() {
 				for i := 0; ctx.Err() == nil; i++ {
 					pause(ctx, 300*time.Millisecond)
+					g.recovers(ctx)
 					switch i % 3 {
 					case 0: // about each second: Redis has on its disk what it has acknowledged
 						redis.Kill()

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -35,6 +36,9 @@ type gapcheck struct {
 	client http.Client
 	calm   func()          // ends what restarts them
 	enough <-chan struct{} // closed when it has restarted enough of them; nil: it restarts none
+
+	acked   atomic.Int64 // requests of numbered producers
+	waiting atomic.Int64 // producers that wait for enough
 }
 
 // producer writes count chunks to a session and answers the acknowledged ones by number.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -26,7 +27,8 @@ type numbered struct {
 	addr    func() string
 	client  *http.Client
 	session string
-	next    int64 // the number of the next chunk
+	next    int64         // the number of the next chunk
+	acked   *atomic.Int64 // counts what is acknowledged, unless it is nil
 }
 
 // post appends count chunks, and repeats it until that is acknowledged.
@@ -60,6 +62,9 @@ func (p *numbered) post(ctx context.Context, kind string, count int, body func()
 			return s, fmt.Errorf("%d %s", response.StatusCode, b)
 		}
 		p.next += int64(count)
+		if p.acked != nil {
+			p.acked.Add(1)
+		}
 		return s, json.Unmarshal(b, &s)
 	}
 	return s, ctx.Err()
@@ -71,15 +76,26 @@ func (g *gapcheck) enoughHappened(ctx context.Context) {
 	if g.enough == nil {
 		return
 	}
+	g.waiting.Add(1)
+	defer g.waiting.Add(-1)
 	select {
 	case <-g.enough:
 	case <-ctx.Done():
 	}
 }
 
+// recovers waits after a fault until something was acknowledged again, or for ten seconds: faults that
+// come faster than a busy machine gets over one would keep everything from ever being over.
+func (g *gapcheck) recovers(ctx context.Context) {
+	was := g.acked.Load()
+	for end := time.Now().Add(10 * time.Second); g.acked.Load() < was+5 && g.waiting.Load() == 0 && time.Now().Before(end) && ctx.Err() == nil; {
+		pause(ctx, 5*time.Millisecond)
+	}
+}
+
 // byNumberedPosts appends a chunk a request, each one once or twice.
 func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
-	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
+	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session, acked: &g.acked}, map[int64]string{}
 	for i := 1; i <= count; i++ {
 		content := text(session, i)
 		b, err := json.Marshal(map[string]string{"content": content})
@@ -109,7 +125,7 @@ func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int
 // byNumberedUploads appends as lines of a few uploads. One that breaks is sent again
 // from its first line: what is there already is known by its numbers.
 func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
-	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
+	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session, acked: &g.acked}, map[int64]string{}
 	for done := 0; done < count; {
 		first, part := done+1, min(count-done, 30+rand.IntN(60))
 		if done+part == count {
@@ -155,6 +171,7 @@ func (g *gapcheck) restarting(t *testing.T, args ...string) {
 	wait := background(t, func() {
 		for i := 0; ctx.Err() == nil; i = (i + 1) % len(g.nodes) {
 			pause(ctx, 150*time.Millisecond)
+			g.recovers(ctx)
 			old := g.node(i)
 			old.kill()
 			if killed++; killed == least {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/target"
@@ -182,11 +183,25 @@ func testNaive(t *testing.T, w world) {
 	}
 	eventually(t, "the plot shows the losses", func() bool { return slices.Contains(p.marks(), "lost") })
 
-	// The last one of all is lost without any other that could show it.
-	p.run(`document.getElementById('gap').value = '1000'; document.getElementById('gap').dispatchEvent(new Event('change'))`)
-	p.until(`gapless.naive.state === 'reading' && gapless.naive.missing === 0`)
-	w.node.post(t, "/v1/sessions/naive/chunks", chunk{MessageID: "last", Content: "the last word"})
-	p.until(fmt.Sprintf(`gapless.naive.missing === 1 && gapless.naive.lost.includes(%d)`, total+1))
+	// The last one of all is lost without any other that could show it; unless a busy machine says it
+	// when the naive viewer listens already.
+	missed := false
+	for try := 0; !missed; try++ {
+		if try == 10 {
+			t.Fatal("the naive viewer misses nothing")
+		}
+		p.run(`document.getElementById('gap').value = '1000'; document.getElementById('gap').dispatchEvent(new Event('change'))`)
+		p.until(`gapless.naive.state === 'reading' && gapless.naive.missing === 0`)
+		w.node.post(t, "/v1/sessions/naive/chunks", chunk{MessageID: "last", Content: "the last word"})
+		total++
+		p.until(fmt.Sprintf(`gapless.seq === %d && gapless.naive.state === 'live'`, total))
+		for range 50 {
+			if missed = eval[bool](p, fmt.Sprintf(`gapless.naive.missing === 1 && gapless.naive.lost.includes(%d)`, total)); missed {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
 	p.until(`document.getElementById('naive-count').textContent.startsWith('1 lost now')`)
 
 	p.press("#compare")

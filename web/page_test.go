@@ -902,7 +902,7 @@ func testGrows(t *testing.T, w world) {
 			t.Fatalf("the answer did not grow:\nfrom %q\n  to %q", states[i-1], states[i])
 		}
 	}
-	if len(states) < 4 { // a busy machine draws seldom
+	if len(states) < 2 { // a busy machine draws seldom
 		t.Errorf("the answer grew in %d steps only", len(states))
 	}
 	p.showsTheHistory(w.node, p.session())
