@@ -213,7 +213,7 @@ func (f *feed) Live(payload string) {
 			f.trust = f.reads + 1
 		}
 		if trusted && seq > w.Last+1 && !w.absent() {
-			f.hub.log.LogAttrs(context.Background(), slog.LevelWarn, "gap found, reading the log",
+			f.hub.log.LogAttrs(context.Background(), f.hub.trouble.gap(), "gap found, reading the log",
 				slog.String("session", f.session), slog.Int64("seq", seq), slog.Int64("last", w.Last))
 			if !f.missed.gap {
 				f.missed.gap = true
@@ -331,7 +331,7 @@ func (f *feed) read(ctx context.Context) {
 	f.hub.metrics.found.Add(float64(gaps))
 	f.hub.metrics.repaired.Add(float64(repaired))
 	if repaired > 0 {
-		f.hub.log.LogAttrs(ctx, slog.LevelWarn, "gap repaired, from the log",
+		f.hub.log.LogAttrs(ctx, f.hub.trouble.gap(), "gap repaired, from the log",
 			slog.String("session", f.session), slog.Int64("from", w.Last+1), slog.Int64("last", n.Last))
 	}
 	if !w.known() {

@@ -198,12 +198,29 @@ type trouble struct {
 	mu       sync.Mutex
 	failed   time.Time // when the last one failed
 	saidLast time.Time
+	gaps     int // how many gaps were said since gapsFrom
+	gapsFrom time.Time
 }
 
 const (
 	troubleEvery = 30 * time.Second
+	// gapsMost is how many lines about gaps there are in each troubleEvery. While nothing is announced, each log has one all the time.
+	gapsMost     = 4
 	troubleOver  = 3 * time.Second
 )
+
+// gap is the level of a line about a gap: metrics count them all, and an operator needs to be shown a few.
+func (t *trouble) gap() slog.Level {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if now := time.Now(); now.Sub(t.gapsFrom) >= troubleEvery {
+		t.gaps, t.gapsFrom = 0, now
+	}
+	if t.gaps++; t.gaps > gapsMost {
+		return slog.LevelDebug
+	}
+	return slog.LevelWarn
+}
 
 // found notes what became of a read.
 func (h *Hub) found(err error) {

@@ -69,6 +69,8 @@ func (s *Store) probe(ctx context.Context) error {
 			s.exec(ctx, scriptRead, []*call{c})
 			if reads[i] = classify(c.err); reads[i] != nil {
 				s.refusals.note(ctx, reads[i])
+			} else {
+				s.refusals.answered()
 			}
 			if s.cfg.Redis != Embedded && (reads[i] == nil || Why(reads[i]) == RedisDenied) { // which right is it?
 				missing[i], writes[i] = s.try(ctx, id)
@@ -131,6 +133,15 @@ var (
 // try queues what the scripts do to a session. It returns the rights that are missing, as ACL SETUSER names them, and why
 // writes would be refused.
 func (s *Store) try(ctx context.Context, id string) (missing []string, refusal error) {
+	for {
+		// Each connection of the pool that is from before a failover is found out once, as in sendScript.
+		if missing, refusal = s.tryOnce(ctx, id); !errors.Is(refusal, errStale) {
+			return missing, refusal
+		}
+	}
+}
+
+func (s *Store) tryOnce(ctx context.Context, id string) (missing []string, refusal error) {
 	master, err := s.master(ctx, s.key("session", id))
 	if err != nil {
 		return nil, classify(fmt.Errorf("%w: %w", errNoMaster, err))
@@ -138,25 +149,16 @@ func (s *Store) try(ctx context.Context, id string) (missing []string, refusal e
 	if s.probes.simple.Load() { // what is missing is known by then
 		return s.probes.missing, classify(master.SetRange(ctx, s.key("stream", id), 0, "").Err())
 	}
-	var c *redis.Conn
-	for { // as fresh in sendScript
-		c = master.Conn()
-		err := c.Do(ctx, "multi").Err()
-		if err == nil {
-			break
-		}
-		_ = c.Close()
-		if errors.Is(err, errStale) {
-			continue
-		}
-		if err = classify(err); strings.Contains(err.Error(), "NOPERM") {
-			s.probes.simple.Store(true)
-			_, refusal = s.try(ctx, id)
-			return []string{"+multi"}, refusal
-		}
-		return nil, err
-	}
+	c := master.Conn()
 	defer c.Close()
+	if err := classify(c.Do(ctx, "multi").Err()); err != nil {
+		if !strings.Contains(err.Error(), "NOPERM") {
+			return nil, err
+		}
+		s.probes.simple.Store(true)
+		_, refusal = s.tryOnce(ctx, id)
+		return []string{"+multi"}, refusal
+	}
 	pipe := c.Pipeline()
 	queue := func(lines []string) (cmds []*redis.Cmd) {
 		for _, line := range lines {

@@ -152,6 +152,7 @@ type refusals struct {
 	said      map[string]*seldom
 	told      bool // the log says that something is refused
 	elsewhere bool // an answer came from a server that is no master
+	reached   bool // Redis has answered since the start
 }
 
 // Redis is away for moments at each failover: that is said more often than what takes an operator to end it.
@@ -194,13 +195,24 @@ func (r *refusals) refused(code, text string) {
 		case RedisDenied:
 			what = "redis denies access"
 		}
-		r.log.LogAttrs(context.Background(), slog.LevelWarn, what, slog.String("code", code), slog.String("redis", r.at),
+		level := slog.LevelWarn
+		if !r.reached && (code == RedisAway || code == RedisDenied) { // most likely -redis is wrong, and nobody else will mend it
+			level = slog.LevelError
+		}
+		r.log.LogAttrs(context.Background(), level, what, slog.String("code", code), slog.String("redis", r.at),
 			slog.String("says", text), slog.String("remedy", remedyOf(code, text)))
 	}
 	select {
 	case r.wake <- struct{}{}:
 	default:
 	}
+}
+
+// answered notes that Redis has answered as it should.
+func (r *refusals) answered() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.reached = true
 }
 
 // accepted notes that Redis executed a write.
@@ -238,7 +250,7 @@ func (r *refusals) gauge() {
 
 // note takes from an error, which is classified, what it says of Redis.
 func (r *refusals) note(ctx context.Context, err error) {
-	if err == nil || ctx.Err() != nil || errors.Is(err, errTurn) { // the caller went away, or the node has no time
+	if err == nil || ctx.Err() != nil || errors.Is(err, errTurn) || errors.Is(err, errStale) { // this says nothing of Redis
 		return
 	}
 	if code := Why(err); code != "" {
