@@ -114,6 +114,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a stop may take: viewers are sent to other nodes spread over it")
 
 	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded: in this process, in memory, for one node")
+	fs.StringVar(&cfg.store.Prefix, "prefix", cfg.store.Prefix, "`text` that starts every key and every channel in Redis: deployments that share a Redis, also in different databases, need different ones")
 	fs.StringVar(&cfg.store.RedisCA, "redis-ca", "", "`file` of the certificates that vouch for a rediss:// server, instead of the system's")
 	fs.StringVar(&cfg.store.RedisCert, "redis-cert", "", "`file` of the certificate by which Redis knows this node")
 	fs.StringVar(&cfg.store.RedisKey, "redis-key", "", "`file` of its private key")

@@ -98,7 +98,9 @@ func TestRefusal_aRotatedPasswordEndsNoUpload(t *testing.T) {
 	}
 	stored := 0
 	v := &viewer{session: uploads[2].session}
-	wg.Go(func() { v.follow(ctx, at(n.addr), func(event) bool { return strings.Contains(strings.Join(v.chunks, ""), `"last"`) }) })
+	wg.Go(func() {
+		v.follow(ctx, at(n.addr), func(event) bool { return strings.Contains(strings.Join(v.chunks, ""), `"last"`) })
+	})
 	eventually(t, "the viewer is live", func() bool { return v.seen.Load() > 3 })
 	for range 2 {
 		take()
@@ -144,7 +146,9 @@ func TestRefusal_theLogOfALoadedNodeSaysItInAFewLines(t *testing.T) {
 		refuse, end func(ctx context.Context, r *storetest.Server) error
 		silent      bool // viewers are served
 	}{
-		"full": {"redis_full", func(ctx context.Context, r *storetest.Server) error { return r.ConfigSet(ctx, "maxmemory", "100kb").Err() },
+		"full": {"redis_full", func(ctx context.Context, r *storetest.Server) error {
+			return r.ConfigSet(ctx, "maxmemory", "100kb").Err()
+		},
 			func(ctx context.Context, r *storetest.Server) error { return r.ConfigSet(ctx, "maxmemory", "0").Err() }, true},
 		"a replica": {"redis_readonly", func(ctx context.Context, r *storetest.Server) error {
 			return r.Do(ctx, "REPLICAOF", "127.0.0.1", "1").Err()

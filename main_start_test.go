@@ -111,7 +111,7 @@ func TestStart_helpShowsEveryFlagWithItsDefault(t *testing.T) {
 		t.Errorf("-help exits with %d", code)
 	}
 	for name, value := range map[string]string{
-		"listen": `"?127\.0\.0\.1:8080"?`, "redis": `"?embedded"?`, "history-ttl": "24h(0m0s)?", "history-max": "100000", "history-order": `"?oldest-first"?`,
+		"listen": `"?127\.0\.0\.1:8080"?`, "redis": `"?embedded"?`, "prefix": `"?chat:"?`, "history-ttl": "24h(0m0s)?", "history-max": "100000", "history-order": `"?oldest-first"?`,
 		"chunk-max": "64 ?KiB", "heartbeat": "15s", "reconcile": "2s", "window": "256 ?KiB", "window-total": "256 ?MiB", "write-timeout": "2m(0s)?",
 		"linger": "10s", "drain": "10s", "log-level": "(?i)info", "log-format": `"?text"?`, "model": `"?demo"?`,
 		"auth-claim": `"?gapless"?`,
@@ -148,12 +148,12 @@ func reported(t *testing.T, env, args, mistakes []string) {
 func TestStart_allMistakesOfMeaningAreReportedTogether(t *testing.T) {
 	t.Parallel()
 	reported(t, []string{"GAPLESS_LINGER=-1s", "GAPLESS_WINDOW=lots"}, []string{
-		"-listen", "nowhere", "-redis", "http://localhost", "-history-ttl", "1ms", "-history-max", "0", "-history-order", "sideways", "-chunk-max", "3B",
+		"-listen", "nowhere", "-redis", "http://localhost", "-history-ttl", "1ms", "-history-max", "0", "-history-order", "sideways", "-chunk-max", "3B", "-prefix", "{a}",
 		"-heartbeat", "0s", "-reconcile", "-1s", "-write-timeout", "0s", "-drain", "-1s", "-model", "oracle", "-log-format", "xml",
 		"-auth", "secret:/no/such/file", "-auth-claim", "", "-auth-cookie", "a b", "-cors-origins", "https://a.example/,*", "-insecure-open", "extra",
 	}, []string{
 		"-auth", "/no/such/file", "-auth-claim", "-auth-cookie", "https://a.example/", `"*"`, "-insecure-open",
-		"-listen", "-redis", "-history-ttl", "-history-max", "-history-order", "-chunk-max", "-heartbeat", "-reconcile", "-write-timeout", "-drain",
+		"-listen", "-redis", "-prefix", "-history-ttl", "-history-max", "-history-order", "-chunk-max", "-heartbeat", "-reconcile", "-write-timeout", "-drain",
 		"-model", "-log-format", "-linger", "GAPLESS_WINDOW", `"extra"`,
 	})
 }

@@ -205,8 +205,8 @@ type trouble struct {
 const (
 	troubleEvery = 30 * time.Second
 	// gapsMost is how many lines about gaps there are in each troubleEvery. While nothing is announced, each log has one all the time.
-	gapsMost     = 4
-	troubleOver  = 3 * time.Second
+	gapsMost    = 4
+	troubleOver = 3 * time.Second
 )
 
 // gap is the level of a line about a gap: metrics count them all, and an operator needs to be shown a few.

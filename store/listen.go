@@ -32,7 +32,9 @@ func (s *Store) Listen(session string, l Listener) (stop func()) {
 
 // ListenUploads subscribes l to the names of sessions whose uploads have to look whether
 // they may go on (HoldLook): Live hands over a session's id. There is one such Listener.
-func (s *Store) ListenUploads(l Listener) (stop func()) { return s.ears.listenWide(uploads, l) }
+func (s *Store) ListenUploads(l Listener) (stop func()) {
+	return s.ears.listenWide(s.cfg.Prefix+uploads, l)
+}
 
 // ears hold the Pub/Sub connections.
 type ears interface {

@@ -147,7 +147,7 @@ func TestConfig_saysWhatIsWrongWithRedis(t *testing.T) {
 	for _, text := range []string{"redis://a", "rediss://u:p@a:1/2", "redis+sentinel://a,b:2/main", "rediss+sentinel://:p@a:1/main/3?sentinel_password=x",
 		"redis+cluster://a:1,b:2", "rediss+cluster://a", "redis://[::1]:6379", "redis://a?db=2&pool_size=5", store.Embedded} {
 		cfg := store.DefaultConfig()
-		cfg.Redis = text
+		cfg.Redis, cfg.Prefix = text, "other:" // the default one is refused with another database
 		if err := cfg.Validate(); err != nil {
 			t.Errorf("%s: %v", text, err)
 		}
@@ -166,23 +166,53 @@ func TestConfig_saysWhatIsWrongWithRedis(t *testing.T) {
 	}
 }
 
+func TestConfig_prefix(t *testing.T) {
+	for _, prefix := range []string{"", strings.Repeat("x", 65), "a b", "a\n", "ä:", "a\x7f", "{a}", "a}", "a*", "a?", "[a]", "a]", `a\`} {
+		cfg := store.DefaultConfig()
+		cfg.Prefix = prefix
+		if err := cfg.Validate(); err == nil || !strings.HasPrefix(err.Error(), "-prefix: must") {
+			t.Errorf("%q: %v", prefix, err)
+		}
+	}
+	for _, prefix := range []string{"a", "chat:", "staging:chat:", "~!#$%&'()+,-./:;<=>@^_`|", strings.Repeat("x", 64)} {
+		cfg := store.DefaultConfig()
+		cfg.Redis, cfg.Prefix = "redis://a", prefix
+		if err := cfg.Validate(); err != nil {
+			t.Errorf("%q: %v", prefix, err)
+		}
+	}
+	for _, url := range []string{"redis://a/1", "redis://a?db=1", "rediss://a/1", "redis+sentinel://a/main/1"} {
+		cfg := store.DefaultConfig()
+		cfg.Redis = url
+		if err := cfg.Validate(); err == nil || !strings.HasPrefix(err.Error(), "-redis, -prefix: database 1 ") {
+			t.Errorf("%s: %v", url, err)
+		}
+	}
+}
+
 // The keys of a session are in one slot, and its channel is a sharded one.
 func TestCluster_contract(t *testing.T) {
 	c := storetest.Cluster(t)
-	s := open(t, func(cfg *store.Config) { cfg.Redis = c.URL() })
+	for _, prefix := range []string{"chat:", "staging:"} {
+		t.Run(prefix, func(t *testing.T) { testClusterContract(t, c, prefix) })
+	}
+}
+
+func testClusterContract(t *testing.T, c *storetest.Clustered, prefix string) {
+	s := open(t, func(cfg *store.Config) { cfg.Redis, cfg.Prefix = c.URL(), prefix })
 	for i := range 20 {
 		id := fmt.Sprint("s", i)
 		e := newEar()
 		stop := s.Listen(id, e)
 		e.wait(t, "the acknowledgement", func() bool { return e.resyncs > 0 })
 		mustAppend(t, s, id, delta("a"))
-		list := c.LRange(t.Context(), "chat:history:{"+id+"}", 0, -1).Val()
-		if len(list) != 1 || c.HGet(t.Context(), "chat:session:{"+id+"}", "last_seen").Val() != "1" {
+		list := c.LRange(t.Context(), prefix+"history:{"+id+"}", 0, -1).Val()
+		if len(list) != 1 || c.HGet(t.Context(), prefix+"session:{"+id+"}", "last_seen").Val() != "1" {
 			t.Fatal(list)
 		}
 		e.wait(t, "the chunk", func() bool { return slices.Equal(e.heard, list) })
 		// A foreign producer's, too.
-		if err := c.SPublish(t.Context(), "chat:stream:{"+id+"}", "x").Err(); err != nil {
+		if err := c.SPublish(t.Context(), prefix+"stream:{"+id+"}", "x").Err(); err != nil {
 			t.Fatal(err)
 		}
 		e.wait(t, "the message", func() bool { return len(e.heard) == 2 })

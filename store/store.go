@@ -1,7 +1,7 @@
 // Package store keeps logs in Redis, and is the only place that knows how.
 //
-// A log is a list (chat:history:<id>, one JSON object a chunk) beside a hash
-// (chat:session:<id>) that says what the list cannot: its epoch, the base of its
+// A log is a list (chat:history:<id>, one JSON object a chunk) next to a hash
+// (chat:session:<id>; chat: is Config.Prefix) that says what the list cannot: its epoch, the base of its
 // numbers, and what was seen at its end. The chunk at position i has number
 // base+i; nothing else numbers anything, so that a program which knows nothing of
 // this one can push to the list and is understood.
@@ -40,6 +40,8 @@ type Config struct {
 	// Redis is "embedded" (in this process, in memory) or a URL: of one server, of the
 	// Sentinels of a master, or of a Cluster (connect.go).
 	Redis string
+	// Prefix starts the name of every key and every channel. Deployments that share a Redis need different ones.
+	Prefix string
 	// RedisCA is a file of certificates that vouch for a rediss:// server, instead of the
 	// system's; RedisCert and RedisKey are files by which it knows us.
 	RedisCA, RedisCert, RedisKey string
@@ -91,10 +93,17 @@ const (
 // Embedded is the Config.Redis of the in-process Redis.
 const Embedded = "embedded"
 
+// DefaultPrefix is the Config.Prefix of a deployment that has a Redis to itself.
+const DefaultPrefix = "chat:"
+
+// maxPrefix bounds what the prefix costs: Redis keeps it with each key, and each script is sent five times as much.
+const maxPrefix = 64
+
 // DefaultConfig is what the flags start from.
 func DefaultConfig() Config {
 	return Config{
 		Redis:        Embedded,
+		Prefix:       DefaultPrefix,
 		HistoryTTL:   24 * time.Hour,
 		SessionTTL:   30 * 24 * time.Hour,
 		HistoryMax:   100_000,
@@ -112,8 +121,13 @@ func DefaultConfig() Config {
 // Validate reports every mistake at once.
 func (c Config) Validate() error {
 	var errs []error
+	errs = append(errs, validatePrefix(c.Prefix))
 	if c.Redis != Embedded {
-		_, err := parseRedis(c)
+		opt, err := parseRedis(c)
+		if err == nil && opt.DB != 0 && c.Prefix == DefaultPrefix {
+			err = fmt.Errorf("-redis, -prefix: database %d needs a -prefix other than %s: the databases of a Redis share their channels, "+
+				"so that deployments with equal prefixes hear each other", opt.DB, DefaultPrefix)
+		}
 		errs = append(errs, err)
 	} else if c.WaitReplicas > 0 {
 		errs = append(errs, errors.New("-wait-replicas: the embedded Redis has none"))
@@ -144,6 +158,20 @@ func (c Config) Validate() error {
 
 // mostTTL is the longest that a list is kept.
 const mostTTL = 100 * 365 * 24 * time.Hour
+
+// validatePrefix takes what is the same in a key, in a pattern of an ACL rule and on a shell's command line. Braces would
+// choose the slot in a Cluster, which is the session's to choose.
+func validatePrefix(prefix string) error {
+	if prefix == "" || len(prefix) > maxPrefix {
+		return fmt.Errorf("-prefix: must have 1 to %d characters, not %d", maxPrefix, len(prefix))
+	}
+	for _, r := range prefix {
+		if r <= ' ' || r > '~' || strings.ContainsRune(`{}*?[]\`, r) {
+			return fmt.Errorf("-prefix: must be printable ASCII without spaces and without { } * ? [ ] \\, and has %q", r)
+		}
+	}
+	return nil
+}
 
 // Errors that callers tell apart. Everything else that a Store returns is a fault
 // that nobody foresaw.
@@ -356,12 +384,16 @@ func (s *Store) key(what, id string) string {
 	if s.clustered {
 		id = "{" + id + "}"
 	}
-	return "chat:" + what + ":" + id
+	return s.cfg.Prefix + what + ":" + id
 }
 
-// uploads is a channel for all sessions: a session is named on it when its uploads have
-// to look whether they may go on.
-const uploads = "chat:uploads"
+// Channels for all sessions, after the prefix.
+const (
+	// uploads names a session whose uploads have to check whether they may go on.
+	uploads = "uploads"
+	// tickets names a ticket with which a connection has taken the place of another one.
+	tickets = "tickets"
+)
 
 // Hint is published where the log changed in a way that no chunk says: it was deleted,
 // or begins another epoch. It means "read the log"; programs that follow the
@@ -539,7 +571,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if s.tolerant() {
 		tolerant = 1
 	}
-	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant)
+	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant)
 	for _, c := range calls {
 		m := s.memory.get(c.session)
 		argv = append(append(argv, m.epoch, m.last, m.mark, len(c.args)), c.args...)

@@ -39,10 +39,6 @@ var ErrTicketSpent = errors.New("the ticket is spent")
 // ErrTicketReplaced says that another connection has come in with a ticket.
 var ErrTicketReplaced = errors.New("another connection has come in with the ticket")
 
-// tickets is a channel for all sessions: a ticket is named on it when a connection has taken
-// another's place.
-const tickets = "chat:tickets"
-
 // TicketName is what a ticket is called in Redis: it tells nobody the ticket.
 func TicketName(ticket string) string {
 	sum := sha256.Sum256([]byte(ticket))
@@ -78,7 +74,9 @@ func (s *Store) RenewTicket(ctx context.Context, name, session, connection strin
 
 // ListenTickets subscribes l to the names of tickets with which another connection has come
 // in, perhaps: RenewTicket tells. There is one such Listener.
-func (s *Store) ListenTickets(l Listener) (stop func()) { return s.ears.listenWide(tickets, l) }
+func (s *Store) ListenTickets(l Listener) (stop func()) {
+	return s.ears.listenWide(s.cfg.Prefix+tickets, l)
+}
 
 func (s *Store) ticket(ctx context.Context, what, name, session, connection string, until time.Time) (r *replyFields, err error) {
 	ms := int64(0)
@@ -86,8 +84,8 @@ func (s *Store) ticket(ctx context.Context, what, name, session, connection stri
 		ms = until.UnixMilli()
 	}
 	begun := time.Now()
-	cmd, _, err := s.sendScript(ctx, scriptTicket, []any{"evalsha", s.scripts[scriptTicket].sha, 1, "chat:ticket:" + name,
-		what, session, connection, ms, TicketLife.Milliseconds(), begun.UnixMilli(), tickets, name}, s.send)
+	cmd, _, err := s.sendScript(ctx, scriptTicket, []any{"evalsha", s.scripts[scriptTicket].sha, 1, s.cfg.Prefix + "ticket:" + name,
+		what, session, connection, ms, TicketLife.Milliseconds(), begun.UnixMilli(), s.cfg.Prefix + tickets, name}, s.send)
 	s.elsewhere(err)
 	err = classify(err)
 	s.metrics.ran(scriptTicket, begun, err)
