@@ -193,7 +193,7 @@ func (a *API) share() echo.MiddlewareFunc {
 		AllowCredentials: true,
 		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
 			"Stream-Closed"},
-		ExposeHeaders: []string{"Location", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Refused", headerProducerEpoch, headerExpectedChunk},
+		ExposeHeaders: []string{"Location", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerProducerEpoch, headerExpectedChunk},
 		MaxAge:        7200, // no browser keeps it for longer
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/http"
 	"strings"
 
@@ -102,8 +103,9 @@ func (a *API) stream(c echo.Context) error {
 		mine, c.Response().Committed = false, true
 		return errTaken
 	}
-	switch v.Over(r.Context(), a.cfg.Patience) {
+	switch over := v.Over(r.Context(), a.cfg.Patience); over {
 	case sse.Ended, sse.Deleted:
+		maps.Copy(c.Response().Header(), v.Nothing(over))
 		answered(http.StatusNoContent)
 		return c.NoContent(http.StatusNoContent)
 	case sse.Outside:

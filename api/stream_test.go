@@ -98,7 +98,7 @@ func TestStream_goesOnLiveAndEndsCleanlyWithTheLog(t *testing.T) {
 	if _, w := early.welcome(); w.Epoch != "" || w.First != 1 || w.Last != 0 || w.Cursor != 0 {
 		t.Errorf("%+v", w)
 	}
-	n.append("s", many(2))
+	at := n.append("s", many(2))
 	early.take(0, 2)
 	late := n.watch("s", "?after=latest")
 	late.welcome()
@@ -109,13 +109,13 @@ func TestStream_goesOnLiveAndEndsCleanlyWithTheLog(t *testing.T) {
 	}
 	// The end reached, nothing follows; before it, what is missing does, and the same end.
 	for _, q := range []request{
-		{path: "?after=5"}, {path: "?after=latest"}, {path: "?lastEventId=5"}, {header: map[string]string{"Last-Event-ID": "5"}},
+		{path: "?after=5"}, {path: "?after=5&format=raw"}, {path: "?after=latest"}, {path: "?lastEventId=5"}, {header: map[string]string{"Last-Event-ID": "5"}},
 	} {
 		q.path = "/v1/sessions/s/stream" + q.path
 		v := n.open(q)
 		body, _ := io.ReadAll(v.body)
-		if v.status != 204 || len(body) > 0 {
-			t.Errorf("%s %v: %d %s", q.path, q.header, v.status, body)
+		if v.status != 204 || len(body) > 0 || v.header.Get("Gapless-Epoch") != at.Epoch || v.header.Get("Gapless-Reason") != "ended" {
+			t.Errorf("%s %v: %d %v %s", q.path, q.header, v.status, v.header, body)
 		}
 	}
 	again := n.watch("s", "?after=3")
@@ -199,9 +199,10 @@ func TestStream_ofADeletedSessionIsToldAndEndsAndLaterOnesGet204(t *testing.T) {
 		t.Errorf("%+v %+v", e, r)
 	}
 	v.end(true)
-	for _, query := range []string{"", "?after=3", "?after=latest", "?lastEventId=x", "?after=99", "?until=done"} {
-		if v := n.open(request{path: "/v1/sessions/s/stream" + query}); v.status != 204 {
-			t.Errorf("%s: %d", query, v.status)
+	for _, query := range []string{"", "?after=3", "?after=latest", "?lastEventId=x", "?after=99", "?until=done", "?format=raw"} {
+		v := n.open(request{path: "/v1/sessions/s/stream" + query})
+		if v.status != 204 || v.header.Get("Gapless-Epoch") != at.Epoch || v.header.Get("Gapless-Reason") != "deleted" {
+			t.Errorf("%s: %d %v", query, v.status, v.header)
 		}
 	}
 	// Its new life is another log, and a cursor of the former one is told so.

@@ -129,18 +129,24 @@ func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience 
 	}
 	header := to.Header() // with what others have set: both responses say it
 	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
-	none := responseHead("204 No Content", header)
+	none := beginHead("204 No Content", header)
 	header.Set("Transfer-Encoding", "chunked")
 	// Not Connection: close, although it may be closed at the end: undici, for one, takes the end of such a
 	// connection for the end of its response, which breaks off like that.
-	h.sit(v, conn, responseHead("200 OK", streamHeader(header)), none, patience, told)
+	h.sit(v, conn, endHead(beginHead("200 OK", streamHeader(header)), nil), none, patience, told)
 	return true
 }
 
-func responseHead(status string, header http.Header) []byte {
+func beginHead(status string, header http.Header) []byte {
 	head := bytes.NewBufferString("HTTP/1.1 " + status + "\r\n")
 	_ = header.Write(head)
-	return append(head.Bytes(), "\r\n"...)
+	return head.Bytes()
+}
+
+func endHead(head []byte, more http.Header) []byte {
+	b := bytes.NewBuffer(head)
+	_ = more.Write(b)
+	return append(b.Bytes(), "\r\n"...)
 }
 
 // sit has a viewer viewed on a connection that was taken over.
@@ -286,8 +292,9 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 			return "", false
 		}
 		if over, _ := s.nothing(w); over != "" {
-			n, err := s.conn.try(s.none)
-			s.torn = err != nil || n < len(s.none)
+			none := endHead(s.none, nothingFollows(w.Epoch, over))
+			n, err := s.conn.try(none)
+			s.torn = err != nil || n < len(none)
 			return over, false
 		}
 		f.begin = s.begin()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"sync/atomic"
 	"time"
 
@@ -172,14 +173,23 @@ func (v *Viewer) LogValue() slog.Value {
 // (Outside). It is empty when there is something to view, or when patience ends first:
 // then Serve is to be called, which counts how the stream ends.
 func (v *Viewer) Over(ctx context.Context, patience time.Duration) Cause {
-	cause := v.over(ctx, patience)
+	cause, epoch := v.over(ctx, patience)
 	if cause != "" {
+		v.epoch = epoch // for Nothing
 		v.hub.metrics.ended.WithLabelValues(string(cause)).Inc()
 	}
 	return cause
 }
 
-func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
+// Nothing is what a response without content says when Over has found that the log has Ended, or was Deleted: which
+// log that is, and which of the two. A client that has another log knows then that it has not got all of this one.
+func (v *Viewer) Nothing(c Cause) http.Header { return nothingFollows(v.epoch, c) }
+
+func nothingFollows(epoch string, c Cause) http.Header {
+	return http.Header{"Gapless-Epoch": {epoch}, "Gapless-Reason": {string(c)}}
+}
+
+func (v *Viewer) over(ctx context.Context, patience time.Duration) (c Cause, epoch string) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -189,19 +199,19 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) Cause {
 			if cause == "" && v.Raw {
 				reason, to := v.misplaced(w, cursor)
 				if reason != "" && !v.early {
-					return Outside
+					return Outside, w.Epoch
 				}
 				if w.Ended && !v.rawFollows(ctx, w, to) {
-					return Ended
+					return Ended, w.Epoch
 				}
 			}
-			return cause
+			return cause, w.Epoch
 		}
 		select {
 		case <-w.next:
 		case <-ctx.Done():
 			if v.feed.window.Load() == w {
-				return ""
+				return "", ""
 			}
 		}
 	}
