@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -248,7 +249,7 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 		for w := first; ; w = <-words {
 			var more []store.Chunk
 			if err = w.err; err == nil {
-				more, done, err = a.chunks(x.reply, w.piece, done)
+				more, done = a.chunks(x.reply, w.piece, done)
 			}
 			size += len(w.piece.Text) + len(w.piece.ToolCalls)
 			for _, c := range more {
@@ -278,22 +279,27 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 	return done, unsaid
 }
 
-// chunks is a piece of an answer as chunks: one, but for a text that is too long, and none for
+// chunks is a piece of an answer as chunks: one, unless it is too long for one, and none for
 // what belongs to the end of it.
-func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store.Chunk, _ store.Chunk, err error) {
+func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store.Chunk, _ store.Chunk) {
+	kind := store.TypeDelta
+	if p.Reasoning {
+		kind = store.TypeReasoning
+	}
 	for text := range cut(p.Text, a.cfg.ChunkMax) {
-		c := store.NewChunk(store.TypeDelta, reply, roleAssistant, text)
+		c := store.NewChunk(kind, reply, roleAssistant, text)
 		if p.Refusal {
 			c, _ = c.WithJSON("refusal", []byte("true"))
 		}
 		all = append(all, c)
 	}
 	if p.ToolCalls != nil {
-		c, bad := store.NewChunk("tool_calls", reply, roleAssistant, "").WithJSON("data", p.ToolCalls)
-		if bad != nil {
-			err = &model.Error{Reason: model.Broken, Detail: "the model's service sent calls of tools that are no JSON that a chunk may have"}
+		c, bad := store.NewChunk(typeToolCalls, reply, roleAssistant, "").WithJSON("data", p.ToolCalls)
+		if bad == nil && c.Size() <= a.cfg.ChunkMax {
+			all = append(all, c)
+		} else {
+			all = append(all, a.splitCalls(reply, p.ToolCalls)...)
 		}
-		all = append(all, c)
 	}
 	if p.Finish != "" {
 		const most = 64 // it is a word
@@ -302,7 +308,37 @@ func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store
 	if p.Usage != nil && len(p.Usage) < 4<<10 {
 		done, _ = done.WithJSON("usage", p.Usage) // or goes without
 	}
-	return all, done, err
+	return all, done
+}
+
+const typeToolCalls = "tool_calls"
+
+// splitCalls is calls of tools that do not fit into one chunk, in several, as services stream them too: first
+// a call's id and name, then pieces of its arguments, which whoever executes it joins by index. Members that
+// the API of chat completions does not have are left out.
+func (a *API) splitCalls(reply string, calls []byte) (all []store.Chunk) {
+	type function struct {
+		Name      string `json:"name,omitempty"`
+		Arguments string `json:"arguments"`
+	}
+	type call struct {
+		Index    json.RawMessage `json:"index"`
+		ID       string          `json:"id,omitempty"`
+		Type     string          `json:"type,omitempty"`
+		Function function        `json:"function"`
+	}
+	add := func(c call) {
+		data, _ := json.Marshal([]call{c})
+		chunk, _ := store.NewChunk(typeToolCalls, reply, roleAssistant, "").WithJSON("data", data)
+		all = append(all, chunk)
+	}
+	for _, whole := range model.Calls(calls) {
+		add(call{Index: whole.Index, ID: whole.ID, Type: whole.Type, Function: function{Name: whole.Name}})
+		for arguments := range cut(whole.Arguments, a.cfg.ChunkMax) {
+			add(call{Index: whole.Index, Function: function{Arguments: arguments}})
+		}
+	}
+	return all
 }
 
 // cut is a text in pieces that fit into a chunk, however much of them has to be escaped. It

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -509,6 +510,62 @@ func TestMessages_whatAModelSaysBesideItsTextIsKept(t *testing.T) {
 	}
 }
 
+func TestMessages_thinkingIsOfATypeOfItsOwn(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("\x00\U0001f35e", 4000)
+	n := serve(t, func(s *setup) {
+		s.api.ChunkMax = 4 << 10
+		s.model = failing(nil, model.Piece{Text: "hm", Reasoning: true}, model.Piece{Text: long, Reasoning: true}, model.Piece{Text: "sesame"})
+	})
+	n.ask("s", secret)
+	var thought strings.Builder
+	eventually(t, "done", func() bool { all := n.chunks("s"); return all[len(all)-1].Type == "done" })
+	for _, c := range n.chunks("s")[1:] {
+		switch c.Type {
+		case "reasoning":
+			thought.WriteString(c.Content)
+		case "delta":
+			if c.Content != "sesame" {
+				t.Errorf("%+v", c)
+			}
+		}
+		if c.Role != "assistant" || c.Message == "" {
+			t.Errorf("%+v", c)
+		}
+	}
+	if thought.String() != "hm"+long {
+		t.Errorf("%d bytes of thinking, not %d", thought.Len(), len("hm"+long))
+	}
+}
+
+// Whoever executes a call joins its arguments by index: those of a large one come in several chunks.
+func TestMessages_largeCallsOfToolsAreSplit(t *testing.T) {
+	t.Parallel()
+	arguments := map[string]string{"0": `{"text":"` + strings.Repeat("tea 🍵 <\\\" ", 20_000) + `"}`, "1": "{}", "2": `{"n":1}`}
+	quoted := func(text string) string { b, _ := json.Marshal(text); return string(b) }
+	n := serve(t, func(s *setup) {
+		s.api.AnswerMax = 2 << 20
+		s.model = failing(nil, model.Piece{ToolCalls: []byte(`[{"index":0,"id":"a","type":"function","function":{"name":"f","arguments":` + quoted(arguments["0"]) + `},"extra_content":{}},
+			{"index":1,"id":"b","type":"function","function":{"name":"g","arguments":"{}"}},{"index":2,"id":"c","function":{"name":"h","arguments":{"n":1}}}]`)})
+	})
+	n.ask("s", secret)
+	eventually(t, "done", func() bool { all := n.chunks("s"); return all[len(all)-1].Type == "done" })
+	got, names := map[string]string{}, map[string]string{}
+	for _, raw := range n.page("s", "?limit=1000").Chunks {
+		var c struct{ Data json.RawMessage }
+		if err := json.Unmarshal(raw, &c); err != nil {
+			t.Fatal(err)
+		}
+		for _, call := range model.Calls(c.Data) {
+			got[string(call.Index)] += call.Arguments
+			names[string(call.Index)] += call.ID + call.Name
+		}
+	}
+	if !maps.Equal(got, arguments) || !maps.Equal(names, map[string]string{"0": "af", "1": "bg", "2": "ch"}) {
+		t.Errorf("%v: %d bytes of arguments, not %d", names, len(got["0"]), len(arguments["0"]))
+	}
+}
+
 func TestMessages_failureSaysWhatEverybodyMayKnow(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -517,8 +574,8 @@ func TestMessages_failureSaysWhatEverybodyMayKnow(t *testing.T) {
 	}{
 		"its own":   {failing(&model.Error{Reason: model.RateLimited, Detail: "too much"}), model.RateLimited, "too much"},
 		"too large": {failing(nil, model.Piece{Text: strings.Repeat("x", 600)}, model.Piece{Text: strings.Repeat("x", 600)}), answerTooLarge, "-model-answer-max"},
-		"no JSON":   {failing(nil, model.Piece{ToolCalls: []byte("[\"\xff\"]")}), model.Broken, "no JSON"},
-		"too long":  {failing(nil, model.Piece{ToolCalls: []byte(`"` + strings.Repeat("x", 900) + `"`)}), model.Broken, "-chunk-max"},
+		"thoughts":  {failing(nil, model.Piece{Text: strings.Repeat("x", 600)}, model.Piece{Reasoning: true, Text: strings.Repeat("x", 600)}), answerTooLarge, "-model-answer-max"},
+		"too long":  {failing(nil, model.Piece{ToolCalls: []byte(`[{"id":"` + strings.Repeat("x", 900) + `"}]`)}), model.Broken, "-chunk-max"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -17,10 +17,12 @@ type Event struct {
 // a byte order mark at its start, lines that end with CR, LF or CRLF, data of several
 // lines, comments and unknown fields passed over, an event without data not dispatched,
 // one that is torn by the stream's end discarded. What becomes of ids and retry is not
-// its business. The standard replaces what is not UTF-8; here it is an error.
+// its business. The standard replaces what is not UTF-8; here it is an error, unless AnyBytes.
 //
 // The zero Parser is ready for a stream's first byte.
 type Parser struct {
+	AnyBytes bool // names and data are handed out as they are, also those that are not UTF-8
+
 	name    []byte
 	data    []byte // each line with LF behind it
 	begun   bool   // the stream's first line has been seen, or that it begins with no byte order mark
@@ -63,7 +65,7 @@ func (p *Parser) Next(arrived []byte, limit int) (e Event, rest []byte, ok bool,
 			continue
 		}
 		if e, ok = p.dispatch(); ok {
-			if !utf8.ValidString(e.Name) || !utf8.ValidString(e.Data) {
+			if !p.AnyBytes && (!utf8.ValidString(e.Name) || !utf8.ValidString(e.Data)) {
 				return Event{}, rest, false, ErrNotUTF8
 			}
 			return e, rest, true, nil

@@ -23,7 +23,7 @@ type Chunk struct {
 	fill      Fill   // of text
 }
 
-// The types of chunk that mean something to the server.
+// The types of chunks that have a meaning for the server.
 const (
 	TypeDelta     = "delta"
 	TypeMessage   = "message"
@@ -31,6 +31,7 @@ const (
 	TypeFailed    = "failed"
 	TypeCancelled = "cancelled"
 	TypeEnd       = "end"
+	TypeReasoning = "reasoning" // what a model thinks aloud: as delta, but none of what it says
 )
 
 // MaxMessageID is the longest message id, in bytes. The server remembers the ids of

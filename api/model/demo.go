@@ -24,7 +24,7 @@ func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, 
 	if len(conversation) > 0 {
 		_, _ = h.Write([]byte(conversation[len(conversation)-1].Content))
 	}
-	text := texts[h.Sum32()%uint32(len(texts))]
+	text := canned[h.Sum32()%uint32(len(canned))]
 	return func(yield func(Piece, error) bool) {
 		tick := time.NewTicker(d.Pace)
 		defer tick.Stop()
@@ -42,7 +42,7 @@ func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, 
 	}
 }
 
-var texts = []string{
+var canned = []string{
 	`A lighthouse keeper writes down every ship that passes, one line each, with a number in the margin. The numbers run on from page to page, and that is the whole trick: if somebody tears out a page, the next reader sees 42 behind 38 and knows that three lines are missing, which three, and whom to ask for them.
 
 Streams of text can be kept the same way. Each piece gets the next number when it is written down, not when it is sent. Whoever reads remembers only the last number that arrived. When the connection breaks, on a train or in a lift, the reader comes back and says a single thing: I have everything up to 38. The answer continues with 39, no matter which server is asked, and no matter what was lost on the way.

@@ -8,7 +8,10 @@ import (
 )
 
 // Turn is one message of a conversation.
-type Turn struct{ Role, Content string }
+type Turn struct {
+	Role    string `json:"role"`
+	Content string `json:"content"`
+}
 
 // The roles of turns.
 const (
@@ -19,12 +22,14 @@ const (
 
 // Piece is a piece of an answer. All but one of its members are empty in most.
 type Piece struct {
-	Text    string
-	Refusal bool // Text is why the model does not answer
-	// ToolCalls are what came of calls of tools: an array, as the model's service sent it.
+	Text      string
+	Reasoning bool // Text is what the model thinks aloud
+	Refusal   bool // Text is why the model does not answer
+	// ToolCalls are what came of calls of tools: an array as the chat-completions API streams it.
+	// Each call has its index, by which its arguments are joined.
 	ToolCalls json.RawMessage
 	// Finish is why the answer ended (stop, length, …), and Usage what it cost, an object as the
-	// service sent it. They come behind the text, if they come.
+	// service sent it. They are in the last piece, if they came.
 	Finish string
 	Usage  json.RawMessage
 }

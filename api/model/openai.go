@@ -7,11 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"log/slog"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"mime"
 	"net"
@@ -21,8 +19,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/sashabaranov/go-openai"
 )
 
 // Config says which model answers, of a service that speaks the chat-completions API.
@@ -95,15 +91,12 @@ func (c Config) options() (members map[string]json.RawMessage, err error) {
 	return members, err
 }
 
-// OpenAI asks a service that speaks the chat-completions API.
-//
-// The library asks once, and hands out each event as it came. What it knows of errors is not used:
-// its text has what the service said.
+// OpenAI asks a service that speaks the chat-completions API, and reads its stream (stream.go).
 type OpenAI struct {
-	cfg   Config
-	query string                     // of the URL, in front of which the library puts its path
-	more  map[string]json.RawMessage // members of each request, beside those that the library writes
-	http  *http.Client
+	cfg  Config
+	url  string
+	more map[string]json.RawMessage // members of each request, next to the conversation
+	http *http.Client
 }
 
 // NewOpenAI makes one of a valid Config. It connects when it is asked.
@@ -114,10 +107,13 @@ func NewOpenAI(cfg Config) *OpenAI {
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }, // the key is for one host
 	}}
-	o.cfg.URL, o.query, _ = strings.Cut(cfg.URL, "?")
+	base, query, _ := strings.Cut(cfg.URL, "?")
+	if o.url = strings.TrimRight(base, "/") + "/chat/completions"; query != "" {
+		o.url += "?" + query
+	}
 	name, _ := json.Marshal(cfg.Name)
-	o.more = map[string]json.RawMessage{"model": name} // the library refuses some names, as of models that it takes for others
-	options, _ := cfg.options()                        // Validate has seen it
+	o.more = map[string]json.RawMessage{"model": name, "stream": json.RawMessage("true"), "stream_options": json.RawMessage(`{"include_usage":true}`)}
+	options, _ := cfg.options() // Validate has seen it
 	maps.Copy(o.more, options)
 	return o
 }
@@ -131,10 +127,7 @@ const (
 
 // Answer implements Model.
 func (o *OpenAI) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, error] {
-	request := openai.ChatCompletionRequest{StreamOptions: &openai.StreamOptions{IncludeUsage: true}}
-	for _, t := range conversation { // whose roles are the API's
-		request.Messages = append(request.Messages, openai.ChatCompletionMessage{Role: t.Role, Content: t.Content})
-	}
+	request := o.request(conversation)
 	return func(yield func(Piece, error) bool) {
 		for try := 1; ; try++ {
 			said := false
@@ -170,142 +163,58 @@ func (o *OpenAI) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piec
 	}
 }
 
-// errors of an attempt, beside those of the connection.
+// request is the body of a question.
+func (o *OpenAI) request(conversation []Turn) []byte {
+	messages, _ := json.Marshal(conversation) // text is always JSON
+	members := map[string]json.RawMessage{"messages": messages}
+	maps.Copy(members, o.more)
+	maps.DeleteFunc(members, func(_ string, value json.RawMessage) bool { return string(value) == "null" })
+	body, _ := json.Marshal(members) // each is valid JSON
+	return body
+}
+
+// send asks once. The response is an event stream.
+func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, o.url, bytes.NewReader(request))
+	if err != nil {
+		return nil, err
+	}
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Accept", eventStream)
+	if o.cfg.Key != "" {
+		r.Header.Set("Authorization", "Bearer "+o.cfg.Key)
+	}
+	res, err := o.http.Do(r) // #nosec G704 -- where to is the operator's choice, -model-url, and redirects are not followed
+	if err != nil {
+		return nil, err
+	}
+	kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
+	encoding := res.Header.Get("Content-Encoding") // not gzip, which net/http has taken off
+	switch {
+	case res.StatusCode != http.StatusOK: // nothing reads what it says, however long that is
+		err = &statusError{res.StatusCode, retryAfter(res.Header.Get("Retry-After"))}
+	case err != nil || kind != eventStream || encoding != "" && !strings.EqualFold(encoding, "identity"):
+		err = errEvents
+	}
+	if err != nil {
+		_ = res.Body.Close()
+		return nil, err
+	}
+	return res, nil
+}
+
+const eventStream = "text/event-stream"
+
+// Errors of an attempt, next to those of the connection.
 var (
 	errSilent = errors.New("silent")
-	errShort  = errors.New("the answer broke off: it does not say that it is finished")
+	errShort  = errors.New("the answer does not say that it is finished")
 	errEmpty  = errors.New("the answer is empty")
 	errLarge  = errors.New("too much at once, or without a word")
 	errEvents = errors.New("no event stream")
+	errJSON   = errors.New("an event is no JSON")
 	errSaid   = errors.New("the service says that it failed")
 )
-
-const (
-	// eventMost bounds an event of the service's, in bytes: a word needs some hundred.
-	eventMost = 1 << 20
-	// muteMost bounds what comes between two words, in bytes. A model that thinks aloud needs
-	// some hundred for a word of that, too: this is a hundred thousand.
-	muteMost = 64 << 20
-	// afterwards is how long what an answer cost may come behind its end.
-	afterwards = 5 * time.Second
-	// ending is how long the end of the response may come behind the answer's.
-	ending = 100 * time.Millisecond
-)
-
-// event is one of the service's, as far as it matters here.
-type event struct {
-	Choices []struct {
-		Index int
-		Delta struct {
-			Content, Refusal string
-			ToolCalls        []json.RawMessage `json:"tool_calls"`
-		}
-		FinishReason string `json:"finish_reason"`
-	}
-	Usage, Error *json.RawMessage // nil: null, or not there
-}
-
-// pieces is what an event says of the answer.
-func (e *event) pieces() (all []Piece) {
-	for _, c := range e.Choices {
-		if c.Index > 0 { // there is one, unless the options ask for more
-			continue
-		}
-		if c.Delta.Content != "" {
-			all = append(all, Piece{Text: c.Delta.Content})
-		}
-		if c.Delta.Refusal != "" {
-			all = append(all, Piece{Text: c.Delta.Refusal, Refusal: true})
-		}
-		if len(c.Delta.ToolCalls) > 0 {
-			calls, _ := json.Marshal(c.Delta.ToolCalls) // which were just read
-			all = append(all, Piece{ToolCalls: calls})
-		}
-		if c.FinishReason != "" {
-			all = append(all, Piece{Finish: c.FinishReason})
-		}
-	}
-	return all
-}
-
-// attempt asks once. stopped says that nobody wants the rest.
-func (o *OpenAI) attempt(ctx context.Context, request openai.ChatCompletionRequest, yield func(Piece) bool) (failed error, stopped bool) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	patience := o.cfg.Timeout
-	watch := time.AfterFunc(patience, func() { cancel(errSilent) })
-	defer watch.Stop()
-
-	g := &gate{model: o}
-	cfg := openai.DefaultConfig(o.cfg.Key)
-	cfg.BaseURL, cfg.HTTPClient, cfg.EmptyMessagesLimit = o.cfg.URL, g, math.MaxUint32 // the gate bounds those
-	stream, err := openai.NewClientWithConfig(cfg).CreateChatCompletionStream(ctx, request)
-	if err != nil {
-		if context.Cause(ctx) == errSilent {
-			err = errSilent
-		}
-		return err, false
-	}
-	defer stream.Close()
-	var usage *json.RawMessage // some services say it in each event: the last one counts
-	finish, said, mute := "", false, 0
-	for {
-		var raw []byte
-		if raw, err = stream.RecvRaw(); err != nil {
-			break
-		}
-		watch.Stop() // not while others take what it has said
-		g.pass(len(raw))
-		var e event
-		if err = json.Unmarshal(raw, &e); err != nil {
-			break
-		}
-		if mute += len(raw); mute > muteMost {
-			err = errLarge
-			break
-		}
-		if e.Error != nil {
-			err = errSaid
-			break
-		}
-		if e.Usage != nil && (*e.Usage)[0] == '{' {
-			usage = e.Usage
-		}
-		for _, p := range e.pieces() {
-			switch {
-			case p.Text != "" || p.ToolCalls != nil:
-				patience, said, mute = o.cfg.Stall, true, 0
-			case finish != "":
-				continue
-			default:
-				finish = p.Finish
-			}
-			if said && !yield(p) {
-				return nil, true
-			}
-		}
-		if finish != "" {
-			patience = min(patience, afterwards)
-		}
-		watch.Reset(patience)
-	}
-	if finish != "" && errors.Is(err, io.EOF) { // a connection is good for the next answer when this one was read to its end
-		watch.Reset(ending)
-		_, _ = g.Read(make([]byte, 1))
-	}
-	silent := context.Cause(ctx) == errSilent
-	switch {
-	case finish != "" && said: // whatever is missing behind it
-		return nil, usage != nil && !yield(Piece{Usage: *usage})
-	case finish != "" && (silent || errors.Is(err, io.EOF)):
-		return errEmpty, false
-	case silent:
-		return errSilent, false
-	case !errors.Is(err, io.EOF):
-		return err, false
-	}
-	return errShort, false
-}
 
 // statusError is an answer with another status than 200.
 type statusError struct {
@@ -360,6 +269,8 @@ func explain(err error) *Error {
 		return &Error{Reason: Empty, Detail: "the model said nothing"}
 	case errors.Is(err, errEvents):
 		return &Error{Reason: Rejected, Detail: "the model's service did not answer with an event stream"}
+	case errors.Is(err, errSaid):
+		return &Error{Reason: Broken, Detail: "the model's service says that the answer failed"}
 	case errors.Is(err, errLarge):
 		return &Error{Reason: Broken, Detail: "the model's service sent too much at once, or without a word of the answer"}
 	case errors.Is(err, http.ErrSchemeMismatch):
@@ -393,76 +304,6 @@ func untrusted(err error) bool {
 	_, none := errors.AsType[tls.RecordHeaderError](err) // it does not speak TLS
 	_, alert := errors.AsType[tls.AlertError](err)
 	return bad || none || alert
-}
-
-// gate is the way to the service, of one attempt. It adds what the library does not know to a
-// request, lets only event streams through, and bounds them. Everything else is an error by its
-// status alone: nothing reads what it says, however long that is.
-type gate struct {
-	model *OpenAI
-	body  io.ReadCloser
-	left  int // bytes that may come before pass is called again
-}
-
-// Do implements openai.HTTPDoer.
-func (g *gate) Do(r *http.Request) (*http.Response, error) {
-	if err := g.model.extend(r); err != nil {
-		return nil, err
-	}
-	res, err := g.model.http.Do(r) // #nosec G704 -- where to is the operator's choice, -model-url, and redirects are not followed
-	if err != nil {
-		return nil, err
-	}
-	if res.StatusCode != http.StatusOK {
-		_ = res.Body.Close()
-		return nil, &statusError{res.StatusCode, retryAfter(res.Header.Get("Retry-After"))}
-	}
-	kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
-	if err != nil || kind != "text/event-stream" || res.Header.Get("Content-Encoding") != "" { // but gzip, which net/http has taken off
-		_ = res.Body.Close()
-		return nil, errEvents
-	}
-	g.body, g.left = res.Body, eventMost
-	res.Body = g
-	return res, nil
-}
-
-// extend puts the query of the URL and the configured members into a request.
-func (o *OpenAI) extend(r *http.Request) error {
-	r.URL.RawQuery = o.query
-	var members map[string]json.RawMessage
-	if err := json.NewDecoder(r.Body).Decode(&members); err != nil {
-		return err
-	}
-	for name, value := range o.more {
-		if members[name] = value; string(value) == "null" {
-			delete(members, name)
-		}
-	}
-	body, err := json.Marshal(members)
-	if err != nil {
-		return err
-	}
-	r.ContentLength, r.Body, r.GetBody = int64(len(body)), io.NopCloser(bytes.NewReader(body)), nil
-	return nil
-}
-
-func (g *gate) Read(p []byte) (int, error) {
-	if g.left <= 0 {
-		return 0, errLarge
-	}
-	n, err := g.body.Read(p[:min(len(p), g.left)])
-	g.left -= n
-	return n, err
-}
-
-func (g *gate) Close() error { return g.body.Close() }
-
-// pass says that an event of n bytes was taken. Of what stands between events, which the library
-// keeps as long as the answer lasts, each pays for its own lines and no more.
-func (g *gate) pass(n int) {
-	const lines = 128 // data:, and the event: and id: that some services send
-	g.left = min(g.left+n+lines, eventMost)
 }
 
 // retryAfter is how long a header asks to wait (RFC 9110, section 10.2.3); 0: it does not say.
