@@ -61,7 +61,7 @@ func (a *API) uiAsk(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, &uiFold{message: x.reply, base: x.seq})
+	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, newUIFold(x.reply, x.seq))
 }
 
 // uiQuestion is the text of the last message that useChat sent, and where it stands. All others
@@ -132,7 +132,7 @@ func (a *API) uiView(c echo.Context, message string) error {
 		return err
 	}
 	defer a.limits.Viewers.Give(caller, 1)
-	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, &uiFold{message: message, base: b.Former})
+	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, newUIFold(message, b.Former))
 }
 
 // newest is the newest of messages that are open: of those whose ids this server made, and which tell the time, or, if
@@ -206,8 +206,12 @@ type uiFold struct {
 	first   int64 // the first chunk that it was given; where that is not base+1, a message that goes on there has lost its beginning
 
 	begun bool
-	texts int  // text parts that have begun
-	text  bool // one of them is open
+	open  string         // the kind of the part that is open: text, reasoning; empty: none is
+	parts map[string]int // by kind, how many have begun
+}
+
+func newUIFold(message string, base int64) *uiFold {
+	return &uiFold{message: message, base: base, parts: map[string]int{}}
 }
 
 // part is a part of a UI message stream. Which of its members it has follows from its type.
@@ -246,19 +250,24 @@ func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
 			return f.end(b, part{Type: "error", ErrorText: "the beginning of the answer is no longer kept"}), true
 		}
 		if s.content != "" {
-			if !f.text {
-				f.text = true
-				f.texts++
-				b = appendPart(b, part{Type: "text-start", ID: f.id()})
+			kind := "text"
+			if s.kind == store.TypeReasoning {
+				kind = "reasoning"
 			}
-			b = appendPart(b, part{Type: "text-delta", ID: f.id(), Delta: s.content})
+			if f.open != kind {
+				b = f.endPart(b)
+				f.open = kind
+				f.parts[kind]++
+				b = appendPart(b, part{Type: kind + "-start", ID: f.id()})
+			}
+			b = appendPart(b, part{Type: kind + "-delta", ID: f.id(), Delta: s.content})
 		}
 		if s.data != nil {
 			kind := s.kind
 			if kind == "" {
 				kind = store.TypeDelta
 			}
-			b = appendPart(f.endText(b), part{Type: "data-" + kind, Data: json.RawMessage(s.data)})
+			b = appendPart(f.endPart(b), part{Type: "data-" + kind, Data: json.RawMessage(s.data)})
 		}
 		switch {
 		case s.kind == store.TypeDone, s.kind != store.TypeFailed && s.kind != store.TypeCancelled && s.complete:
@@ -283,19 +292,19 @@ func (f *uiFold) mayMatter(chunk []byte) bool {
 	return bytes.Contains(chunk, []byte(f.message)) || bytes.IndexByte(chunk, '\\') >= 0 || bytes.Contains(chunk, []byte(`"end"`))
 }
 
-func (f *uiFold) id() string { return fmt.Sprint("text-", f.texts) }
+func (f *uiFold) id() string { return fmt.Sprint(f.open, "-", f.parts[f.open]) }
 
-func (f *uiFold) endText(b []byte) []byte {
-	if !f.text {
-		return b
+func (f *uiFold) endPart(b []byte) []byte {
+	if f.open != "" {
+		b = appendPart(b, part{Type: f.open + "-end", ID: f.id()})
+		f.open = ""
 	}
-	f.text = false
-	return appendPart(b, part{Type: "text-end", ID: f.id()})
+	return b
 }
 
 // end appends the last part, and the stream's end.
 func (f *uiFold) end(b []byte, last part) []byte {
-	return append(appendPart(f.endText(b), last), "data: [DONE]\n\n"...)
+	return append(appendPart(f.endPart(b), last), "data: [DONE]\n\n"...)
 }
 
 func appendPart(b []byte, p part) []byte {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"gapless/api/auth/authtest"
+	"gapless/api/model"
 	"gapless/store/storetest"
 )
 
@@ -338,5 +339,26 @@ func TestUI_streamEndsWithItsToken(t *testing.T) {
 	}
 	if rest, err := io.ReadAll(u.body); err == nil || strings.Contains(string(rest), "DONE") || strings.Contains(string(rest), "expired") {
 		t.Errorf("it ended with %q, %v", rest, err)
+	}
+}
+
+// What a model thinks aloud is a part of its own kind, closed before the next part begins.
+func TestUI_thinkingIsReasoningParts(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) {
+		s.model = failing(nil, model.Piece{Text: "Hm", Reasoning: true}, model.Piece{Text: ", tea.", Reasoning: true}, model.Piece{Text: "Green"},
+			model.Piece{ToolCalls: []byte(`[{"index":0}]`)}, model.Piece{Text: "Or", Reasoning: true}, model.Piece{Text: " tea"})
+	})
+	u := n.ui(t, request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody(secret)})
+	u.rest()
+	var kinds []string
+	for _, p := range u.all {
+		kinds = append(kinds, strings.TrimSpace(p.Type+" "+p.ID+" "+p.Delta))
+	}
+	want := "start, reasoning-start reasoning-1, reasoning-delta reasoning-1 Hm, reasoning-delta reasoning-1 , tea., reasoning-end reasoning-1, " +
+		"text-start text-1, text-delta text-1 Green, text-end text-1, data-tool_calls, reasoning-start reasoning-2, reasoning-delta reasoning-2 Or, reasoning-end reasoning-2, " +
+		"text-start text-2, text-delta text-2  tea, text-end text-2, finish"
+	if got := strings.Join(kinds, ", "); got != want {
+		t.Errorf("%s\nand not\n%s", got, want)
 	}
 }

@@ -59,11 +59,13 @@ type message struct {
 	over             bool // what has ended stays so, whatever others push behind it
 	first, last      int64
 	content          []byte
+	thought          []byte // what it says in chunks of type reasoning,
+	from, to         int64  // the times of the first and the last of which, in ms, are these
 	chunks           []byte // those that say more than text, behind one another, with commas between
 }
 
 // messageSize is what a message has in an event beside what chunks say.
-const messageSize = 192
+const messageSize = 256
 
 const streaming = "streaming"
 
@@ -86,10 +88,15 @@ func (f *fold) add(seq int64, chunk []byte) {
 	var id string
 	var rawID, role, content, reason jsontext.Value
 	kind, complete, more := store.TypeDelta, false, false
+	ts := int64(0)
 	store.EachMember(chunk, func(name string, value jsontext.Value) {
 		text := value.Kind() == '"'
 		switch {
-		case name == "seq" || name == "ts":
+		case name == "ts":
+			if n, err := strconv.ParseInt(string(value), 10, 64); err == nil && n > 0 {
+				ts = n
+			}
+		case name == "seq":
 		case name == "is_complete":
 			complete = value.Kind() == 't'
 		case name == "type" && text:
@@ -108,7 +115,7 @@ func (f *fold) add(seq int64, chunk []byte) {
 	})
 	status, over := streaming, complete
 	switch kind {
-	case store.TypeDelta:
+	case store.TypeDelta, store.TypeReasoning:
 	case store.TypeMessage:
 		status = store.TypeDone
 	case store.TypeDone, store.TypeFailed, store.TypeCancelled:
@@ -153,7 +160,14 @@ func (f *fold) add(seq int64, chunk []byte) {
 		f.unnamed = m
 	}
 	m.last = seq
-	m.content = append(m.content, content...)
+	if kind != store.TypeReasoning {
+		m.content = append(m.content, content...)
+	} else if m.thought = append(m.thought, content...); len(content) > 0 && ts > 0 {
+		if m.from == 0 {
+			m.from = ts
+		}
+		m.to = max(m.to, ts)
+	}
 	f.size += len(content)
 	if len(reason) > 0 {
 		f.size += len(reason) - len(m.reason)
@@ -197,7 +211,11 @@ func (f *fold) snapshot() *snapshot {
 		}
 		b = append(append(b, `"role":"`...), m.role...)
 		b = append(append(b, `","content":"`...), m.content...)
-		b = append(append(append(b, `","status":"`...), m.status...), '"')
+		if b = append(b, '"'); len(m.thought) > 0 {
+			b = append(append(append(b, `,"reasoning":"`...), m.thought...), '"')
+			b = strconv.AppendInt(append(b, `,"reasoning_ms":`...), m.to-m.from, 10)
+		}
+		b = append(append(append(b, `,"status":"`...), m.status...), '"')
 		b = strconv.AppendBool(append(b, `,"done":`...), m.status != streaming)
 		if len(m.reason) > 0 {
 			b = append(append(append(b, `,"reason":"`...), m.reason...), '"')

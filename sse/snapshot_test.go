@@ -31,6 +31,8 @@ type saidMessage struct {
 	ID      string `json:"message_id,omitempty"`
 	Role    string
 	Content string
+	Thought string `json:"reasoning,omitempty"`
+	Millis  int64  `json:"reasoning_ms,omitempty"`
 	Status  string
 	Done    bool
 	Reason  string
@@ -55,6 +57,7 @@ func (s *said) check(elements []string) error {
 	var want []*saidMessage
 	by := map[string]*saidMessage{}
 	over := map[*saidMessage]bool{}
+	began := map[*saidMessage]int64{} // to think
 	var neighbour *saidMessage
 	ended := false
 	for i, element := range elements {
@@ -88,7 +91,7 @@ func (s *said) check(elements []string) error {
 			status = "done"
 		}
 		switch kind {
-		case "delta", "message":
+		case "delta", "message", "reasoning":
 		case "done", "failed", "cancelled":
 			status, ends = kind, true
 		case "end":
@@ -124,7 +127,16 @@ func (s *said) check(elements []string) error {
 			neighbour = m
 		}
 		m.Last = seq
-		m.Content += content
+		if kind != "reasoning" {
+			m.Content += content
+		} else if m.Thought += content; content != "" {
+			if ts, _ := chunk["ts"].(float64); ts > 0 {
+				if began[m] == 0 {
+					began[m] = int64(ts)
+				}
+				m.Millis = max(m.Millis, int64(ts)-began[m])
+			}
+		}
 		if text("reason") != "" {
 			m.Reason = text("reason")
 		}
@@ -192,6 +204,25 @@ id: 7
 			w.leave()
 		})
 	}
+}
+
+// What a model thinks aloud is none of what it says, and how long it thought is told.
+func TestSnapshot_keepsThinkingApart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		for _, e := range []string{
+			`{"seq":1,"ts":1000,"type":"reasoning","message_id":"a","content":"Hm, \u0022"}`,
+			`{"seq":2,"ts":13500,"type":"reasoning","message_id":"a","content":"tea."}`,
+			`{"seq":3,"ts":14000,"type":"delta","message_id":"a","content":"Green"}`,
+		} {
+			log.Push(e)
+		}
+		w := now(t, started(t, testConfig(), log), log, Ask{Snapshot: true})
+		if got, want := string(w.bytes()), `{"role":"assistant","content":"Green","reasoning":"Hm, \u0022tea.","reasoning_ms":12500,"status":"streaming"`; !strings.Contains(strings.Replace(got, `"message_id":"a",`, "", 1), want) {
+			t.Errorf("%s\nhas no\n%s", got, want)
+		}
+		w.leave()
+	})
 }
 
 // Only who has nothing is given one: at cursor 0, and behind a reset.
@@ -276,10 +307,10 @@ func TestSnapshot_whatComesLiveIsChunks(t *testing.T) {
 
 func elements(rt *rapid.T) []string {
 	member := rapid.SampledFrom([]string{
-		`"type":"delta"`, `"type":"message"`, `"type":"done"`, `"type":"failed"`, `"type":"cancelled"`, `"type":"end"`, `"type":"tool"`, `"type":7`,
+		`"type":"delta"`, `"type":"message"`, `"type":"done"`, `"type":"failed"`, `"type":"cancelled"`, `"type":"end"`, `"type":"tool"`, `"type":7`, `"type":"reasoning"`,
 		`"message_id":"a"`, `"message_id":"\u0061"`, `"message_id":"b"`, `"message_id":""`, `"message_id":["a"]`,
 		`"role":"user"`, `"role":"assistant"`, `"role":""`, `"content":"x\"\\\u00e4 "`, `"content":"ä€😀"`, `"content":""`, `"content":{"t":1}`,
-		`"reason":"why"`, `"is_complete":true`, `"is_complete":false`, `"data":[1,{"k":"v"}]`, `"ts":5`, `"seq":1`,
+		`"reason":"why"`, `"is_complete":true`, `"is_complete":false`, `"data":[1,{"k":"v"}]`, `"ts":5`, `"ts":-9`, `"ts":"7"`, `"seq":1`,
 	})
 	one := rapid.Custom(func(rt *rapid.T) string {
 		if rapid.IntRange(0, 9).Draw(rt, "kind") == 0 {
@@ -295,7 +326,7 @@ func elements(rt *rapid.T) []string {
 		}
 		if rapid.Bool().Draw(rt, "ours") {
 			var head strings.Builder
-			head.WriteString(fmt.Sprintf(`"seq":%d,"ts":7`, i+1))
+			head.WriteString(fmt.Sprintf(`"seq":%d,"ts":%d`, i+1, 1_000*i))
 			for m := range strings.SplitSeq(e, ",") {
 				if m != "" && !strings.HasPrefix(m, `"ts"`) && !strings.HasPrefix(m, `"seq"`) {
 					head.WriteString("," + m)

@@ -82,7 +82,8 @@ function take(chunk, seq, { source }) {
   if (!m) return;
 
   m.last = seq;
-  say(m, text);
+  if (chunk.type === 'reasoning') think(m, text, chunk.ts);
+  else say(m, text);
   const why = chunk.detail ?? chunk.reason; // why it failed
   if (typeof why === 'string') m.reason = why;
   if (end) settle(m, end);
@@ -98,13 +99,14 @@ function restore(snapshot) {
   awaited = asked;
   plot.mark('snapshot', snapshot.last_seq, snapshot.first_seq);
   set($('snapshot'), `${snapshot.last_seq - snapshot.first_seq + 1} chunks in one event`);
-  for (const { message_id: id, role, content, status, reason, chunks = [], first_seq: first, last_seq: last } of snapshot.messages) {
-    if (!content && status === 'done') {
+  for (const { message_id: id, role, content, reasoning, reasoning_ms: ms, status, reason, chunks = [], first_seq: first, last_seq: last } of snapshot.messages) {
+    if (!content && !reasoning && status === 'done') {
       if (id) wordless.add(id);
       continue;
     }
     const m = begin(id || `chunk-${first}`, role ?? 'assistant', first);
     Object.assign(m, { anonymous: !id, last, reason: chunks.findLast((c) => typeof c.detail === 'string')?.detail ?? reason ?? '' });
+    if (reasoning) think(m, reasoning, undefined, ms);
     say(m, content);
     if (status !== 'streaming') settle(m, status);
     else if (snapshot.ended) settle(m, 'unfinished');
@@ -149,14 +151,19 @@ function begin(id, role, seq) {
   actions.append(element('button', { type: 'button', className: 'quiet copy-message', textContent: 'Copy' }));
   if (role === 'assistant') actions.append(element('button', { type: 'button', className: 'quiet again', textContent: 'Ask again' }));
   head.append(range);
-  article.append(head, body, label, actions);
+  // What a model thinks aloud is folded, and is none of what it says.
+  const thinking = element('details', { className: 'thinking', hidden: true });
+  const thoughts = element('div', { className: 'thoughts' });
+  thinking.append(element('summary', {}), thoughts);
+  article.append(head, thinking, body, label, actions);
   Object.assign(article.dataset, { id, role });
   log.append(article);
   // Only what the model says is Markdown: what others wrote is shown as they wrote it.
   const markdown = role === 'assistant' ? new Markdown(body) : undefined;
   const words = markdown ? undefined : body.appendChild(document.createTextNode(''));
   const m = { id, role, text: '', status: 'streaming', ended: false, anonymous: false, aloud: false,
-    first: seq, last: seq, reason: '', undrawn: '', article, markdown, words, range, label, actions };
+    first: seq, last: seq, reason: '', undrawn: '', thought: '', thoughtSince: 0, thoughtFor: 0, unthought: '',
+    article, thinking, thoughts, markdown, words, range, label, actions };
   messages.push(m);
   byId.set(id, m);
   return m;
@@ -165,6 +172,22 @@ function begin(id, role, seq) {
 function say(m, text) {
   m.text += text;
   m.undrawn += text;
+}
+
+// ts is when, in ms; ms is how long all of it took.
+function think(m, text, ts, ms = 0) {
+  m.thought += text;
+  m.unthought += text;
+  m.thoughtFor = Math.max(m.thoughtFor, ms);
+  if (!Number.isFinite(ts)) return;
+  m.thoughtSince ||= ts - m.thoughtFor;
+  m.thoughtFor = Math.max(m.thoughtFor, ts - m.thoughtSince);
+}
+
+function duration(ms) {
+  const s = Math.round(ms / 1000);
+  if (s < 1) return 'a moment';
+  return s < 60 ? `${s} s` : `${Math.floor(s / 60)} min ${s % 60} s`;
 }
 
 function settle(m, status) {
@@ -239,6 +262,12 @@ function flush() {
     }
     m.undrawn = '';
     const growing = m.status === 'streaming';
+    if (m.thought) {
+      if (m.unthought) m.thoughts.append(m.unthought);
+      m.unthought = '';
+      m.thinking.hidden = false;
+      set(m.thinking.firstChild, growing && !m.text ? 'Thinking…' : `Thought for ${duration(m.thoughtFor)}`);
+    }
     m.article.dataset.status = m.status;
     m.article.ariaBusy = String(growing);
     m.actions.hidden = growing;
@@ -446,7 +475,7 @@ const naive = new Naive(`${api}/demo/naive`, {
     $('naive-log').replaceChildren();
   },
   chunk(chunk) {
-    if (typeof chunk.content === 'string' && chunk.content !== '') sayNaively(naiveWords(chunk), 'append', chunk.content);
+    if (typeof chunk.content === 'string' && chunk.content !== '' && chunk.type !== 'reasoning') sayNaively(naiveWords(chunk), 'append', chunk.content);
   },
   lost(from, to) {
     for (let seq = from; seq <= to; seq++) plot.mark('lost', seq);
@@ -704,4 +733,5 @@ window.gapless = Object.freeze({
   get naive() { return { state: naive.state, missing: naive.missing, lost: [...naive.everLost] }; },
   get messages() { return messages.map(({ id, role, text, status }) => ({ id, role, text, status })); },
   text: (id) => byId.get(id)?.text,
+  thought: (id) => byId.get(id)?.thought,
 });

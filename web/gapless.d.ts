@@ -12,6 +12,7 @@
  *   history: it was in the log when following began; live: it came since; repaired: it was missed, and asked for again
  * @typedef {{
  *   message_id?: string, role: string, content: string, done: boolean, reason?: string,
+ *   reasoning?: string, reasoning_ms?: number,
  *   status: 'streaming' | 'done' | 'failed' | 'cancelled', first_seq: number, last_seq: number, chunks?: Chunk[],
  * }} Message
  * @typedef {{ type: 'snapshot', epoch: string, first_seq: number, last_seq: number, ended: boolean, messages: Message[] }} Snapshot
@@ -158,6 +159,8 @@ export type Message = {
     content: string;
     done: boolean;
     reason?: string;
+    reasoning?: string;
+    reasoning_ms?: number;
     status: "streaming" | "done" | "failed" | "cancelled";
     first_seq: number;
     last_seq: number;

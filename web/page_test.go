@@ -858,6 +858,7 @@ func TestPage(t *testing.T) {
 		{"the naive viewer loses chunks where the page says so, and ours does not", testNaive},
 		{"four more tabs are opened, or offered", testFourTabs},
 		{"without the demo none is offered", testNoDemo},
+		{"what a model thinks aloud is folded, also after a reload", testThinking},
 		{"messages and code are copied, and a question is asked again", testCopyAndAgain},
 		{"whole messages are said aloud, once", testAloud},
 		{"everything is reached by keyboard", testKeyboard},
@@ -944,6 +945,25 @@ func testToken(t *testing.T, w world) {
 	if gaps, doubles := eval[int](p, `gapless.gaps`), eval[int](p, `gapless.doubles`); gaps+doubles > 0 {
 		t.Errorf("%d gaps, %d doubles", gaps, doubles)
 	}
+}
+
+func testThinking(t *testing.T, w world) {
+	session := "thinking"
+	path := "/v1/sessions/" + session + "/chunks"
+	p := open(t, w.browser, w.node.url("/?session="+session), chromedp.WithNewBrowserContext())
+	const summary = `document.querySelector('.thinking:not([hidden]):not([open]) summary')?.textContent`
+	w.node.post(t, path, []chunk{{Type: "reasoning", MessageID: "m", Content: "Hm, <b>"}, {Type: "reasoning", MessageID: "m", Content: "tea."}})
+	p.until(summary + ` === 'Thinking…'`)
+	w.node.post(t, path, chunk{MessageID: "m", Content: "Green"})
+	p.until(summary + ` === 'Thought for a moment'`)
+	const folded = `document.querySelector('.thoughts').textContent === 'Hm, <b>tea.' && document.querySelector('.text').innerText.trim() === 'Green' && gapless.text('m') === 'Green'`
+	p.until(folded)
+	p.do("reload", chromedp.Reload())
+	p.until(`window.gapless?.counts.snapshot > 0`)
+	p.until(summary + ` === 'Thought for a moment'`)
+	p.until(folded)
+	p.press(".thinking summary")
+	p.until(`document.querySelector('.thinking').open && document.querySelector('.thoughts').checkVisibility()`)
 }
 
 func testReload(t *testing.T, w world) {
