@@ -1,8 +1,11 @@
 package api
 
 import (
+	"bytes"
 	"context"
+	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"gapless/api/model"
@@ -14,15 +17,36 @@ const (
 	// ones. 20,000 words, a piece each, are about 3 MB, and 20 ms of Redis at each question.
 	contextChunks = 20_000
 	contextPage   = 1 << 20 // bytes that are read at once
+	// contextFirst is how many of its first chunks are looked at for instructions, where the log is longer.
+	contextFirst = 100
+	// instructionsMost bounds instructions, in bytes: they are never left out.
+	instructionsMost = 1 << 20
 )
 
-// conversation is what was said in a log in front of chunk number before: its messages in the
-// order in which they began, each as far as it got, and of these the newest that fit into
-// Config.ContextMax bytes.
-func (a *API) conversation(ctx context.Context, session string, before int64) ([]model.Turn, error) {
+// conversation is what was said in a log before chunk number before, and then the question, as also a strict
+// service takes it: many refuse, and some models' templates do, what is not in turn.
+//
+//   - Instructions come first, in one turn. They are never left out.
+//   - Then user and assistant take turns, from a user's turn to the question. Neighbours of one role, as an answer
+//     leaves them that was stopped before its first word, become one turn.
+//   - No turn is blank.
+//   - Messages are in the order in which they began, each as far as it got. Of them the newest are sent that fit into
+//     Config.ContextMax bytes, each whole.
+func (a *API) conversation(ctx context.Context, session string, before int64, question string) ([]model.Turn, error) {
 	c := conversation{most: a.cfg.ContextMax, of: map[string]*turn{}}
 	from := max(before-contextChunks, 1)
-	for from < before {
+	if from > 1 {
+		p, err := a.readPatiently(ctx, session, 1, contextFirst)
+		if err != nil {
+			return nil, err
+		}
+		for i, element := range p.Elements {
+			if s := parseSaid([]byte(element)); p.From+int64(i) < from && roleOf(s) == model.RoleSystem {
+				c.take(s, false)
+			}
+		}
+	}
+	for first := true; from < before; first = false {
 		p, err := a.readPatiently(ctx, session, from, int(before-from))
 		if err != nil {
 			return nil, err
@@ -32,12 +56,15 @@ func (a *API) conversation(ctx context.Context, session string, before int64) ([
 		}
 		for i, element := range p.Elements[:min(int64(len(p.Elements)), before-p.From)] {
 			// One that is not known from its first chunk is not known: its beginning may be gone. What an epoch
-			// began with has numbers behind those of the former one.
-			c.take([]byte(element), i == 0 && c.taken == 0 && p.From-1 > p.Former)
+			// began with has numbers after those of the former one.
+			c.take(parseSaid([]byte(element)), first && i == 0 && p.From-1 > p.Former)
 		}
 		from = p.Next()
 	}
-	return c.turns(), nil
+	if c.instructed > instructionsMost {
+		return nil, &model.Error{Reason: contextTooLarge, Detail: fmt.Sprintf("the instructions (roles system and developer) in the log are larger than %d bytes: shorten them, or go on in another session", instructionsMost)}
+	}
+	return c.turns(question), nil
 }
 
 // readPatiently reads a page, again while Redis is away: who asks waits anyway.
@@ -55,13 +82,14 @@ func (a *API) readPatiently(ctx context.Context, session string, from int64, cou
 	}
 }
 
-// conversation collects turns. Memory is bounded by most, and by one chunk.
+// conversation collects turns. Memory is bounded by most, by instructionsMost, and by two chunks.
 type conversation struct {
-	most, size int
-	taken      int
-	all        []*turn          // those that are kept, oldest first
-	of         map[string]*turn // by message; nil: it is not kept
-	current    *turn            // of the last chunk, if that had no message_id
+	most, size   int
+	instructed   int              // bytes of instructions
+	instructions []*turn          // all of them,
+	all          []*turn          // and of the others those that are kept; oldest first
+	of           map[string]*turn // by message; nil: it is not kept
+	current      *turn            // of the last chunk, if that had no message_id
 }
 
 type turn struct {
@@ -69,38 +97,48 @@ type turn struct {
 	text          []byte
 }
 
+// roleOf is whose turn a chunk belongs to; empty: it is none that is sent along.
+func roleOf(s said) string {
+	switch {
+	case s.role == "tool", s.kind == store.TypeReasoning: // an answer to what is not sent along; thinking
+		return ""
+	case s.role == model.RoleSystem, s.role == "developer":
+		return model.RoleSystem
+	case s.role == model.RoleUser:
+		return model.RoleUser
+	}
+	return model.RoleAssistant
+}
+
 // take takes the next chunk. With torn, nothing of its message is taken.
-func (c *conversation) take(element []byte, torn bool) {
-	c.taken++
-	s := parseSaid(element)
+func (c *conversation) take(s said, torn bool) {
 	before := c.current
 	c.current = nil
 	if torn && s.message != "" && s.kind != store.TypeMessage {
 		c.of[s.message] = nil
 	}
-	switch s.role {
-	case model.RoleUser, model.RoleSystem:
-	case "developer":
-		s.role = model.RoleSystem
-	case "tool": // an answer to what is not sent along
-		return
-	default:
-		s.role = model.RoleAssistant
-	}
-	if s.content == "" {
+	role := roleOf(s)
+	if role == "" || s.content == "" {
 		return
 	}
 	t, known := c.of[s.message]
 	switch {
 	case s.message == "": // such chunks have nothing but their neighbours
-		if t = before; t == nil || t.role != s.role {
-			t = c.begin("", s.role)
+		if t = before; t == nil || t.role != role {
+			t = c.begin("", role)
 		}
 		c.current = t
 	case !known:
-		t = c.begin(s.message, s.role)
+		t = c.begin(s.message, role)
 		c.of[s.message] = t
 	case t == nil:
+		return
+	}
+	if t.role == model.RoleSystem {
+		if c.instructed += len(s.content); c.instructed > instructionsMost {
+			return // it is not asked
+		}
+		t.text = append(t.text, s.content...)
 		return
 	}
 	t.text = append(t.text, s.content...)
@@ -111,7 +149,11 @@ func (c *conversation) take(element []byte, torn bool) {
 
 func (c *conversation) begin(message, role string) *turn {
 	t := &turn{message: message, role: role}
-	c.all = append(c.all, t)
+	if role == model.RoleSystem {
+		c.instructions = append(c.instructions, t)
+	} else {
+		c.all = append(c.all, t)
+	}
 	return t
 }
 
@@ -129,8 +171,23 @@ func (c *conversation) drop() {
 	}
 }
 
-func (c *conversation) turns() (all []model.Turn) {
-	for _, t := range c.all {
+// turns is what was collected, and the question.
+func (c *conversation) turns(question string) (all []model.Turn) {
+	var joined []*turn
+	for _, t := range slices.Concat(c.instructions, c.all, []*turn{{role: model.RoleUser, text: []byte(question)}}) {
+		last := &turn{role: model.RoleSystem} // so that what an assistant says first, to something that is not kept, is left out
+		if len(joined) > 0 {
+			last = joined[len(joined)-1]
+		}
+		switch {
+		case len(bytes.TrimSpace(t.text)) == 0, t.role == model.RoleAssistant && last.role == model.RoleSystem:
+		case len(joined) > 0 && last.role == t.role:
+			last.text = append(append(last.text, "\n\n"...), t.text...)
+		default:
+			joined = append(joined, t)
+		}
+	}
+	for _, t := range joined {
 		all = append(all, model.Turn{Role: t.role, Content: string(t.text)})
 	}
 	return all

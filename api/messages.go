@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
@@ -27,10 +28,11 @@ const (
 
 // Reasons why an answer fails, beside those of model.Error.
 const (
-	modelFailed    = "model_failed" // in a way that it does not say
-	answerTooLarge = "answer_too_large"
-	failedShutdown = "shutdown"
-	failedRedis    = "redis_away"
+	modelFailed     = "model_failed" // in a way that it does not say
+	answerTooLarge  = "answer_too_large"
+	contextTooLarge = "context_too_large"
+	failedShutdown  = "shutdown"
+	failedRedis     = "redis_away"
 )
 
 // answerPatience is how long an answer waits for a Redis that is away.
@@ -57,8 +59,8 @@ func (a *API) ask(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	if members["content"] == "" {
-		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content, the question, is missing or empty"}
+	if strings.TrimSpace(members["content"]) == "" {
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content, the question, is missing or blank"}
 	}
 	x, err := a.begin(c, members["content"], "/content")
 	if err != nil {
@@ -207,7 +209,7 @@ const piecesMost = 256
 // transcribe appends what the model says, and answers the chunk that ends it.
 func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chunk, err error) {
 	done = store.NewChunk(store.TypeDone, x.reply, roleAssistant, "")
-	turns, err := a.conversation(u.ctx, u.session, x.seq)
+	turns, err := a.conversation(u.ctx, u.session, x.seq, question)
 	if err != nil {
 		return done, err
 	}
@@ -222,7 +224,7 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 	var wg sync.WaitGroup
 	wg.Go(func() { // ended by stop, and waited for
 		defer close(words)
-		for piece, err := range a.pieces(ctx, append(turns, model.Turn{Role: roleUser, Content: question})) {
+		for piece, err := range a.pieces(ctx, turns) {
 			select {
 			case words <- word{piece, err}:
 				continue

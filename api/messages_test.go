@@ -347,11 +347,11 @@ func TestMessages_conversationIsSentAlongAsFarAsItGot(t *testing.T) {
 	eventually(t, "an answer", func() bool { return n.page("s", "").Last == 4 })
 	n.append("s", `[{"message_id":"a","role":"assistant","content":"half "},{"role":"developer","content":"be brief"},
 		{"message_id":"f","role":"assistant","type":"failed","reason":"model_empty"},{"role":"tool","content":"9"},
-		{"message_id":"e","type":"delta","raw":"{}"},{"content":"no"},{"content":"body"},{"message_id":"a","content":"of it"},{"message_id":"a","type":"cancelled"}]`)
+		{"message_id":"e","type":"delta","raw":"{}"},{"message_id":"a","type":"reasoning","content":"hm"},{"message_id":"blank","content":" \n"},{"content":"no"},{"content":"body"},{"message_id":"a","content":"of it"},{"message_id":"a","type":"cancelled"}]`)
 	redis.RPush(t.Context(), "chat:history:s", `{"message_id": "x", "Content": "no", "content": "foreign", "role": 7}`, "no JSON", `["no chunk"]`)
 	n.ask("s", "and now?")
-	want := []model.Turn{{Role: "user", Content: "sesame?"}, {Role: "assistant", Content: "sesame opens"}, {Role: "assistant", Content: "half of it"},
-		{Role: "system", Content: "be brief"}, {Role: "assistant", Content: "nobody"}, {Role: "assistant", Content: "foreign"}, {Role: "user", Content: "and now?"}}
+	want := []model.Turn{{Role: "system", Content: "be brief"}, {Role: "user", Content: "sesame?"},
+		{Role: "assistant", Content: "sesame opens\n\nhalf of it\n\nnobody\n\nforeign"}, {Role: "user", Content: "and now?"}}
 	if got := m.last(t, 2); !slices.Equal(got, want) {
 		t.Errorf("the model was told\n%q\nand not\n%q", got, want)
 	}
@@ -368,7 +368,7 @@ func TestMessages_conversationBeginsWithItsEpoch(t *testing.T) {
 	}
 	n.append("s", `[{"message_id":"q","role":"user","content":"remember 42"},{"message_id":"q","type":"done"}]`)
 	n.ask("s", "sesame?")
-	if got, want := m.last(t, 1), []model.Turn{{Role: "user", Content: "remember 42"}, {Role: "user", Content: "sesame?"}}; !slices.Equal(got, want) {
+	if got, want := m.last(t, 1), []model.Turn{{Role: "user", Content: "remember 42\n\nsesame?"}}; !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
 }
@@ -378,9 +378,9 @@ func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 	m := &spoken{}
 	n := serve(t, func(s *setup) { s.model, s.api.ContextMax, s.store.HistoryMax = m, 100, 20 })
 	text := strings.Repeat("x", 40)
-	n.append("s", `[{"message_id":"1","content":"`+text+`"},{"message_id":"2","content":"`+text+`"},{"message_id":"3","content":"`+text+`"},{"message_id":"1","content":"late"}]`)
+	n.append("s", `[{"message_id":"1","role":"user","content":"`+text+`"},{"message_id":"2","role":"user","content":"`+text+`"},{"message_id":"3","content":"`+text+`"},{"message_id":"1","content":"late"}]`)
 	n.ask("s", "sesame?")
-	want := []model.Turn{{Role: "assistant", Content: text}, {Role: "assistant", Content: text}, {Role: "user", Content: "sesame?"}}
+	want := []model.Turn{{Role: "user", Content: text}, {Role: "assistant", Content: text}, {Role: "user", Content: "sesame?"}}
 	if got := m.last(t, 1); !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
@@ -388,19 +388,48 @@ func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 	eventually(t, "an answer", func() bool { return n.page("s", "").Last == 8 })
 	for i, more := range []string{"", `{"message_id":"5","content":"` + text + text + text + `"}`} {
 		for range 25 {
-			n.append("s", fmt.Sprintf(`{"message_id":"4-%d","content":"y"}`, i))
+			n.append("s", fmt.Sprintf(`{"message_id":"4-%d","role":"user","content":"y"}`, i))
 		}
 		if more != "" {
 			n.append("s", more)
 		}
-		n.append("s", fmt.Sprintf(`{"message_id":"6-%d","content":"short"}`, i))
+		n.append("s", fmt.Sprintf(`[{"message_id":"6-%d","role":"user","content":"short"},{"message_id":"7-%d","content":"of it"}]`, i, i))
 		before := n.page("s", "").Last
 		n.ask("s", "sesame?")
-		want = []model.Turn{{Role: "assistant", Content: "short"}, {Role: "user", Content: "sesame?"}}
+		want = []model.Turn{{Role: "user", Content: "short"}, {Role: "assistant", Content: "of it"}, {Role: "user", Content: "sesame?"}}
 		if got := m.last(t, 2+i); !slices.Equal(got, want) {
 			t.Errorf("%q", got)
 		}
 		eventually(t, "an answer", func() bool { return n.page("s", "").Last == before+4 })
+	}
+}
+
+// Instructions are kept, wherever they stand, and however long the log is.
+func TestMessages_instructionsAreNeverLeftOut(t *testing.T) {
+	t.Parallel()
+	m := &spoken{}
+	redis := storetest.Redis(t)
+	n := serve(t, func(s *setup) {
+		on(redis)(s)
+		s.model, s.api.ContextMax, s.api.Limits.CallerAppends = m, 0, 1<<30
+	})
+	n.append("s", `[{"role":"system","content":"be brief"},{"role":"assistant","content":"Hello"},{"role":"user","content":"forgotten"}]`)
+	for range contextChunks / 1000 {
+		n.append("s", `[`+strings.TrimSuffix(strings.Repeat(`{"content":"y"},`, 1000), ",")+`]`)
+	}
+	n.append("s", `{"role":"developer","content":"and kind"}`)
+	n.ask("s", "sesame?")
+	if got, want := m.last(t, 1), []model.Turn{{Role: "system", Content: "be brief\n\nand kind"}, {Role: "user", Content: "sesame?"}}; !slices.Equal(got, want) {
+		t.Errorf("%.200q", got)
+	}
+	for range instructionsMost/60_000 + 1 {
+		n.append("s", `{"role":"system","content":"`+strings.Repeat("x", 60_000)+`"}`)
+	}
+	before := n.page("s", "").Last
+	n.ask("s", "sesame?")
+	eventually(t, "an end", func() bool { return n.page("s", "").Last == before+2 })
+	if text := string(n.get(fmt.Sprint("/v1/sessions/s/chunks?after=", before+1)).body); !strings.Contains(text, `"reason":"context_too_large"`) {
+		t.Error(text)
 	}
 }
 
@@ -622,6 +651,7 @@ func TestMessages_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
 		{typeJSON, `{"content":"a","role":"system"}`, 400, "invalid_json", "/role", 0},
 		{typeJSON, `{}`, 400, "invalid_content", "/content", 0},
 		{typeJSON, `{"content":""}`, 400, "invalid_content", "/content", 0},
+		{typeJSON, `{"content":" \n\u00a0"}`, 400, "invalid_content", "/content", 0},
 		{"text/plain", `sesame`, 415, "unsupported_media_type", "Content-Type", 0},
 		{"", `{"content":"sesame"}`, 415, "unsupported_media_type", "Content-Type", 0},
 		{typeNDJSON, `{"content":"sesame"}`, 415, "unsupported_media_type", "Content-Type", 0},

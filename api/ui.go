@@ -95,7 +95,7 @@ func uiQuestion(body []byte) (content, member string, err error) {
 		}
 		content += p.Text
 	}
-	if content == "" {
+	if strings.TrimSpace(content) == "" {
 		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: member, Detail: "the question has no text"}
 	}
 	return content, member, nil
