@@ -424,7 +424,7 @@ function closeInspector() {
 
 async function lookForDemo() {
   const response = await fetch(`${api}/demo`, { method: 'OPTIONS' }).catch(() => undefined);
-  $('demo').hidden = !response?.headers.get('Allow')?.includes('POST'); // any status may be for CORS
+  $('demo').hidden = $('no-model').hidden = !response?.headers.get('Allow')?.includes('POST'); // any status may be for CORS
 }
 
 async function disturb(connection, what) {

@@ -245,9 +245,11 @@ func testNoDemo(t *testing.T, w world) {
 	}
 	without := open(t, w.browser, real.url("/?session=no-demo"), chromedp.WithNewBrowserContext())
 	without.until(`gapless.state === 'live' && performance.getEntriesByType('resource').some((e) => e.name.endsWith('/demo'))`)
-	if !eval[bool](without, `document.getElementById('demo').hidden`) {
-		t.Error("the demo is offered with a model")
+	if !eval[bool](without, `document.getElementById('demo').hidden && document.getElementById('no-model').hidden`) {
+		t.Error("the demo is offered with a model, or the page says that there is none")
 	}
+	with := open(t, w.browser, w.node.url("/?session=demo"), chromedp.WithNewBrowserContext())
+	with.until(`document.getElementById('no-model').checkVisibility() && document.getElementById('no-model').innerText.includes('-model-url')`)
 
 	to, err := url.Parse(w.node.url("/"))
 	if err != nil {

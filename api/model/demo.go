@@ -2,14 +2,13 @@ package model
 
 import (
 	"context"
-	"hash/fnv"
 	"iter"
 	"strings"
 	"time"
 )
 
-// Demo answers every question with one of a few texts, without a network, at the pace
-// of a language model.
+// Demo answers without a network, at the pace of a language model: the page's sample questions, and to every other
+// question that it is no model.
 type Demo struct {
 	// Pace is the time from one word to the next.
 	Pace time.Duration
@@ -20,11 +19,11 @@ func NewDemo() Demo { return Demo{50 * time.Millisecond} }
 
 // Answer implements Model. The same question gets the same text.
 func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, error] {
-	h := fnv.New32a()
+	question := ""
 	if len(conversation) > 0 {
-		_, _ = h.Write([]byte(conversation[len(conversation)-1].Content))
+		question = strings.ToLower(conversation[len(conversation)-1].Content)
 	}
-	text := canned[h.Sum32()%uint32(len(canned))]
+	text := answerOf(question)
 	return func(yield func(Piece, error) bool) {
 		tick := time.NewTicker(d.Pace)
 		defer tick.Stop()
@@ -42,37 +41,79 @@ func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, 
 	}
 }
 
-var canned = []string{
-	`A lighthouse keeper writes down every ship that passes, one line each, with a number in the margin. The numbers run on from page to page, and that is the whole trick: if somebody tears out a page, the next reader sees 42 behind 38 and knows that three lines are missing, which three, and whom to ask for them.
+// answerOf is the text for a question: the one whose subject is named last, since earlier questions may stand
+// before it.
+func answerOf(question string) string {
+	text, at := nothing, -1
+	for _, k := range samples {
+		if found := strings.LastIndex(question, k.subject); found > at {
+			text, at = k.text, found
+		}
+	}
+	return text
+}
 
-Streams of text can be kept the same way. Each piece gets the next number when it is written down, not when it is sent. Whoever reads remembers only the last number that arrived. When the connection breaks, on a train or in a lift, the reader comes back and says a single thing: I have everything up to 38. The answer continues with 39, no matter which server is asked, and no matter what was lost on the way.
+const nothing = `There is **no model** behind this server yet, so I cannot answer that: I am a demo, and have a text for each of three questions only.
 
-What one does not need is a perfect messenger. The messenger may stumble, repeat himself or fall asleep; the book does not. It is enough that a glance into the book tells what the messenger left out.`,
+To connect a model, start Gapless with a service that speaks the chat-completions API. Its key comes from the environment:
 
-	`Bread is patience with flour in it. Mix five hundred grams of flour with three hundred and fifty grams of water, ten grams of salt and three grams of dry yeast, until no dry spot is left, and then do nothing for half a day. Time kneads better than hands do: the proteins find each other by themselves once they are wet.
+` + "```sh\nGAPLESS_MODEL_KEY=sk-… gapless -model-url https://api.openai.com/v1 -model-name gpt-4.1-mini\ngapless -model-url http://127.0.0.1:11434/v1 -model-name llama3.2\n```" + `
 
-Fold the dough twice, shape it without pressing the air out, and let it rest once more while the oven gets as hot as it can. A heavy pot with a lid, heated along with the oven, keeps the steam around the loaf; the crust stays soft for long enough to rise, and becomes glassy afterwards. Thirty minutes with the lid, fifteen without.
+Until then, ask me one of these:
 
-Then comes the hard part. The loaf sings while it cools: the crust cracks very softly as it shrinks. If you cut it now it will be gummy inside, because the starch has not set. Wait an hour. „Ein Brot muss man ausreden lassen“, says a baker's proverb that I may have made up: one should let a loaf finish speaking. 🍞`,
+- Why do streamed answers lose words when a page is reloaded?
+- Tell me a long story about a lighthouse keeper who counts ships.
+- Explain Server-Sent Events with a small example.
 
-	`A stream loses words in the moment between two steps. The server **reads the history**, sends it, and only then **subscribes** to what is new:
+All else here is as it would be with a model: this text is stored word by word, every tab shows it, and it survives a reload, a cut connection and the death of a node.`
 
-1. It reads chunks 1 to 6.
-2. Chunk 7 is published. Nobody listens yet.
-3. It subscribes, and hears 8, 9 and all the rest.
+var samples = []struct{ subject, text string }{
+	{"lose words", `Because the server has **two sources** for one answer, and changes from one to the other in the middle of it.
 
-Nothing tells the reader that 7 is missing. The remedy is a *log with numbers*: a viewer is a cursor, and there is one question, "what comes after my cursor?"
+When you reload, the page has nothing. The server reads what was said so far from the history, sends it, and then subscribes to what is new. Between those two steps a moment passes, and the model does not wait:
+
+1. The server reads the history: chunks 1 to 40.
+2. The model says chunk 41. It is published to those who have subscribed. You have not, yet.
+3. The server subscribes, and you hear 42, 43 and all the rest.
+
+Nothing tells you that 41 is missing. It is in the history, but you have read that already; it was published, but you did not listen yet. The order "subscribe first, then read" only turns the loss around: now 41 comes twice, or in the wrong place.
+
+The remedy is to have **one source**. Every chunk gets a number when it is stored. A viewer is no more than a cursor, the number of the last chunk that it has, and there is a single question: *what comes after my cursor?* A notification only says "look again". It may be lost, doubled or late; the log may not.
+
+Try it: reload this page while I speak, or press *Cut connection* in the inspector. Then turn on the *naive viewer*, which does it the old way, and see what is missing there.`},
+	{"lighthouse", `On a rock two miles from the harbour stood a lighthouse, and in it lived a keeper called Maren, who counted ships.
+
+She wrote each of them into a book: a number, the hour, and what she saw. *1, six in the morning, a brig with torn sails. 2, noon, the mail boat.* Her mother had kept the book before her, and her grandmother before that, and not one number was missing. People in the town smiled about it. "What is it good for?" asked the baker, who sent her bread with the Tuesday boat. "I do not know yet," said Maren.
+
+In November a storm came that lasted three days. The windows were white with salt, and she saw nothing but her own lamp. Still she climbed the stairs each hour and listened. When a horn sounded out there, she wrote: *4017, a horn, northwest. 4018, a horn, nearer.* On the third night she fell asleep over the page. She woke with the pen in her hand, and did not know whether she had slept a minute or an hour.
+
+In the morning a boat came from the harbour. The harbour master had a list of his own, of the ships that had arrived. "We have 4017," he said, "and 4019, which came in at dawn without a mast. Do you have anything between them?" Maren looked into the book. There it was, in a hand so tired that she hardly knew it as hers: *4018, a horn, nearer. Then a bell. Then nothing.*
+
+"Then one is still out there," said the harbour master, and turned the boat around.
+
+They found her before evening, on the sand bank behind the rock: a small schooner, on her side, with nine people on the mast and a dog. The cook rang the ship's bell with a ladle, as he had done all night.
+
+After that nobody smiled about the book. The baker came to see it for himself, and read for a long time. "It is only numbers," he said at last. "Yes," said Maren. "That is how I know when one is missing."
+
+She wrote until she was old. When her eyes grew weak, her niece read the sea for her, and when the light was made electric and the keeper was sent home, the niece took the book along and kept it on the quay. It is kept to this day. If you ask there for any ship, they open it, run a finger down the margin, and tell you; and if you come back a year later, and say the last number that you have heard, they begin with the one after it. 🚢`},
+	{"server-sent", `**Server-Sent Events** are one HTTP response that does not end: the server writes an event whenever there is something to say, and the browser hands each one to the page. On the wire an event is ` + "`data: {\"content\":\"Tea \"}`, `id: 7`" + ` and a blank line:
+
+1. *data* is the text of the event.
+2. *id* is its number, which the browser remembers.
+3. A line that begins with a colon is a comment: it keeps the connection alive.
+
+In the page this is all that it takes:
 
 ` + "```js\nconst source = new EventSource('/v1/sessions/tea/stream');\nsource.onmessage = (e) => {\n  console.log(e.lastEventId, JSON.parse(e.data).content);\n};\n```" + `
 
-That is all a page needs. When the connection breaks, the browser comes back by itself and says how far it got:
+When the connection breaks, the browser comes back by itself after a moment, and says how far it got:
 
 | it sends | it gets |
 |---|---|
 | ` + "`Last-Event-ID: 6`" + ` | 7, 8, 9, … |
 | nothing | 1, 2, 3, … |
 
-> A notification may be lost. The log may not.
+> The number makes it gapless. But only if the server keeps a log of what it has sent, and reads on from there.
 
-So press *Cut connection* while this grows, reload the page, or open four tabs of it: every one of them shows every word, once and in order.`,
+So press *Cut connection* while this grows, reload the page, or open four tabs of it: every one of them shows every word, once and in order.`},
 }
