@@ -27,7 +27,8 @@ func release(t *testing.T, source string, env ...string) (binary, sums string) {
 }
 
 // The second one is built at another place, with nothing that was compiled before, and with flags in the
-// environment that would change it. It is alone, since a compiler that begins with nothing leaves little to others.
+// environment that would change it. make test runs it by itself: a compiler that begins
+// with nothing takes as long as it takes, and leaves little to others.
 func TestRelease_twoBuildsAreEqualAndSayTheirVersion(t *testing.T) {
 	here, err := os.Getwd()
 	if err != nil {
