@@ -184,6 +184,32 @@ data: {"id":"gen-1","choices":[{"index":0,"delta":{"content":""},"finish_reason"
 data: [DONE]
 
 `, text: "Gr", fails: errSaid},
+	"OpenRouter: an error of a choice that has no finish": {
+		stream: `data: {"choices":[{"index":0,"delta":{"content":"Gr"}}]}
+
+data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":null,"error":{"code":502}}]}
+
+data: [DONE]
+
+`, text: "Gr", fails: errSaid},
+	"a gateway: an error of a delta": {
+		stream: `data: {"choices":[{"index":0,"delta":{"content":"Gr"}}]}
+
+data: {"choices":[{"index":0,"delta":{"error":"Provider disconnected"}}]}
+
+data: [DONE]
+
+`, text: "Gr", fails: errSaid},
+	"OpenRouter: all of the thinking once more": {
+		stream: `data: {"choices":[{"index":0,"delta":{"reasoning":"Te"}}]}
+
+data: {"choices":[{"index":0,"delta":{"reasoning":"a"}}]}
+
+data: {"choices":[{"index":0,"delta":{"reasoning_details":[{"type":"reasoning.text","text":"Tea","signature":"x"}],"content":"Green tea"}}]}
+
+data: [DONE]⏹
+
+`, thought: "Tea", text: "Green tea"},
 	"DeepSeek: keep-alives, usage with the finish": {
 		stream: `: keep-alive
 
