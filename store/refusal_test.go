@@ -402,6 +402,21 @@ func TestRefusal_aProxyWithoutRedisIsAway(t *testing.T) {
 	}
 }
 
+// One that takes connections and says nothing is told of at the start as well.
+func TestRefusal_aServerThatNeverAnswersIsSaidAtTheStart(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var log lines
+	s := open(t, func(c *store.Config) { c.Redis, c.Logger = "redis://"+l.Addr().String(), log.logger() })
+	eventually(t, "it is said", func() bool { return strings.Contains(log.String(), `level=ERROR msg="redis cannot be reached"`) })
+	if s.Writes() != store.RedisAway {
+		t.Errorf("writes are said to be %s", s.Writes())
+	}
+}
+
 // Channels that its user may not hear do not keep it from those that it may; and a right that comes is used.
 func TestListen_aSubscriptionThatIsRefusedIsAskedForNowAndThen(t *testing.T) {
 	ctx := t.Context()
