@@ -102,7 +102,7 @@ func TestSlow_oneBesideManyFastOnesDelaysNone(t *testing.T) {
 			took.Add(int64(len(b)))
 			select {
 			case <-others:
-			case <-time.After(time.Duration(len(b)) * time.Second / (4 << 10)): // 4 KiB a second
+			case <-time.After(time.Duration(len(b)) * time.Second / (1 << 9)): // half a KiB a second, however long the others take
 			}
 			return slow.feed(b, func(e event) bool { slow.take(e); return true })
 		})
