@@ -248,8 +248,6 @@ func testNoDemo(t *testing.T, w world) {
 	if !eval[bool](without, `document.getElementById('demo').hidden && document.getElementById('no-model').hidden`) {
 		t.Error("the demo is offered with a model, or the page says that there is none")
 	}
-	with := open(t, w.browser, w.node.url("/?session=demo"), chromedp.WithNewBrowserContext())
-	with.until(`document.getElementById('no-model').checkVisibility() && document.getElementById('no-model').innerText.includes('-model-url')`)
 
 	to, err := url.Parse(w.node.url("/"))
 	if err != nil {
@@ -272,6 +270,7 @@ func testNoDemo(t *testing.T, w world) {
 	}
 	with = open(t, w.browser, w.node.url("/?session=no-demo"), chromedp.WithNewBrowserContext())
 	with.until(`document.getElementById('demo').hidden === false`)
+	with.until(`document.getElementById('no-model').checkVisibility() && document.getElementById('no-model').innerText.includes('-model-url')`)
 }
 
 func testCopyAndAgain(t *testing.T, w world) {

@@ -686,12 +686,12 @@ func TestTexts_joinCharacters(t *testing.T) {
 		{"\xff", "b", "\uFFFDb"}, {`\ud83c\ud83c`, `\udf75`, "\uFFFD🍵"}, {"ä", "ö", "äö"},
 	} {
 		var all texts
-		got := ""
+		var got strings.Builder
 		for _, text := range c[:len(c)-1] {
-			got += all.join("content", json.RawMessage(`"`+text+`"`))
+			got.WriteString(all.join("content", json.RawMessage(`"`+text+`"`)))
 		}
-		if want := c[len(c)-1]; got != want {
-			t.Errorf("%q is %q, and not %q", c[:len(c)-1], got, want)
+		if want := c[len(c)-1]; got.String() != want {
+			t.Errorf("%q is %q, and not %q", c[:len(c)-1], got.String(), want)
 		}
 	}
 }
