@@ -1,0 +1,640 @@
+package storetest
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"gapless/store"
+)
+
+// Model is one session in Redis, and what the scripts do with it, in Go: their arithmetic of epochs, numbers, marks and
+// what nodes remember. Messages, producers and leases are not part of it. A test holds the model to the scripts step by
+// step, so what a test shows on the model is true of the scripts.
+//
+// A Node is one node's handle on the session. It has its own announcements, which a test delivers, doubles or loses by
+// hand. The model's other methods are what happens to a Redis: another program pushes, a replica takes over that lacks
+// the newest changes, one of the two keys is lost, or both.
+type Model struct {
+	// Max is how many chunks are kept; 0: all.
+	Max int
+	// Forgetful has nodes tell the scripts nothing of what they remember: then losses must be seen.
+	Forgetful bool
+
+	mu     sync.Mutex
+	keys   keys
+	past   []keys // before each change, the newest last: what a replica may still have
+	nodes  []*Node
+	epochs int
+	after  map[string]string // epochs in which lost ones go on
+	clock  int64
+}
+
+// Replicas is how many changes a replica may be behind, at most.
+const Replicas = 8
+
+// keys is what Redis holds. Its parts never change in place: keys of an earlier moment stay what they were.
+type keys struct {
+	list []string // oldest first
+	hash *hash    // nil: there is none
+
+	// What no script knows, and judges need: what has expired or was trimmed in this epoch, from number start+1 on
+	// ("": not known), and the list as the last script left it.
+	start      int64
+	gone, seen []string
+}
+
+// hash is chat:session:<id>.
+type hash struct {
+	epoch                  string
+	base, lastSeen, former int64
+	mark                   string
+	ended, deleted         bool
+}
+
+// memory is what a node remembers: what the scripts' replies have told it that has the highest number.
+type memory struct {
+	epoch string
+	last  int64
+	mark  string
+}
+
+// nothingYet is the mark of an epoch in which nothing was given out.
+const nothingYet = "-"
+
+func (m *memory) note(other memory) {
+	if other.last > m.last || other.last == m.last && other.last > 0 && other.mark != "" {
+		*m = other
+	}
+}
+
+// script is one run of a script for a node: log.lua's functions by their names there.
+type script struct {
+	m      *Model
+	memory memory // of its node
+	keys
+	h     hash
+	last  int64
+	begun bool
+	lost  *lost
+	news  []string
+}
+
+// lost is where a log goes on that the node remembers and Redis has no more.
+type lost struct {
+	epoch string
+	base  int64
+}
+
+// open reads the log's bounds and finds out whether the list is still the one that was seen last, and has what the node
+// remembers. It is false when there is neither hash nor list.
+func (s *script) open() bool {
+	s.keys = s.m.keys
+	if s.hash == nil && len(s.list) == 0 {
+		if s.memory.mark == nothingYet {
+			s.lost = &lost{s.memory.epoch, s.memory.last}
+		} else if s.memory.last > 0 {
+			base := NextBase(s.memory.last)
+			s.lost = &lost{s.m.goesOn(s.memory.epoch, base), base}
+		}
+		return false
+	}
+	if s.hash != nil {
+		s.h = *s.hash
+	}
+	h := &s.h
+	s.last = h.base + int64(len(s.list))
+	switch {
+	case s.hash == nil: // a list that another program began
+		if s.memory.last == 0 {
+			s.begin(0)
+		}
+	case h.deleted:
+		h.base, s.last = h.lastSeen, h.lastSeen
+		if len(s.list) > 0 {
+			s.revive()
+		}
+	case len(s.list) == 0:
+		h.base = h.lastSeen // expired: the same log, with nothing of it left
+		s.gone = slices.Concat(s.gone, s.seen, make([]string, h.base-s.start))[:h.base-s.start]
+	case h.lastSeen > h.base && !s.matches(h.lastSeen, h.mark):
+		s.begin(NextBase(s.top())) // another list stands where the known one stood
+	}
+	s.last = h.base + int64(len(s.list))
+	if !h.deleted {
+		s.compareMemory()
+	}
+	return true
+}
+
+// compareMemory holds the log against what the node remembers: chunks that it acknowledged or gave out. If they are not
+// there, Redis has lost them, and the epoch ends in which their numbers meant something.
+func (s *script) compareMemory() {
+	switch m := s.memory; {
+	case m.last == 0:
+	case m.epoch == s.h.epoch:
+		if s.last < m.last || !s.matches(m.last, m.mark) {
+			s.begin(NextBase(s.top()))
+		}
+	case s.h.former >= m.last: // an epoch that began after it
+	case m.mark == nothingYet:
+		s.begin(m.last)
+		s.h.epoch = m.epoch
+	default:
+		s.begin(NextBase(s.top()))
+	}
+}
+
+// top is the highest number known to have been given out.
+func (s *script) top() int64 { return max(s.h.lastSeen, s.last, s.memory.last) }
+
+// markMost is how many elements the mark of a number covers, at most, where other programs pushed.
+const markMost = 8
+
+// mark is what tells what stands at the log's end from what may stand there later: the element, if it is ours (of which no
+// two are alike), or else up to eight elements, from the last one backwards. (The scripts keep their sums.)
+func (s *script) mark() string {
+	n := len(s.list)
+	if n == 0 {
+		return ""
+	}
+	if _, ours := store.Number(s.list[n-1]); ours {
+		return s.list[n-1]
+	}
+	elements := slices.Clone(s.list[max(n-markMost, 0):])
+	slices.Reverse(elements)
+	return strings.Join(elements, "\n")
+}
+
+// matches reports whether a number still has a mark, as far as it can be told: what was trimmed cannot be compared.
+func (s *script) matches(number int64, mark string) bool {
+	at := int(number - s.h.base - 1)
+	if at < 0 || mark == "" || mark == nothingYet {
+		return true
+	}
+	for element := range strings.SplitSeq(mark, "\n") {
+		if at >= len(s.list) || s.list[at] != element {
+			return false
+		}
+		if at--; at < 0 {
+			break
+		}
+	}
+	return true
+}
+
+// begin starts an epoch whose numbers go on after base: whatever is in the list is numbered from there.
+func (s *script) begin(base int64) {
+	s.m.epochs++
+	s.h.epoch, s.h.base, s.h.former = fmt.Sprint("e", s.m.epochs), base, base
+	s.last = base + int64(len(s.list))
+	s.begun = true
+	s.start, s.gone, s.seen = base, nil, nil
+}
+
+// make begins a log where there is nothing.
+func (s *script) make() {
+	s.h = hash{}
+	if s.lost == nil {
+		s.begin(0)
+		return
+	}
+	s.begin(s.lost.base)
+	s.h.epoch = s.lost.epoch
+}
+
+// revive makes a deleted session an empty one again, with its own epoch.
+func (s *script) revive() {
+	s.h.deleted = false
+	s.begin(NextBase(s.top()))
+}
+
+// add numbers and pushes a chunk, given without the opening brace, and trims.
+func (s *script) add(members string) {
+	s.last++
+	s.m.clock++ // so that no two are alike
+	element := fmt.Sprintf(`{"seq":%d,"ts":%d,%s`, s.last, 1795424741692+s.m.clock, members)
+	s.list = append(slices.Clip(s.list), element)
+	s.news = append(s.news, element)
+	if excess := len(s.list) - s.m.Max; s.m.Max > 0 && excess > 0 {
+		s.gone = slices.Concat(s.gone, s.list[:excess])
+		s.list, s.h.base = s.list[excess:], s.h.base+int64(excess)
+	}
+}
+
+// finish writes down how far the log goes and what stands there, and publishes.
+func (s *script) finish() {
+	if s.last != s.h.lastSeen || s.begun {
+		s.h.lastSeen, s.h.mark = s.last, s.mark()
+	}
+	h := s.h
+	s.hash, s.seen = &h, s.list
+	s.m.change(s.keys)
+	if s.begun && s.h.former > 0 {
+		s.m.publish(store.Hint)
+	}
+	for _, element := range s.news {
+		s.m.publish(element)
+	}
+}
+
+func (s *script) bounds() store.Bounds {
+	return store.Bounds{Epoch: s.h.epoch, First: s.h.base + 1, Last: s.last, Former: s.h.former, Ended: s.h.ended, Deleted: s.h.deleted}
+}
+
+// told is what a reply tells the node to remember.
+func (s *script) told() memory {
+	if s.last == s.h.former {
+		return memory{s.h.epoch, s.last, nothingYet}
+	}
+	return memory{s.h.epoch, s.last, s.h.mark}
+}
+
+// goesOn is the epoch in which a lost one goes on: every node that remembers the same comes to the same. mu is held.
+func (m *Model) goesOn(epoch string, base int64) string {
+	id := fmt.Sprint(epoch, " ", base)
+	if m.after[id] == "" {
+		m.epochs++
+		if m.after == nil {
+			m.after = map[string]string{}
+		}
+		m.after[id] = fmt.Sprint("e", m.epochs)
+	}
+	return m.after[id]
+}
+
+// change replaces the keys, if they do change. mu is held.
+func (m *Model) change(k keys) {
+	old := m.keys
+	if m.keys = k; slices.Equal(old.list, k.list) && (old.hash == nil) == (k.hash == nil) && (k.hash == nil || *old.hash == *k.hash) {
+		return
+	}
+	m.past = append(m.past, old)
+	if len(m.past) > Replicas {
+		m.past = m.past[1:]
+	}
+}
+
+// publish announces something to all nodes whose subscription stands. mu is held.
+func (m *Model) publish(message string) {
+	for _, n := range m.nodes {
+		if n.listener != nil && !n.down {
+			n.waiting = append(n.waiting, message)
+		}
+	}
+}
+
+// Push adds an element to the list and announces it, as another program does.
+func (m *Model) Push(element string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := m.keys
+	k.list = append(slices.Clip(k.list), element)
+	m.change(k)
+	m.publish(element)
+}
+
+// Fail has a replica take over that lacks the newest n changes. Every subscription is lost, until Resync.
+func (m *Model) Fail(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.keys, m.past = m.past[len(m.past)-n], m.past[:len(m.past)-n]
+	for _, n := range m.nodes {
+		n.waiting, n.down = nil, true
+	}
+}
+
+// Behind is how many changes a replica may lack.
+func (m *Model) Behind() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.past)
+}
+
+// Flush deletes both keys.
+func (m *Model) Flush() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.change(keys{})
+}
+
+// Expire deletes the list, as its time to live does.
+func (m *Model) Expire() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := m.keys
+	k.list = nil
+	m.change(k)
+}
+
+// Unhash deletes the hash.
+func (m *Model) Unhash() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := m.keys
+	k.hash = nil
+	m.change(k)
+}
+
+// Cut deletes the newest n elements of the list.
+func (m *Model) Cut(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := m.keys
+	k.list = k.list[:len(k.list)-n]
+	m.change(k)
+}
+
+// Log is the log as it is, for those who judge: its bounds, and from number start+1 on all that stood in its epoch,
+// also what has expired, as far as that is known. It is what a read would see, and changes nothing.
+func (m *Model) Log() (b store.Bounds, start int64, whole []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	epochs := m.epochs
+	defer func() { m.epochs = epochs }()
+	s := script{m: m} // for a node that remembers nothing
+	if !s.open() {
+		return store.Bounds{First: 1}, 0, nil
+	}
+	return s.bounds(), s.start, slices.Concat(s.gone, s.list)
+}
+
+// Keys are what Redis holds, for those who compare: the list, oldest first, and of the hash epoch, base, last_seen,
+// former, ended, deleted and mark, or nothing.
+type Keys struct{ List, Hash []string }
+
+// Keys are what Redis holds now.
+func (m *Model) Keys() Keys {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := Keys{List: m.keys.list}
+	if h := m.keys.hash; h != nil {
+		k.Hash = strings.Fields(fmt.Sprint(h.epoch, " ", h.base, " ", h.lastSeen, " ", h.former, " ", h.ended, " ", h.deleted))
+		k.Hash = append(k.Hash, h.mark)
+	}
+	return k
+}
+
+// State is the keys and, newest first, what replicas may still have of them, as text for those who compare.
+func (m *Model) State() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := []string{m.keys.String()}
+	for _, k := range slices.Backward(m.past) {
+		all = append(all, k.String())
+	}
+	return all
+}
+
+func (k keys) String() string {
+	s := fmt.Sprint(k.list, k.start, k.gone, k.seen)
+	if k.hash != nil {
+		s += fmt.Sprint(*k.hash)
+	}
+	return s
+}
+
+// Node is one node's handle on the session: what a hub needs, and the calls of the API. It remembers, as a node does.
+type Node struct {
+	m        *Model
+	memory   memory
+	listener store.Listener
+	down     bool     // the subscription does not stand
+	waiting  []string // published and not delivered yet
+	calls    int
+}
+
+// run has a script run for the node, which remembers what that tells it.
+func (n *Node) run(do func(s *script, known bool)) {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	n.calls++
+	s := &script{m: n.m}
+	if !n.m.Forgetful {
+		s.memory = n.memory
+	}
+	do(s, s.open())
+	n.memory.note(s.told())
+}
+
+// Node is a node that knows nothing yet.
+func (m *Model) Node() *Node {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := &Node{m: m}
+	m.nodes = append(m.nodes, n)
+	return n
+}
+
+// Close ends a node: nothing is announced to it any more.
+func (n *Node) Close() {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	n.m.nodes = slices.DeleteFunc(n.m.nodes, func(other *Node) bool { return other == n })
+}
+
+// Calls is how many scripts the node has run.
+func (n *Node) Calls() int {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	return n.calls
+}
+
+// Memory is what the node remembers, as text for those who compare.
+func (n *Node) Memory() string {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	return fmt.Sprint(n.memory)
+}
+
+// Down says whether the node's subscription does not stand.
+func (n *Node) Down() bool {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	return n.down
+}
+
+// Waiting are the announcements that are under way.
+func (n *Node) Waiting() []string {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	return slices.Clone(n.waiting)
+}
+
+// Deliver hands over the oldest announcement; twice: it comes again later.
+func (n *Node) Deliver(twice bool) {
+	n.m.mu.Lock()
+	message, listener := n.waiting[0], n.listener
+	if !twice {
+		n.waiting = n.waiting[1:]
+	}
+	n.m.mu.Unlock()
+	if listener != nil {
+		listener.Live(message)
+	}
+}
+
+// Lose loses all announcements that are under way.
+func (n *Node) Lose() {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	n.waiting = nil
+}
+
+// Resync loses the subscription, if it stands, and what is under way in it; then it stands again.
+func (n *Node) Resync() {
+	n.m.mu.Lock()
+	n.waiting, n.down = nil, false
+	listener := n.listener
+	n.m.mu.Unlock()
+	if listener != nil {
+		listener.Resync()
+	}
+}
+
+// Listen is store.Store's. The subscription is acknowledged at once, if the node has a connection.
+func (n *Node) Listen(_ string, l store.Listener) func() {
+	n.m.mu.Lock()
+	n.listener, n.waiting = l, nil
+	down := n.down
+	n.m.mu.Unlock()
+	if !down {
+		l.Resync()
+	}
+	return func() {
+		n.m.mu.Lock()
+		defer n.m.mu.Unlock()
+		if n.listener == l {
+			n.listener, n.waiting = nil, nil
+		}
+	}
+}
+
+// Append appends a piece of text: append.lua.
+func (n *Node) Append(text string) (store.Appended, error) {
+	return n.append(fmt.Sprintf(`"type":"delta","content":%q}`, text), false)
+}
+
+// End ends the log.
+func (n *Node) End() (store.Appended, error) { return n.append(`"type":"end"}`, true) }
+
+func (n *Node) append(members string, ends bool) (a store.Appended, err error) {
+	n.run(func(s *script, known bool) {
+		switch {
+		case !known:
+			s.make()
+		case s.h.deleted:
+			s.revive()
+		case s.h.ended:
+			s.finish()
+			err = store.ErrSessionEnded
+			return
+		}
+		s.add(members)
+		s.h.ended = s.h.ended || ends
+		s.finish()
+		a = store.Appended{Epoch: s.h.epoch, First: s.last, Last: s.last, Count: 1, Made: !known}
+	})
+	return a, err
+}
+
+// Read is store.Store's: read.lua.
+func (n *Node) Read(_ context.Context, _ string, from int64, bytes, count int) (p store.Page, err error) {
+	n.run(func(s *script, known bool) {
+		switch {
+		case !known && s.lost == nil:
+			p = store.Page{Bounds: store.Bounds{First: 1}, From: 1}
+			return
+		case !known: // it goes on elsewhere, as soon as somebody appends: viewers are to know now
+			s.h = hash{epoch: s.lost.epoch, base: s.lost.base, lastSeen: s.lost.base, former: s.lost.base}
+			s.last = s.lost.base
+		default:
+			s.finish()
+		}
+		p = s.page(from, bytes, count)
+	})
+	return p, nil
+}
+
+// page is as many elements as fit.
+func (s *script) page(from int64, bytes, count int) store.Page {
+	p := store.Page{Bounds: s.bounds()}
+	if from == store.Newest {
+		size := 0
+		for from = p.Last + 1; from >= p.First+1 && int(p.Last+1-from) < count; from-- {
+			if size += len(s.list[from-p.First-1]); size > bytes && from <= p.Last {
+				break
+			}
+		}
+	}
+	p.From = max(from, p.First)
+	for seq, size := p.From, 0; seq <= p.Last && len(p.Elements) < count; seq++ {
+		element := s.list[seq-p.First]
+		if size += len(element); size > bytes && len(p.Elements) > 0 {
+			break
+		}
+		p.Elements = append(p.Elements, element)
+	}
+	return p
+}
+
+// Create is store.Store's: session.lua, as the next two.
+func (n *Node) Create() (b store.Bounds, created bool) {
+	n.run(func(s *script, known bool) {
+		switch {
+		case !known:
+			s.make()
+			created = true
+		case s.h.deleted:
+			s.revive()
+			created = true
+		}
+		s.finish()
+		b = s.bounds()
+	})
+	return b, created
+}
+
+// Delete is store.Store's.
+func (n *Node) Delete() (err error) {
+	n.run(func(s *script, known bool) {
+		switch {
+		case !known:
+			err = store.ErrNotFound
+			return
+		case s.h.deleted:
+			return
+		}
+		mark := s.h.mark
+		s.h.base, s.h.lastSeen, s.h.mark, s.h.ended, s.h.deleted = s.last, s.last, "", false, true
+		s.list, s.gone, s.start, s.begun = nil, nil, s.last, false
+		s.finish()
+		s.m.publish(store.Hint)
+		s.h.mark = mark // so the reply says
+	})
+	return err
+}
+
+// Renew is store.Store's.
+func (n *Node) Renew(_ context.Context, _, epoch string, last int64) (err error) {
+	n.run(func(s *script, known bool) {
+		if !known {
+			err = store.ErrNotFound
+			return
+		}
+		if s.h.epoch == epoch && !s.h.deleted {
+			s.begin(NextBase(max(s.top(), last)))
+		}
+		s.finish()
+	})
+	return err
+}
+
+// Given is store.Store's.
+func (n *Node) Given(_, epoch string, last int64) {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	n.memory.note(memory{epoch: epoch, last: last})
+}
