@@ -2,6 +2,7 @@ package sse
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"log/slog"
@@ -385,7 +386,9 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 			f.hub.metrics.epochs.Inc()
 			f.hub.log.LogAttrs(ctx, slog.LevelWarn, "the log is not the one that was delivered: another epoch",
 				slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", given), slog.Int64("found", page.Last))
-			if err := log.Renew(ctx, f.session, epoch, given); err != nil {
+			log.Given(f.session, epoch, given)
+			// Where Redis has nothing of the log, there is nothing to renew: the next read says where it goes on.
+			if err := log.Renew(ctx, f.session, epoch, given); err != nil && !errors.Is(err, store.ErrNotFound) {
 				return page, err
 			}
 		case from == store.Newest, page.Epoch == w.Epoch && page.From <= w.Last+1 && page.Next() > page.Last:
