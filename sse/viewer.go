@@ -263,10 +263,11 @@ func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 
 // fresh says whether w can decide about a viewer that has just come. Other nodes may
 // know more: the cursor may be one of theirs, and an end or a deletion may be past, with
-// a new life begun. And the cursor may be the log's end, of which this node has only heard.
-// Then the log is read once more first.
+// a new life begun. So may the epoch in which a cursor before w was given out. And the cursor
+// may be the log's end, of which this node has only heard. Then the log is read once more first.
 func (v *Viewer) fresh(w *window) bool {
-	if v.Cursor <= w.Last && !w.Ended && !w.Deleted && (v.Epoch == "" || v.Epoch == w.Epoch) {
+	within := v.Cursor <= w.Last && (v.Cursor <= 0 || v.Cursor >= w.base())
+	if within && !w.Ended && !w.Deleted && (v.Epoch == "" || v.Epoch == w.Epoch) {
 		if v.Cursor != Latest && v.Cursor < w.lastStop || w.lastStop == 0 {
 			return true
 		}
