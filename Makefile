@@ -46,12 +46,14 @@ lint:
 	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
 	npx --yes --ignore-scripts $(SPECTRAL) lint --fail-severity hint --ruleset .spectral.yaml openapi.yaml
 
-# First what starts programs, alone; then the packages. A test gives up when nothing has happened
+# First what starts programs, alone; then the packages; then the explorer once more, deeper than the race
+# detector lets it go in a reasonable time. A test gives up when nothing has happened
 # for a while (store/storetest/patience.go); the hour is for what never stands still.
 unit:
 	go test -race -count=1 -timeout 1h -skip TestRelease .
 	go test -race -count=1 -timeout 0 -run TestRelease .
 	go test -race -count=1 -timeout 1h $$(go list ./... | grep -v '^gapless$$')
+	go test -count=1 -timeout 1h -run 'TestExplorer_everyOrder$$' ./sse
 
 # Three nodes, a Redis, producers and viewers, and whatever can happen to them, from a seed:
 # make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2
@@ -59,6 +61,7 @@ FOR  := 3m
 SEED := 0
 torture: setup ## the fault test, and its table
 	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for $(FOR) -torture.seed $(SEED) $(ARGS)
+	go test -count=1 -timeout 0 -run 'TestExplorer' -v ./sse -explorer.deeper 1 -explorer.for $(FOR) -explorer.seed $(SEED)
 
 soak: setup ## ten minutes of three hundred sessions: memory stays as it is
 	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s
