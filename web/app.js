@@ -72,11 +72,8 @@ const endings = ['done', 'failed', 'cancelled'];
 function take(chunk, seq, { source }) {
   plot.mark(source, seq);
   if (source === 'live' && Number.isFinite(chunk.ts)) note.latency(Date.now() - chunk.ts);
-  if (chunk.type === 'end') {
-    for (const m of messages) if (m.status === 'streaming') settle(m, 'unfinished');
-    return;
-  }
   const text = typeof chunk.content === 'string' ? chunk.content : '';
+  if (chunk.type === 'end' && !text) return; // the server says whether it is one: over
   const end = endings.includes(chunk.type) ? chunk.type : chunk.is_complete === true ? 'done' : '';
   const m = messageOf(seq, chunk, text || (end && end !== 'done'));
   if (!m) return;
@@ -90,6 +87,12 @@ function take(chunk, seq, { source }) {
   else if (!m.ended) m.status = chunk.type === 'message' ? 'done' : 'streaming';
   if (m.status !== 'streaming' && source !== 'history' && m.role !== 'user') m.aloud = true;
   dirty.add(m);
+}
+
+// The log has ended: what has not ended by then never will.
+function over() {
+  for (const m of messages) if (m.status === 'streaming') settle(m, 'unfinished');
+  draw();
 }
 
 // What the log holds already comes as whole messages.
@@ -109,7 +112,6 @@ function restore(snapshot) {
     if (reasoning) think(m, reasoning, undefined, ms);
     say(m, content);
     if (status !== 'streaming') settle(m, status);
-    else if (snapshot.ended) settle(m, 'unfinished');
     if (!current || last > current.last) current = m;
     dirty.add(m);
   }
@@ -550,6 +552,7 @@ const follower = follow(`${api}/stream`, {
   onSnapshot: restore,
   onReset: clear,
   onState: change,
+  onEnd: over,
   onHole: (from, to) => remark(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
   ticket,
   fetch: call,

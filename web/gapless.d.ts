@@ -1,6 +1,6 @@
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused, and so is a look at the session; `restart()` begins again
+ *   disconnected: refused for good (4xx); `restart()` begins again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
@@ -129,7 +129,7 @@ export class ProblemError extends Error {
     problem: Problem;
 }
 /**
- * disconnected: refused, and so is a look at the session; `restart()` begins again
+ * disconnected: refused for good (4xx); `restart()` begins again
  */
 export type State = "connecting" | "catching up" | "live" | "waiting to reconnect" | "disconnected" | "ended";
 export type ResetReason = "trimmed" | "ahead" | "epoch" | "unknown" | "deleted" | "restart";
@@ -253,7 +253,11 @@ export type Options = {
 export type Listener = {
     opened: () => void;
     event: (name: string, id: string, data: string) => void;
-    broken: (forGood: boolean) => void;
+    /**
+     * it comes back by itself, unless it was refused: by this response,
+     * or, null, nobody knows by which
+     */
+    broken: (refusal?: Response | null) => void;
 };
 /**
  * what a leading tab tells the others

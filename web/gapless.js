@@ -7,6 +7,9 @@
 // missing, the log is asked again from the last good number on. So no source has to be
 // trusted, and two of them may be open at once.
 //
+// The log has ended when the server says 204 to our cursor, and names our log. A chunk of type `end` may be a
+// copy: it only has us ask at once when its response ends.
+//
 // The tabs of an origin that follow the same URL share one connection. A Web Lock says which
 // of them leads; it tells the others, by a BroadcastChannel, what it took in. That is only a
 // hint: a tab that joins, or that a hint shows to be behind, opens the stream itself from its
@@ -19,7 +22,7 @@
 
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused, and so is a look at the session; `restart()` begins again
+ *   disconnected: refused for good (4xx); `restart()` begins again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
@@ -138,6 +141,7 @@ export class Follower {
   #welcomes = 0;
   #refusals = 0;       // since we were last welcomed
   #welcomed = false;   // this connection was
+  #unsure = false;     // whether the log has ended, or why we were refused: a status says it, which an EventSource hides
   #last = 0;           // how far the log went when we were welcomed: from there on we are live
   #known = 0;          // how far it goes, says the leading tab
   /** @type {State} */
@@ -246,8 +250,9 @@ export class Follower {
 
   /** @param {EndReason} reason */
   #finish(reason) {
-    this.#end();
     this.state = 'ended';
+    if (reason === 'ended') this.#post(); // to the tabs that have all of it, too
+    this.#end();
     this.#tell('onState', this.state, this);
     this.#tell('onEnd', reason);
   }
@@ -370,6 +375,10 @@ export class Follower {
       if (!this.epoch || hint.deleted === this.epoch) this.#deleted();
       return;
     }
+    if (hint.state === 'ended') { // a tab that lacks something has the lead next, and asks for itself
+      if (hint.epoch === this.epoch && hint.seq === this.seq) this.#finish('ended');
+      return;
+    }
     if (this.state === 'disconnected') {
       // Somebody is let in; we are told so with each chunk, and try once.
       if (hint.state !== 'live' || hint.connection === this.#tried) return;
@@ -471,7 +480,7 @@ export class Follower {
         return this.#ticket !== '' && (session === 401 || session === 403); // then we may not look
       }
       this.epoch ||= session.epoch;
-      return session.epoch !== this.epoch || session.last_seq > this.seq;
+      return session.epoch !== this.epoch || session.last_seq > this.seq || session.ended;
     } catch {
       return true; // not even this is answered
     }
@@ -517,12 +526,12 @@ export class Follower {
     const on = {
       opened: () => { if (opening === this.#opening) this.#enter('connecting'); }, // a node whose Redis is away holds us without a welcome
       event: (name, id, data) => { if (opening === this.#opening) this.#event(name, id, data); },
-      broken: (forGood) => {
+      broken: (refusal) => {
         if (opening !== this.#opening) return;
-        if (!forGood) return this.#enter('waiting to reconnect');
-        // A ticket that has let us in is spent when we were away for too long: another one will do.
-        if (ticket && this.#proven) return this.#open();
-        this.#refused();
+        if (refusal) return this.#refused(refusal);
+        this.#unsure ||= refusal === null;
+        if (refusal === null || this.#unsure && this.#welcomed) return this.#open();
+        this.#enter('waiting to reconnect');
       },
     };
     const { EventSource = globalThis.EventSource, headers } = this.#options;
@@ -530,21 +539,27 @@ export class Follower {
       if (opening === this.#opening) this.#disconnect();
       throw err;
     });
-    this.#source = EventSource && !headers ? listen(new EventSource(url.href), on)
+    this.#source = EventSource && !headers && !this.#unsure ? listen(new EventSource(url.href), on)
       : read(url.href, (url, init) => this.#fetch(url, init), mine, this.#silence(), on);
   }
 
-  // An EventSource does not say why it was refused: the session may. 204 is no refusal: there is
-  // nothing more. Where the session is there, or nobody can say, it was a proxy whose node is
+  // What was answered instead of a stream. Where that is neither an end nor for us to mend, it was a proxy whose node is
   // away, or a limit: then we try again, those who were refused together not all at once.
-  async #refused() {
-    const opening = this.#opening;
-    const session = await this.#describe().catch(() => 0);
-    if (opening !== this.#opening) return;
-    if (session === 404 && (this.epoch || this.seq > 0)) return this.#deleted();
-    if (typeof session === 'object' && session.ended && session.last_seq === this.seq && (!this.epoch || session.epoch === this.epoch)) return this.#finish('ended');
-    if (typeof session === 'number' && session >= 400 && session < 500 && session !== 429) return this.#disconnect();
-    const timer = setTimeout(() => this.#open(), Math.min(1000 * 2 ** this.#refusals++, 15_000) * (1 + Math.random()));
+  /** @param {Response} response */
+  #refused({ status, headers }) {
+    if (status === 204) {
+      if (headers.get('Gapless-Reason') === 'deleted') return this.#deleted();
+      const epoch = headers.get('Gapless-Epoch');
+      if (this.epoch && epoch && epoch !== this.epoch) return this.#replaced(epoch);
+      this.epoch ||= epoch ?? '';
+      return this.#finish('ended');
+    }
+    if (status >= 400 && status < 500 && status !== 429) {
+      // A ticket that has let us in is spent when we were away for too long: another one will do.
+      return this.#ticket && this.#proven ? this.#open() : this.#disconnect();
+    }
+    const wait = Math.min(1000 * 2 ** this.#refusals++, 15_000) * (1 + Math.random());
+    const timer = setTimeout(() => this.#open(), Math.max(wait, 1000 * Number(headers.get('Retry-After')) || 0));
     this.#source = { close: () => clearTimeout(timer) };
     this.#enter('waiting to reconnect');
   }
@@ -568,19 +583,18 @@ export class Follower {
     }
   }
 
-  /** @param {{ epoch: string, last_seq: number, cursor: number, node: string, connection: string }} welcome */
+  /** @param {{ epoch: string, first_seq: number, last_seq: number, cursor: number, node: string, connection: string }} welcome */
   #welcome(welcome) {
     this.node = welcome.node;
     this.connection = welcome.connection;
     this.#proven = this.#welcomed = true;
+    this.#unsure = false;
     this.#refusals = 0;
     if (this.leading && this.#welcomes++ > 0) this.reconnects++;
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) {
-      const opening = this.#opening;
-      this.#forget('epoch', welcome.epoch);
-      if (opening === this.#opening) this.#open();
-      return;
+      const inside = welcome.cursor >= welcome.first_seq - 1 && welcome.cursor <= welcome.last_seq;
+      return inside ? this.#replaced(welcome.epoch) : undefined; // else a reset follows
     }
     this.epoch = welcome.epoch || this.epoch;
     this.#last = welcome.last_seq;
@@ -594,6 +608,13 @@ export class Follower {
     this.#settle();
   }
 
+  /** @param {string} epoch of the log that we do not have */
+  #replaced(epoch) {
+    const opening = this.#opening;
+    this.#forget('epoch', epoch);
+    if (opening === this.#opening) this.#open();
+  }
+
   /**
    * @param {number} id
    * @param {{ reason: ResetReason, epoch?: string, last_seq: number }} reset
@@ -601,8 +622,10 @@ export class Follower {
   #reset(id, reset) {
     if (reset.reason === 'deleted') return this.#deleted();
     const opening = this.#opening;
+    // Who has begun anew already has nothing to forget: only the cursor goes to where this log begins.
+    if (this.seq === 0 && this.resets > 0 && reset.epoch && reset.epoch === this.epoch) this.seq = id;
     // Its data has the cursor that we came with. Without an epoch, the next welcome tells.
-    this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
+    else this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
     if (opening !== this.#opening) return;
     this.#given = id;
     this.#last = reset.last_seq;
@@ -627,10 +650,9 @@ export class Follower {
     this.seq = this.#given = id;
     this.epoch = snapshot.epoch;
     this.#repaired = -1;
+    this.#unsure = snapshot.ended;
     this.#tell('onSnapshot', snapshot);
-    if (opening !== this.#opening) return;
-    if (snapshot.ended && id >= this.#last) return this.#finish('ended');
-    this.#settle();
+    if (opening === this.#opening) this.#settle();
   }
 
   /**
@@ -658,10 +680,9 @@ export class Follower {
       this.#post({ data, source });
     }
     const chunk = parse(data);
+    this.#unsure = chunk.type === 'end';
     this.#tell('onChunk', chunk, seq, { source });
     if (opening !== this.#opening) return; // it has closed or restarted us
-    // Only the server ends a log, and its chunks begin like this; a foreign "end" is text.
-    if (chunk.type === 'end' && data.startsWith(`{"seq":${seq},"ts":`)) return this.#finish('ended');
     if (!this.epoch && this.leading) this.#learn();
     if (this.leading) this.#tell('onState', this.state, this);
     else this.#settle();
@@ -709,6 +730,7 @@ export class Follower {
     this.epoch = epoch;
     this.#last = this.#known = 0;
     this.#fresh = true;
+    this.#unsure = false;
     this.#repaired = this.#learned = -1;
     if (reason !== 'restart') {
       this.resets++;
@@ -803,7 +825,8 @@ function pause(ms) {
  * @typedef {object} Listener
  * @property {() => void} opened
  * @property {(name: string, id: string, data: string) => void} event
- * @property {(forGood: boolean) => void} broken
+ * @property {(refusal?: Response | null) => void} broken it comes back by itself, unless it was refused: by this response,
+ *   or, null, nobody knows by which
  */
 
 /**
@@ -818,13 +841,13 @@ function listen(source, on) {
     });
   }
   source.addEventListener('open', () => on.opened());
-  source.addEventListener('error', () => on.broken(source.readyState === 2)); // CLOSED
+  source.addEventListener('error', () => on.broken(source.readyState === 2 ? null : undefined)); // CLOSED
   return source;
 }
 
 /**
- * What an EventSource does, with headers. Unlike one, it comes back after a 429 and a 5xx, which a
- * proxy may answer, and hears heartbeats: so it notices a connection that died without a word.
+ * What an EventSource does, with headers. Unlike one, it tells how it was refused, and hears heartbeats: so it
+ * notices a connection that died without a word.
  *
  * @param {string} url
  * @param {(url: string, init: RequestInit) => Promise<Response>} fetch
@@ -848,7 +871,7 @@ function read(url, fetch, headers, silence, on) {
     if (!closed) on.event(name, id, data);
   }, (ms) => { retry = ms; });
 
-  // Says whether the stream is over, or refused, for good.
+  // Says what was answered instead of a stream.
   const once = async () => {
     attempt = new AbortController();
     heard();
@@ -858,16 +881,12 @@ function read(url, fetch, headers, silence, on) {
     if (cursor) all['Last-Event-ID'] = cursor;
     const response = await fetch(url, { headers: all, cache: 'no-store', signal: attempt.signal });
     const { status, body } = response;
-    if (status === 429 || status >= 500) {
-      retry = Math.max(retry, 1000 * Number(response.headers.get('Retry-After')) || 0);
-      return false;
-    }
-    if (status !== 200 || !body || !response.headers.get('Content-Type')?.startsWith('text/event-stream')) return true;
+    if (status !== 200 || !body || !response.headers.get('Content-Type')?.startsWith('text/event-stream')) return response;
     on.opened();
     const decoder = new TextDecoder();
     for (const reader = body.getReader(); ;) {
       const { done, value } = await reader.read();
-      if (done || closed) return false;
+      if (done || closed) return undefined;
       heard();
       parser.feed(decoder.decode(value, { stream: true }));
     }
@@ -875,17 +894,17 @@ function read(url, fetch, headers, silence, on) {
 
   (async () => {
     while (!closed) {
-      let over = false;
+      let refusal;
       try {
-        over = await once();
+        refusal = await once();
       } catch {
         // Broken off: from the cursor on, again.
       }
       clearTimeout(timer);
       attempt.abort(); // an answer that was not read
       if (closed) return;
-      on.broken(over);
-      if (over) return;
+      on.broken(refusal);
+      if (refusal || closed) return;
       await new Promise((next) => { timer = setTimeout(next, Math.min(retry * 2 ** failures++, 30_000)); });
     }
   })();

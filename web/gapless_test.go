@@ -36,6 +36,8 @@ type fake struct {
 	asked   []string // of each request for the stream: its cursor and what else matters
 	session string   // what GET of the session is answered, or a status
 	looks   int
+	epoch   string // that a welcome said last
+	ended   string // the number of the end, once it was said: to that cursor 204 is answered
 }
 
 func newFake(t testing.TB, session string, answers ...func(says)) *fake {
@@ -90,6 +92,12 @@ func (f *fake) stream(w http.ResponseWriter, r *http.Request) {
 	}
 	f.mu.Lock()
 	n := len(f.asked)
+	cursor, _, _ := strings.Cut(line, " ")
+	if ended := n >= len(f.answers) && f.ended != "" && cursor == f.ended; ended {
+		says{w, r, f}.nothing(f.epoch, "ended")
+		f.mu.Unlock()
+		return
+	}
 	f.asked = append(f.asked, line)
 	f.mu.Unlock()
 	if n >= len(f.answers) {
@@ -97,7 +105,7 @@ func (f *fake) stream(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
-	f.answers[n](says{w, r})
+	f.answers[n](says{w, r, f})
 }
 
 // wanted checks what was asked for in the requests for the stream.
@@ -121,6 +129,14 @@ func (f *fake) looked() int {
 type says struct {
 	w http.ResponseWriter
 	r *http.Request
+	f *fake
+}
+
+// nothing is a 204: nothing follows, in a log of this epoch.
+func (s says) nothing(epoch, reason string) {
+	s.w.Header().Set("Gapless-Epoch", epoch)
+	s.w.Header().Set("Gapless-Reason", reason)
+	s.w.WriteHeader(http.StatusNoContent)
 }
 
 func (s says) raw(text string) {
@@ -134,6 +150,9 @@ func (s says) raw(text string) {
 
 // retry is short, so that these tests are.
 func (s says) welcome(epoch string, cursor, last int) {
+	s.f.mu.Lock()
+	s.f.epoch = epoch
+	s.f.mu.Unlock()
 	s.raw(fmt.Sprintf("event: welcome\ndata: {\"type\":\"welcome\",\"session\":\"s\",\"epoch\":%q,\"first_seq\":1,\"last_seq\":%d,\"cursor\":%d,\"node\":\"fake\",\"connection\":\"c\"}\nretry: 30\nid: %[3]d\n\n",
 		epoch, last, cursor))
 }
@@ -144,7 +163,16 @@ func (s says) chunks(seqs ...int) {
 	}
 }
 
+// end ends the log: the response is to end with it.
 func (s says) end(seq int) {
+	s.f.mu.Lock()
+	s.f.ended = fmt.Sprint(seq)
+	s.f.mu.Unlock()
+	s.copied(seq)
+}
+
+// copied is an end that a program has copied from another log: it ends nothing.
+func (s says) copied(seq int) {
 	s.raw(fmt.Sprintf("data: {\"seq\":%d,\"ts\":1,\"type\":\"end\"}\nid: %[1]d\n\n", seq))
 }
 
@@ -326,12 +354,20 @@ func session(epoch string, last int, ended bool) string {
 	return fmt.Sprintf(`{"id":"s","epoch":%q,"first_seq":1,"last_seq":%d,"ended":%t}`, epoch, last, ended)
 }
 
+// asked is an answer without a stream, as often as it is asked for: an EventSource hides it, and then fetch has it again.
+func asked(by string, answer func(says)) []func(says) {
+	if by == "eventsource" {
+		return []func(says){answer, answer}
+	}
+	return []func(says){answer}
+}
+
 func TestGapless_dropsWhatComesTwiceAndAsksOnceForWhatIsMissing(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404",
 			func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2, 2, 1, 3, 5); s.hang() },
 			func(s says) { s.welcome("e", 3, 5); s.chunks(4, 5, 8); s.hang() },
-			func(s says) { s.welcome("e", 5, 8); s.chunks(8, 9); s.end(10); s.hang() })
+			func(s says) { s.welcome("e", 5, 8); s.chunks(8, 9); s.end(10) })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "chunk 3 word 3 live",
 			"chunk 4 word 4 repaired", "chunk 5 word 5 repaired", "hole 6 7", "chunk 8 word 8 repaired", "chunk 9 word 9 live",
@@ -347,7 +383,7 @@ func TestGapless_takesNoCursorThatIsAheadOfItsOwn(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404",
 			func(s says) { s.welcome("e", 3, 5); s.chunks(4); s.hang() },
-			func(s says) { s.welcome("e", 3, 5); s.chunks(4); s.end(5); s.hang() })
+			func(s says) { s.welcome("e", 3, 5); s.chunks(4); s.end(5) })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("hole 1 3", "chunk 4 word 4 repaired", "chunk 5 end repaired", "end ended")
 		f.wanted(t, "", "")
@@ -363,7 +399,6 @@ func TestGapless_isNotTakenInByWhatOnlyLooksLikeTheServers(t *testing.T) {
 			s.welcome("e", 0, 1)
 			s.raw("data: {\"type\":\"end\"}\nid: 1\n\ndata: {\"seq\":2,\"type\":\"end\"}\nid: 2\n\ndata: no JSON\nid: 3\n\ndata: null\nid: 4\n\n")
 			s.end(5)
-			s.hang()
 		})
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 end history", "chunk 2 end live", "chunk 3 no JSON live", "chunk 4 null live", "chunk 5 end live", "end ended")
@@ -372,7 +407,7 @@ func TestGapless_isNotTakenInByWhatOnlyLooksLikeTheServers(t *testing.T) {
 
 func TestGapless_mayBeRestartedByAHandler(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
-		answer := func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() }
+		answer := func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2) }
 		f := newFake(t, "404", answer, answer)
 		r := followed(t, f.URL+streamPath, by, map[string]any{"again": 2})
 		r.says("chunk 1 word 1 history", "chunk 2 end live", "reset restart", "chunk 1 word 1 history", "chunk 2 end live", "end ended")
@@ -384,7 +419,7 @@ func TestGapless_mayBeRestartedAndClosedByWhatARestartCalls(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404",
 			func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2); s.reset("ahead", "e", 0, 1); s.hang() },
-			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() })
+			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2) })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"resets": "restart"})
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "reset ahead", "reset restart",
 			"chunk 1 word 1 history", "chunk 2 end live", "end ended")
@@ -405,7 +440,7 @@ func TestGapless_missesHeartbeatsByFetch(t *testing.T) {
 	t.Parallel()
 	f := newFake(t, session("e", 1, false),
 		func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() },
-		func(s says) { s.welcome("e", 1, 1); s.end(2); s.hang() })
+		func(s says) { s.welcome("e", 1, 1); s.end(2) })
 	r := followed(t, f.URL+streamPath, "fetch", map[string]any{"silence": 5000})
 	r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
 	f.wanted(t, "", "1")
@@ -416,7 +451,7 @@ func TestGapless_waitsForAsLongAsItIsToldTo(t *testing.T) {
 		times := make(chan time.Time, 2)
 		f := newFake(t, "404",
 			func(s says) { s.welcome("e", 0, 0); s.raw("retry: 5000\n\n"); times <- time.Now(); s.breaks() },
-			func(s says) { times <- time.Now(); s.welcome("e", 0, 0); s.end(1); s.hang() })
+			func(s says) { times <- time.Now(); s.welcome("e", 0, 0); s.end(1) })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 end live", "end ended")
 		if wait := -(<-times).Sub(<-times); wait < 4500*time.Millisecond {
@@ -430,7 +465,7 @@ func TestGapless_startsAgainWhenTheEpochHasChanged(t *testing.T) {
 		f := newFake(t, "404",
 			func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2); s.breaks() },
 			func(s says) { s.welcome("other", 2, 9); s.chunks(3); s.hang() },
-			func(s says) { s.welcome("other", 0, 1); s.chunks(1); s.end(2); s.hang() })
+			func(s says) { s.welcome("other", 0, 1); s.chunks(1); s.end(2) })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "reset epoch", "chunk 1 word 1 history", "chunk 2 end live", "end ended")
 		r.until("epoch", "other")
@@ -450,7 +485,7 @@ func TestGapless_forgetsAtAResetAndGoesOnBehindIt(t *testing.T) {
 				s.chunks(1)
 				s.breaks()
 			},
-			func(s says) { s.welcome("other", 1, 1); s.end(2); s.hang() })
+			func(s says) { s.welcome("other", 1, 1); s.end(2) })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 word 1 history", "reset trimmed", "chunk 41 word 41 history", "reset ahead", "chunk 1 word 1 live", "chunk 2 end live", "end ended")
 		r.counts(map[string]int{"resets": 2, "reconnects": 1})
@@ -467,8 +502,8 @@ func TestGapless_endsWhenTheSessionIsDeleted(t *testing.T) {
 		r.until("state", "ended")
 
 		f = newFake(t, "404",
-			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() },
-			func(s says) { s.w.WriteHeader(http.StatusNoContent) })
+			append([]func(says){func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() }},
+				asked(by, func(s says) { s.nothing("e", "deleted") })...)...)
 		r = followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 word 1 history", "reset deleted", "end deleted")
 		r.until("state", "ended")
@@ -478,24 +513,78 @@ func TestGapless_endsWhenTheSessionIsDeleted(t *testing.T) {
 // An EventSource is closed by 204 as by a refusal.
 func TestGapless_tellsAnEndFromARefusal(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
-		nothing := func(s says) { s.w.WriteHeader(http.StatusNoContent) }
-		refused := func(s says) { s.w.WriteHeader(http.StatusUnauthorized) }
-		f := newFake(t, session("e", 7, true), nothing)
+		f := newFake(t, "401", asked(by, func(s says) { s.nothing("e", "ended") })...)
 		r := followed(t, f.URL+streamPath, by, map[string]any{"after": 7})
 		r.says("end ended")
 		r.until("state", "ended")
+		r.until("epoch", "e")
 
-		f = newFake(t, "401", refused, func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() }, nothing)
+		refused := asked(by, func(s says) { s.w.WriteHeader(http.StatusUnauthorized) })
+		f = newFake(t, "401", slices.Concat(refused, []func(says){
+			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2) },
+			func(s says) { s.nothing("e", "ended") },
+		}, refused)...)
 		r = followed(t, f.URL+streamPath, by, nil)
 		r.until("state", "disconnected")
 		r.call("restart")
 		r.says("reset restart", "chunk 1 word 1 history", "chunk 2 end live", "end ended")
 		// Behind the end it may be begun again, too.
-		f.mu.Lock()
-		f.session = session("e", 2, true)
-		f.mu.Unlock()
 		r.call("restart")
-		r.until("state", "waiting to reconnect") // the log has two chunks, and none came
+		r.until("state", "disconnected")
+	})
+}
+
+// 204 for another log than ours is no end: that log is taken from its start, and then it has ended.
+func TestGapless_takesTheOtherLogWhereThatOneHasEnded(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		for _, options := range []map[string]any{nil, {"tickets": true}} {
+			f := newFake(t, "401", slices.Concat(
+				[]func(says){func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2); s.breaks() }},
+				asked(by, func(s says) { s.nothing("other", "ended") }),
+				[]func(says){func(s says) { s.welcome("other", 0, 2); s.chunks(1); s.end(2) }})...)
+			r := followed(t, f.URL+streamPath, by, options)
+			r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "reset epoch", "chunk 1 word 1 history", "chunk 2 end history", "end ended")
+			r.until("state", "ended")
+			r.until("epoch", "other")
+			r.counts(map[string]int{"resets": 1, "reconnects": 1})
+		}
+	})
+}
+
+// An end that was copied from another log stands in this one, and the session goes on.
+func TestGapless_believesAnEndOnlyOfTheServer(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		for _, options := range []map[string]any{nil, {"tickets": true}, {"snapshot": true}} {
+			f := newFake(t, "404",
+				func(s says) { // whether more comes on the same response
+					s.welcome("e", 0, 3)
+					s.chunks(1)
+					s.copied(2)
+					s.chunks(3, 4)
+					s.copied(5)
+					s.breaks()
+				},
+				func(s says) { // or on the next one
+					s.welcome("e", 5, 5)
+					s.chunks(6)
+					s.copied(7)
+				},
+				func(s says) { s.welcome("e", 7, 7); s.breaks() },
+				func(s says) { s.welcome("e", 7, 7); s.end(8) })
+			r := followed(t, f.URL+streamPath, by, options)
+			r.says("chunk 1 word 1 history", "chunk 2 end history", "chunk 3 word 3 history", "chunk 4 word 4 live", "chunk 5 end live",
+				"chunk 6 word 6 live", "chunk 7 end live", "chunk 8 end live", "end ended")
+			r.counts(map[string]int{"reconnects": 3})
+		}
+	})
+}
+
+// A response may go on to stand where the log has ended, as behind a proxy that holds back the end.
+func TestGapless_asksWhetherAQuietLogHasEnded(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, session("e", 2, true), func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() })
+		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 10_000})
+		r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
 	})
 }
 
@@ -510,23 +599,15 @@ func TestGapless_triesAgainWhereAProxyHasNoNode(t *testing.T) {
 			times = append(times, time.Now())
 		}
 		away := func(s says) { came(); s.w.WriteHeader(http.StatusBadGateway) }
-		f := newFake(t, "502",
-			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() },
-			away, away,
-			func(s says) { came(); s.welcome("e", 1, 1); s.end(2); s.hang() })
+		f := newFake(t, "502", slices.Concat([]func(says){func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() }}, asked(by, away),
+			[]func(says){away, func(s says) { came(); s.welcome("e", 1, 1); s.end(2) }})...)
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.until("state", "waiting to reconnect")
-		eventually(t, "it is refused", func() bool { mu.Lock(); defer mu.Unlock(); return len(times) > 1 })
-		f.mu.Lock()
-		f.session = session("e", 1, false)
-		f.mu.Unlock()
 		r.says("chunk 1 word 1 history", "chunk 2 end live", "end ended")
-		f.wanted(t, "", "1", "1", "1")
-		if by == "eventsource" {
-			for i, least := range []time.Duration{1, 2} {
-				if wait := times[i+1].Sub(times[i]); wait < least*time.Second {
-					t.Errorf("it tried again after %v", wait)
-				}
+		f.wanted(t, append(make([]string, 1, 9), slices.Repeat([]string{"1"}, len(times))...)...)
+		for i, least := range []time.Duration{1, 2} {
+			if n := len(times) - 2 + i; times[n].Sub(times[n-1]) < least*time.Second {
+				t.Errorf("it tried again after %v", times[n].Sub(times[n-1]))
 			}
 		}
 	})
@@ -536,11 +617,11 @@ func TestGapless_triesAgainWhereAProxyHasNoNode(t *testing.T) {
 func TestGapless_triesNotAgainWhereItIsToldNotTo(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound} {
-			f := newFake(t, fmt.Sprint(status), func(s says) { s.w.WriteHeader(status) })
+			f := newFake(t, session("e", 1, false), asked(by, func(s says) { s.w.WriteHeader(status) })...)
 			r := followed(t, f.URL+streamPath, by, nil)
 			r.until("state", "disconnected")
 		}
-		f := newFake(t, session("e", 1, false), func(s says) { s.w.WriteHeader(http.StatusForbidden) })
+		f := newFake(t, session("e", 1, false), asked(by, func(s says) { s.w.WriteHeader(http.StatusServiceUnavailable) })...)
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.until("state", "waiting to reconnect")
 		r.stop() // the fake expects no other request
@@ -551,7 +632,7 @@ func TestGapless_opensAgainWhenAStalledConnectionIsBehind(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, session("e", 2, false),
 			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.hang() },
-			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3); s.hang() })
+			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3) })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 5000})
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 repaired", "chunk 3 end live", "end ended")
 		f.wanted(t, "", "1")
@@ -574,7 +655,7 @@ func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testin
 					}
 				}
 			},
-			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3); s.hang() })
+			func(s says) { s.welcome("e", 1, 2); s.chunks(2); s.end(3) })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 5000})
 		eventually(t, "it looks again and again", func() bool { return f.looked() >= 4 })
 		f.wanted(t, "")
@@ -591,7 +672,7 @@ func TestGapless_triesAgainWhereNothingIsAnswered(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404",
 			func(s says) { s.hang() },
-			func(s says) { s.welcome("e", 0, 0); s.end(1); s.hang() })
+			func(s says) { s.welcome("e", 0, 0); s.end(1) })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"silence": 5000})
 		r.says("chunk 1 end live", "end ended")
 	})
@@ -622,7 +703,7 @@ func TestGapless_saysWhatCannotBeFollowed(t *testing.T) {
 		r := followed(t, "http://127.0.0.1:1"+streamPath+c.query, "fetch", options)
 		r.says("thrown TypeError " + c.want)
 	}
-	f := newFake(t, "404", func(s says) { s.welcome("e", 7, 7); s.end(8); s.hang() })
+	f := newFake(t, "404", func(s says) { s.welcome("e", 7, 7); s.end(8) })
 	r := followed(t, f.URL+streamPath+"?after=7", "fetch", nil)
 	r.says("chunk 8 end live", "end ended")
 	f.wanted(t, "7")
@@ -643,7 +724,6 @@ func TestGapless_isSilentForAsLongAsItLikes(t *testing.T) {
 					}
 				}
 				s.end(10)
-				s.hang()
 			})
 			r := followed(t, f.URL+streamPath, by, map[string]any{"silence": silence})
 			r.until("state", "ended")
@@ -667,20 +747,20 @@ func TestGapless_takesASnapshotForAllThatWasBefore(t *testing.T) {
 				s.chunks(11)
 				s.reset("ahead", "e", 0, 3)
 				snapshot(s, 3, true)
-				s.hang()
-			})
+			},
+			func(s says) { s.nothing("e", "ended") })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"snapshot": true})
 		said := func(last int, ended bool) string {
 			return fmt.Sprintf("snapshot map[ended:%t epoch:e first_seq:1 last_seq:%d messages:[] type:snapshot]", ended, last)
 		}
 		r.says(said(8, false), "chunk 9 word 9 history", "chunk 10 word 10 live", "chunk 11 word 11 live", "reset ahead", said(3, true), "end ended")
-		f.wanted(t, " 1", "10 1")
+		f.wanted(t, " 1", "10 1", "3 1")
 	})
 }
 
 func TestGapless_goesOnWhenAHandlerThrows(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
-		f := newFake(t, "404", func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2, 3); s.end(4); s.hang() })
+		f := newFake(t, "404", func(s says) { s.welcome("e", 0, 2); s.chunks(1, 2, 3); s.end(4) })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"throws": true})
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 history", "chunk 3 word 3 live", "chunk 4 end live", "end ended")
 		r.stop()
@@ -702,7 +782,7 @@ func TestGapless_sendsHeadersByFetchAndWaitsOutA503(t *testing.T) {
 			s.raw("event: expired\ndata: {\"type\":\"expired\"}\nid: 2\n\n")
 			s.hang()
 		},
-		func(s says) { s.welcome("e", 2, 2); s.end(3); s.hang() })
+		func(s says) { s.welcome("e", 2, 2); s.end(3) })
 	r := followed(t, f.URL+streamPath, "headers", nil)
 	r.says("chunk 1 word 1 history", "chunk 2 word 2 live", "chunk 3 end live", "end ended")
 	f.wanted(t, " Bearer 1", "1 Bearer 2", "1 Bearer 3", "2 Bearer 4")
@@ -711,32 +791,37 @@ func TestGapless_sendsHeadersByFetchAndWaitsOutA503(t *testing.T) {
 	r.call("stop")
 	r.call("stop", "m")
 	r.says("chunk 1 word 1 history", "chunk 2 word 2 live", "chunk 3 end live", "end ended",
-		`answer map[message_id:{"content":"Why?"} reply_message_id:Bearer 5]`,
+		`answer map[message_id:{"content":"Why?"} reply_message_id:Bearer 6]`,
 		"problem ProblemError 409 message_ended {}", `problem ProblemError 409 message_ended {"message_id":"m"}`)
 }
 
 func TestGapless_asksForANewTicketWhereOneIsSpentAndKeepsOneThatLetItIn(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
-		f := newFake(t, "401",
+		refused := func(s says) { s.w.WriteHeader(http.StatusUnauthorized) }
+		f := newFake(t, "401", append([]func(says){
 			func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.breaks() },
-			func(s says) { s.w.WriteHeader(http.StatusUnauthorized) }, // it was away for too long
+			refused, // it was away for too long
 			func(s says) {
 				s.welcome("e", 1, 1)
 				s.chunks(2)
 				s.raw("event: expired\ndata: {\"type\":\"expired\"}\nid: 2\n\n")
 				s.hang()
 			},
-			func(s says) { s.w.WriteHeader(http.StatusUnauthorized) })
+		}, asked(by, refused)...)...)
 		r := followed(t, f.URL+streamPath, by, map[string]any{"tickets": true})
 		r.until("state", "disconnected")
 		r.says("chunk 1 word 1 history", "chunk 2 word 2 live")
-		f.wanted(t, " ticket-1", "1 ticket-1", "1 ticket-2", "2 ticket-3")
+		if by == "eventsource" {
+			f.wanted(t, " ticket-1", "1 ticket-1", "1 ticket-2", "2 ticket-3", "2 ticket-4")
+		} else {
+			f.wanted(t, " ticket-1", "1 ticket-1", "1 ticket-2", "2 ticket-3")
+		}
 	})
 }
 
 func TestGapless_takesAPlainTicketAndIsDisconnectedWhereThereIsNone(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
-		f := newFake(t, "401", func(s says) { s.welcome("e", 0, 0); s.end(1); s.hang() })
+		f := newFake(t, "401", func(s says) { s.welcome("e", 0, 0); s.end(1) })
 		r := followed(t, f.URL+streamPath, by, map[string]any{"tickets": "plain"})
 		r.says("chunk 1 end live", "end ended")
 		f.wanted(t, " ticket-1")
@@ -763,8 +848,7 @@ func TestGapless_readsTheFormatWhereverItIsCut(t *testing.T) {
 				_ = http.NewResponseController(s.w).Flush()
 				<-time.After(2 * time.Millisecond) // so that it arrives in pieces
 			}
-			s.hang()
-		})
+		}, func(s says) { s.nothing("e", "ended") })
 		r := followed(t, f.URL+streamPath, by, nil)
 		r.says("chunk 1 ä🍞 live", "chunk 2  live", "chunk 3 end live", "end ended")
 	}

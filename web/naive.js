@@ -3,6 +3,8 @@
 // begins anew. That something is missing it could not tell: the marks come from the numbers in
 // the chunks, which nobody but this page compares.
 
+const epochs = 500_000; // at least so many numbers are between two epochs
+
 export class Naive {
   /** idle | connecting | reading | live */
   state = 'idle';
@@ -77,7 +79,8 @@ export class Naive {
       return this.#enter('reading');
     }
     if (chunk.type === 'subscribed') return this.#enter('live');
-    if (this.#last >= 0 && chunk.seq > this.#last + 1) {
+    // Numbers that jump so far are those of a later epoch: nothing has the ones between.
+    if (this.#last >= 0 && chunk.seq > this.#last + 1 && chunk.seq - this.#last < epochs) {
       for (let seq = this.#last + 1; seq < chunk.seq; seq++) this.everLost.add(seq);
       this.missing += chunk.seq - this.#last - 1;
       this.#on.lost(this.#last + 1, chunk.seq - 1);

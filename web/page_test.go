@@ -849,6 +849,8 @@ func TestPage(t *testing.T) {
 		{"a network that goes away and comes back with another node loses nothing", testNetworkChange},
 		{"a browser that goes offline and online loses nothing", testOffline},
 		{"after the end no request is made, not even after a reload", testEnd},
+		{"an end that was copied from another log ends nothing", testCopiedEnd},
+		{"numbers of a later epoch are shown as they are, and what they jump over is nothing", testLaterEpoch},
 		{"ten thousand chunks of history are shown", testLongHistory},
 		{"text of any kind is shown as it is", testText},
 		{"Markdown that grows is drawn as if it had come at once, and what is done is not drawn again", testMarkdown},
@@ -1074,8 +1076,8 @@ func testEnd(t *testing.T, w world) {
 	p.until(`gapless.state === 'ended' && document.body.dataset.state === 'ended'`)
 	p.showsTheHistory(w.node, "ends")
 	line.quietFor(longerThanRetry)
-	if got := len(line.seen()); got != 1 {
-		t.Errorf("%d requests for the stream, not 1", got)
+	if s := line.seen(); len(s) != 2 || s[1].status != http.StatusNoContent { // which said that this is the end
+		t.Errorf("%d requests for the stream, not 2", len(s))
 	}
 
 	p.do("reload", chromedp.Reload())
@@ -1085,8 +1087,122 @@ func testEnd(t *testing.T, w world) {
 		t.Error("one may still ask")
 	}
 	line.quietFor(longerThanRetry)
-	if got := len(line.seen()); got != 2 {
-		t.Errorf("%d requests for the stream, not 2", got)
+	if s := line.seen(); len(s) != 4 || s[3].status != http.StatusNoContent {
+		t.Errorf("%d requests for the stream, not 4", len(s))
+	}
+}
+
+// The end of another log, copied to this one, stands in it at the right place, and ends nothing: neither when it comes,
+// nor after a reload, where it is part of a snapshot.
+func testCopiedEnd(t *testing.T, w world) {
+	const from, session = "copied-from", "copied-to"
+	w.a.post(t, "/v1/sessions/"+from+"/chunks", []chunk{{MessageID: "m", Content: "one "}, {MessageID: "m", Content: "two "}, {Type: "end"}})
+	if err := w.redis.Copy(t.Context(), "chat:history:"+from, "chat:history:"+session, 0, false).Err(); err != nil {
+		t.Fatal(err)
+	}
+	p := open(t, w.browser, w.a.url("/?session="+session), chromedp.WithNewBrowserContext())
+	goesOn := func(want string) {
+		t.Helper()
+		p.until(fmt.Sprintf(`gapless.text('m') === %q && gapless.state === 'live'`, want))
+		if !eval[bool](p, `document.getElementById('ended').hidden && !document.getElementById('ask').disabled && document.querySelector('[data-id=m]').dataset.status === 'streaming'`) {
+			t.Errorf("the page says that it has ended, after %q", want)
+		}
+	}
+	goesOn("one two ")
+	w.a.post(t, "/v1/sessions/"+session+"/chunks", chunk{MessageID: "m", Content: "three "})
+	goesOn("one two three ")
+	end := w.redis.LIndex(t.Context(), "chat:history:"+from, -1).Val()
+	forged := strings.Replace(end, `"seq":3,`, `"seq":5,`, 1)
+	if err := errors.Join(w.redis.RPush(t.Context(), "chat:history:"+session, forged).Err(), w.redis.Publish(t.Context(), "chat:stream:"+session, forged).Err()); err != nil {
+		t.Fatal(err)
+	}
+	p.until(`gapless.seq === 5`)
+	w.b.post(t, "/v1/sessions/"+session+"/chunks", chunk{MessageID: "m", Content: "four "})
+	goesOn("one two three four ")
+	p.do("reload", chromedp.Reload())
+	goesOn("one two three four ")
+	w.b.post(t, "/v1/sessions/"+session+"/chunks", chunk{Type: "end"})
+	p.until(`gapless.state === 'ended' && document.querySelector('[data-id=m]').dataset.status === 'unfinished' && document.getElementById('ask').disabled`)
+	if got := eval[string](p, `[gapless.gaps, gapless.doubles, gapless.resets].join()`); got != "0,0,0" {
+		t.Errorf("gaps, doubles and resets are %s", got)
+	}
+}
+
+// In a later epoch numbers begin after a multiple of 1,000,000: what is between was never a chunk, and nothing is
+// drawn, listed or counted for it.
+func testLaterEpoch(t *testing.T, w world) {
+	const base = 2_000_000
+	snapshot := func(s says) {
+		s.raw(fmt.Sprintf("event: snapshot\ndata: {\"type\":\"snapshot\",\"epoch\":\"later\",\"first_seq\":%d,\"last_seq\":%d,\"ended\":false,"+
+			"\"messages\":[{\"message_id\":\"m\",\"role\":\"assistant\",\"content\":\"all\",\"status\":\"streaming\",\"done\":false,\"first_seq\":%[1]d,\"last_seq\":%d}]}\nid: %[2]d\n\n", base+1, base+5))
+	}
+	later := func(s says) { // to the reload; and to the page that is left, which may come back before it goes
+		if s.r.Header.Get("Last-Event-ID") != "" {
+			s.welcome("later", base+5, base+5)
+			s.hang()
+		}
+		s.welcome("later", 0, base+5)
+		s.reset("trimmed", "later", base, base+5)
+		snapshot(s)
+		s.hang()
+	}
+	f := newFake(t, session("later", base+5, false),
+		func(s says) {
+			s.welcome("first", 0, 3)
+			s.chunks(1, 2, 3)
+			s.reset("epoch", "later", base, base+3)
+			s.chunks(base+1, base+2, base+3)
+			s.breaks()
+		},
+		func(s says) { s.welcome("later", base+3, base+3); s.chunks(base+4, base+5); s.hang() },
+		later, later, later)
+	p := looks[0].open(t, w, f.URL+"/?session=s")
+	shows := func(counts, text string) {
+		t.Helper()
+		p.until(fmt.Sprintf(`gapless.seq === %d && document.getElementById('seq').textContent === '2000005'`, base+5))
+		p.until(`document.querySelector('#log .range').textContent === 'chunks 2000001–2000005'`)
+		p.until(fmt.Sprintf(`gapless.messages.length === 1 && gapless.messages[0].text === %q`, text))
+		if got := eval[string](p, `JSON.stringify(gapless.counts) + [gapless.gaps, gapless.doubles, gapless.resets].join()`); got != counts {
+			t.Errorf("counted are %s", got)
+		}
+		p.until(`document.getElementById('plot-words').textContent.includes('up to number 2000005; ')`)
+		// The numbers at the plot's side are whole: nothing is cut off at its edge.
+		eventually(t, "the plot is drawn, with room at its side", func() bool {
+			return len(p.marks()) > 0 && eval[bool](p, `(() => {
+				const plot = document.getElementById('plot');
+				const { data } = plot.getContext('2d').getImageData(0, 0, 3, plot.height);
+				return data.every((v) => v === 0);
+			})()`)
+		})
+		if got := eval[int](p, `document.documentElement.scrollWidth - innerWidth`); got > 0 {
+			t.Errorf("the page is %d px too wide", got)
+		}
+	}
+	shows(`{"snapshot":0,"history":3,"live":2,"repaired":0,"lost":0}0,0,1`, "word 2000001word 2000002word 2000003word 2000004word 2000005")
+	p.looks(looks[2])
+	p.looks(looks[0])
+	p.do("reload", chromedp.Reload())
+	shows(`{"snapshot":5,"history":0,"live":0,"repaired":0,"lost":0}0,0,1`, "all")
+
+	// The naive viewer has no resets: to it the numbers just jump. That is no loss.
+	p.run(`import('/naive.js').then(({ Naive }) => {
+		window.told = [];
+		const events = [{ type: 'welcome', connection: 'c', last_seq: 0 }, { type: 'subscribed' }, { seq: 1 }, { seq: 3 }, { seq: 1000001 }, { seq: 1000003 }];
+		const body = events.map((e) => 'data: ' + JSON.stringify(e) + '\n\n').join('');
+		let asked = 0;
+		window.n = new Naive('/naive', {
+			fetch: async () => new Response(asked++ ? undefined : body, { status: asked > 1 ? 404 : 200 }),
+			clear() {}, change() {}, chunk: (c) => told.push(c.seq), lost: (from, to) => told.push(from + '-' + to),
+		});
+		n.start(0);
+	})`)
+	p.until(`window.told?.at(-1) === 1000003`)
+	if got := eval[string](p, `told.join() + ' ' + n.missing + ' ' + [...n.everLost].join()`); got != "1,2-2,3,1000001,1000002-1000002,1000003 2 2,1000002" {
+		t.Errorf("the naive viewer says %s", got)
+	}
+	p.run(`n.stop(); n.state = 'live'; n.compare(3000005)`)
+	if got := eval[int](p, `n.missing`); got != 2 {
+		t.Errorf("the naive viewer misses %d chunks", got)
 	}
 }
 

@@ -115,17 +115,16 @@ export class Plot {
     g.clearRect(0, 0, width, height);
     const style = getComputedStyle(canvas);
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
-    const box = { left: 44, right: width - 8, top: 10, bottom: height - 20 };
-
     const edge = this.#edge;
     const span = this.#span;
     const marks = this.#shown();
     const high = marks.reduce((n, m) => Math.max(n, m.seq), 0);
     const low = marks.reduce((n, m) => Math.min(n, m.from), high);
+    g.font = `11px ${style.fontFamily}`;
+    const box = { left: Math.max(44, g.measureText(String(high)).width + 12), right: width - 8, top: 10, bottom: height - 20 };
     const x = (at) => box.right - ((edge - at) / span) * (box.right - box.left);
     const y = (seq) => (high === low ? box.bottom : box.bottom - ((seq - low) / (high - low)) * (box.bottom - box.top));
 
-    g.font = `11px ${style.fontFamily}`;
     g.fillStyle = colour('soft');
     g.strokeStyle = colour('line');
     g.lineWidth = 1;

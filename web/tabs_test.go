@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -135,6 +136,9 @@ func TestTabs(t *testing.T) {
 		{"only those with equal headers share", testHeaders},
 		{"and those with a ticket do not", testTicketTabs},
 		{"those that were refused come back with the first that is let in", testRefusedTabs},
+		{"an end is the server's to say, to all of them", testEndInAll},
+		{"and with a ticket, to each", testEndWithTicket},
+		{"where another log has ended meanwhile, all of them take that one", testOtherLogInAll},
 		{"a log that is lost, deleted and begun again is the same in all of them", testLostInAll},
 		{"where the log is gone, and begins again, no tab takes the new one for the old one's rest", testLostAndAbsent},
 		{"a tab whose own read stalls reads again", testStalledRead},
@@ -398,6 +402,89 @@ func testRefusedTabs(t *testing.T, w world) {
 		p.until(`f.state === 'live'`)
 	}
 	leader(t, tabs)
+}
+
+// Copies of an end come to all tabs, and end none; the last one is the server's.
+func testEndInAll(t *testing.T, w world) {
+	const from, session, path = "end-from", "end-in-all", "/v1/sessions/end-in-all/chunks"
+	b := newProfile(t, w.browser, w.node)
+	w.node.post(t, "/v1/sessions/"+from+"/chunks", []chunk{{Content: "a"}, {Content: "b"}, {Type: "end"}})
+	if err := w.redis.Copy(t.Context(), "chat:history:"+from, "chat:history:"+session, 0, false).Err(); err != nil {
+		t.Fatal(err)
+	}
+	tabs := []*tab{b.follows(session, "", ""), b.follows(session, "", ""), b.follows(session, "", `headers: { 'X-Me': 'ann' },`)}
+	all := func(is string) {
+		t.Helper()
+		for _, p := range tabs {
+			p.until(is)
+		}
+	}
+	all(`got.length === 3 && f.state === 'live'`)
+	w.node.post(t, path, chunk{Content: "c"})
+	all(`got.length === 4 && f.state === 'live' && calls.length === 0`)
+	eventually(t, "two views", func() bool { return w.node.viewers(t, session) == 2 })
+	w.node.post(t, path, chunk{Type: "end"})
+	list := w.redis.LRange(t.Context(), "chat:history:"+session, 0, -1).Val()
+	all(`f.state === 'ended' && !f.leading`)
+	for _, p := range tabs {
+		p.gotAll(list, "end ended")
+	}
+	eventually(t, "nobody views", func() bool { return w.node.viewers(t, session) == 0 })
+	// A tab that comes later, and one that has all of it.
+	late := b.follows(session, "", "")
+	late.gotAll(list, "end ended")
+	b.follows(session, "", fmt.Sprintf(`after: %d,`, len(list))).until(`f.state === 'ended' && got.length === 0 && calls.join() === 'end ended'`)
+}
+
+// With a ticket nothing else may be asked for than the stream.
+func testEndWithTicket(t *testing.T, w world) {
+	issuer := authtest.New(t)
+	n := start(t, "-auth", issuer.Source())
+	b := newProfile(t, w.browser, n)
+	token := issuer.Token(time.Hour, authtest.May{"read": {"s"}, "write": {"s"}})
+	tickets := fmt.Sprintf(`ticket: async () => (await (await fetch('/v1/sessions/s/tickets', { method: 'POST', headers: { Authorization: 'Bearer %s' } })).json()).ticket,`, token)
+	p := b.follows("s", "", tickets)
+	p.until(`f.state === 'live'`)
+	say := func(body string) {
+		t.Helper()
+		p.run(fmt.Sprintf(`window.posted = 0; fetch('/v1/sessions/s/chunks', { method: 'POST', body: %q, headers: { Authorization: 'Bearer %s', 'Content-Type': 'application/json' } }).then((r) => { posted = r.status; })`, body, token))
+		p.until(`posted === 201`)
+	}
+	say(`[{"content":"a"},{"content":"b"}]`)
+	p.until(`got.length === 2`)
+	say(`{"type":"end"}`)
+	p.until(`f.state === 'ended' && calls.join() === 'end ended' && got.length === 3`)
+	b.follows("s", "", tickets+`after: 3,`).until(`f.state === 'ended' && calls.join() === 'end ended' && got.length === 0`)
+}
+
+func testOtherLogInAll(t *testing.T, w world) {
+	both := make(chan struct{})
+	other := func(s says) {
+		if s.r.Header.Get("Last-Event-ID") == "3" || s.r.URL.Query().Get("after") == "3" {
+			s.nothing("other", "ended")
+			return
+		}
+		s.welcome("other", 0, 3)
+		s.chunks(1, 2)
+		s.end(3)
+	}
+	f := newFake(t, session("other", 3, true), append([]func(says){
+		func(s says) { s.welcome("e", 0, 3); s.chunks(1, 2, 3); <-both; s.breaks() },
+		func(s says) { s.welcome("e", 0, 3); s.chunks(1, 2, 3); s.hang() }, // the second tab's, until it has all
+	}, slices.Repeat([]func(says){other}, 12)...)...)
+	first := open(t, w.browser, f.URL+"/style.css", chromedp.WithNewBrowserContext())
+	first.follow("s", "", "")
+	first.until(`f.leading && f.seq === 3`)
+	second := open(t, first.ctx, f.URL+"/style.css")
+	second.follow("s", "", "")
+	second.until(`f.seq === 3 && f.state === 'live' && !f.leading`)
+	close(both)
+	for _, p := range []*tab{first, second} {
+		p.until(`f.state === 'ended' && calls.join() === 'reset epoch,end ended' && f.epoch === 'other' && f.resets === 1`)
+		if got := eval[string](p, `got.map(([seq]) => seq).join()`); got != "1,2,3,1,2,3" {
+			t.Errorf("it got %s", got)
+		}
+	}
 }
 
 func testLostInAll(t *testing.T, w world) {
