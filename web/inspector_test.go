@@ -268,7 +268,7 @@ func testNoDemo(t *testing.T, w world) {
 	if !eval[bool](p, `document.getElementById('demo').hidden`) {
 		t.Error("the demo is offered")
 	}
-	with = open(t, w.browser, w.node.url("/?session=no-demo"), chromedp.WithNewBrowserContext())
+	with := open(t, w.browser, w.node.url("/?session=no-demo"), chromedp.WithNewBrowserContext())
 	with.until(`document.getElementById('demo').hidden === false`)
 	with.until(`document.getElementById('no-model').checkVisibility() && document.getElementById('no-model').innerText.includes('-model-url')`)
 }
