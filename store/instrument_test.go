@@ -29,7 +29,7 @@ func (s *spy) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessP
 
 func (s *spy) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
-		if cmd.Name() == "eval" || cmd.Name() == "evalsha" {
+		if (cmd.Name() == "eval" || cmd.Name() == "evalsha") && !probes(cmd) {
 			s.calls.Add(1)
 			if ctx.Value(who{}) == nil {
 				s.nobodys.Add(1)
