@@ -227,7 +227,7 @@ type part struct {
 }
 
 // fold is the sse.Ask.Fold of such a stream.
-func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
+func (f *uiFold) fold(b, events []byte, ended bool) (out []byte, over bool) {
 	if !f.begun {
 		f.begun = true
 		b = appendPart(b, part{Type: "start", MessageID: f.message})
@@ -240,9 +240,6 @@ func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
 			continue
 		}
 		s := parseSaid(chunk)
-		if s.kind == store.TypeEnd {
-			return f.end(b, part{Type: "error", ErrorText: "the conversation was ended before the answer was"}), true
-		}
 		if s.message != f.message {
 			continue
 		}
@@ -284,12 +281,15 @@ func (f *uiFold) fold(b, events []byte) (out []byte, over bool) {
 			return f.end(b, part{Type: "abort", Reason: "cancelled"}), true
 		}
 	}
+	if ended {
+		return f.end(b, part{Type: "error", ErrorText: "the conversation was ended before the answer was"}), true
+	}
 	return b, false
 }
 
-// mayMatter says whether a chunk may be of the message, or end the log: most others are not parsed.
+// mayMatter says whether a chunk may be of the message: most others are not parsed.
 func (f *uiFold) mayMatter(chunk []byte) bool {
-	return bytes.Contains(chunk, []byte(f.message)) || bytes.IndexByte(chunk, '\\') >= 0 || bytes.Contains(chunk, []byte(`"end"`))
+	return bytes.Contains(chunk, []byte(f.message)) || bytes.IndexByte(chunk, '\\') >= 0
 }
 
 func (f *uiFold) id() string { return fmt.Sprint(f.open, "-", f.parts[f.open]) }

@@ -24,8 +24,8 @@ import (
 //     hand out an empty message.
 const heartbeat = ":\n"
 
-// appendEvent appends chunk number seq as an event, and says whether it ends a message or the log.
-func appendEvent(b []byte, seq int64, element string) (event []byte, ends bool) {
+// appendEvent appends chunk number seq as an event. ends is what it says that it ends.
+func appendEvent(b []byte, seq int64, element string) (event []byte, ends store.Ending) {
 	b = append(b, "data: "...)
 	b, ends = store.AppendElement(b, seq, element)
 	b = append(b, "\nid: "...)

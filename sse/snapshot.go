@@ -25,7 +25,8 @@ import (
 type snapshot struct {
 	epoch      string
 	base, last int64  // it says what the chunks base+1 to last say
-	ends       bool   // one of them ends a message or the log
+	ends       bool   // one of them ends a message
+	ended      bool   // and the last of them the log
 	event      []byte // nothing: last is base
 
 	users int // who holds it; of snapshots.mu
@@ -45,7 +46,6 @@ type fold struct {
 	named      map[string]*message
 	unnamed    *message // the last chunk's, if that had no message_id
 	ends       bool
-	ended      bool // the log has
 	full       bool // the next chunk does not fit
 	size       int  // about as many bytes as the event has
 }
@@ -113,6 +113,7 @@ func (f *fold) add(seq int64, chunk []byte) {
 			more = true
 		}
 	})
+	f.ends = f.ends || store.Ends(chunk)&store.EndsMessage != 0
 	status, over := streaming, complete
 	switch kind {
 	case store.TypeDelta, store.TypeReasoning:
@@ -123,9 +124,8 @@ func (f *fold) add(seq int64, chunk []byte) {
 	case store.TypeEnd:
 		if _, ours := store.Number(string(chunk[:min(len(chunk), 64)])); !ours {
 			more = true
-		} else if f.ended = true; id == "" && len(content) == 0 && !more {
-			f.ends = true
-			return
+		} else if id == "" && len(content) == 0 && !more {
+			return // whether the log has ended, it is not this chunk's to say
 		}
 	default:
 		more = true
@@ -136,8 +136,6 @@ func (f *fold) add(seq int64, chunk []byte) {
 	if len(role) == 0 {
 		role = jsontext.Value("assistant")
 	}
-	f.ends = f.ends || store.Ends(chunk)
-
 	m := f.named[id]
 	if id == "" { // such chunks have nothing but their neighbours
 		if m = f.unnamed; m != nil && (m.status != streaming || !bytes.Equal(m.role, role)) {
@@ -188,9 +186,9 @@ func (f *fold) add(seq int64, chunk []byte) {
 // inside is what stands between a string's quotes.
 func inside(text jsontext.Value) jsontext.Value { return text[1 : len(text)-1] }
 
-// snapshot is the fold as an event.
-func (f *fold) snapshot() *snapshot {
-	s := &snapshot{epoch: f.epoch, base: f.base, last: f.last, ends: f.ends}
+// snapshot is the fold as an event. ended says that the log has ended with the last of its chunks.
+func (f *fold) snapshot(ended bool) *snapshot {
+	s := &snapshot{epoch: f.epoch, base: f.base, last: f.last, ends: f.ends, ended: ended}
 	if f.last == f.base {
 		return s
 	}
@@ -199,7 +197,7 @@ func (f *fold) snapshot() *snapshot {
 	b = strconv.AppendQuote(b, f.epoch)
 	b = strconv.AppendInt(append(b, `,"first_seq":`...), f.base+1, 10)
 	b = strconv.AppendInt(append(b, `,"last_seq":`...), f.last, 10)
-	b = strconv.AppendBool(append(b, `,"ended":`...), f.ended)
+	b = strconv.AppendBool(append(b, `,"ended":`...), ended)
 	b = append(b, `,"messages":[`...)
 	for i, m := range f.messages {
 		if i > 0 {
@@ -356,16 +354,18 @@ func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singlefligh
 			k.forget(&h.snapshots)
 			n = newFold(epoch, start)
 		}
-		if k.snap != nil && (n.full || n.last >= upto) {
-			k.used = time.Now()
-			return k.snap, nil
-		}
 		n, err := h.extend(n, f, upto)
 		if err != nil {
 			k.forget(&h.snapshots) // it has grown, and was not counted
 			return &snapshot{}, err
 		}
-		s := n.snapshot()
+		w := f.window.Load()
+		ended := w.Ended && w.Epoch == n.epoch && w.Last == n.last
+		if s := k.snap; s != nil && s.base == n.base && s.last == n.last && s.ended == ended {
+			k.used = time.Now()
+			return s, nil
+		}
+		s := n.snapshot(ended)
 		f.mu.Lock()
 		closed := f.closed
 		f.mu.Unlock()

@@ -19,16 +19,16 @@ type Ask struct {
 	Cursor     int64  // the last number that it has; Latest: whatever is the last one now
 	Epoch      string // that the log had a moment ago, if that is known: it is not viewed as it was before
 	Unknown    bool   // it came with an id that is no number: from the start, by a reset
-	UntilDone  bool   // its response ends behind the next chunk that ends a message or the log
+	UntilDone  bool   // its response ends behind the next chunk that ends a message, or with the log
 	Raw        bool   // it is given only what was ingested as events, as that came
 	Snapshot   bool   // what there is already, if it has nothing, comes as one event
 	// Expires is when what allows it to view runs out; zero: never.
 	Expires time.Time
 	// Fold, if not nil, makes another protocol of the stream: it appends to b what comes of whole
 	// events (Chunks reads them), and says whether nothing more is to come: then the response ends
-	// cleanly. It is first called without events, for what a response begins with. There is no way
-	// to say a reset: the response is broken off.
-	Fold func(b, events []byte) (out []byte, over bool)
+	// cleanly. It is first called without events, for what a response begins with, and last, with ended, when
+	// the log has ended. There is no way to say a reset: the response is broken off.
+	Fold func(b, events []byte, ended bool) (out []byte, over bool)
 }
 
 // Latest is the cursor of a viewer that wants nothing of what is there already.
@@ -530,7 +530,7 @@ func (v *Viewer) begin() []byte {
 		begin = appendRetry(begin, retry())
 	}
 	if v.Fold != nil {
-		begin, _ = v.Fold(begin, nil)
+		begin, _ = v.Fold(begin, nil, false)
 	}
 	return begin
 }
@@ -559,7 +559,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 				}
 			}
 			if v.Fold != nil {
-				v.raw, over = v.Fold(v.raw[:0], events)
+				v.raw, over = v.Fold(v.raw[:0], events, false)
 				events = v.raw
 				v.early = v.early && !s.chunks
 			}
@@ -576,6 +576,15 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 			}
 			if d := v.pace.Load(); d > 0 && s.chunks && s.end == "" {
 				more, rest = nil, time.After(time.Duration(d))
+			}
+		}
+		if s.end == Ended && v.Fold != nil {
+			events, over := v.Fold(v.raw[:0], nil, true)
+			if len(events) > 0 && w.write(events) != nil {
+				return v.broken(w)
+			}
+			if over {
+				return Done
 			}
 		}
 		if s.end != "" {

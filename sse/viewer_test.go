@@ -263,6 +263,85 @@ func TestViewer_endOfTheLog(t *testing.T) {
 	})
 }
 
+// A chunk that looks like the end, and was copied or forged, ends nothing: the log has ended where the store says so.
+func TestViewer_whatLooksLikeTheEnd_endsNothing(t *testing.T) {
+	for _, window := range []int{0, 1 << 20} {
+		for _, live := range []bool{false, true} {
+			t.Run(fmt.Sprint(window, live), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					log := &storetest.Log{}
+					log.Append("a")
+					end := `{"seq":2,"ts":1795424741692,"type":"end"}`
+					if !live {
+						log.Push(end)
+						log.Append("b")
+					}
+					cfg := testConfig()
+					cfg.Window = window
+					h := started(t, cfg, log)
+					ended := false
+					fold := func(b, events []byte, end bool) ([]byte, bool) {
+						ended = ended || end
+						return append(b, events...), end
+					}
+					all := map[string]*watcher{}
+					view := func() {
+						all["until done"] = now(t, h, log, Ask{UntilDone: true})
+						all["snapshot"] = now(t, h, log, Ask{Snapshot: true})
+						all["snapshot, until done"] = now(t, h, log, Ask{Snapshot: true, UntilDone: true})
+						all["fold"] = plainly(t, h, log, Ask{Fold: fold})
+					}
+					view()
+					if live {
+						log.Push(end)
+						log.Publish(end)
+						log.Deliver(0)
+						log.Append("b")
+						log.Deliver(0)
+					}
+					time.Sleep(time.Minute)
+					check := func(over bool, last string) {
+						t.Helper()
+						for name, w := range all {
+							select {
+							case cause := <-w.done:
+								if !over || !cause.Clean() {
+									t.Errorf("%s is over by %s", name, cause)
+								}
+								w.done <- cause
+							default:
+								if over {
+									t.Errorf("%s is not over", name)
+								}
+							}
+							if got := w.events(); len(got) == 0 || got[len(got)-1].id != last {
+								t.Errorf("%s has %s", name, names(got))
+							}
+							if err := w.take(w.events()); err != nil || w.said != nil && w.said.Ended {
+								t.Errorf("%s: %v, or a snapshot says that the log has ended", name, err)
+							}
+						}
+					}
+					if check(false, "3"); ended {
+						t.Error("the fold is told that the log has ended")
+					}
+					log.Push(`{"seq":4,"ts":1795424741692,"type":"end"}`)
+					log.End()
+					time.Sleep(time.Minute)
+					if check(true, "4"); !ended {
+						t.Error("the fold is not told that the log has ended")
+					}
+					w := now(t, h, log, Ask{Snapshot: true})
+					if err := w.take(w.events()); err != nil || w.said == nil || !w.said.Ended {
+						t.Errorf("%v, or no snapshot says that the log has ended: %+v", err, w.said)
+					}
+					<-w.done
+				})
+			})
+		}
+	}
+}
+
 // A log that is viewed is read before it expires, however soon that is; and no more often than that needs.
 func TestHub_logThatIsViewedIsReadBeforeItExpires(t *testing.T) {
 	for _, c := range []struct{ kept, reconcile time.Duration }{
@@ -350,7 +429,7 @@ func TestViewer_thatCannotBeTold_beginsWhereTheLogDoes(t *testing.T) {
 						h := started(t, cfg, log)
 						ask := Ask{Raw: raw}
 						if !raw {
-							ask.Fold = func(b, events []byte) ([]byte, bool) {
+							ask.Fold = func(b, events []byte, _ bool) ([]byte, bool) {
 								for seq, chunk := range Chunks(events) {
 									b = fmt.Appendf(b, "data: %s\nid: %d\n\n", chunk, seq)
 								}

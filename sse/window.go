@@ -55,7 +55,7 @@ type memory struct {
 	tail segment   // the one that grows
 	size int       // bytes of events
 
-	lastStop int64 // the newest number that ends a message or the log, in memory or not
+	lastStop int64 // the newest number that ends a message, or says that it ends the log, in memory or not
 }
 
 // segment is events one behind the other.
@@ -63,7 +63,7 @@ type segment struct {
 	first int64    // the number of the first event
 	buf   []byte   //
 	ends  []uint32 // where each event ends in buf
-	stops []int64  // the numbers of those that end a message or the log
+	stops []int64  // the numbers of those that end a message
 }
 
 // segmentSize is the most that one write takes. A writer that hands larger pieces to a
@@ -107,12 +107,14 @@ func (m *memory) appendFirst(chunks []string, limit int) {
 		t.buf, t.ends = grown, slices.Grow(t.ends, count)
 	}
 	before := len(t.buf)
-	var ends bool
+	var ends store.Ending
 	t.buf, ends = appendEvent(t.buf, seq, element)
 	t.ends = append(t.ends, uint32(len(t.buf)))
-	if ends {
-		t.stops = append(t.stops, seq)
+	if ends != 0 {
 		m.lastStop = seq
+	}
+	if ends&store.EndsMessage != 0 {
+		t.stops = append(t.stops, seq)
 	}
 	m.size += len(t.buf) - before
 	m.shrink(limit)
@@ -142,8 +144,7 @@ func (m *memory) shrink(limit int) {
 }
 
 // after is the events behind cursor, up to number upto or the end of their segment, and
-// the number of the last of them; with stop, up to the first that ends a message or the
-// log. ok says whether memory goes back that far. Nothing and ok: there is none.
+// the number of the last of them; with stop, up to the first that ends a message. ok says whether memory goes back that far. Nothing and ok: there is none.
 func (m *memory) after(cursor, upto int64, stop bool) (events []byte, last int64, stopped, ok bool) {
 	if cursor+1 < m.firstSeq() {
 		return nil, cursor, false, false

@@ -390,11 +390,11 @@ func syntaxError(err error) *ChunkError {
 
 // AppendElement appends what viewers and pages are given of list element number seq:
 // the element itself when it is one line of JSON object in valid UTF-8, and else an
-// object that carries its text. Whatever is in the list is a chunk. It says whether that ends its message or the log.
+// object that carries its text. Whatever is in the list is a chunk. ends is what it says that it ends.
 //
 // One that the append script wrote says its number, which is another one when it was written in an earlier epoch, or
 // was copied from another log: then seq takes its place.
-func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends bool) {
+func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends Ending) {
 	start := len(b)
 	if n, ours := Number(element); ours && n != seq {
 		b = strconv.AppendInt(append(b, head...), seq, 10)
@@ -413,7 +413,28 @@ func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends bool
 	b = append(b[:start], `{"seq":`...)
 	b = strconv.AppendInt(b, seq, 10)
 	b = append(b, `,"type":"foreign","content":`...)
-	return append(append(b, quote(element)...), '}'), false
+	return append(append(b, quote(element)...), '}'), 0
+}
+
+// Ending is what a chunk says that it ends.
+type Ending uint8
+
+// A chunk may be both, and what it says of its message is so. But that it ends the log is only so where the log has ended
+// (Bounds.Ended), which the API does: anybody may push what looks like that chunk, or copy it from another log.
+const (
+	EndsMessage Ending = 1 << iota
+	EndsLog
+)
+
+// endingOf is what a chunk of a type says that it ends.
+func endingOf(typ string) Ending {
+	switch typ {
+	case TypeDone, TypeFailed, TypeCancelled:
+		return EndsMessage
+	case TypeEnd:
+		return EndsLog
+	}
+	return 0
 }
 
 // head is what a chunk begins with that the append script wrote.
@@ -438,19 +459,17 @@ func Number(element string) (seq int64, ours bool) {
 	return seq, true
 }
 
-// Ends says whether a chunk, as AppendElement wrote it, ends its message or the log.
-func Ends(chunk []byte) (ends bool) {
+// Ends is what a chunk, as AppendElement wrote it, says that it ends.
+func Ends(chunk []byte) (ends Ending) {
 	if ends, ok := flat(chunk); ok {
 		return ends
 	}
 	EachMember(chunk, func(name string, value jsontext.Value) {
 		if name == "is_complete" && value.Kind() == 't' {
-			ends = true
+			ends |= EndsMessage
 		}
 		if name == "type" && value.Kind() == '"' {
-			if kind := kindOf(unquote(value)); kind != "" && kind != TypeMessage {
-				ends = true
-			}
+			ends |= endingOf(unquote(value))
 		}
 	})
 	return ends

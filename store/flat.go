@@ -8,17 +8,16 @@ import (
 )
 
 // flat looks at an element in one go: it is ok when it is one line of JSON object, in valid UTF-8, whose values are
-// text, whole numbers, true, false and null, without a \u; and ends says whether it ends a message or the
-// log. Nearly all elements are like this. Of one that is not ok nothing is known.
-func flat(e []byte) (ends, ok bool) {
+// text, whole numbers, true, false and null, without a \u; and ends is what it says that it ends. Nearly all elements are like this. Of one that is not ok nothing is known.
+func flat(e []byte) (ends Ending, ok bool) {
 	if len(e) < len(`{"":0}`) || e[0] != '{' {
-		return false, false
+		return 0, false
 	}
 	var high uint64 // has bit 7 of a byte that is not ASCII
 	for i := 1; i < len(e); i++ {
 		from := i + 1
 		if i = textEnd(e, i, &high); i < 0 || i+2 >= len(e) || e[i] != ':' {
-			return false, false
+			return 0, false
 		}
 		name := e[from : i-1]
 		i++
@@ -26,12 +25,10 @@ func flat(e []byte) (ends, ok bool) {
 		case c == '"':
 			from := i + 1
 			if i = textEnd(e, i, &high); i < 0 {
-				return false, false
+				return 0, false
 			}
 			if string(name) == "type" {
-				if kind := kindOf(string(e[from : i-1])); kind != "" && kind != TypeMessage {
-					ends = true
-				}
+				ends |= endingOf(string(e[from : i-1]))
 			}
 		case c >= '1' && c <= '9':
 			for i++; i < len(e) && e[i] >= '0' && e[i] <= '9'; i++ {
@@ -40,22 +37,24 @@ func flat(e []byte) (ends, ok bool) {
 			i++
 		case bytes.HasPrefix(e[i:], []byte("true")):
 			i += len("true")
-			ends = ends || string(name) == "is_complete"
+			if string(name) == "is_complete" {
+				ends |= EndsMessage
+			}
 		case bytes.HasPrefix(e[i:], []byte("false")):
 			i += len("false")
 		case bytes.HasPrefix(e[i:], []byte("null")):
 			i += len("null")
 		default:
-			return false, false
+			return 0, false
 		}
 		switch {
 		case i == len(e)-1 && e[i] == '}':
 			return ends, high&(ones<<7) == 0 || utf8.Valid(e)
 		case i >= len(e) || e[i] != ',':
-			return false, false
+			return 0, false
 		}
 	}
-	return false, false
+	return 0, false
 }
 
 // ones has a 1 in each byte.
