@@ -61,7 +61,7 @@ func TestAgain_aThousandViewersAskAgainAtTheEndAndAreTold204(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			const viewers = 1000
-			ctx, session := deadline(t), newID()
+			ctx, session := t.Context(), newID()
 			all[0].append(t, session, words(1, 3))
 			var waiting, over sync.WaitGroup
 			waiting.Add(viewers)

@@ -71,7 +71,7 @@ type Config struct {
 	// browsers name them: https://chat.example, with a port if it is not the scheme's own.
 	Origins []string
 	// Patience is how long a stream waits for Redis before it answers with a status:
-	// later it cannot say 204 any more.
+	// later it cannot say 204 any more. Where that may be so, it waits until Redis is known to be away.
 	Patience time.Duration
 	// Demo adds the calls with which the page shows what goes wrong elsewhere (demo.go).
 	Demo bool

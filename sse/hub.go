@@ -222,6 +222,13 @@ func (t *trouble) gap() slog.Level {
 	return slog.LevelWarn
 }
 
+// within says whether a read has failed in the last d.
+func (t *trouble) within(d time.Duration) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return !t.failed.IsZero() && time.Since(t.failed) <= d
+}
+
 // found notes what became of a read.
 func (h *Hub) found(err error) {
 	t := &h.trouble

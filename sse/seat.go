@@ -465,7 +465,7 @@ func (f *feed) beat(least time.Duration) {
 	}
 	f.along(func(s *seat, w *window, fr *frame, now time.Time) (Cause, bool) {
 		quiet := now.Sub(s.wrote)
-		if s.head != nil && quiet >= s.patience {
+		if s.head != nil && quiet >= s.patience && !s.mayHaveAll(quiet) {
 			// The answer may be there, and nobody has come along with it yet.
 			if over, run := s.advance(w, fr, now); over != "" || run || s.head == nil {
 				return over, run

@@ -167,7 +167,7 @@ func (v *Viewer) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("session", v.Session), slog.String("connection", v.Connection), slog.Int64("cursor", v.Cursor))
 }
 
-// Over waits, for as long as patience, until the log is known, and says whether there is
+// Over waits, for as long as patience, or longer if that may be so, until the log is known, and says whether there is
 // nothing to view and never will be: the log has Ended or was Deleted, and the cursor
 // has all of it; or, for a Raw viewer, what follows the cursor is not to be had
 // (Outside). It is empty when there is something to view, or when patience ends first:
@@ -190,8 +190,8 @@ func nothingFollows(epoch string, c Cause) http.Header {
 }
 
 func (v *Viewer) over(ctx context.Context, patience time.Duration) (c Cause, epoch string) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
+	begun, tick := time.Now(), time.NewTicker(patience)
+	defer tick.Stop()
 	for {
 		w := v.feed.window.Load()
 		if w.known() && v.fresh(w) {
@@ -201,6 +201,8 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) (c Cause, epo
 				if reason != "" && !v.early {
 					return Outside, w.Epoch
 				}
+				ctx, cancel := context.WithTimeout(ctx, patience)
+				defer cancel()
 				if w.Ended && !v.rawFollows(ctx, w, to) {
 					return Ended, w.Epoch
 				}
@@ -209,12 +211,22 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) (c Cause, epo
 		}
 		select {
 		case <-w.next:
-		case <-ctx.Done():
-			if v.feed.window.Load() == w {
+		case <-tick.C:
+			if v.feed.window.Load() == w && !v.mayHaveAll(time.Since(begun)) {
 				return "", ""
 			}
+		case <-v.hub.leaving.Done():
+			return "", ""
+		case <-ctx.Done():
+			return "", ""
 		}
 	}
+}
+
+// mayHaveAll says whether a viewer that has waited for so long is to wait on, for a log which may have ended where its
+// cursor is: what is slow is not Redis being away. It is no longer silent than a heartbeat interval.
+func (v *Viewer) mayHaveAll(waited time.Duration) bool {
+	return v.Cursor != 0 && !v.hub.trouble.within(waited) && waited < v.hub.cfg.Heartbeat*3/4
 }
 
 // nothing says why there is nothing to view in w and never will be, if so. w is known, and fresh.
