@@ -48,9 +48,9 @@ type Viewer struct {
 	shown atomic.Int64 // the cursor, for those who count; -1: not joined yet
 	tally int          // of live writes, of which some are measured
 
-	behind  bool      // it has nothing, and is to be given a snapshot
-	folding bool      // one is being made
-	snap    *snapshot // the one, until it is written
+	behind bool      // it has nothing, and is to be given a snapshot
+	noRoom bool      // there was none for that, and it has not been given chunks since
+	snap   *snapshot // the one, until it is written
 
 	hand      *page     // one that was read just now, until something of it is taken
 	pageBytes int       // how large the next one is to be
@@ -344,8 +344,7 @@ func (v *Viewer) next(w *window) step {
 	reason, to := v.misplaced(w, cursor)
 	switch {
 	case reason == "":
-	case reason == resetTrimmed && v.behind && v.folding: // the snapshot may say what is gone since, or begins behind it
-		return step{cursor: cursor, fetch: true}
+	case reason == resetTrimmed && v.behind: // its snapshot may say what is gone since, or says where it begins
 	case v.early && reason != resetDeleted:
 		cursor, v.Cursor = to, to
 	case v.Fold != nil, v.Raw && reason != resetDeleted:
@@ -353,7 +352,7 @@ func (v *Viewer) next(w *window) step {
 	default:
 		v.hub.metrics.resets.WithLabelValues(reason).Inc()
 		events = appendReset(events, reason, cursor, to, w.Bounds)
-		cursor, v.behind = to, v.Snapshot
+		cursor, v.behind = to, v.Snapshot && !v.noRoom
 		if reason == resetDeleted {
 			return step{events: events, cursor: cursor, end: Deleted}
 		}
@@ -395,7 +394,8 @@ func (v *Viewer) next(w *window) step {
 			return step{cursor: cursor, end: Outside}
 		}
 		if !v.early {
-			v.behind = v.Snapshot && to < w.Last
+			v.behind = v.Snapshot && !v.noRoom && to < w.Last
+			v.hand = p // by the time that it is read again, its beginning may be gone, too
 			v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
 			return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
 		}
@@ -429,6 +429,7 @@ func (v *Viewer) fold(w *window, cursor int64) step {
 func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 	events, cursor, stopped, ok := m.after(cursor, last, v.UntilDone)
 	s := step{events: events, cursor: cursor, chunks: len(events) > 0}
+	v.noRoom = v.noRoom && !s.chunks
 	if stopped {
 		s.end = Done
 	}
@@ -438,7 +439,6 @@ func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 // fetch begins to read the page behind the cursor, or to fold the log.
 func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	if v.behind {
-		v.folding = true
 		return v.hub.fold(v.feed, w.Epoch, v.Cursor, w.Last)
 	}
 	if time.Since(v.pageAt) < quickPage {
@@ -451,7 +451,6 @@ func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 
 // fetched takes a page or a snapshot, or says how long to wait before the next try.
 func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration) {
-	v.folding = false
 	if r.Err == errOther {
 		return v.unknown()
 	}
@@ -464,7 +463,7 @@ func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration)
 		if v.drop(); len(s.event) > 0 && v.hub.snapshots.hold(s) {
 			v.snap = s
 		} else { // there is no room for it: the chunks say the same
-			v.behind = false
+			v.behind, v.noRoom = false, true
 		}
 		return 0
 	}
