@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -365,6 +366,8 @@ func TestHub_logThatIsViewedIsReadBeforeItExpires(t *testing.T) {
 				least, most = c.kept/6, c.kept/2
 			}
 			longest := time.Duration(0)
+			log.mu.Lock()
+			defer log.mu.Unlock()
 			for i := range len(log.at) - 1 {
 				longest = max(longest, log.at[i+1].Sub(log.at[i]))
 			}
@@ -378,11 +381,14 @@ func TestHub_logThatIsViewedIsReadBeforeItExpires(t *testing.T) {
 // timed is a log that knows when it was read.
 type timed struct {
 	*storetest.Log
+	mu sync.Mutex
 	at []time.Time
 }
 
 func (l *timed) Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error) {
+	l.mu.Lock()
 	l.at = append(l.at, time.Now())
+	l.mu.Unlock()
 	return l.Log.Read(ctx, session, from, bytes, count)
 }
 
