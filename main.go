@@ -193,7 +193,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 			return cfg, err
 		}
 		mistake := err.Error()
-		if malformed(cfg.store.Redis) { // what follows it may be the rest of its password
+		if broken(cfg.store.Redis, args) {
 			err = errQuote
 		}
 		errs = append(errs, fmt.Errorf("%w (-help shows all flags)", err))
@@ -206,7 +206,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		fmt.Println("gapless", of, from, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return cfg, flag.ErrHelp
 	}
-	if fs.NArg() > 0 && malformed(cfg.store.Redis) {
+	if fs.NArg() > 0 && broken(cfg.store.Redis, args) {
 		errs = append(errs, errQuote)
 	} else if fs.NArg() > 0 {
 		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only, or one of the commands doctor, live, ready in front", fs.Arg(0)))
@@ -314,11 +314,13 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 
 var errQuote = errors.New("-redis: an argument that is not shown follows the URL and is no flag: quote the URL, and escape a space in it as %20")
 
-// malformed says whether a -redis URL cannot be read: then its password may be spread over other arguments.
-func malformed(redis string) bool {
+// broken says whether a password may go on behind a -redis URL, in other arguments: the URL cannot be read, and has the
+// colon in front of a password, or the arguments that follow have the @ behind one.
+func broken(redis string, rest []string) bool {
 	c := store.DefaultConfig()
 	c.Redis = redis
-	return c.Validate() != nil
+	_, host, _ := strings.Cut(redis, "://")
+	return c.Validate() != nil && (strings.Contains(host, ":") || strings.Contains(strings.Join(rest, " "), "@"))
 }
 
 func isLoopback(host string) bool {

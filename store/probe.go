@@ -210,9 +210,9 @@ func (s *Store) queued(id string, fields []string) []any {
 			argv[1] = "return 1"
 			argv = append(argv, 1)
 		case f == "@uploads":
-			argv = append(argv, uploads)
+			argv = append(argv, s.cfg.Prefix+uploads)
 		case f == "@tickets":
-			argv = append(argv, tickets)
+			argv = append(argv, s.cfg.Prefix+tickets)
 		case f[0] == '@':
 			argv = append(argv, s.key(f[1:], id))
 		default:
@@ -227,9 +227,9 @@ func (s *Store) lack(cmd *redis.Cmd, err error) string {
 	text := err.Error()
 	switch {
 	case strings.Contains(text, "channel"):
-		return "&chat:*"
+		return "&" + s.cfg.Prefix + "*"
 	case strings.Contains(text, "key"):
-		return "~chat:*"
+		return "~" + s.cfg.Prefix + "*"
 	}
 	name := cmd.Name()
 	if name == "memory" {
