@@ -173,8 +173,12 @@ func TestAccess_logsHaveNothingThatPeopleSay(t *testing.T) {
 			n.post("/v1/sessions/"+session+"/cancel", "application/json", body)
 			n.post("/v1/sessions", "application/json", body)
 		}
-		for _, path := range []string{"/stream?after=sesame", "/stream?ticket=sesame", "/chunks?limit=sesame", "/sesame", "?access_token=sesame", "%zz-sesame"} {
+		for _, path := range []string{"/chunks?limit=sesame", "/sesame", "?access_token=sesame", "%zz-sesame"} {
 			n.get("/v1/sessions/" + session + path)
+		}
+		for _, query := range []string{"?after=sesame", "?ticket=sesame"} {
+			v := &viewer{session: session, query: query, token: bearer}
+			v.connect(deadline(t), n.addr, func(event) bool { return true })
 		}
 	}
 	n.token = good

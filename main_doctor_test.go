@@ -307,6 +307,7 @@ func TestReady_andLiveSayWhetherANodeIs(t *testing.T) {
 		t.Errorf("of a ready one: exit code %d: %s", code, out)
 	}
 	redis.Kill()
+	eventually(t, "the node asks Redis again", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable }) // what it says is up to half a second old
 	if code, out := program(t, nil, "ready", "http://"+n.addr); code != 1 || !strings.Contains(out, "503") {
 		t.Errorf("without Redis: exit code %d: %s", code, out)
 	}

@@ -298,7 +298,7 @@ func TestLimits_descriptorsAreLeftForRedis(t *testing.T) {
 	}
 	v := &viewer{session: session}
 	eventually(t, "others are served again", func() bool {
-		return v.connect(deadline(t), n.addr, func(event) bool { return v.cursor == 4 }) == cut
+		return v.connect(deadline(t), n.addr, func(event) bool { return v.cursor == 1_000_004 }) == cut
 	})
 }
 

@@ -383,9 +383,6 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 		epoch, given, another := f.known(w, page)
 		switch {
 		case another:
-			f.hub.metrics.epochs.Inc()
-			f.hub.log.LogAttrs(ctx, slog.LevelWarn, "the log is not the one that was delivered: another epoch",
-				slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", given), slog.Int64("found", page.Last))
 			log.Given(f.session, epoch, given)
 			// Where Redis has nothing of the log, there is nothing to renew: the next read says where it goes on.
 			if err := log.Renew(ctx, f.session, epoch, given); err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -470,7 +467,11 @@ func (f *feed) merge(w *window, page store.Page, number uint64) *window {
 	case same:
 		n.First = max(n.First, w.First)
 	case w.known():
-		f.remember()
+		if f.remember(); w.Last > w.Former && !w.Deleted {
+			f.hub.metrics.epochs.Inc()
+			f.hub.log.LogAttrs(context.Background(), slog.LevelWarn, "the log is not the one that was delivered: another epoch",
+				slog.String("session", f.session), slog.String("epoch", w.Epoch), slog.Int64("last", w.Last), slog.Int64("goes_on_after", page.Former))
+		}
 		if f.want > page.Last { // a number of which log? look once more
 			f.pending, f.want, f.missed.gap = true, 0, false
 		}

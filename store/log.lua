@@ -131,6 +131,12 @@ local function matches(position, text, tip)
   return true
 end
 
+-- alike reports whether two marks of one number may be of the same elements: also when these are no longer in the list.
+local function alike(a, b)
+  local both = math.min(#a, #b)
+  return (#a == 40) == (#b == 40) and a:sub(1, both) == b:sub(1, both)
+end
+
 -- A message is what the hash has under m:<its id>:
 --
 --   open                                               it has begun and not ended
@@ -384,13 +390,15 @@ end
 
 -- compare_memory holds the log against what the caller's node remembers: chunks that it acknowledged, or gave out. If
 -- they are not there, Redis has lost them, and the epoch ends in which their numbers meant something.
-local function has_memory() return log.last >= memory.last and matches(memory.last - log.base, memory.mark) end
+local function has_memory()
+  if memory.last == log.last_seen and #memory.mark >= mark_length and #log.mark >= mark_length then return alike(memory.mark, log.mark) end
+  return log.last >= memory.last and matches(memory.last - log.base, memory.mark)
+end
 
 local function compare_memory()
   if memory.last == 0 then return end
   if memory.epoch == log.epoch then
-    local compared = memory.last == log.last_seen and memory.mark == log.mark -- by open
-    if not compared and not has_memory() then begin(next_base(top())) end
+    if not has_memory() then begin(next_base(top())) end
   elseif log.former < memory.last then
     if derived(block_of(memory.last)) == memory.epoch then -- it was begun by a read that could not write it down
       begin(block_of(memory.last), memory.epoch)

@@ -38,8 +38,9 @@ local function remembers(history, epoch, base, last, mark)
   if known_last == 0 or compared[history] then return true end
   if known_epoch ~= epoch or known_last > last then return false end
   local position = known_last - base
-  if position < 1 or #known_mark < 16 then return true end
-  if known_last == last then return known_mark == mark end
+  if #known_mark < 16 then return true end
+  if known_last == last and #mark >= 16 then return known_mark == mark end
+  if position < 1 then return true end
   if #known_mark ~= 40 then return false end -- of several elements
   local found = range(history, position, position)
   return #found == 1 and sha1hex(found[1]) == known_mark

@@ -132,19 +132,42 @@ func (s *script) open() bool {
 // compareMemory holds the log against what the node remembers: chunks that it acknowledged or gave out. If they are not
 // there, Redis has lost them, and the epoch ends in which their numbers meant something.
 func (s *script) compareMemory() {
+	has := func(m memory) bool {
+		return s.last >= m.last && s.matches(m.last, m.mark) && (m.last != s.h.lastSeen || alike(m.mark, s.h.mark))
+	}
+	block := s.memory.last / 1_000_000 * 1_000_000
 	switch m := s.memory; {
 	case m.last == 0:
 	case m.epoch == s.h.epoch:
-		if s.last < m.last || !s.matches(m.last, m.mark) {
+		if !has(m) {
 			s.begin(NextBase(s.top()))
 		}
 	case s.h.former >= m.last: // an epoch that began after it
+	case s.hash != nil && m.epoch == s.m.after[fmt.Sprint(s.hash.epoch, " ", block)]: // of this log, when it was lost
+		s.begin(block)
+		if s.h.epoch = m.epoch; !has(m) {
+			s.begin(NextBase(s.top()))
+		}
 	case m.mark == nothingYet:
 		s.begin(m.last)
 		s.h.epoch = m.epoch
 	default:
 		s.begin(NextBase(s.top()))
 	}
+}
+
+// alike reports whether two marks of one number may be of the same elements: also when these are no longer in the list.
+func alike(a, b string) bool {
+	if a == "" || b == "" || a == nothingYet || b == nothingYet {
+		return true
+	}
+	_, ours := store.Number(a)
+	if _, both := store.Number(b); ours || both {
+		return a == b
+	}
+	one, other := strings.Split(a, "\n"), strings.Split(b, "\n")
+	n := min(len(one), len(other))
+	return slices.Equal(one[:n], other[:n])
 }
 
 // top is the highest number known to have been given out.
