@@ -237,6 +237,7 @@ func TestStream_isHeldWhileRedisIsAwayAndNever503(t *testing.T) {
 	redis := storetest.Redis(t)
 	n := serve(t, func(s *setup) {
 		s.store.Redis, s.sse.Heartbeat, s.sse.Reconcile, s.api.Patience = redis.URL(), 20*time.Millisecond, 100*time.Millisecond, 50*time.Millisecond
+		s.errors = true // that Redis cannot be reached
 	})
 	redis.Kill()
 	v := n.watch("s", "", "Last-Event-ID", "0")

@@ -74,6 +74,8 @@ type Config struct {
 	Addresses bool
 
 	Logger *slog.Logger
+	// Now is the clock of rates; nil: time.Now.
+	Now func() time.Time
 }
 
 // DefaultConfig is what the flags start from.
@@ -180,6 +182,9 @@ type Limits struct {
 func New(cfg Config) *Limits {
 	if cfg.Connections == 0 {
 		cfg.Connections = descriptors()
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
 	// The library trusts private networks unless it is told not to.
 	trust := []echo.TrustOption{echo.TrustLoopback(false), echo.TrustLinkLocal(false), echo.TrustPrivateNet(false)}

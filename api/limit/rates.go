@@ -42,7 +42,7 @@ func (r *Rates) Take(c Caller, n int) error {
 	if b == nil {
 		return nil
 	}
-	now := time.Now()
+	now := r.limits.cfg.Now()
 	taken := b.ReserveN(now, min(n, b.Burst()))
 	after := taken.DelayFrom(now)
 	if after == 0 {
@@ -58,7 +58,7 @@ func (r *Rates) Owe(c Caller, n int) time.Duration {
 	if b == nil {
 		return 0
 	}
-	now := time.Now()
+	now := r.limits.cfg.Now()
 	return b.ReserveN(now, min(n, b.Burst())).DelayFrom(now)
 }
 
@@ -68,7 +68,7 @@ func (r *Rates) Over(c Caller) *Error {
 	if b == nil {
 		return nil
 	}
-	left := b.Tokens()
+	left := b.TokensAt(r.limits.cfg.Now())
 	if left >= 1 {
 		return nil
 	}
@@ -105,7 +105,7 @@ func (r *Rates) bucket(c Caller) *bucket {
 
 // forget keeps only buckets that are not full. mu is held.
 func (r *Rates) forget() {
-	now := time.Now()
+	now := r.limits.cfg.Now()
 	kept := map[Caller]*bucket{} // another one: a map keeps the room that it had at its largest
 	for c, b := range r.of {
 		if b.TokensAt(now) < float64(b.Burst()) {
