@@ -571,17 +571,17 @@ func TestUpload_aHundredThousandLinesTakeLittleMemory(t *testing.T) {
 	}
 }
 
-// The README's producer in Python does what it says there: it is announced, it ends its
+// The producer in Python of docs/redis.md does what it says there: it is announced, it ends its
 // message, and it stops when it was cancelled.
-func TestReadme_pythonProducer(t *testing.T) {
+func TestDocs_pythonProducer(t *testing.T) {
 	t.Parallel()
-	readme, err := os.ReadFile("README.md")
+	page, err := os.ReadFile("docs/redis.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := regexp.MustCompile("(?s)```python\n(.*?)```").FindSubmatch(readme)
+	found := regexp.MustCompile("(?s)```python\n(.*?)```").FindSubmatch(page)
 	if found == nil {
-		t.Fatal("there is no Python in the README")
+		t.Fatal("there is no Python in docs/redis.md")
 	}
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis)[0]

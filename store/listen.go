@@ -351,7 +351,7 @@ func (s *subscriber) deny(ctx context.Context, text string) {
 	s.mu.Unlock()
 	if s.trouble.deaf.now() {
 		s.log.LogAttrs(ctx, slog.LevelWarn, "redis refuses a subscription: chunks come up to -reconcile late", slog.String("redis", s.trouble.at),
-			slog.String("says", text), slog.String("remedy", "give the user of -redis the rights to its channels and to subscribe: README, ACL SETUSER"))
+			slog.String("says", text), slog.String("remedy", "give the user of -redis the rights to its channels and to subscribe: docs/redis.md, ACL SETUSER"))
 	}
 }
 

@@ -251,7 +251,7 @@ func (s *Store) lacks(missing []string) {
 		return
 	}
 	s.log.LogAttrs(context.Background(), slog.LevelWarn, "the user of -redis lacks rights that it needs", slog.String("redis", s.refusals.at),
-		slog.String("missing", strings.Join(missing, " ")), slog.String("remedy", "ACL SETUSER, with the whole line that the README has"))
+		slog.String("missing", strings.Join(missing, " ")), slog.String("remedy", "ACL SETUSER, with the whole line of docs/redis.md, ACL SETUSER"))
 }
 
 // watch probes Redis at the start, and for as long as it refuses something: so that a refusal is known to be over also when

@@ -109,7 +109,7 @@ func remedyOf(code, text string) string {
 	case code == RedisReadOnly:
 		return "the address leads to a replica: let it lead to the master, or use redis+sentinel://"
 	case strings.Contains(text, "NOPERM") || strings.Contains(text, "script"):
-		return "give the user of -redis the rights that it needs: README, ACL SETUSER"
+		return "give the user of -redis the rights that it needs: docs/redis.md, ACL SETUSER"
 	case code == RedisDenied:
 		return "look at the user and the password in -redis, and at ACL LIST in Redis"
 	}
@@ -316,7 +316,7 @@ func (s *Store) hintFailed(text string) {
 	if s.refusals.hints.now() {
 		s.log.LogAttrs(context.Background(), slog.LevelWarn, "chunks are stored but not announced: viewers get them up to -reconcile late",
 			slog.String("redis", s.refusals.at), slog.String("says", text),
-			slog.String("remedy", "give the user of -redis the rights to its channels and to publish: README, ACL SETUSER"))
+			slog.String("remedy", "give the user of -redis the rights to its channels and to publish: docs/redis.md, ACL SETUSER"))
 	}
 }
 

@@ -13,16 +13,16 @@ import (
 	"gapless/store/storetest"
 )
 
-// rightsLine is the line of the README that gives a Redis user its rights.
+// rightsLine is the line of docs/redis.md that gives a Redis user its rights.
 func rightsLine(t *testing.T) []string {
 	t.Helper()
-	readme, err := os.ReadFile("../README.md")
+	page, err := os.ReadFile("../docs/redis.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	line := regexp.MustCompile(`(?m)^ACL SETUSER gapless .*$`).FindString(string(readme))
+	line := regexp.MustCompile(`(?m)^ACL SETUSER gapless .*$`).FindString(string(page))
 	if line == "" {
-		t.Fatal("the README has no line of rights")
+		t.Fatal("docs/redis.md has no line of rights")
 	}
 	return strings.Fields(strings.ReplaceAll(line, "PASSWORD", "s3same"))
 }
@@ -111,8 +111,8 @@ func everything(t *testing.T, s *store.Store, r *storetest.Server, id string) {
 	check("create, with scripts that are forgotten", err)
 }
 
-// With the rights of the README, and no others, everything works.
-func TestRights_thoseOfTheReadmeAreEnough(t *testing.T) {
+// With the rights of docs/redis.md, and no others, everything works.
+func TestRights_thoseOfTheDocumentationAreEnough(t *testing.T) {
 	r := storetest.Redis(t)
 	doLine(t, r, rightsLine(t))
 	var log lines
@@ -129,15 +129,15 @@ func TestRights_thoseOfTheReadmeAreEnough(t *testing.T) {
 	}
 }
 
-// In a Cluster some more are needed, which the README names as well.
-func TestRights_thoseOfTheReadmeAreEnoughForACluster(t *testing.T) {
-	readme, err := os.ReadFile("../README.md")
+// In a Cluster some more are needed, which docs/redis.md names as well.
+func TestRights_thoseOfTheDocumentationAreEnoughForACluster(t *testing.T) {
+	page, err := os.ReadFile("../docs/redis.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	more := regexp.MustCompile("`(\\+cluster[^`]*)`").FindSubmatch(readme)
+	more := regexp.MustCompile("`(\\+cluster[^`]*)`").FindSubmatch(page)
 	if more == nil {
-		t.Fatal("the README has no rights for a Cluster")
+		t.Fatal("docs/redis.md has no rights for a Cluster")
 	}
 	c := storetest.Cluster(t)
 	for _, r := range c.Servers {
@@ -179,7 +179,7 @@ func TestRights_thoseOfTheReadmeAreEnoughForACluster(t *testing.T) {
 	eventually(t, "it is known", func() bool { return s.Probe(t.Context()) == nil && s.Writes() == store.RedisFull })
 }
 
-// Each right that is missing is named when a node starts; so none of those in the README is too much, and none is missing there.
+// Each right that is missing is named when a node starts; so none of those in docs/redis.md is too much, and none is missing there.
 func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 	r := storetest.Redis(t)
 	line := rightsLine(t)
@@ -225,7 +225,7 @@ func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 			name += "|" + strings.ToLower(m[2])
 		}
 		if !slices.Contains(commands, "+"+name) {
-			t.Errorf("a script uses %s, which the README does not name", name)
+			t.Errorf("a script uses %s, which docs/redis.md does not name", name)
 		}
 	}
 }
