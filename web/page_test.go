@@ -1238,8 +1238,14 @@ func testLongHistory(t *testing.T, w world) {
 	if got := eval[string](p, `JSON.stringify(gapless.counts)`); got != `{"snapshot":10000,"history":0,"live":0,"repaired":0,"lost":0}` {
 		t.Errorf("it came as %s", got)
 	}
-	if s := line.seen(); len(s) != 2 || bytes.Count(s[1].body, []byte("\nid: ")) > 2 {
-		t.Errorf("%d requests, the last one with %d events", len(s), bytes.Count(s[len(s)-1].body, []byte("\nid: ")))
+	s := line.seen()
+	if len(s) < 2 {
+		t.Errorf("%d requests", len(s))
+	}
+	for _, again := range s[1:] { // a busy browser may take a second one
+		if events := bytes.Count(again.body, []byte("\nid: ")); events > 2 {
+			t.Errorf("a request of a reload brought %d events", events)
+		}
 	}
 }
 
