@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -19,6 +20,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -30,7 +32,7 @@ import (
 
 	"gapless/api"
 	"gapless/api/auth"
-	"gapless/api/doctor"
+	"gapless/api/cli"
 	"gapless/api/limit"
 	"gapless/api/model"
 	"gapless/api/traces"
@@ -46,14 +48,21 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	if len(os.Args) > 1 {
-		if command := doctor.Commands[os.Args[1]]; command != nil {
-			code := command(ctx, os.Args[2:], os.LookupEnv)
+	args := os.Args[1:]
+	if len(args) > 0 {
+		if run := cli.Commands()[args[0]]; run != nil {
+			code := run(ctx, args[1:], os.LookupEnv)
 			stop()
 			os.Exit(code)
 		}
+		switch args[0] {
+		case "serve":
+			args = args[1:]
+		case "help", "version":
+			args = []string{"-" + args[0]}
+		}
 	}
-	cfg, err := parse(os.Args[1:], os.LookupEnv)
+	cfg, err := parse(args, os.LookupEnv)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return
@@ -62,7 +71,7 @@ func main() {
 		os.Exit(2)
 	}
 	if err := run(ctx, cfg); err != nil {
-		cfg.log.Error("gapless ends", slog.Any("err", err))
+		cfg.log.Error("gapless failed", slog.Any("err", err))
 		os.Exit(1)
 	}
 }
@@ -175,10 +184,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	showVersion := fs.Bool("version", false, "print the version and end")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
 	fs.StringVar(&logFormat, "log-format", "text", "text or json")
-	fs.Usage = func() {
-		fmt.Fprintln(fs.Output(), "gapless streams AI answers by Server-Sent Events and loses none of it.\n\n  gapless [flags]              serves\n  gapless doctor [flags] URL   says why a server does not stream (gapless doctor -help)\n  gapless live|ready URL       exits with 0 when the node is, for health checks (URL?for=writes: ready for appends, too)\n\nEach flag is an environment variable too: -history-ttl is GAPLESS_HISTORY_TTL. A flag wins.")
-		fs.PrintDefaults()
-	}
+	fs.Usage = func() { cli.Help(fs.Output(), fs) }
 
 	var errs []error
 	fs.SetOutput(io.Discard) // it would print the usage behind each mistake
@@ -196,7 +202,13 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		if broken(cfg.store.Redis, args) {
 			err = errQuote
 		}
-		errs = append(errs, fmt.Errorf("%w (-help shows all flags)", err))
+		hint := "gapless help shows all flags"
+		if _, name, ok := strings.Cut(mistake, "provided but not defined: -"); ok && err != errQuote {
+			if near := cli.Nearest(name, cli.Names(fs)); near != "" {
+				hint = "did you mean -" + near + "?"
+			}
+		}
+		errs = append(errs, fmt.Errorf("%w (%s)", err, hint))
 		if strings.Contains(mistake, "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 			args = args[1:] // its value
 		}
@@ -209,12 +221,16 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if fs.NArg() > 0 && broken(cfg.store.Redis, args) {
 		errs = append(errs, errQuote)
 	} else if fs.NArg() > 0 {
-		errs = append(errs, fmt.Errorf("%q is no flag: gapless takes flags only, or one of the commands doctor, live, ready in front", fs.Arg(0)))
+		hint := "gapless help shows commands and flags"
+		if near := cli.Nearest(fs.Arg(0), append(slices.Collect(maps.Keys(cli.Commands())), "serve", "help", "version")); near != "" && near != fs.Arg(0) {
+			hint = "did you mean gapless " + near + "?"
+		}
+		errs = append(errs, fmt.Errorf("unexpected argument %q (%s)", fs.Arg(0), hint))
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	fs.VisitAll(func(f *flag.Flag) {
-		name := "GAPLESS_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := cli.Variable(f.Name)
 		if value, ok := env(name); ok && !given[f.Name] {
 			given[f.Name] = true
 			if err := f.Value.Set(value); err != nil {
@@ -234,6 +250,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	}
 	if len(errs) == 0 {
 		cfg.log = slog.New(handler)
+		for _, line := range cli.Unknown(os.Environ(), fs, model.KeyVariable, "GAPLESS_TOKEN") {
+			cfg.log.Warn(line)
+		}
 	}
 	if _, byEnv := env("GAPLESS_MODEL"); cfg.model.URL != "" && !given["model"] && !byEnv {
 		modelName = "openai"
@@ -433,7 +452,11 @@ func run(ctx context.Context, cfg config) error {
 	if cfg.open {
 		cfg.log.Warn("-insecure-open: whoever can connect may read, write and delete every session; -auth says who may do what", slog.String("listen", cfg.listen))
 	}
-	cfg.log.Info("gapless serves", slog.String("page", scheme+"://"+listener.Addr().String()+"/"), slog.String("node", cfg.sse.Node))
+	page := scheme + "://" + listener.Addr().String() + "/"
+	cfg.log.Info("gapless serves", slog.String("page", page), slog.String("node", cfg.sse.Node))
+	if terminal, err := os.Stdout.Stat(); err == nil && terminal.Mode()&os.ModeCharDevice != 0 {
+		fmt.Print(cli.Welcome(page, cfg.store.Redis == store.Embedded))
+	}
 
 	var begun time.Time // the end
 	failed := make(chan error, 1)

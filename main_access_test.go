@@ -67,7 +67,7 @@ func TestAccess_badKeysAreRefusedAtTheStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, out := program(t, []string{"GAPLESS_AUTH=secret:" + short}, "-auth-issuer", "login")
-	if code != 2 || !strings.Contains(out, "6 bytes") || !strings.Contains(out, "openssl rand") {
+	if code != 2 || !strings.Contains(out, "6 bytes") || !strings.Contains(out, "gapless secret") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
 }

@@ -102,7 +102,7 @@ func readSecrets(files string) (secrets []jwt.VerificationKey, err error) {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("-auth: secret: %w", err))
 		case len(secret) < leastSecret:
-			errs = append(errs, fmt.Errorf("-auth: the secret in %s has %d bytes, less than %d: make one by openssl rand -hex 32", file, len(secret), leastSecret))
+			errs = append(errs, fmt.Errorf("-auth: the secret in %s has %d bytes, less than %d: make one with gapless secret", file, len(secret), leastSecret))
 		}
 		secrets = append(secrets, secret)
 	}

@@ -1,0 +1,169 @@
+// Package cli is the command line around the server's flags: its subcommands, its help, and what it says about mistakes.
+package cli
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"gapless/api/auth"
+	"gapless/api/doctor"
+)
+
+// Commands returns the subcommands other than serve, by name. Each returns its exit status.
+func Commands() map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int {
+	all := maps.Clone(doctor.Commands)
+	maps.Copy(all, auth.Commands)
+	return all
+}
+
+// Usage is the first part of the help.
+const Usage = `Gapless streams AI answers by Server-Sent Events and never loses, duplicates or reorders a chunk.
+
+usage:
+  gapless [serve] [flags]      serve
+  gapless doctor [flags] URL   find out why a server does not stream
+  gapless secret               print a new secret for -auth secret:FILE
+  gapless token [flags]        make a token, or check one
+  gapless live URL             exit with 0 if the server is alive
+  gapless ready URL            exit with 0 if the server is ready (URL?for=writes: also for appends)
+  gapless version              print the version
+  gapless help                 print this text
+
+"gapless COMMAND -help" explains a command. Each flag of serve is also an environment variable: -history-ttl is
+GAPLESS_HISTORY_TTL. A flag wins over its variable.
+`
+
+// Welcome is what a server prints on a terminal when it has started. page is its address with a slash at the end.
+func Welcome(page string, inMemory bool) string {
+	data := "in Redis"
+	if inMemory {
+		data = "in memory: it is lost when this process ends (-redis keeps it)"
+	}
+	return fmt.Sprintf(`
+  page   %[1]s
+  API    %[1]sdocs
+  try    curl -N %[1]sv1/sessions/demo/stream
+  data   %[2]s
+
+`, page, data)
+}
+
+// A Group is a part of the help.
+type Group struct {
+	Title string
+	Flags []string
+}
+
+// Groups are the parts of the help, in order.
+var Groups = []Group{
+	{"Listening", []string{"listen", "tls-cert", "tls-key", "h2c", "hosts", "trusted-proxies", "cors-origins", "metrics", "pprof", "node"}},
+	{"Access", []string{"auth", "auth-issuer", "auth-audience", "auth-claim", "auth-cookie", "insecure-open"}},
+	{"Redis", []string{"redis", "prefix", "redis-ca", "redis-cert", "redis-key", "wait-replicas", "wait-timeout"}},
+	{"Logs of sessions", []string{"history-ttl", "history-max", "history-order", "chunk-max", "grace"}},
+	{"Delivery", []string{"heartbeat", "reconcile", "linger", "write-timeout", "window", "window-total", "snapshot-max", "drain", "plain"}},
+	{"Models", []string{"model", "model-url", "model-name", "model-options", "model-timeout", "model-stall", "model-context", "model-answer-max"}},
+	{"Limits (0: none)", []string{"connections", "caller-connections", "viewers", "caller-viewers", "feeds", "uploads", "caller-uploads", "answers", "caller-answers",
+		"bodies", "caller-bodies", "caller-calls", "caller-appends", "caller-sessions", "caller-tickets", "session-names", "body-max", "batch-max", "url-max", "header-max",
+		"header-timeout", "body-timeout", "idle-timeout"}},
+	{"Logging", []string{"log-level", "log-format", "version"}},
+}
+
+// Help prints the help of the flags of fs. Flags that are in no group come last.
+func Help(w io.Writer, fs *flag.FlagSet) {
+	fmt.Fprint(w, Usage)
+	var rest []string
+	fs.VisitAll(func(f *flag.Flag) {
+		if !slices.ContainsFunc(Groups, func(g Group) bool { return slices.Contains(g.Flags, f.Name) }) {
+			rest = append(rest, f.Name)
+		}
+	})
+	for _, g := range append(slices.Clip(Groups), Group{"Other", rest}) {
+		part := flag.NewFlagSet("", flag.ContinueOnError)
+		part.SetOutput(w)
+		some := false
+		for _, name := range g.Flags {
+			if f := fs.Lookup(name); f != nil {
+				part.Var(f.Value, f.Name, f.Usage)
+				part.Lookup(name).DefValue = f.DefValue
+				some = true
+			}
+		}
+		if some {
+			fmt.Fprintf(w, "\n%s:\n", g.Title)
+			part.PrintDefaults()
+		}
+	}
+}
+
+// Nearest returns the one of names that was probably meant by name, or "".
+func Nearest(name string, names []string) string {
+	best, least := "", len(name)/3+2
+	for _, other := range names {
+		if d := distance(name, other); d < least {
+			best, least = other, d
+		}
+	}
+	return best
+}
+
+// Names are the names of the flags of fs.
+func Names(fs *flag.FlagSet) (names []string) {
+	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+	return names
+}
+
+// distance is how many bytes have to be inserted, left out, replaced, or exchanged with their neighbour to turn a into b.
+func distance(a, b string) int {
+	var before []int
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		next := make([]int, len(b)+1)
+		next[0] = i + 1
+		for j := range len(b) {
+			changed := row[j]
+			if a[i] != b[j] {
+				changed++
+			}
+			next[j+1] = min(changed, row[j+1]+1, next[j]+1)
+			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
+				next[j+1] = min(next[j+1], before[j-1]+1)
+			}
+		}
+		before, row = row, next
+	}
+	return row[len(b)]
+}
+
+// Variable is the environment variable of a flag.
+func Variable(flag string) string {
+	return "GAPLESS_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// Unknown returns a line for each variable in environ (as os.Environ returns it) that begins with GAPLESS_ and is neither a flag's nor one of others.
+func Unknown(environ []string, fs *flag.FlagSet, others ...string) (lines []string) {
+	var known []string
+	for _, name := range Names(fs) {
+		known = append(known, Variable(name))
+	}
+	known = append(known, others...)
+	for _, entry := range environ {
+		name, _, _ := strings.Cut(entry, "=")
+		if !strings.HasPrefix(name, "GAPLESS_") || slices.Contains(known, name) {
+			continue
+		}
+		line := "unknown environment variable " + name
+		if near := Nearest(name, known); near != "" {
+			line += ": did you mean " + near + "?"
+		}
+		lines = append(lines, line)
+	}
+	return lines
+}
