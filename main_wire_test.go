@@ -149,7 +149,7 @@ func TestWire_aWholeStreamIsAsTheDesignSaysToTheByte(t *testing.T) {
 		t.Errorf("status line %q", status)
 	}
 	for name, want := range map[string]string{
-		"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no",
+		"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Incremental": "?1",
 		"Transfer-Encoding": "chunked", "Content-Length": "", "Content-Encoding": "", "Connection": "", // close would make a clean end of a break
 	} {
 		if got := h.Get(name); got != want {

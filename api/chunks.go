@@ -306,6 +306,7 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 		return err
 	}
 	defer a.limits.Uploads.Give(caller, 1)
+	c.Response().Header().Set("Incremental", "?1") // it may come before the body has ended
 	ctl := http.NewResponseController(c.Response().Writer)
 	if b, ok := r.Body.(*incoming); ok {
 		b.takeItsTime(ctl)

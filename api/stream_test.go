@@ -83,11 +83,14 @@ func TestStream_isNeverKeptOrCompressedOnTheWay(t *testing.T) {
 	n := serve(t, nil)
 	v := n.watch("s", "", "Accept-Encoding", "gzip, br")
 	for name, want := range map[string]string{
-		"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Content-Encoding": "",
+		"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Incremental": "?1", "Content-Encoding": "",
 	} {
 		if got := v.header.Get(name); got != want {
 			t.Errorf("%s: %q", name, got)
 		}
+	}
+	if a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeText, body: "a"}); a.status != 201 || a.header.Get("Incremental") != "?1" {
+		t.Errorf("an upload: %d %v", a.status, a.header)
 	}
 }
 

@@ -113,6 +113,7 @@ func streamHeader(header http.Header) http.Header {
 	header.Set("Content-Type", "text/event-stream")
 	header.Set("Cache-Control", "no-cache, no-transform")
 	header.Set("X-Accel-Buffering", "no") // nginx
+	header.Set("Incremental", "?1")       // RFC 10036: to be passed on as it comes
 	return header
 }
 
