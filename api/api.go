@@ -201,10 +201,10 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 		e.Use(a.share())
 	}
 
-	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
-	e.GET("/readyz", a.ready, a.pace) // it asks Redis
-	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
-	e.GET("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
+	a.get("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
+	a.get("/readyz", a.ready, a.pace) // it asks Redis
+	a.get("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
+	a.get("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
 	a.page(files)
 	a.docs(files)
 
@@ -236,6 +236,12 @@ const (
 	onePath    = "/v1/sessions/:id"
 	streamPath = onePath + "/stream"
 )
+
+// get registers a path that can be read. HEAD is the same call: the server leaves out the body.
+func (a *API) get(path string, h echo.HandlerFunc, m ...echo.MiddlewareFunc) {
+	a.echo.GET(path, h, m...)
+	a.echo.HEAD(path, h, m...)
+}
 
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -350,14 +356,14 @@ func (a *API) page(files fs.FS) {
 		server.ServeHTTP(c.Response(), c.Request())
 		return nil
 	}
-	a.echo.GET("/", h)
+	a.get("/", h)
 	for _, pattern := range []string{"*.*", "vendor/*.*"} {
 		names, err := fs.Glob(files, pattern)
 		if err != nil {
 			panic(err) // the patterns are constants
 		}
 		for _, name := range names {
-			a.echo.GET("/"+name, h)
+			a.get("/"+name, h)
 		}
 	}
 }

@@ -136,6 +136,9 @@ func (a *API) readFirst(c echo.Context) error {
 	h.Set("Cache-Control", "no-cache, no-transform")
 	h.Set("X-Accel-Buffering", "no")
 	c.Response().WriteHeader(http.StatusOK)
+	if c.Request().Method == http.MethodHead {
+		return nil
+	}
 	a.log.LogAttrs(ctx, slog.LevelInfo, "naive viewer begins", slog.String("session", id), slog.String("connection", connection), slog.Int64("last", page.Last))
 
 	out := c.Response().Writer

@@ -32,10 +32,10 @@ func (a *API) docs(files fs.FS) {
 			panic(err) // it is in the binary
 		}
 		if name == "docs/index.html" {
-			a.echo.GET("/docs", doc(name, text))
+			a.get("/docs", doc(name, text))
 			continue
 		}
-		a.echo.GET("/"+strings.TrimSuffix(name, ".gz"), doc(name, text))
+		a.get("/"+strings.TrimSuffix(name, ".gz"), doc(name, text))
 	}
 }
 

@@ -201,9 +201,6 @@ func (a *API) problem(err error, c echo.Context) {
 	if p.ExpectedChunk != nil {
 		h.Set(headerExpectedChunk, strconv.FormatInt(*p.ExpectedChunk, 10))
 	}
-	if c.Request().Method == http.MethodHead {
-		body = nil
-	}
 	h.Set("Content-Length", strconv.Itoa(len(body))) // whole with its last byte, whatever follows
 	ctl := http.NewResponseController(c.Response().Writer)
 	late := coming(ctl, c.Request())

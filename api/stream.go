@@ -27,6 +27,11 @@ func (a *API) stream(c echo.Context) error {
 	if err := parseView(c, &view); err != nil {
 		return err
 	}
+	head := r.Method == http.MethodHead
+	if head && ticketOf(c) != "" { // it is not used up by this, so it lets nobody in, and the log is not asked
+		sse.Head(c.Response())
+		return nil
+	}
 	caller := a.caller(c)
 	if err := a.limits.Viewers.Take(caller, 1); err != nil {
 		return a.sendFull(c, err)
@@ -83,7 +88,7 @@ func (a *API) stream(c echo.Context) error {
 	ends := func(cause sse.Cause) {
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
 	}
-	if a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
+	if !head && a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
 		leave()
 		status := 0
 		switch {
@@ -113,6 +118,11 @@ func (a *API) stream(c echo.Context) error {
 		return &Problem{Status: http.StatusGone, Code: "cursor_outside", Member: "Last-Event-ID",
 			Detail: "the log has not what follows this cursor: it was trimmed, or it is another log. Begin again without a cursor, or view it without format=raw, which tells what happened"}
 	}
+	if head {
+		answered(http.StatusOK)
+		v.Head(c.Response())
+		return nil
+	}
 	begins()
 	w := a.hub.NewWriter(c.Response().Writer, r)
 	cause := v.Serve(r.Context(), w)
@@ -138,7 +148,7 @@ func (a *API) sendAway(c echo.Context) error {
 			return err
 		}
 	}
-	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(sse.Shutdown)
+	return a.refuse(c, sse.Shutdown)
 }
 
 // sendFull has a viewer come back later, since it is over a limit, and says which in a header: the
@@ -148,7 +158,16 @@ func (a *API) sendFull(c echo.Context, why error) error {
 		return err
 	}
 	c.Response().Header().Set("Gapless-Refused", why.Error())
-	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(sse.Full)
+	return a.refuse(c, sse.Full)
+}
+
+// refuse breaks a stream off before its first event. A HEAD ends as it always does.
+func (a *API) refuse(c echo.Context, why sse.Cause) error {
+	if c.Request().Method == http.MethodHead {
+		sse.Head(c.Response())
+		return nil
+	}
+	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(why)
 }
 
 // errTaken says that a request's connection is not the server's any more, and that it is counted

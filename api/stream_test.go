@@ -1,13 +1,17 @@
 package api
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"gapless/api/auth/authtest"
 	"gapless/store/storetest"
 )
 
@@ -321,24 +325,63 @@ func TestStream_pagesThroughMoreThanAWindowHolds(t *testing.T) {
 	v.end(true)
 }
 
-// HEAD asks what GET would answer. It is not offered, and must not start a stream.
-func TestHead_isRefusedEverywhereWithoutABody(t *testing.T) {
+// HEAD asks what GET would answer: the same status and the same header. It starts no stream.
+func TestHead_saysWhatEachGetWould(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	n.append("s", many(2))
-	for _, path := range []string{"/", "/healthz", "/readyz", "/openapi.yaml", "/v1/sessions/s", "/v1/sessions/s/chunks", "/v1/sessions/s/stream"} {
-		a := n.do(request{method: http.MethodHead, path: path})
-		if a.status != 405 || len(a.body) > 0 || a.header.Get("Allow") == "" {
-			t.Errorf("%s: %d %s", path, a.status, a.body)
+	n.append("s", `[{"message_id":"m","content":"sesame"}]`)
+	n.append("ended", `[{"content":"sesame"},{"type":"end"}]`)
+	header := func(method, path string) (int, http.Header) {
+		r := n.new(request{method: method, path: path, header: map[string]string{"Accept-Encoding": "identity"}, bad: true})
+		r.Close = true
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel() // a stream goes on
+		res, err := n.client.Do(r.WithContext(ctx))
+		if err != nil {
+			t.Fatalf("%s %s: %v", method, path, err)
+		}
+		defer res.Body.Close()
+		if method == http.MethodHead {
+			if body, err := io.ReadAll(res.Body); len(body) > 0 || err != nil {
+				t.Errorf("HEAD %s: %q, %v", path, body, err)
+			}
+		}
+		// Of each response its own, and how its end is found.
+		for _, name := range []string{"Date", "Gapless-Connection", "Content-Length"} {
+			res.Header.Del(name)
+		}
+		return res.StatusCode, res.Header
+	}
+	paths := []string{"/v1/sessions/none", "/v1/sessions/none/chunks", "/v1/sessions/a%20b", "/v1/sessions/ended/stream?after=2", "/v1/sessions/s/stream?after=x",
+		"/v1/sessions/none/ui-stream", "/v1/sessions/ended/stream?format=raw&after=9", "/nothing", "/v1/sessions/s/cancel", "/v1/sessions/s/chunks?limit=0"}
+	for _, r := range n.api.echo.Routes() {
+		if r.Method == http.MethodGet {
+			paths = append(paths, strings.NewReplacer(":id", "s", ":message_id", "m").Replace(r.Path))
 		}
 	}
-	if got := into[sessionJSON](t, n.get("/v1/sessions/s"), 200).Viewers; got != 0 {
-		t.Errorf("%d viewers", got)
+	for _, path := range paths {
+		get, want := header(http.MethodGet, path)
+		status, got := header(http.MethodHead, path)
+		if status != get || !maps.EqualFunc(got, want, slices.Equal) {
+			t.Errorf("%s: HEAD %d %v, GET %d %v", path, status, got, get, want)
+		}
 	}
-	if a := n.do(request{method: http.MethodHead, path: "/nothing"}); a.status != 404 || len(a.body) > 0 {
-		t.Errorf("%d %s", a.status, a.body)
+	eventually(t, "nobody views", func() bool { return into[sessionJSON](t, n.get("/v1/sessions/s"), 200).Viewers == 0 })
+	if a := n.do(request{method: http.MethodOptions, path: "/v1/sessions/s/chunks"}); a.status != 204 || !strings.Contains(a.header.Get("Allow"), "HEAD") {
+		t.Errorf("OPTIONS: %d %v", a.status, a.header)
 	}
-	if a := n.do(request{method: http.MethodOptions, path: "/v1/sessions/s/chunks"}); a.status != 204 {
-		t.Errorf("OPTIONS: %d", a.status)
+}
+
+// A ticket opens one grant, and whoever comes in last has it: HEAD, with which programs look at links, takes none.
+func TestHead_leavesATicketUnused(t *testing.T) {
+	t.Parallel()
+	n, issuer := locked(t, nil)
+	made := n.ticket(t, "s", issuer.Token(time.Hour, authtest.May{"read": {"s"}}))
+	v := n.watch("s", "?ticket="+made.Ticket)
+	v.welcome()
+	if a := n.do(request{method: http.MethodHead, path: made.URL}); a.status != 200 || a.header.Get("Content-Type") != "text/event-stream" {
+		t.Errorf("%d %v", a.status, a.header)
 	}
+	n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"content":"sesame 1"}`}, issuer.Token(time.Hour, authtest.May{"write": {"s"}})))
+	v.take(0, 1)
 }

@@ -154,6 +154,11 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 	if err != nil {
 		return err
 	}
+	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
+	if c.Request().Method == http.MethodHead {
+		sse.Head(c.Response())
+		return nil
+	}
 	ask.Session, ask.Connection, ask.Expires, ask.Fold = strings.Clone(session(c)), connection, a.grant(c).Expires, f.fold
 	v, err := a.hub.View(ask)
 	if errors.Is(err, sse.ErrDraining) {
@@ -166,7 +171,6 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 		return err
 	}
 	defer v.Close()
-	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", c.RealIP()))
 	w := a.hub.NewWriter(c.Response().Writer, c.Request())
 	cause := v.Serve(c.Request().Context(), w)

@@ -507,6 +507,12 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 	return "", cursor
 }
 
+// Head is Serve for a viewer that wants only to know how its response begins (HEAD).
+func (v *Viewer) Head(to http.ResponseWriter) {
+	v.hub.metrics.ended.WithLabelValues(string(Done)).Inc()
+	Head(to)
+}
+
 // Serve gives the viewer all there is, and then what comes, until the response has to
 // end, and says why. ctx is the request's.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {

@@ -108,6 +108,12 @@ func (h *Hub) newWriter(to out, conn net.Conn) *Writer {
 	return w
 }
 
+// Head is the response to a HEAD: what a stream begins with, and no stream.
+func Head(to http.ResponseWriter) {
+	streamHeader(to.Header())
+	to.WriteHeader(http.StatusOK)
+}
+
 // streamHeader is the header of every stream.
 func streamHeader(header http.Header) http.Header {
 	header.Set("Content-Type", "text/event-stream")

@@ -286,6 +286,9 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 	t.Helper()
 	what := fmt.Sprintf("%s %s -> %d", r.Method, r.URL.RequestURI(), res.StatusCode)
 	template, operations := c.Route(r.URL.EscapedPath())
+	if operations["GET"] != nil { // the document says it once, of all of them
+		operations["HEAD"] = operations["GET"]
+	}
 	op := operations[r.Method]
 	status := strconv.Itoa(res.StatusCode)
 
@@ -308,7 +311,7 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 		}
 	}
 
-	if operations == nil && r.Method == http.MethodGet && !isProblem && partOfThePage(r.URL.Path) {
+	if operations == nil && (r.Method == http.MethodGet || r.Method == http.MethodHead) && !isProblem && partOfThePage(r.URL.Path) {
 		return
 	}
 	c.headers(t, what, op, status, res.Header)
@@ -342,6 +345,9 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 	defer c.checks.Unlock()
 	if r.Context().Value(badKey{}) == nil {
 		again := r.Clone(r.Context())
+		if again.Method == http.MethodHead {
+			again.Method = http.MethodGet
+		}
 		again.Body, again.ContentLength = http.NoBody, 0
 		if len(sent) > 0 {
 			again.Body, again.ContentLength = io.NopCloser(bytes.NewReader(sent)), int64(len(sent))
@@ -349,6 +355,15 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 		if ok, errs := c.validator.ValidateHttpRequestSync(again); !ok {
 			t.Errorf("%s: the request is none of the contract's:\n%s", what, explain(errs))
 		}
+	}
+	if r.Method == http.MethodHead {
+		if len(body) > 0 {
+			t.Errorf("%s: it has a body: %.200s", what, body)
+		}
+		if op.Responses.Codes.GetOrZero(status) == nil {
+			t.Errorf("%s: the contract lists no such status", what)
+		}
+		return
 	}
 	seen := &http.Response{StatusCode: res.StatusCode, Header: res.Header, Body: io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)), Request: r}
 	if ok, errs := c.validator.ValidateHttpResponse(r, seen); !ok {
