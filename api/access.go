@@ -197,7 +197,8 @@ func (a *API) share() echo.MiddlewareFunc {
 		AllowOriginFunc:  func(origin string) (bool, error) { return slices.Contains(a.cfg.Origins, origin), nil },
 		AllowCredentials: true,
 		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
-			"Stream-Closed"},
+			"Stream-Closed", "Content-Encoding",
+			"traceparent", "tracestate", "baggage"}, // what instrumented pages add to each request (https://www.w3.org/TR/trace-context/)
 		ExposeHeaders: []string{"Location", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerProducerEpoch, headerExpectedChunk},
 		MaxAge:        7200, // no browser keeps it for longer
 	})

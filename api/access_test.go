@@ -665,7 +665,8 @@ func TestCORS_pagesOfNamedOriginsMayCall(t *testing.T) {
 		}
 		if allowed != "" {
 			lists(pre.header, "Access-Control-Allow-Methods", "GET", "POST")
-			lists(pre.header, "Access-Control-Allow-Headers", "Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Producer-Id", "Producer-Epoch", "Producer-Chunk", "Stream-Closed")
+			lists(pre.header, "Access-Control-Allow-Headers", "Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Producer-Id", "Producer-Epoch", "Producer-Chunk", "Stream-Closed",
+				"Content-Encoding", "traceparent", "tracestate", "baggage")
 			if pre.header.Get("Access-Control-Max-Age") == "" {
 				t.Error("no Max-Age")
 			}

@@ -380,7 +380,7 @@ func forPeople(h http.Header, policy string) {
 // checkHost keeps a web page from reaching a loopback server through a name of its own
 // that it points here (DNS rebinding): no page can choose to be called by an address.
 func (a *API) checkHost(r *http.Request) error {
-	if a.cfg.Hosts == nil {
+	if a.cfg.Hosts == nil || r.Host == "" { // HTTP/1.0 may have none, as some health checks; browsers always send it
 		return nil
 	}
 	host := r.Host

@@ -45,6 +45,22 @@ func isNaive(q request) bool { return strings.HasSuffix(q.path, "/naive") }
 
 func isTickets(q request) bool { return strings.HasSuffix(q.path, "/tickets") }
 
+// HTTP/1.0 may leave Host out, as the health checks of some balancers do.
+func TestProblem_hostMayBeMissingInHTTP10(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.api.Hosts = []string{"tea.example"} })
+	for header, status := range map[string]int{"": 200, "Host: localhost\r\n": 200, "Host: evil.example\r\n": 421} {
+		for _, method := range []string{"GET", "HEAD"} {
+			c := n.raw(t)
+			fmt.Fprintf(c, "%s /healthz HTTP/1.0\r\n%s\r\n", method, header)
+			res, err := http.ReadResponse(c.Reader, nil)
+			if err != nil || res.StatusCode != status {
+				t.Errorf("%s with %q: %v, %v", method, header, res, err)
+			}
+		}
+	}
+}
+
 func TestProblem_hostThatIsNotOursIsRefusedEverywhere(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.Hosts = []string{"tea.example"} })
