@@ -209,23 +209,23 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.docs(files)
 
 	// Each route has its own check: a group's would answer every other method with 404.
-	a.call("POST", "/v1/sessions", auth.Write, a.createSession) // whose body names it
+	a.call("POST", "/v1/sessions", auth.Write, decode(a.createSession)) // whose body names it
 	a.call("POST", onePath, auth.Write, a.createNamed)
 	a.call("GET", onePath, auth.Read, a.describeSession)
 	a.call("DELETE", onePath, auth.Admin, a.deleteSession)
-	a.call("POST", onePath+"/chunks", auth.Write, a.appendChunks)
+	a.call("POST", onePath+"/chunks", auth.Write, decode(a.appendChunks))
 	a.call("GET", onePath+"/chunks", auth.Read, a.readChunks)
 	a.call("GET", streamPath, auth.Read, a.stream)
 	a.call("POST", onePath+"/tickets", auth.Read, a.createTicket)
-	a.call("POST", onePath+"/messages", auth.Ask, a.ask)
-	a.call("POST", onePath+"/cancel", auth.Cancel, a.cancel)
+	a.call("POST", onePath+"/messages", auth.Ask, decode(a.ask))
+	a.call("POST", onePath+"/cancel", auth.Cancel, decode(a.cancel))
 	a.call("POST", onePath+"/messages/:message_id/stop", auth.Cancel, a.stopMessage)
 	a.call("GET", onePath+"/messages/:message_id/ui-stream", auth.Read, a.uiMessage)
 	a.call("GET", onePath+"/ui-stream", auth.Read, a.uiResume)
-	a.call("POST", onePath+"/ui-stream", auth.Ask, a.uiAsk)
+	a.call("POST", onePath+"/ui-stream", auth.Ask, decode(a.uiAsk))
 	if cfg.Demo {
 		a.demo = &demo{naive: map[string]naiveViewer{}}
-		a.call("POST", onePath+"/demo", auth.Read, a.disturb)
+		a.call("POST", onePath+"/demo", auth.Read, decode(a.disturb))
 		a.call("GET", onePath+"/demo/naive", auth.Read, a.readFirst)
 	}
 	a.metrics.begin(e.Routes())
@@ -246,7 +246,7 @@ func (a *API) get(path string, h echo.HandlerFunc, m ...echo.MiddlewareFunc) {
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 {
-		r.Body = &incoming{ReadCloser: r.Body, to: w, timeout: a.cfg.BodyTimeout}
+		r.Body = &incoming{ReadCloser: r.Body, to: w, length: r.ContentLength, timeout: a.cfg.BodyTimeout}
 	}
 	if strings.HasPrefix(r.URL.Path, "/v1/") {
 		now := time.Now()

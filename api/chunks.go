@@ -86,15 +86,10 @@ func parsePosting(c echo.Context) (p posting, err error) {
 	if p.producer, err = parseProducer(c.Request().Header); err != nil {
 		return p, err
 	}
-	kind, parameters, err := mime.ParseMediaType(c.Request().Header.Get("Content-Type"))
-	if charset := parameters["charset"]; err == nil && charset != "" && !strings.EqualFold(charset, "utf-8") {
-		return p, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
-			Detail: "text is in UTF-8 here: leave charset out"}
-	}
-	switch kind {
+	p.kind, err = mediaType(c.Request())
+	switch p.kind {
 	case typeJSON, typeNDJSON, typeText, typeEvents:
-		p.kind = kind
-		return p, nil
+		return p, err
 	}
 	return p, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
 		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of them), " + typeNDJSON + " (an object a line), " +
@@ -149,10 +144,31 @@ func parseProducer(h http.Header) (p store.Producer, err error) {
 	return p, err
 }
 
+// mediaType is what a request says that its body is; lines of JSON have one name here, whichever theirs is. The error is about a
+// charset.
+func mediaType(r *http.Request) (kind string, err error) {
+	kind, parameters, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) {
+		return "", nil
+	}
+	switch kind {
+	case "application/ndjson", "application/jsonl", "application/x-jsonl", "application/jsonlines", "application/x-jsonlines", "application/json-lines":
+		kind = typeNDJSON
+	}
+	switch charset := parameters["charset"]; strings.ToLower(charset) {
+	case "", "utf-8", "utf8", "us-ascii", "ascii": // ASCII is UTF-8
+		return kind, nil
+	default:
+		return kind, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
+			Detail: fmt.Sprintf("charset %.40q is not supported: send the body in UTF-8, without charset or with charset=utf-8", charset)}
+	}
+}
+
 // checkJSON refuses a body that does not say that it is JSON.
 func checkJSON(c echo.Context) error {
-	if kind, _, err := mime.ParseMediaType(c.Request().Header.Get("Content-Type")); err == nil && kind == typeJSON {
-		return nil
+	kind, err := mediaType(c.Request())
+	if kind == typeJSON {
+		return err
 	}
 	return &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type", Detail: "Content-Type must be " + typeJSON}
 }
@@ -411,7 +427,11 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			if torn, ok := errors.AsType[*Problem](err); ok {
 				return torn
 			}
-			return &Problem{Status: http.StatusBadRequest, Code: "body_broken", Detail: "the body broke off", cause: err}
+			detail := "the body broke off"
+			if errors.Is(err, errGzip) {
+				detail = errGzip.Error()
+			}
+			return &Problem{Status: http.StatusBadRequest, Code: "body_broken", Detail: detail, cause: err}
 		case err != nil:
 			return about(err, 0)
 		}

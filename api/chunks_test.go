@@ -202,6 +202,8 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"another content type", "application/xml", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"no content type", "", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a content type that is none", "json;;", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"another charset", "text/plain; charset=iso-8859-1", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"JSON in another charset", js + "; charset=utf-16", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a form", "application/x-www-form-urlencoded", "", "", `a=b`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a line that is no JSON", nd, "", "", "\n\r\n{\"content\":\n", 400, "invalid_json", "*", 0, at(0)},
 		{"a line with two objects", nd, "", "", "{}{}\n", 400, "invalid_json", "", 0, at(0)},
@@ -229,6 +231,29 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 	n.append("s", `{"content":"`+long[:fits]+`"}`)
 	n.append("s", `[{}`+strings.Repeat(`,{}`, 9)+`]`)
 	n.append("s", `{"message_id":"`+long[:256]+`"}`)
+}
+
+// What is meant by a content type is known by each of its names.
+func TestAppend_knowsTheNamesOfItsContentTypes(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	const line = `{"content":"sesame"}` + "\n"
+	for kind, body := range map[string]string{
+		"application/jsonl": line, "application/ndjson": line, "application/x-ndjson": line, "application/jsonlines": line, "Application/JSONL; charset=UTF8": line,
+		"application/json; charset=utf8": line, "application/json; charset=\"UTF-8\"": line, "application/json;": line, "APPLICATION/JSON": line,
+		"text/plain; charset=utf8": "sesame", "text/plain;charset=us-ascii": "sesame", "text/plain; format=flowed": "sesame",
+	} {
+		a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: kind, body: body, bad: true})
+		if into[Stored](t, a, 201); n.contents("s")[into[Stored](t, a, 201).First-1] != "sesame" {
+			t.Errorf("%s: %q", kind, n.contents("s"))
+		}
+	}
+	for _, kind := range []string{"application/json; charset=utf8", "application/json"} {
+		if a := n.do(request{method: "POST", path: "/v1/sessions", kind: kind, body: `{"id":"s"}`, bad: true}); a.status != 200 {
+			t.Errorf("%s: %d %s", kind, a.status, a.body)
+		}
+	}
+	n.do(request{method: "POST", path: "/v1/sessions", kind: "application/json; charset=latin1", body: `{"id":"s"}`, bad: true}).refused(t, 415, "unsupported_media_type")
 }
 
 func TestAppend_byPutIsRefusedSinceProxiesMayResendIt(t *testing.T) {

@@ -223,7 +223,9 @@ func (a *API) problem(err error, c echo.Context) {
 // incoming is a request's body that knows whether all of it has come.
 type incoming struct {
 	io.ReadCloser
-	whole atomic.Bool
+	whole  atomic.Bool
+	length int64   // -1: it does not say
+	plain  *gunzip // nil: it is sent as it is
 
 	to      http.ResponseWriter
 	timeout time.Duration // for each piece; 0: it may take its time
@@ -231,6 +233,14 @@ type incoming struct {
 }
 
 func (b *incoming) Read(p []byte) (int, error) {
+	if b.plain != nil {
+		return b.plain.Read(p)
+	}
+	return b.arrive(p)
+}
+
+// arrive reads what was sent.
+func (b *incoming) arrive(p []byte) (int, error) {
 	const piece = 64 << 10
 	n, err := b.ReadCloser.Read(p)
 	if err == io.EOF {
@@ -257,9 +267,9 @@ func coming(ctl *http.ResponseController, r *http.Request) bool {
 	if !ok || r.ProtoMajor != 1 || b.whole.Load() {
 		return false
 	}
-	if r.ContentLength >= 0 && r.ContentLength <= short && r.Header.Get("Expect") == "" {
+	if b.length >= 0 && b.length <= short && r.Header.Get("Expect") == "" {
 		_ = ctl.SetReadDeadline(time.Now().Add(moment))
-		_, _ = io.Copy(io.Discard, b)
+		_, _ = io.Copy(io.Discard, &arriving{b: b})
 		_ = ctl.SetReadDeadline(time.Time{})
 	}
 	return !b.whole.Load()

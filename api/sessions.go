@@ -121,7 +121,11 @@ func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
 			return nil, &Problem{Status: http.StatusRequestTimeout, Code: "body_too_slow",
 				Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not come within %v (-body-timeout): send it faster, or as %s, which may take its time", a.cfg.BodyTimeout, typeNDJSON)}
 		}
-		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body broke off"}
+		detail := "the body broke off"
+		if errors.Is(err, errGzip) {
+			detail = errGzip.Error()
+		}
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: detail}
 	}
 	if expired(a.grant(c)) { // a body may take its time
 		return nil, errExpired

@@ -1,0 +1,78 @@
+package api
+
+import (
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+
+	"github.com/labstack/echo/v4"
+)
+
+// errGzip says that a body is not what its Content-Encoding says.
+var errGzip = errors.New("the body is not valid gzip, as its Content-Encoding says")
+
+// decode gives a call its body decoded (RFC 9110, section 8.4). The limits of bodies count what is decoded, so a
+// small body that becomes a huge one is refused like the huge one.
+func decode(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		r := c.Request()
+		switch coding := strings.Join(r.Header.Values("Content-Encoding"), ","); strings.ToLower(coding) {
+		case "", "identity":
+		case "gzip", "x-gzip":
+			if b, ok := r.Body.(*incoming); ok { // else there is none
+				b.plain = &gunzip{from: arriving{b: b}}
+				r.ContentLength = -1 // that of what was sent
+			}
+		default:
+			c.Response().Header().Set("Accept-Encoding", "gzip")
+			return &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Encoding",
+				Detail: fmt.Sprintf("Content-Encoding %.40q is not supported: send the body in gzip, or as it is", coding)}
+		}
+		return next(c)
+	}
+}
+
+// gunzip decodes a body while it arrives. It waits for the first byte when it is read, not before.
+type gunzip struct {
+	from   arriving
+	reader *gzip.Reader
+}
+
+func (g *gunzip) Read(p []byte) (n int, err error) {
+	if g.reader == nil {
+		if g.reader, err = gzip.NewReader(&g.from); err != nil {
+			g.reader = nil
+			return 0, g.fault(err)
+		}
+	}
+	n, err = g.reader.Read(p)
+	return n, g.fault(err)
+}
+
+// fault tells a body that cannot be decoded, or ends too early, from one whose connection broke.
+func (g *gunzip) fault(err error) error {
+	switch {
+	case err == nil, err == io.EOF:
+		return err
+	case g.from.err != nil:
+		return g.from.err
+	}
+	return fmt.Errorf("%w: %w", errGzip, err)
+}
+
+// arriving is a body as it was sent.
+type arriving struct {
+	b   *incoming
+	err error // why it broke off
+}
+
+func (a *arriving) Read(p []byte) (int, error) {
+	n, err := a.b.arrive(p)
+	if err != nil && err != io.EOF {
+		a.err = err
+	}
+	return n, err
+}
