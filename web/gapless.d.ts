@@ -49,7 +49,7 @@
 /**
  * Follows a session's stream.
  *
- * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document
+ * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document, or to the worker's script
  * @param {Options} [options]
  * @returns {Follower}
  * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed

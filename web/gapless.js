@@ -73,7 +73,7 @@
 /**
  * Follows a session's stream.
  *
- * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document
+ * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document, or to the worker's script
  * @param {Options} [options]
  * @returns {Follower}
  * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
@@ -164,7 +164,7 @@ export class Follower {
    */
   constructor(url, options) {
     this.#options = options;
-    this.#url = new URL(url, globalThis.document?.baseURI);
+    this.#url = new URL(url, base());
     this.#session = this.#url.origin + this.#url.pathname.replace(/\/stream$/, '');
     this.#url.hash = '';
     const { searchParams: query } = this.#url;
@@ -812,6 +812,12 @@ function parse(data) {
     // Not JSON: text, then.
   }
   return { type: 'foreign', content: data };
+}
+
+/** What a relative URL is relative to: the document, or a worker's script. That of a blob is at no place, but has an origin. */
+function base() {
+  const { document, location } = globalThis;
+  return document?.baseURI ?? (location?.protocol === 'blob:' ? location.origin : location?.href);
 }
 
 /** @param {number} ms */

@@ -709,6 +709,23 @@ func TestGapless_saysWhatCannotBeFollowed(t *testing.T) {
 	f.wanted(t, "7")
 }
 
+// A worker has no document to which a URL is relative. One that was made of a blob has an address that no URL can be relative to.
+func TestGapless_followsARelativeURLInAWorker(t *testing.T) {
+	t.Parallel()
+	for url, worker := range map[string]string{
+		streamPath: "/app/worker.js", "../v1/sessions/s/stream": "/app/worker.js?v=1#x", "v1/sessions/s/stream": "/",
+		"/v1/sessions/s/stream?after=0": "blob:", "./v1/sessions/s/stream": "blob:",
+	} {
+		f := newFake(t, "404", func(s says) { s.welcome("e", 0, 0); s.end(1) })
+		if worker == "blob:" {
+			worker += f.URL + "/0a5c1ee4-8a64-4a2c-9d3c-1f0c4d5f0f11"
+		} else {
+			worker = f.URL + worker
+		}
+		followed(t, url, "fetch", map[string]any{"worker": worker}).says("chunk 1 end live", "end ended")
+	}
+}
+
 // A timer that is set to more than 2^31-1 ms fires at once.
 func TestGapless_isSilentForAsLongAsItLikes(t *testing.T) {
 	both(t, func(t *testing.T, by string) {

@@ -6,9 +6,10 @@ import { follow } from './gapless.js';
 
 // JSON has no such number.
 const number = (_, value) => (value === 'NaN' || value === 'Infinity' ? Number(value) : value);
-let { url, by, again, resets, throws, snapshot, tickets, ...options } = JSON.parse(process.argv[2], number);
+let { url, by, again, resets, throws, snapshot, tickets, worker, ...options } = JSON.parse(process.argv[2], number);
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
 let count = 0;
+if (worker) globalThis.location = new URL(worker); // a worker has this, and no document
 
 const handlers = {
   ...options,
