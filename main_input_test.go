@@ -71,11 +71,11 @@ func TestInput_whatIsBadIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"an array that does not end", "POST", chunks, js, `[{"content":"a"},{"content":"b"}`, 400, "invalid_json", "", 0, nil},
 		{"an array in an array", "POST", chunks, js, `[{"content":"a"},[{"content":"b"}]]`, 400, "invalid_chunk", "", 0, &one},
 		{"a chunk over the limit", "POST", chunks, js, `{"content":"` + strings.Repeat("x", 1024) + `"}`, 413, "chunk_too_large", "", 1024, nil},
-		{"one of an array over the limit", "POST", chunks, js, `[{},{"content":"` + strings.Repeat("x", 1024) + `"}]`, 413, "chunk_too_large", "", 1024, &one},
+		{"one of an array over the limit", "POST", chunks, js, `[{"data":0},{"content":"` + strings.Repeat("x", 1024) + `"}]`, 413, "chunk_too_large", "", 1024, &one},
 		{"a first line over the limit", "POST", chunks, nd, `{"content":"` + strings.Repeat("x", 5000) + `"}` + "\n{}\n", 413, "chunk_too_large", "", 1024, &zero},
 		{"a bad first line", "POST", chunks, nd, "no\n{}\n", 400, "invalid_json", "*", 0, &zero},
-		{"too many at once", "POST", chunks, js, "[{}" + strings.Repeat(",{}", 10_000) + "]", 413, "batch_too_large", "", 10_000, nil},
-		{"a body too large", "POST", chunks, js, strings.Repeat(" ", 8<<20) + "{}", 413, "body_too_large", "", 8 << 20, nil},
+		{"too many at once", "POST", chunks, js, "[{\"data\":0}" + strings.Repeat(",{\"data\":0}", 10_000) + "]", 413, "batch_too_large", "", 10_000, nil},
+		{"a body too large", "POST", chunks, js, strings.Repeat(" ", 8<<20) + "{\"data\":0}", 413, "body_too_large", "", 8 << 20, nil},
 		{"no content type", "POST", chunks, "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"another content type", "POST", chunks, "application/xml", `<a/>`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a content type that is none", "POST", chunks, "json", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
@@ -140,7 +140,7 @@ func TestInput_anUploadWithABadLineSaysWhatItHasStored(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := nodes(t, 1, redis)[0]
-	for i, bad := range []string{`{"content":`, `{"seq":1}`, `[{}]`, "{\"a\":\"\xff\"}", `{"content":"` + strings.Repeat("x", 64<<10) + `"}`} {
+	for i, bad := range []string{`{"content":`, `{"seq":1}`, `[{"data":0}]`, "{\"a\":\"\xff\"}", `{"content":"` + strings.Repeat("x", 64<<10) + `"}`} {
 		session := newID()
 		a := n.post("/v1/sessions/"+session+"/chunks", "application/x-ndjson", "{\"content\":\"1\"}\n\n{\"content\":\"2\"}\n"+bad+"\n{\"content\":\"4\"}\n")
 		p := a.problem(t)
@@ -160,7 +160,7 @@ func TestInput_whatIsOddAndNotBadIsKeptToTheByte(t *testing.T) {
 	session := newID()
 	n.append(t, session, "{ \"Seq\" : 1, \"\\u0054S\":2,\n \"n\":1.000e+2 , \"content\":\"\\u00e4ä\\/\" }\n")
 	n.append(t, session, `{"data":{"seq":1,"ts":2}}`)
-	n.append(t, session, `{}`)
+	n.append(t, session, `{"data":0}`)
 	list := history(t, redis, session)
 	for i, want := range []string{
 		`"type":"delta","Seq":1,"\u0054S":2,"n":1.000e+2,"content":"\u00e4ä\/"}`, `"type":"delta","data":{"seq":1,"ts":2}}`, `"type":"delta"}`,
@@ -194,7 +194,7 @@ func TestInput_aMessageThatHasEndedAndALogThatHasEndedTakeNothingMore(t *testing
 	conflict(`[{"message_id":"m2"},{"message_id":"m1"}]`, "message_ended")
 	conflict(`[{"message_id":"m3","type":"failed"},{"message_id":"m3"}]`, "message_ended")
 	n.append(t, session, `[{"message_id":"m2"},{"type":"end"}]`)
-	conflict(`{}`, "session_ended")
+	conflict(`{"data":0}`, "session_ended")
 	conflict(`{"type":"end"}`, "session_ended")
 	if got := n.pages(t, session); len(got) != 5 {
 		t.Errorf("the log: %q", got)

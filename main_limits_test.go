@@ -113,7 +113,7 @@ func TestLimits_slowSendersAreGivenUp(t *testing.T) {
 		}
 	}
 	for range 20 {
-		if a := n.post("/v1/sessions/other/chunks", "application/json", "{}"); a.status != http.StatusCreated {
+		if a := n.post("/v1/sessions/other/chunks", "application/json", "{\"data\":0}"); a.status != http.StatusCreated {
 			t.Errorf("meanwhile: %d %s", a.status, a.body)
 		}
 	}
@@ -313,9 +313,9 @@ func TestLimits_sizesAreSaid(t *testing.T) {
 		status                   int
 		code                     string
 	}{
-		{path + "?x=" + long(1100), "application/json", "{}", "", 414, "url_too_long"},
-		{path, "application/json", "{}", long(5000), 431, "header_too_large"},
-		{path, "application/json", "{}", long(20_000), 431, ""},
+		{path + "?x=" + long(1100), "application/json", "{\"data\":0}", "", 414, "url_too_long"},
+		{path, "application/json", "{\"data\":0}", long(5000), 431, "header_too_large"},
+		{path, "application/json", "{\"data\":0}", long(20_000), 431, ""},
 		{path, "application/json", `{"content":"` + long(70_000) + `"}`, "", 413, "body_too_large"},
 		{path, "application/json", "[" + strings.Repeat("{},", 10) + "{}]", "", 413, "batch_too_large"},
 		{path, "application/json", `{"content":"` + long(9000) + `"}`, "", 413, "chunk_too_large"},
@@ -325,7 +325,7 @@ func TestLimits_sizesAreSaid(t *testing.T) {
 		{path, "application/json", `{"data":` + strings.Repeat("[", 10_000) + strings.Repeat("]", 10_000) + "}", "", 400, "chunk_too_deep"},
 		{path, "application/json", `{"data":` + strings.Repeat("[", 200) + strings.Repeat("]", 200) + "}", "", 400, "chunk_too_deep"},
 		{"/v1/sessions/" + long(129), "application/json", "", "", 400, "invalid_session_id"},
-		{path + "?message_id=" + long(257), "application/json", "{}", "", 400, "invalid_parameter"},
+		{path + "?message_id=" + long(257), "application/json", "{\"data\":0}", "", 400, "invalid_parameter"},
 	} {
 		r, err := http.NewRequest("POST", "http://"+n.addr+c.path, strings.NewReader(c.body))
 		if err != nil {
@@ -406,7 +406,7 @@ func TestLimits_nothingIsSmuggled(t *testing.T) {
 	if all := answer("Content-Length: 1\r\nTransfer-Encoding: chunked", "2\r\n{}\r\n0\r\n\r\n"); !strings.HasPrefix(all, "HTTP/1.1 201") {
 		t.Errorf("%q", all)
 	}
-	if all := answer("X: a\r\n Content-Length: 1\r\nContent-Length: 2", "{}"); !strings.HasPrefix(all, "HTTP/1.1 201") {
+	if all := answer("X: a\r\n Content-Length: 1\r\nContent-Length: 2", "{\"data\":0}"); !strings.HasPrefix(all, "HTTP/1.1 201") {
 		t.Errorf("%q", all)
 	}
 }

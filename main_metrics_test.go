@@ -831,7 +831,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	l.check("a key of another type")
 
 	redis.Signal(syscall.SIGSTOP)
-	a := n.post("/v1/sessions/"+newID()+"/chunks", "application/json", `{}`)
+	a := n.post("/v1/sessions/"+newID()+"/chunks", "application/json", `{"data":0}`)
 	redis.Signal(syscall.SIGCONT)
 	if a.status != http.StatusGatewayTimeout {
 		t.Fatalf("an append to a Redis that is silent: %d %s", a.status, a.body)
@@ -843,7 +843,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	redis.Kill()
 	var was string
 	eventually(t, "an append surely fails", func() bool { // the first ones may still have a connection
-		a := n.post("/v1/sessions/"+newID()+"/chunks", "application/json", `{}`)
+		a := n.post("/v1/sessions/"+newID()+"/chunks", "application/json", `{"data":0}`)
 		was = a.body
 		return a.status == http.StatusServiceUnavailable
 	})

@@ -159,7 +159,7 @@ func TestOutage_theFirstConnectionDuringAnOutageIsHeldToo(t *testing.T) {
 			}
 		}
 		held(t, viewers)
-		a := old.post("/v1/sessions/"+session+"/chunks", "application/json", `{}`)
+		a := old.post("/v1/sessions/"+session+"/chunks", "application/json", `{"data":0}`)
 		if p := a.problem(t); a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" || p.Code == "" {
 			t.Errorf("an append during the outage: %d %s", a.status, a.body)
 		}
@@ -192,7 +192,7 @@ func TestOutage_aRedisThatIsSilentForAWhileCostsOnlyTime(t *testing.T) {
 	eventually(t, "the viewer is live", func() bool { return v.seen.Load() == 3 })
 	redis.Signal(syscall.SIGSTOP)
 	held(t, []*viewer{v})
-	a := n.post("/v1/sessions/"+f.session+"/chunks", "application/json", `{}`) // it may be stored, or not
+	a := n.post("/v1/sessions/"+f.session+"/chunks", "application/json", `{"data":0}`) // it may be stored, or not
 	redis.Signal(syscall.SIGCONT)
 	if a.status != http.StatusGatewayTimeout && a.status != http.StatusServiceUnavailable {
 		t.Errorf("an append to a silent Redis: %d %s", a.status, a.body)

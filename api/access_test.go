@@ -90,9 +90,16 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 		if !strings.HasPrefix(r.Path, "/v1") {
 			continue
 		}
-		found++
-		n.do(request{method: r.Method, path: strings.ReplaceAll(r.Path, ":id", "s"), bad: true}).refused(t, 401, "unauthorized")
-		n.do(request{method: r.Method, path: strings.ReplaceAll(r.Path, ":id", "a%20b"), bad: true}).refused(t, 401, "unauthorized")
+		if r.Method != http.MethodHead { // which is GET, once more
+			found++
+		}
+		for _, id := range []string{"s", "a%20b"} {
+			a := n.do(request{method: r.Method, path: strings.ReplaceAll(r.Path, ":id", id), bad: true})
+			if r.Method == http.MethodHead && a.status == 401 { // which says why in a body that it has not
+				continue
+			}
+			a.refused(t, 401, "unauthorized")
+		}
 	}
 	for _, q := range guardedCalls() {
 		path, _, _ := strings.Cut(q.path, "?")
@@ -682,7 +689,7 @@ func TestCORS_pagesOfNamedOriginsMayCall(t *testing.T) {
 		shared("an append", a.header, friend)
 		lists(a.header, "Access-Control-Expose-Headers", "Location", "ETag", "Retry-After", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Producer-Epoch", "Producer-Expected-Chunk")
 	}
-	n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{}`, header: map[string]string{"Origin": evil}}, token)).refused(t, 403, "cross_origin")
+	n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"data":0}`, header: map[string]string{"Origin": evil}}, token)).refused(t, 403, "cross_origin")
 	if a := n.do(request{method: "OPTIONS", path: "/v1/sessions/s/chunks"}); a.status != 204 || a.header.Get("Allow") == "" {
 		t.Errorf("OPTIONS without an origin: %d %v", a.status, a.header)
 	}

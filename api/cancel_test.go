@@ -244,7 +244,7 @@ func TestDeath_anUploadThatBreaksEndsItsMessages(t *testing.T) {
 			if took := time.Since(begun); took < c.min || took > c.max {
 				t.Errorf("after %v", took)
 			}
-			n.post("/v1/sessions/"+s+"/chunks?message_id=m", typeJSON, "{}").refused(t, 409, "message_ended")
+			n.post("/v1/sessions/"+s+"/chunks?message_id=m", typeJSON, "{\"data\":0}").refused(t, 409, "message_ended")
 		})
 	}
 }
@@ -279,11 +279,11 @@ func TestLease_isOfAMessageAndIsRenewedByAnEmptyArray(t *testing.T) {
 		return n.do(request{method: "POST", path: "/v1/sessions/s/chunks" + query, kind: typeJSON, body: body, bad: true})
 	}
 	for _, q := range []string{"lease=x", "lease=0s", "lease=-5s", "lease=999ms", "lease=25h", "lease=30"} {
-		if p := post("?message_id=m&"+q, "{}").refused(t, 400, "invalid_parameter"); p.Member != "lease" {
+		if p := post("?message_id=m&"+q, "{\"data\":0}").refused(t, 400, "invalid_parameter"); p.Member != "lease" {
 			t.Errorf("%s: %+v", q, p)
 		}
 	}
-	post("?lease=1s", "{}").refused(t, 400, "invalid_parameter")
+	post("?lease=1s", "{\"data\":0}").refused(t, 400, "invalid_parameter")
 	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
 	begun := time.Now()
 	into[Stored](t, post("?message_id=m&lease=4s", "[]"), 201) // the message begins before its first chunk
@@ -296,7 +296,7 @@ func TestLease_isOfAMessageAndIsRenewedByAnEmptyArray(t *testing.T) {
 	}
 	eventually(t, "the lease's end", func() bool { all := n.chunks("s"); return len(all) == 1 && all[0].Type == "failed" })
 	post("?message_id=m", "[]").refused(t, 409, "message_ended")
-	post("?message_id=m", "{}").refused(t, 409, "message_ended")
+	post("?message_id=m", "{\"data\":0}").refused(t, 409, "message_ended")
 }
 
 // A model that panics has failed; the node has not.
@@ -345,7 +345,7 @@ func TestUploads_leaveNoSubscription(t *testing.T) {
 func TestRead_pageOfAnEndedLogHasATag(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.HistoryMax = 5 })
-	n.append("s", `[{"content":"sesame"},{}]`)
+	n.append("s", `[{"content":"sesame"},{"data":0}]`)
 	get := func(query, tag string) answer {
 		return n.do(request{method: "GET", path: "/v1/sessions/s/chunks" + query, header: map[string]string{"If-None-Match": tag}})
 	}
@@ -355,7 +355,7 @@ func TestRead_pageOfAnEndedLogHasATag(t *testing.T) {
 	if a := get("", "*"); a.status != 200 {
 		t.Error(a.status)
 	}
-	n.append("s", `[{},{"type":"end"}]`)
+	n.append("s", `[{"data":0},{"type":"end"}]`)
 	tags := map[string]bool{}
 	for _, query := range []string{"", "?after=1", "?limit=2"} {
 		a := get(query, "")

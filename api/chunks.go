@@ -31,6 +31,7 @@ const (
 type posting struct {
 	kind     string // of the body
 	fill     store.Fill
+	ends     bool // done follows the body, of its message
 	closes   bool // end follows the body
 	lease    time.Duration
 	producer store.Producer
@@ -63,6 +64,40 @@ func makeUp(session string, p store.Producer) (string, error) {
 	return id.String(), err
 }
 
+// subject is the message that a body is about: the one that its request names, or else that of its last chunk.
+type subject struct {
+	store.Fill
+	named bool // by its request
+	over  bool // the body has ended it
+}
+
+func (p posting) about() subject {
+	return subject{Fill: p.fill, named: p.fill.MessageID != ""}
+}
+
+// see takes notice of chunks of the body.
+func (s *subject) see(chunks []store.Chunk) {
+	for _, c := range chunks {
+		if !s.named && c.MessageID() != s.MessageID {
+			s.MessageID, s.over = c.MessageID(), false
+		}
+		if c.MessageID() == s.MessageID {
+			s.over = c.Ends()
+		}
+	}
+}
+
+// endings are the chunks that follow a body.
+func (s *subject) endings(p posting) (chunks []store.Chunk) {
+	if p.ends && !s.over || p.kind == typeText || p.kind == typeEvents {
+		chunks = append(chunks, store.NewEnding(store.TypeDone, s.Fill))
+	}
+	if p.closes {
+		chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
+	}
+	return chunks
+}
+
 func parsePosting(c echo.Context) (p posting, err error) {
 	p.fill = store.Fill{MessageID: c.QueryParam("message_id"), Role: c.QueryParam("role")}
 	for _, q := range [][2]string{{"message_id", p.fill.MessageID}, {"role", p.fill.Role}} {
@@ -76,6 +111,13 @@ func parsePosting(c echo.Context) (p posting, err error) {
 		p.closes = true
 	default:
 		return p, invalid("Stream-Closed", "Stream-Closed is true, or left out")
+	}
+	switch end := c.QueryParam("end"); end {
+	case "":
+	case "done":
+		p.ends = true
+	default:
+		return p, invalid("end", "end is done, or left out")
 	}
 	if text := c.QueryParam("lease"); text != "" {
 		const least, most = time.Second, 24 * time.Hour
@@ -200,13 +242,13 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	if p.lease > 0 && !ofMessages {
 		return invalid("lease", "a lease is of a message: name one with message_id, in the query or in a chunk")
 	}
-	if p.fill.MessageID != "" && len(chunks) == 0 {
+	if p.fill.MessageID != "" && len(chunks) == 0 && !p.ends {
 		u.held = []string{p.fill.MessageID}
 	}
 	inBody := len(chunks)
-	if p.closes {
-		chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
-	}
+	about := p.about()
+	about.see(chunks)
+	chunks = append(chunks, about.endings(p)...)
 	if len(chunks) == 0 && len(u.held) == 0 && p.producer.ID == "" {
 		return a.appendNothing(c)
 	}
@@ -363,7 +405,7 @@ func (a *API) source(p posting, from io.Reader) source {
 	case typeText:
 		return &text{body: b, fill: p.fill, limit: limit}
 	case typeEvents:
-		return &events{body: b, fill: p.fill, limit: limit}
+		return &events{body: b, fill: p.fill, limit: limit, some: p.producer.Number > 0}
 	}
 	return &lines{body: b, fill: p.fill, limit: limit}
 }
@@ -384,7 +426,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 		}
 	}
 	number := 0 // of the body's chunk that comes next; a text has none that its sender knows
-	about := func(err error, now int) error {
+	blamed := func(err error, now int) error {
 		if refused, ok := errors.AsType[*store.RefusedError](err); ok && p.kind == typeText {
 			return refused.Err
 		}
@@ -393,26 +435,23 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 		}
 		return blame(err, number, now)
 	}
+	about := p.about()
 	for {
 		chunks, err := src.next()
 		hold := store.HoldOpen
 		body := len(chunks)
+		about.see(chunks)
 		if err == io.EOF {
 			arrived()
 			hold = store.HoldClosed
-			if p.kind != typeNDJSON {
-				chunks = append(chunks, store.NewEnding(store.TypeDone, p.fill))
-			}
-			if p.closes {
-				chunks = append(chunks, store.NewEnding(store.TypeEnd, store.Fill{}))
-			}
+			chunks = append(chunks, about.endings(p)...)
 		}
 		if len(chunks) > 0 {
 			u.slow(cost(chunks))
 		}
 		if len(chunks) > 0 || hold == store.HoldClosed && len(u.held) > 0 {
 			if failed := u.appendAll(chunks, hold); failed != nil {
-				return about(failed, body)
+				return blamed(failed, body)
 			}
 			number += body
 		}
@@ -433,7 +472,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			}
 			return &Problem{Status: http.StatusBadRequest, Code: "body_broken", Detail: detail, cause: err}
 		case err != nil:
-			return about(err, 0)
+			return blamed(err, 0)
 		}
 		u.begin()
 	}

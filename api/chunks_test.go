@@ -17,14 +17,14 @@ func TestAppend_anObjectOrAnArrayOfThemIsStoredAsItIs(t *testing.T) {
 	redis := storetest.Redis(t)
 	n := serve(t, on(redis))
 	one := n.append("s", `{"content":"sesame","data":{"a":[1,1e2,1.0]},"x\u0079":null}`)
-	many := n.append("s", ` [{"type":"tool_call"}, {"content":"sesame"} , {}]`)
+	many := n.append("s", ` [{"type":"tool_call"}, {"content":"sesame"} , {"data":0}]`)
 	if one != (Stored{Epoch: one.Epoch, First: 1, Last: 1, Count: 1}) || many != (Stored{Epoch: one.Epoch, First: 2, Last: 4, Count: 3}) {
 		t.Errorf("%+v, %+v", one, many)
 	}
 	p := n.page("s", "")
 	want := []string{
 		`"type":"delta","content":"sesame","data":{"a":[1,1e2,1.0]},"x\u0079":null}`,
-		`"type":"tool_call"}`, `"type":"delta","content":"sesame"}`, `"type":"delta"}`,
+		`"type":"tool_call"}`, `"type":"delta","content":"sesame"}`, `"type":"delta","data":0}`,
 	}
 	for i, element := range redis.LRange(t.Context(), "chat:history:s", 0, -1).Val() {
 		if got := string(p.Chunks[i]); got != element {
@@ -103,7 +103,7 @@ func TestAppend_nothingAnswersTheBoundsAndMakesNothing(t *testing.T) {
 func TestAppend_streamClosedEndsTheLogBehindTheBody(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	for i, q := range []request{{kind: typeJSON, body: `[{"content":"sesame"},{}]`}, {kind: typeNDJSON, body: "{}\n{}"}} {
+	for i, q := range []request{{kind: typeJSON, body: `[{"content":"sesame"},{"data":0}]`}, {kind: typeNDJSON, body: line("") + line("")}} {
 		s := fmt.Sprint("s", i)
 		q.method, q.path, q.header = "POST", "/v1/sessions/"+s+"/chunks", map[string]string{"Stream-Closed": "true"}
 		if got := into[Stored](t, n.do(q), 201); got.Count != 3 || got.Last != 3 {
@@ -172,15 +172,15 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"a byte order mark", js, "", "", "\ufeff{}", 400, "invalid_json", "*", 0, nil},
 		{"text", js, "", "", `"text"`, 400, "invalid_chunk", "", 0, nil},
 		{"null", js, "", "", `null`, 400, "invalid_chunk", "", 0, nil},
-		{"an array in an array", js, "", "", `[{},[]]`, 400, "invalid_chunk", "", 0, at(1)},
+		{"an array in an array", js, "", "", `[{"data":0},[]]`, 400, "invalid_chunk", "", 0, at(1)},
 		{"seq", js, "", "", `{"content":"a","seq":1}`, 400, "reserved_member", "/seq", 0, nil},
-		{"ts", js, "", "", `[{},{"ts":1}]`, 400, "reserved_member", "/ts", 0, at(1)},
+		{"ts", js, "", "", `[{"data":0},{"ts":1}]`, 400, "reserved_member", "/ts", 0, at(1)},
 		{"seq, escaped", js, "", "", `{"\u0073eq":1}`, 400, "reserved_member", "/seq", 0, nil},
 		{"a name twice", js, "", "", `{"content":"a","content":"b"}`, 400, "duplicate_member", "/content", 0, nil},
 		{"a name twice, escaped once", js, "", "", `{"content":"a","c\u006fntent":"b"}`, 400, "duplicate_member", "/content", 0, nil},
 		{"a name twice, inside", js, "", "", `[{"data":{"a":1,"a":2}}]`, 400, "duplicate_member", "/data/a", 0, at(0)},
 		{"bad UTF-8", js, "", "", "{\"content\":\"\xff\"}", 400, "invalid_utf8", "", 0, nil},
-		{"half a character", js, "", "", "[{},{\"content\":\"\xe2\x82\"}]", 400, "invalid_utf8", "", 0, at(1)},
+		{"half a character", js, "", "", "[{\"data\":0},{\"content\":\"\xe2\x82\"}]", 400, "invalid_utf8", "", 0, at(1)},
 		{"half a surrogate", js, "", "", `{"content":"\ud800"}`, 400, "invalid_json", "*", 0, nil},
 		{"type is a number", js, "", "", `{"type":1}`, 400, "invalid_chunk", "/type", 0, nil},
 		{"type is empty", js, "", "", `{"type":""}`, 400, "invalid_chunk", "/type", 0, nil},
@@ -191,23 +191,23 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"message_id is too long", js, "", "", `{"message_id":"` + long[:257] + `"}`, 400, "invalid_chunk", "/message_id", 256, nil},
 		{"raw is an object", js, "", "", `{"raw":{}}`, 400, "invalid_chunk", "/raw", 0, nil},
 		{"event is true", js, "", "", `{"event":true}`, 400, "invalid_chunk", "/event", 0, nil},
-		{"a chunk over the limit", js, "", "", `[{},{},{"content":"` + long + `"}]`, 413, "chunk_too_large", "", 2 << 10, at(2)},
-		{"too many chunks", js, "", "", `[{}` + strings.Repeat(`,{}`, 10) + `]`, 413, "batch_too_large", "", 10, nil},
+		{"a chunk over the limit", js, "", "", `[{"data":0},{"data":0},{"content":"` + long + `"}]`, 413, "chunk_too_large", "", 2 << 10, at(2)},
+		{"too many chunks", js, "", "", `[{"data":0}` + strings.Repeat(`,{"data":0}`, 10) + `]`, 413, "batch_too_large", "", 10, nil},
 		{"a body over the limit", js, "", "", `[{"content":"` + long + long + long + `"}]`, 413, "body_too_large", "", 10 << 10, nil},
-		{"message_id parameter too long", js, "?message_id=" + long[:257], "", `{}`, 400, "invalid_parameter", "message_id", 0, nil},
-		{"role parameter too long", js, "?role=" + long[:257], "", `{}`, 400, "invalid_parameter", "role", 0, nil},
-		{"message_id parameter in bad UTF-8", js, "?message_id=%ff", "", `{}`, 400, "invalid_parameter", "message_id", 0, nil},
-		{"role parameter in bad UTF-8", js, "?role=a%ff", "", `{}`, 400, "invalid_parameter", "role", 0, nil},
-		{"Stream-Closed", js, "", "yes", `{}`, 400, "invalid_parameter", "Stream-Closed", 0, nil},
-		{"another content type", "application/xml", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
-		{"no content type", "", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
-		{"a content type that is none", "json;;", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
-		{"another charset", "text/plain; charset=iso-8859-1", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
-		{"JSON in another charset", js + "; charset=utf-16", "", "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"message_id parameter too long", js, "?message_id=" + long[:257], "", `{"data":0}`, 400, "invalid_parameter", "message_id", 0, nil},
+		{"role parameter too long", js, "?role=" + long[:257], "", `{"data":0}`, 400, "invalid_parameter", "role", 0, nil},
+		{"message_id parameter in bad UTF-8", js, "?message_id=%ff", "", `{"data":0}`, 400, "invalid_parameter", "message_id", 0, nil},
+		{"role parameter in bad UTF-8", js, "?role=a%ff", "", `{"data":0}`, 400, "invalid_parameter", "role", 0, nil},
+		{"Stream-Closed", js, "", "yes", `{"data":0}`, 400, "invalid_parameter", "Stream-Closed", 0, nil},
+		{"another content type", "application/xml", "", "", `{"data":0}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"no content type", "", "", "", `{"data":0}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"a content type that is none", "json;;", "", "", `{"data":0}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"another charset", "text/plain; charset=iso-8859-1", "", "", `{"data":0}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
+		{"JSON in another charset", js + "; charset=utf-16", "", "", `{"data":0}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a form", "application/x-www-form-urlencoded", "", "", `a=b`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"a line that is no JSON", nd, "", "", "\n\r\n{\"content\":\n", 400, "invalid_json", "*", 0, at(0)},
-		{"a line with two objects", nd, "", "", "{}{}\n", 400, "invalid_json", "", 0, at(0)},
-		{"an array in a line", nd, "", "", "[{}]\n", 400, "invalid_chunk", "", 0, at(0)},
+		{"a line with two objects", nd, "", "", "{\"data\":0}{\"data\":0}\n", 400, "invalid_json", "", 0, at(0)},
+		{"an array in a line", nd, "", "", "[{\"data\":0}]\n", 400, "invalid_chunk", "", 0, at(0)},
 		{"a line with seq", nd, "", "", "{\"seq\":1}\n", 400, "reserved_member", "/seq", 0, at(0)},
 		{"a line over the limit", nd, "", "", `{"content":"` + long + `"}`, 413, "chunk_too_large", "", 2 << 10, at(0)},
 		{"a line just over the limit", nd, "", "", `{"content":"` + long[:fits+1] + `"}`, 413, "chunk_too_large", "", 2 << 10, at(0)},
@@ -229,8 +229,56 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 	}
 	// What is just small enough is taken.
 	n.append("s", `{"content":"`+long[:fits]+`"}`)
-	n.append("s", `[{}`+strings.Repeat(`,{}`, 9)+`]`)
+	n.append("s", `[{"data":0}`+strings.Repeat(`,{"data":0}`, 9)+`]`)
 	n.append("s", `{"message_id":"`+long[:256]+`"}`)
+}
+
+// With end=done an append ends its message, whatever its body is.
+func TestAppend_endsTheMessageWhereItIsAskedTo(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for i, c := range []struct{ query, kind, body, want string }{
+		{"?message_id=m", typeJSON, `{"content":"a"}`, "delta m|done m"},
+		{"?message_id=m", typeJSON, `[{"content":"a"},{"content":"b"}]`, "delta m|delta m|done m"},
+		{"?message_id=m", typeNDJSON, line("a") + line("b"), "delta m|delta m|done m"},
+		{"?message_id=m", typeText, "a", "delta m|done m"},
+		{"?message_id=m", typeEvents, "data: a\n\n", "delta m|done m"},
+		{"?message_id=m", typeJSON, `[]`, "done m"},
+		{"?message_id=m", typeNDJSON, ``, "done m"},
+		{"?", typeJSON, `{"message_id":"a","content":"a"}`, "delta a|done a"},
+		{"?", typeJSON, `[{"message_id":"a","content":"a"},{"message_id":"b","content":"b"}]`, "delta a|delta b|done b"},
+		{"?", typeNDJSON, `{"message_id":"a","content":"a"}`, "delta a|done a"},
+		{"?", typeJSON, `{"content":"a"}`, "delta |done "},
+		{"?message_id=m", typeJSON, `[{"content":"a"},{"message_id":"b","content":"b"}]`, "delta m|delta b|done m"},
+		{"?", typeJSON, `{"type":"message","message_id":"a","content":"a"}`, "message a|done a"},
+		// It has ended by itself.
+		{"?message_id=m", typeJSON, `[{"content":"a"},{"type":"done"}]`, "delta m|done m"},
+		{"?message_id=m", typeNDJSON, line("a") + `{"type":"failed"}`, "delta m|failed m"},
+		{"?", typeJSON, `{"message_id":"a","content":"a","is_complete":true}`, "delta a"},
+	} {
+		for _, closed := range []string{"", "true"} {
+			s := fmt.Sprint("s", i, closed)
+			q := request{method: "POST", path: "/v1/sessions/" + s + "/chunks" + c.query + "&end=done", kind: c.kind, body: c.body, bad: true, header: numbers("p", 0, 0)}
+			if closed != "" {
+				q.header["Stream-Closed"] = closed
+				c.want += "|end "
+			}
+			first := into[Stored](t, n.do(q), 201)
+			var got []string
+			for _, one := range n.chunks(s) {
+				got = append(got, one.Type+" "+one.Message)
+			}
+			if strings.Join(got, "|") != c.want || first.Count != len(got) {
+				t.Errorf("%+v: %q, %+v", c, got, first)
+			}
+			if again := into[Stored](t, n.do(q), 200); again.Last != first.Last {
+				t.Errorf("%+v: %+v and then %+v", c, first, again)
+			}
+		}
+	}
+	n.do(request{method: "POST", path: "/v1/sessions/s/chunks?end=true", kind: typeJSON, body: `{"content":"a"}`, bad: true}).refused(t, 400, "invalid_parameter")
+	n.append("s", `[{"message_id":"m","content":"a"},{"message_id":"m","type":"done"}]`)
+	n.post("/v1/sessions/s/chunks?message_id=m&end=done", typeJSON, `[]`).refused(t, 409, "message_ended")
 }
 
 // What is meant by a content type is known by each of its names.
@@ -259,7 +307,7 @@ func TestAppend_knowsTheNamesOfItsContentTypes(t *testing.T) {
 func TestAppend_byPutIsRefusedSinceProxiesMayResendIt(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	a := n.do(request{method: "PUT", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{}`})
+	a := n.do(request{method: "PUT", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"data":0}`})
 	a.refused(t, 405, "method_not_allowed") // its Allow is held against the contract
 	if allow := a.header.Get("Allow"); !strings.Contains(allow, "POST") || !strings.Contains(allow, "GET") {
 		t.Errorf("Allow: %s", allow)
@@ -347,7 +395,7 @@ func TestPage_saysTheNumberOfItsFirstChunk(t *testing.T) {
 func TestPage_badParametersAreRefused(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	n.append("s", `{}`)
+	n.append("s", `{"data":0}`)
 	for query, want := range map[string]Problem{
 		"after=x": {Member: "after"}, "after=-1": {Member: "after"}, "after=latest": {Member: "after"}, "after=00": {Member: "after"}, "after=1.0": {Member: "after"},
 		"after=%2B1": {Member: "after"}, "after=12345678901234567": {Member: "after"},
@@ -385,13 +433,13 @@ func TestPage_ofLargeChunksHoldsFewerThanItsLimitButGoesOn(t *testing.T) {
 func TestSession_timesAreUTCAndMoveWithTheLog(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	n.append("s", `{}`)
+	n.append("s", `{"data":0}`)
 	first := into[sessionJSON](t, n.get("/v1/sessions/s"), 200)
 	if age := time.Since(first.CreatedAt); age < -time.Minute || age > time.Minute || first.CreatedAt.Location() != time.UTC {
 		t.Errorf("created at %v", first.CreatedAt)
 	}
 	eventually(t, "a later update", func() bool {
-		n.append("s", `{}`)
+		n.append("s", `{"data":0}`)
 		s := into[sessionJSON](t, n.get("/v1/sessions/s"), 200)
 		return s.CreatedAt.Equal(first.CreatedAt) && s.UpdatedAt.After(first.UpdatedAt)
 	})

@@ -190,6 +190,7 @@ type events struct {
 	parser sse.Parser
 	fill   store.Fill
 	limit  int
+	some   bool // there was an event, in this body or in one that it goes on with
 }
 
 func (s *events) next() (chunks []store.Chunk, err error) {
@@ -212,10 +213,14 @@ func (s *events) next() (chunks []store.Chunk, err error) {
 				return chunks, err
 			}
 			chunks = append(chunks, chunk)
+			s.some = true
 		}
 		switch {
 		case len(chunks) == batchMost:
 			return chunks, nil
+		case s.err == io.EOF && !s.some && !s.begun():
+			return nil, &Problem{Status: http.StatusBadRequest, Code: "no_event",
+				Detail: "the body ended without an event, so it is no event stream: an error page, or what a service said that failed? Nothing is stored"}
 		case s.err == io.EOF && s.parser.Torn(s.arrived()):
 			return chunks, &Problem{Status: http.StatusBadRequest, Code: "torn_event",
 				Detail: "the body ended inside an event: an empty line is missing behind it. Those before it are stored", cause: errBroken}
@@ -228,6 +233,12 @@ func (s *events) next() (chunks []store.Chunk, err error) {
 			return nil, s.tooLarge("a line")
 		}
 	}
+}
+
+// begun says whether the body has ended inside its first event.
+func (s *events) begun() bool {
+	rest := s.arrived()
+	return s.parser.Torn(nil) || bytes.HasPrefix(rest, []byte("data")) || bytes.HasPrefix(rest, []byte("event"))
 }
 
 func (s *events) tooLarge(what string) error {

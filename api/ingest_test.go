@@ -331,6 +331,45 @@ func TestEvents_areKeptToTheByte(t *testing.T) {
 	}
 }
 
+// What a service says that fails is often no event stream, and is not to be taken for an answer that is done.
+func TestEvents_bodyWithoutAnEventIsRefused(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for i, body := range []string{
+		"<html>\n<body>502 Bad Gateway</body>\n</html>\n", "<html>502</html>", `{"error":{"message":"overloaded"}}`, `{"error":"no"}` + "\n", "",
+		"\n\n", ": keep-alive\n\n", "retry: 5\n\nid: 7\n\n", "\uFEFF", "upstream connect error\r\n\r\n", "event: ping\n\n", "datum: x\n\n",
+	} {
+		for _, q := range []request{
+			{path: "?message_id=m", body: body}, {body: body},
+			{path: "?message_id=m", from: struct{ io.Reader }{strings.NewReader(body)}}, // of which nobody knows how long it is
+		} {
+			s := fmt.Sprint("none", i)
+			q.method, q.path, q.kind, q.bad = "POST", "/v1/sessions/"+s+"/chunks"+q.path, typeEvents, true
+			q.header = map[string]string{"Stream-Closed": "true"}
+			if p := n.do(q).refused(t, 400, "no_event"); p.Stored != nil {
+				t.Errorf("%q: %+v", body, p)
+			}
+			if a := n.get("/v1/sessions/" + s + "/chunks"); a.status == 200 && len(into[pageJSON](t, a, 200).Chunks) > 0 {
+				t.Errorf("%q: %s", body, a.body)
+			}
+		}
+	}
+	for _, body := range []string{"data: torn", "data: torn\n", "event: torn\n", "event: torn\ndata: torn\n", "dat"} {
+		if a := n.postEvents("torn", "", body); a.status != 400 {
+			t.Errorf("%q: %d %s", body, a.status, a.body)
+		}
+	}
+	// A producer that has sent all of its events only has to say that they are all.
+	post := func(body string, number int64) answer {
+		return n.do(request{method: "POST", path: "/v1/sessions/s/chunks?message_id=m", kind: typeEvents, body: body, bad: true, header: numbers("p", 0, number)})
+	}
+	post("data: a\n\ndata: torn", 0).refused(t, 400, "torn_event")
+	if got := into[Stored](t, post("", 1), 201); got.Count != 1 || n.chunks("s")[1].Type != "done" {
+		t.Errorf("%+v", got)
+	}
+	post("", 0).refused(t, 400, "no_event")
+}
+
 func TestRaw_givesWhatWasIngestedAndNothingElse(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.sse.Window = 2000 })
@@ -385,7 +424,7 @@ func TestRaw_ofALongLogThatHasEnded(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.sse.Window = 4000 })
 	many := "[" + strings.Repeat(`{"content":"sesame"},`, 2000)
-	for s, last := range map[string]string{"without": `{}`, "with": `{"raw":"x"}`} {
+	for s, last := range map[string]string{"without": `{"data":0}`, "with": `{"raw":"x"}`} {
 		n.append(s, many+last+"]")
 		n.append(s, `{"type":"end"}`)
 		want := map[string]int{"without": 204, "with": 200}[s]

@@ -314,7 +314,7 @@ func TestLimit_ofUploads(t *testing.T) {
 	if p := a.refused(t, 429, "caller_limit"); a.header.Get("Retry-After") != "5" || p.Limit != 1 || !strings.Contains(p.Detail, "-caller-uploads") {
 		t.Errorf("%+v", p)
 	}
-	into[Stored](t, n.do(as(request{method: "POST", path: path, kind: typeJSON, body: `{}`}, "198.51.100.1")), 201)
+	into[Stored](t, n.do(as(request{method: "POST", path: path, kind: typeJSON, body: `{"data":0}`}, "198.51.100.1")), 201)
 	second := n.beginning(t, path, typeText, "X-Forwarded-For: 198.51.100.2")
 	second.send("sesame")
 	n.until("s", 3)
@@ -349,7 +349,7 @@ func TestLimit_ofBodies(t *testing.T) {
 		s.api.Limits.Bodies, s.api.Limits.CallerBodies, s.api.BodyMax = 400<<10, 260<<10, 250<<10
 	}))
 	const path = "/v1/sessions/s/chunks"
-	body := "[" + strings.Repeat(`{"content":"`+strings.Repeat("x", 1<<10)+`"},`, 140) + "{}]" // 142 KiB
+	body := "[" + strings.Repeat(`{"content":"`+strings.Repeat("x", 1<<10)+`"},`, 140) + "{\"data\":0}]" // 142 KiB
 	begin := func(address string) (rest *io.PipeWriter, answered chan answer) {
 		r, w := io.Pipe()
 		answered = make(chan answer, 1)
@@ -374,7 +374,7 @@ func TestLimit_ofBodies(t *testing.T) {
 	if p := a.refused(t, 429, "caller_limit"); a.header.Get("Retry-After") == "" || p.Limit != 260<<10 || !strings.Contains(p.Detail, "-caller-bodies") {
 		t.Errorf("%+v", p)
 	}
-	into[Stored](t, n.do(as(request{method: "POST", path: path, kind: typeJSON, body: `{}`}, "198.51.100.1")), 201)
+	into[Stored](t, n.do(as(request{method: "POST", path: path, kind: typeJSON, body: `{"data":0}`}, "198.51.100.1")), 201)
 	two, second := begin("198.51.100.2")
 	eventually(t, "two are", func() bool { return n.api.limits.Bodies.Taken() == 2*len(body) })
 	n.do(as(all, "198.51.100.3")).refused(t, 503, "node_limit")
@@ -428,7 +428,7 @@ func TestLimit_ofABodysTime(t *testing.T) {
 			_, _ = w.Write(piece)
 			<-time.After(100 * time.Millisecond)
 		}
-		_, _ = w.Write([]byte(`{}`))
+		_, _ = w.Write([]byte(`{"data":0}`))
 		_ = w.Close()
 	}()
 	begun := time.Now()
@@ -480,12 +480,12 @@ func TestLimit_ofNewSessions(t *testing.T) {
 		return n.do(as(request{method: "POST", path: "/v1/sessions/" + id + "/chunks", kind: kind, body: body}, address))
 	}
 	for i := range 9 {
-		into[Stored](t, appendTo(fmt.Sprint("s", i), me, typeJSON, `{}`), 201)
+		into[Stored](t, appendTo(fmt.Sprint("s", i), me, typeJSON, `{"data":0}`), 201)
 	}
 	n.do(as(request{method: "POST", path: "/v1/sessions/s9"}, me))
 	for _, q := range []request{
 		{method: "POST", path: "/v1/sessions"}, {method: "POST", path: "/v1/sessions/new"},
-		{method: "POST", path: "/v1/sessions/new/chunks", kind: typeJSON, body: `{}`},
+		{method: "POST", path: "/v1/sessions/new/chunks", kind: typeJSON, body: `{"data":0}`},
 		{method: "POST", path: "/v1/sessions/new/chunks", kind: typeNDJSON, body: line("a")},
 		{method: "POST", path: "/v1/sessions/new/chunks", kind: typeText, body: "a"},
 		{method: "POST", path: "/v1/sessions/new/messages", kind: typeJSON, body: `{"content":"why?"}`},
@@ -495,15 +495,15 @@ func TestLimit_ofNewSessions(t *testing.T) {
 			t.Errorf("%s %s: %+v", q.method, q.path, p)
 		}
 	}
-	into[Stored](t, appendTo("s0", me, typeJSON, `{}`), 201)
+	into[Stored](t, appendTo("s0", me, typeJSON, `{"data":0}`), 201)
 	into[Stored](t, appendTo("s0", me, typeNDJSON, line("a")), 201)
 	n.do(as(request{method: "GET", path: "/v1/sessions/new"}, other)).refused(t, 404, "session_not_found")
-	into[Stored](t, appendTo("new", other, typeJSON, `{}`), 201)
+	into[Stored](t, appendTo("new", other, typeJSON, `{"data":0}`), 201)
 	if n.api.limits.Answers.Taken() != 0 {
 		t.Error("an answer that was refused has a place")
 	}
 	clock.advance(time.Second)
-	into[Stored](t, appendTo("newer", me, typeJSON, `{}`), 201)
+	into[Stored](t, appendTo("newer", me, typeJSON, `{"data":0}`), 201)
 }
 
 // Chunks that come too fast are refused where nothing of them was read, and else read slowly.
@@ -518,7 +518,7 @@ func TestLimit_ofAppends(t *testing.T) {
 	for range 3 { // 51 each
 		into[Stored](t, post(typeJSON, large), 201)
 	}
-	into[Stored](t, post(typeJSON, "["+strings.Repeat("{},", 39)+"{}]"), 201)
+	into[Stored](t, post(typeJSON, "["+strings.Repeat("{\"data\":0},", 39)+"{\"data\":0}]"), 201)
 	a := post(typeJSON, large)
 	if p := a.refused(t, 429, "rate_limited"); p.Limit != 20 || !strings.Contains(p.Detail, "-caller-appends") {
 		t.Errorf("%+v", p)
@@ -594,21 +594,21 @@ func TestLimit_ofASessionsNames(t *testing.T) {
 		q     request
 		chunk int
 	}{
-		{request{method: "POST", path: path, kind: typeJSON, body: `[{"message_id":"m1"},{},{"message_id":"m3"}]`}, 2},
+		{request{method: "POST", path: path, kind: typeJSON, body: `[{"message_id":"m1"},{"data":0},{"message_id":"m3"}]`}, 2},
 		{request{method: "POST", path: path, kind: typeNDJSON, body: `{"message_id":"m3","type":"done"}` + "\n"}, 0},
 		{request{method: "POST", path: path, kind: typeText, body: "a"}, -1},
 		{request{method: "POST", path: path + "?message_id=m3&lease=5s", kind: typeJSON, body: `[]`}, -1},
 		{request{method: "POST", path: "/v1/sessions/s/messages", kind: typeJSON, body: `{"content":"why?"}`}, -1},
 		{request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("why?")}, -1},
-		{numbered(request{method: "POST", path: path, kind: typeJSON, body: `{}`}, "p2", 0), -1},
+		{numbered(request{method: "POST", path: path, kind: typeJSON, body: `{"data":0}`}, "p2", 0), -1},
 	} {
 		p := n.do(c.q).refused(t, 409, "session_full")
 		if p.Limit != 3 || !strings.Contains(p.Detail, "-session-names") || c.chunk >= 0 && (p.Chunk == nil || *p.Chunk != c.chunk) {
 			t.Errorf("%s %s: %+v", c.q.path, c.q.body, p)
 		}
 	}
-	n.append("s", `[{"message_id":"m1"},{"message_id":"m1","type":"done"},{}]`)
-	if a := n.do(numbered(request{method: "POST", path: path, kind: typeJSON, body: `{}`}, "p", 1)); a.status != 201 {
+	n.append("s", `[{"message_id":"m1"},{"message_id":"m1","type":"done"},{"data":0}]`)
+	if a := n.do(numbered(request{method: "POST", path: path, kind: typeJSON, body: `{"data":0}`}, "p", 1)); a.status != 201 {
 		t.Errorf("the producer that it knows: %d %s", a.status, a.body)
 	}
 	if got := len(n.contents("s")); got != 7+more {
@@ -634,7 +634,7 @@ func TestLimit_ofDepth(t *testing.T) {
 				t.Errorf("%+v", p)
 			}
 		}
-		p := n.do(request{method: "POST", path: path, kind: typeJSON, body: "[{}," + nested(depth) + "]", bad: true})
+		p := n.do(request{method: "POST", path: path, kind: typeJSON, body: "[{\"data\":0}," + nested(depth) + "]", bad: true})
 		if depth < 10_000 {
 			if p := p.refused(t, 400, "chunk_too_deep"); p.Chunk == nil || *p.Chunk != 1 {
 				t.Errorf("%+v", p)

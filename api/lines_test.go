@@ -409,7 +409,7 @@ func TestLines_waitForARedisThatIsAwayForAWhile(t *testing.T) {
 func TestLines_endThatIsRefusedBehindTheBodyBlamesNoneOfItsChunks(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
-	a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeNDJSON, body: "{}\n{\"type\":\"end\"}\n", header: map[string]string{"Stream-Closed": "true"}})
+	a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeNDJSON, body: "{\"data\":0}\n{\"type\":\"end\"}\n", header: map[string]string{"Stream-Closed": "true"}})
 	p := a.refused(t, 409, "session_ended")
 	if p.Stored == nil || p.Stored.Count != 2 || p.Chunk != nil && *p.Chunk < 2 {
 		t.Errorf("chunk %v, stored %+v", *p.Chunk, p.Stored)

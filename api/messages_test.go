@@ -142,8 +142,11 @@ func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
 	}{
 		"the session ends":       {func(n *node, _ asked) { n.append("s", `{"type":"end"}`) }, false},
 		"the session is deleted": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}) }, false},
-		"deleted and begun anew": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}); n.append("s", `{}`) }, false},
-		"all are cancelled":      {func(n *node, _ asked) { n.post("/v1/sessions/s/cancel", "", "") }, false},
+		"deleted and begun anew": {func(n *node, _ asked) {
+			n.do(request{method: "DELETE", path: "/v1/sessions/s"})
+			n.append("s", `{"data":0}`)
+		}, false},
+		"all are cancelled": {func(n *node, _ asked) { n.post("/v1/sessions/s/cancel", "", "") }, false},
 		"the message is cancelled": {func(n *node, a asked) {
 			n.post("/v1/sessions/s/cancel", typeJSON, `{"message_id":"`+a.ReplyID+`"}`)
 		}, false},

@@ -106,7 +106,7 @@ func TestProblem_otherOriginsPagesChangeNothing(t *testing.T) {
 	}
 	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
 	for i, header := range []map[string]string{{"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Origin": n.server.URL}, nil} {
-		a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{}`, header: header})
+		a := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"data":0}`, header: header})
 		if got := into[Stored](t, a, 201); got.Last != int64(i+1) {
 			t.Errorf("%v: %+v", header, got)
 		}

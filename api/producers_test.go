@@ -74,33 +74,33 @@ func TestProducer_whatIsWrongWithItsNumbersIsSaid(t *testing.T) {
 		{map[string]string{headerProducerID: "p", headerProducerEpoch: "0", headerProducerChunk: "01"}, headerProducerChunk},
 		{map[string]string{headerProducerID: "p", headerProducerEpoch: "0", headerProducerChunk: "9007199254740992"}, headerProducerChunk},
 	} {
-		if p := post(typeJSON, "{}", c.header).refused(t, 400, "invalid_parameter"); p.Member != c.member {
+		if p := post(typeJSON, "{\"data\":0}", c.header).refused(t, 400, "invalid_parameter"); p.Member != c.member {
 			t.Errorf("%v: %+v", c.header, p)
 		}
 	}
 	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
 
-	a := post(typeJSON, "{}", numbers("p", 2, 1))
+	a := post(typeJSON, "{\"data\":0}", numbers("p", 2, 1))
 	if p := a.refused(t, 409, "producer_gap"); a.header.Get(headerExpectedChunk) != "0" || p.ExpectedChunk == nil || *p.ExpectedChunk != 0 {
 		t.Errorf("%+v", p)
 	}
-	into[Stored](t, post(typeJSON, `[{"content":"sesame"},{},{}]`, numbers("p", 2, 0)), 201)
+	into[Stored](t, post(typeJSON, `[{"content":"sesame"},{"data":0},{"data":0}]`, numbers("p", 2, 0)), 201)
 	for _, kind := range []string{typeJSON, typeNDJSON} {
-		a = post(kind, "{}", numbers("p", 2, 4))
+		a = post(kind, "{\"data\":0}", numbers("p", 2, 4))
 		if p := a.refused(t, 409, "producer_gap"); a.header.Get(headerExpectedChunk) != "3" || *p.ExpectedChunk != 3 {
 			t.Errorf("%+v", p)
 		}
-		a = post(kind, "{}", numbers("p", 1, 0))
+		a = post(kind, "{\"data\":0}", numbers("p", 1, 0))
 		if p := a.refused(t, 403, "producer_fenced"); a.header.Get(headerProducerEpoch) != "2" || *p.ProducerEpoch != 2 {
 			t.Errorf("%+v", p)
 		}
-		if p := post(kind, "{}\n{\"content\":\"no\"}", numbers("p", 2, 1)); kind == typeNDJSON {
+		if p := post(kind, "{\"data\":0}\n{\"content\":\"no\"}", numbers("p", 2, 1)); kind == typeNDJSON {
 			if p := p.refused(t, 409, "producer_conflict"); p.Chunk == nil || *p.Chunk != 1 || p.Stored == nil || p.Stored.Count != 1 {
 				t.Errorf("%+v", p)
 			}
 		}
 	}
-	if p := post(typeJSON, `[{},{"content":"no"}]`, numbers("p", 2, 1)).refused(t, 409, "producer_conflict"); p.Chunk == nil || *p.Chunk != 1 {
+	if p := post(typeJSON, `[{"data":0},{"content":"no"}]`, numbers("p", 2, 1)).refused(t, 409, "producer_conflict"); p.Chunk == nil || *p.Chunk != 1 {
 		t.Errorf("%+v", p)
 	}
 	if got := n.page("s", ""); got.Last != 3 {
@@ -194,7 +194,7 @@ func TestProducer_lostAnswersOfRedisAreRepeatedByTheServer(t *testing.T) {
 	if got := n.contents("s"); len(got) != 5 {
 		t.Errorf("%q", got)
 	}
-	n.post("/v1/sessions/t/chunks", typeJSON, `{}`).refused(t, 504, "outcome_unknown") // without numbers it is not
+	n.post("/v1/sessions/t/chunks", typeJSON, `{"data":0}`).refused(t, 504, "outcome_unknown") // without numbers it is not
 }
 
 // cutter is a proxy that cuts connections where it is told to.

@@ -154,8 +154,8 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 	if err != nil {
 		return err
 	}
-	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
 	if c.Request().Method == http.MethodHead {
+		c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
 		sse.Head(c.Response())
 		return nil
 	}
@@ -171,6 +171,7 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 		return err
 	}
 	defer v.Close()
+	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", c.RealIP()))
 	w := a.hub.NewWriter(c.Response().Writer, c.Request())
 	cause := v.Serve(c.Request().Context(), w)

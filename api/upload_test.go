@@ -161,11 +161,11 @@ func TestUpload_refusedEarlyLeavesItsConnectionInOrder(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
 	c := n.raw(t)
-	bad := "no\n" + strings.Repeat("{}\n", 2_000) // more than a read takes
+	bad := "no\n" + strings.Repeat("{\"data\":0}\n", 2_000) // more than a read takes
 	for range 20 {
-		for _, body := range []string{bad, "{}\n"} {
+		for _, body := range []string{bad, "{\"data\":0}\n"} {
 			fmt.Fprintf(c, "POST /v1/sessions/s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-			want := map[string]int{bad: 400, "{}\n": 201}[body]
+			want := map[bool]int{true: 400, false: 201}[body == bad]
 			if a := c.response(t); a.status != want || a.header.Get("Connection") != "" {
 				t.Fatalf("%d %s: %s", a.status, a.header, a.body)
 			}
@@ -205,7 +205,7 @@ func TestUpload_whatIsWrongInItsHeadersIsAnsweredAtOnce(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			c1 := n.beginning(t, c.path, c.kind, c.header...)
-			c1.send("{}\n")
+			c1.send("{\"data\":0}\n")
 			a := c1.response(t)
 			a.refused(t, c.status, c.code)
 			if a.header.Get("Connection") != "close" {
@@ -449,7 +449,7 @@ func TestProducer_anOutcomeThatIsUnknownStaysSo(t *testing.T) {
 			}}
 		}
 	})
-	n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "{}", header: numbers("p", 0, 0)}).refused(t, 504, "outcome_unknown")
+	n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "{\"data\":0}", header: numbers("p", 0, 0)}).refused(t, 504, "outcome_unknown")
 	if appends.Load() < 3 {
 		t.Errorf("it was tried %d times", appends.Load())
 	}
@@ -499,7 +499,7 @@ func TestRead_tagOfAPageThatWasTrimmed(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := serve(t, on(redis))
-	n.append("s", `[{"content":"sesame"},{},{},{"type":"end"}]`)
+	n.append("s", `[{"content":"sesame"},{"data":0},{"data":0},{"type":"end"}]`)
 	a := n.get("/v1/sessions/s/chunks?after=2")
 	redis.Del(t.Context(), "chat:history:s") // it expires
 	b := n.do(request{method: "GET", path: "/v1/sessions/s/chunks?after=2", header: map[string]string{"If-None-Match": a.header.Get("ETag")}})

@@ -91,7 +91,8 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		return c, syntaxError(err)
 	}
 	typ, members := "", 0
-	hasType, hasMessage, hasRole, complete := false, false, false, false
+	hasType, hasMessage, hasRole, complete, says := false, false, false, false, false
+	var unknown []string // the first of those that have no meaning here
 	for dec.PeekKind() != '}' {
 		name, err := dec.ReadToken()
 		if err != nil {
@@ -134,7 +135,12 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 			}
 		case "role":
 			hasRole = true
+		default:
+			if !saying[member] && len(unknown) < 8 {
+				unknown = append(unknown, member)
+			}
 		}
+		says = says || saying[member]
 	}
 	if _, err := dec.ReadToken(); err != nil {
 		return c, syntaxError(err)
@@ -156,6 +162,15 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	}
 	if !hasRole {
 		missing.Role = fill.Role
+	}
+	// One that only names its message, or whose it is, says that much.
+	if about := hasMessage || hasRole || missing != (Fill{}); !says && (len(unknown) > 0 || !about) {
+		switch typ {
+		case "":
+			return c, nothingSaid(TypeDelta, unknown)
+		case TypeDelta, TypeReasoning, TypeMessage:
+			return c, nothingSaid(typ, unknown)
+		}
 	}
 	posted := text[1:]
 	if members == 0 {

@@ -69,10 +69,14 @@ func TestParseChunk_keepsWhatWasPosted(t *testing.T) {
 		fill store.Fill
 		want string
 	}{
-		{`{}`, store.Fill{}, `"type":"delta"}`},
-		{" { } \n", store.Fill{}, `"type":"delta"}`},
+		{`{}`, store.Fill{Role: "user"}, `"type":"delta","role":"user"}`},
+		{" { } \n", store.Fill{MessageID: "m"}, `"type":"delta","message_id":"m"}`},
+		{`{"message_id":"m"}`, store.Fill{}, `"type":"delta","message_id":"m"}`},
+		{`{"content":"","text":"b"}`, store.Fill{}, `"type":"delta","content":"","text":"b"}`},
+		{`{"type":"tool_call","text":"b"}`, store.Fill{}, `"type":"tool_call","text":"b"}`},
+		{`{"type":"done","text":"b"}`, store.Fill{}, `"type":"done","text":"b"}`},
 		{`{"content":"a"}`, store.Fill{}, `"type":"delta","content":"a"}`},
-		{`{"Seq":1,"x":1e400,"y":12345678901234567890}`, store.Fill{}, `"type":"delta","Seq":1,"x":1e400,"y":12345678901234567890}`},
+		{`{"raw":"","Seq":1,"x":1e400,"y":12345678901234567890}`, store.Fill{}, `"type":"delta","raw":"","Seq":1,"x":1e400,"y":12345678901234567890}`},
 		{"{\n \"content\": \"a\\u00e9\\n\",\r\n\t\"data\": [1, 2]\n}", store.Fill{}, `"type":"delta","content":"a\u00e9\n","data":[1,2]}`},
 		{`{"type":"done"}`, store.Fill{MessageID: "m", Role: `r"`}, `"message_id":"m","role":"r\"","type":"done"}`},
 		{`{"message_id":"x","role":"u"}`, store.Fill{MessageID: "m", Role: "r"}, `"type":"delta","message_id":"x","role":"u"}`},
@@ -81,6 +85,43 @@ func TestParseChunk_keepsWhatWasPosted(t *testing.T) {
 		if _, rest, _ := strings.Cut(got, `,"ts":`); !strings.HasPrefix(got, `{"seq":1,"ts":`) || rest[strings.IndexByte(rest, ',')+1:] != c.want {
 			t.Errorf("%q became %s", c.text, got)
 		}
+	}
+}
+
+// A chunk that says nothing is a mistake, and the error says which one it probably is.
+func TestParseChunk_refusesWhatSaysNothingAndSaysWhatWasMeant(t *testing.T) {
+	for _, c := range []struct {
+		text           string
+		member, detail string // as far as it must say so
+	}{
+		{`{}`, "", `give it one of them`},
+		{`{"type":"delta"}`, "", `of type "delta"`},
+		{`{"text":"hi","messageId":"m"}`, "/text", `did you mean "content" instead of "text", "message_id" instead of "messageId"?`},
+		{`{"messageId":"m","delta":"hi"}`, "/delta", `"message_id" instead of "messageId", "content" instead of "delta"?`},
+		{`{"message_id":"m","text":"hi"}`, "/text", `"content" instead of "text"`},
+		{`{"message_id":"m","role":"assistant","message":"hi"}`, "/message", `"content" instead of "message"`},
+		{`{"type":"delta","Content":"hi"}`, "/Content", `"content" instead of "Content"`},
+		{`{"type":"message","role":"user","parts":[{"type":"text","text":"hi"}]}`, "/parts", `of type "message"`},
+		{`{"type":"reasoning","thinking":"hm"}`, "/thinking", `of type "reasoning"`},
+		{`{"contnet":"hi"}`, "/contnet", `"content" instead of "contnet"`},
+		{`{"conten":"hi"}`, "/conten", `"content" instead of "conten"`},
+		{`{"contennt":"hi"}`, "/contennt", `"content" instead of "contennt"`},
+		{`{"CONTENT":"hi","message-id":"m"}`, "/CONTENT", `"message_id" instead of "message-id"`},
+		{`{"payload":{}}`, "/payload", `"data" instead of "payload"`},
+		{`{"t\u0065xt":"hi"}`, "/text", `"content" instead of "text"`},
+		{`{"progress":50}`, "/progress", `put "progress" into "data", or give the chunk a "type" of its own`},
+		{`{"a/b~":1}`, "/a~1b~0", `put "a/b~" into "data"`},
+		{`{"id":"c","object":"chat.completion.chunk","choices":[{"delta":{"content":"hi"}}]}`, "/id", `text/event-stream`},
+	} {
+		_, err := store.ParseChunk([]byte(c.text), store.Fill{}, lots)
+		e, ok := errors.AsType[*store.ChunkError](err)
+		if !ok || e.Code != "invalid_chunk" || e.Member != c.member || !strings.Contains(e.Detail, c.detail) {
+			t.Errorf("%s: %+v", c.text, err)
+		}
+	}
+	_, err := store.ParseChunk([]byte(`{"`+strings.Repeat("x", 5000)+`":1}`), store.Fill{}, lots)
+	if e, ok := errors.AsType[*store.ChunkError](err); !ok || len(e.Detail) > 300 || len(e.Member) > 100 {
+		t.Errorf("%.400v", err)
 	}
 }
 

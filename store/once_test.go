@@ -121,7 +121,7 @@ func TestOnce_otherContentIsAConflict_filledInMembersAreNot(t *testing.T) {
 		for i, chunks := range [][]store.Chunk{
 			parse(`{"content":"a"}`, store.Fill{MessageID: "m1"}),
 			parse(`{"message_id":"m1","content":"b"}`, store.Fill{}),
-			parse(`{}`, store.Fill{}),
+			parse(`{}`, store.Fill{Role: "r"}),
 			parse(`{}`, store.Fill{MessageID: "m1", Role: "r"}),
 		} {
 			if err := at(int64(i), chunks); err != nil {
@@ -141,7 +141,7 @@ func TestOnce_otherContentIsAConflict_filledInMembersAreNot(t *testing.T) {
 			{1, parse(`{"message_id":"m1","content":"b"}`, store.Fill{}), false},
 			{1, parse(`{"content":"b"}`, store.Fill{MessageID: "m1"}), true}, // the same in the end, and not what was posted
 			{2, parse(` { } `, store.Fill{MessageID: "m9"}), false},
-			{3, parse(`{}`, store.Fill{}), false},
+			{3, parse(`{}`, store.Fill{MessageID: "m8"}), false},
 			{3, parse(`{"role":"r"}`, store.Fill{}), true},
 		} {
 			err := at(c.number, c.chunks)
