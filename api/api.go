@@ -166,6 +166,7 @@ type API struct {
 	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
 	limits  *limit.Limits
 	answers underway
+	folds   chan struct{} // a place for each fold of a log that is being made
 	uploads *uploads
 	tickets *tickets
 	demo    *demo // nil: there is none
@@ -178,7 +179,7 @@ type API struct {
 // New wires the calls. files is the page, contract the text of openapi.yaml, registry what
 // is served at /metrics: New adds the calls' own.
 func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte, registry *prometheus.Registry) *API {
-	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, limits: limit.New(cfg.Limits)}
+	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, limits: limit.New(cfg.Limits), folds: make(chan struct{}, foldsMost)}
 	a.draining, a.drain = context.WithCancel(context.Background())
 	a.ending, a.end = context.WithCancelCause(context.Background())
 	a.uploads = &uploads{logs: logs, api: a, all: map[string]map[*upload]struct{}{}}
@@ -218,6 +219,8 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.call("GET", streamPath, auth.Read, a.stream)
 	a.call("POST", onePath+"/tickets", auth.Read, a.createTicket)
 	a.call("POST", onePath+"/messages", auth.Ask, decode(a.ask))
+	a.call("GET", onePath+"/messages", auth.Read, a.readMessages)
+	a.call("GET", onePath+"/messages/:message_id", auth.Read, a.readMessage)
 	a.call("POST", onePath+"/cancel", auth.Cancel, decode(a.cancel))
 	a.call("POST", onePath+"/messages/:message_id/stop", auth.Cancel, a.stopMessage)
 	a.call("GET", onePath+"/messages/:message_id/ui-stream", auth.Read, a.uiMessage)

@@ -25,7 +25,7 @@ func calls() []request {
 		{method: "POST", path: s + "/chunks", kind: typeText, body: "sesame"},
 		{method: "POST", path: s + "/chunks", kind: typeEvents, body: "data: sesame\n\n"},
 		{method: "POST", path: s + "/cancel", kind: typeJSON, body: `{}`},
-		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/stream?until=done"},
+		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/messages"}, {method: "GET", path: s + "/messages/m"}, {method: "GET", path: s + "/stream?until=done"},
 		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/demo", kind: typeJSON, body: `{"connection":"sesame","do":"cut"}`},

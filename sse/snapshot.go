@@ -48,15 +48,28 @@ type fold struct {
 	ends       bool
 	full       bool // the next chunk does not fit
 	size       int  // about as many bytes as the event has
+	// keep says what is kept of a message that begins with chunk seq; nil: all of each.
+	keep func(seq int64, id string) kept
 }
+
+// kept is what a fold keeps of a message.
+type kept int
+
+const (
+	keptWhole kept = iota
+	keptHead       // all but what it says
+	keptOut        // it is none of the fold's, which knows it only to tell its chunks from those of others
+)
 
 // message is one of a fold. Names and texts are kept as they stand between quotes in JSON: so
 // what is said in pieces is one text when the pieces are joined.
 type message struct {
 	named            bool
+	kept             kept
 	id, role, reason []byte
 	status           string
 	over             bool // what has ended stays so, whatever others push behind it
+	cut              bool // it is larger than what may be kept of it
 	first, last      int64
 	content          []byte
 	thought          []byte // what it says in chunks of type reasoning,
@@ -148,8 +161,13 @@ func (f *fold) add(seq int64, chunk []byte) {
 	}
 	if m == nil {
 		m = &message{named: id != "", id: bytes.Clone(rawID), role: bytes.Clone(role), first: seq}
-		f.messages = append(f.messages, m)
-		f.size += messageSize + len(m.id) + len(m.role)
+		if f.keep != nil {
+			m.kept = f.keep(seq, id)
+		}
+		if m.kept != keptOut {
+			f.messages = append(f.messages, m)
+			f.size += m.size()
+		}
 		if m.named {
 			f.named[id] = m
 		}
@@ -157,7 +175,15 @@ func (f *fold) add(seq int64, chunk []byte) {
 	if f.unnamed = nil; !m.named {
 		f.unnamed = m
 	}
-	m.last = seq
+	if !m.over {
+		m.status, m.over = status, over
+	}
+	if m.kept == keptOut {
+		return
+	}
+	if m.last = seq; m.kept == keptHead {
+		return
+	}
 	if kind != store.TypeReasoning {
 		m.content = append(m.content, content...)
 	} else if m.thought = append(m.thought, content...); len(content) > 0 && ts > 0 {
@@ -178,9 +204,11 @@ func (f *fold) add(seq int64, chunk []byte) {
 		m.chunks = append(m.chunks, chunk...)
 		f.size += len(chunk) + 1
 	}
-	if !m.over {
-		m.status, m.over = status, over
-	}
+}
+
+// size is about as many bytes as the message has in an event.
+func (m *message) size() int {
+	return messageSize + len(m.id) + len(m.role) + len(m.reason) + len(m.content) + len(m.thought) + len(m.chunks)
 }
 
 // inside is what stands between a string's quotes.
@@ -203,31 +231,36 @@ func (f *fold) snapshot(ended bool) *snapshot {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = append(b, '{')
-		if m.named {
-			b = append(append(append(b, `"message_id":"`...), m.id...), `",`...)
-		}
-		b = append(append(b, `"role":"`...), m.role...)
-		b = append(append(b, `","content":"`...), m.content...)
-		if b = append(b, '"'); len(m.thought) > 0 {
-			b = append(append(append(b, `,"reasoning":"`...), m.thought...), '"')
-			b = strconv.AppendInt(append(b, `,"reasoning_ms":`...), m.to-m.from, 10)
-		}
-		b = append(append(append(b, `,"status":"`...), m.status...), '"')
-		b = strconv.AppendBool(append(b, `,"done":`...), m.status != streaming)
-		if len(m.reason) > 0 {
-			b = append(append(append(b, `,"reason":"`...), m.reason...), '"')
-		}
-		b = strconv.AppendInt(append(b, `,"first_seq":`...), m.first, 10)
-		b = strconv.AppendInt(append(b, `,"last_seq":`...), m.last, 10)
-		if len(m.chunks) > 0 {
-			b = append(append(append(b, `,"chunks":[`...), m.chunks...), ']')
-		}
-		b = append(b, '}')
+		b = m.append(b)
 	}
 	b = strconv.AppendInt(append(b, "]}\nid: "...), f.last, 10)
 	s.event = append(b, "\n\n"...)
 	return s
+}
+
+// append appends the message as JSON.
+func (m *message) append(b []byte) []byte {
+	b = append(b, '{')
+	if m.named {
+		b = append(append(append(b, `"message_id":"`...), m.id...), `",`...)
+	}
+	b = append(append(b, `"role":"`...), m.role...)
+	b = append(append(b, `","content":"`...), m.content...)
+	if b = append(b, '"'); len(m.thought) > 0 {
+		b = append(append(append(b, `,"reasoning":"`...), m.thought...), '"')
+		b = strconv.AppendInt(append(b, `,"reasoning_ms":`...), m.to-m.from, 10)
+	}
+	b = append(append(append(b, `,"status":"`...), m.status...), '"')
+	b = strconv.AppendBool(append(b, `,"done":`...), m.status != streaming)
+	if len(m.reason) > 0 {
+		b = append(append(append(b, `,"reason":"`...), m.reason...), '"')
+	}
+	b = strconv.AppendInt(append(b, `,"first_seq":`...), m.first, 10)
+	b = strconv.AppendInt(append(b, `,"last_seq":`...), m.last, 10)
+	if len(m.chunks) > 0 {
+		b = append(append(append(b, `,"chunks":[`...), m.chunks...), ']')
+	}
+	return append(b, '}')
 }
 
 // snapshots bounds what all snapshots, and the folds that they are made from, keep in memory.
