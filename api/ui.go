@@ -2,7 +2,6 @@ package api
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -101,7 +100,7 @@ func uiQuestion(body []byte) (content, member string, err error) {
 	return content, member, nil
 }
 
-// uiResume answers with the message that is under way; 204 when there is none.
+// uiResume answers with the assistant's message under way that began last; 204 when there is none.
 func (a *API) uiResume(c echo.Context) error { return a.uiView(c, "") }
 
 // uiMessage answers with a message that is under way; 204 when it is not.
@@ -121,8 +120,15 @@ func (a *API) uiView(c echo.Context, message string) error {
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
+	ask, begins := sse.Ask{Epoch: b.Epoch}, b.Former
 	if message == "" {
-		message = newest(open)
+		if message, ask.Cursor, ask.Epoch, err = a.running(c.Request().Context(), session(c), open); err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		begins = ask.Cursor
+		if begins == b.Former { // its beginning may be gone: it is looked for from the first chunk that is kept
+			ask.Cursor = 0
+		}
 	}
 	if !slices.Contains(open, message) {
 		return c.NoContent(http.StatusNoContent)
@@ -132,21 +138,55 @@ func (a *API) uiView(c echo.Context, message string) error {
 		return err
 	}
 	defer a.limits.Viewers.Give(caller, 1)
-	return a.uiStream(c, sse.Ask{Epoch: b.Epoch}, newUIFold(message, b.Former))
+	return a.uiStream(c, ask, newUIFold(message, begins))
 }
 
-// newest is the newest of messages that are open: of those whose ids this server made, and which tell the time, or, if
-// there are none, of others.
-func newest(open []string) string {
-	var made, others string
+// running is the assistant's message under way that began last, and where in the log it begins: behind chunk number after
+// of an epoch. open are the messages that the server knows to be unfinished. Empty: there is none.
+//
+// An answer of the model is one from its question on, before its first word. So one of which nothing is in the log yet began
+// later than all that have said something, if its id is such as this server makes.
+func (a *API) running(ctx context.Context, session string, open []string) (message string, after int64, epoch string, err error) {
+	if len(open) == 0 {
+		return "", 0, "", nil
+	}
+	m, p, err := a.foldLog(ctx, session, sse.MessagesAsk{Only: func(id string) bool { return slices.Contains(open, id) }, Heads: true})
+	if err != nil {
+		return "", 0, "", err
+	}
+	var last sse.MessageHead
+	mute := slices.Clone(open)
+	for _, one := range m.Heads() {
+		mute = slices.DeleteFunc(mute, func(id string) bool { return id == one.ID })
+		if one.Role == roleAssistant && one.Streaming {
+			last = one
+		}
+	}
+	silent, made := newest(mute)
+	switch {
+	case silent != "" && (made || last.ID == ""):
+		return silent, m.Last(), m.Epoch(), nil
+	case last.First == m.First() && m.First() > p.Former+1: // what it began with may be gone
+		return last.ID, p.Former, m.Epoch(), nil
+	}
+	return last.ID, max(last.First-1, 0), m.Epoch(), nil
+}
+
+// newest is the newest of messages of which nothing is in the log: of those whose ids this server made, and which tell the
+// time, or, if there are none, of others.
+func newest(open []string) (message string, made bool) {
+	var ours, others string
 	for _, id := range open {
 		if u, err := uuid.Parse(id); err == nil && u.Version() == 7 && u.String() == id {
-			made = max(made, id)
+			ours = max(ours, id)
 		} else {
 			others = max(others, id)
 		}
 	}
-	return cmp.Or(made, others)
+	if ours != "" {
+		return ours, true
+	}
+	return others, false
 }
 
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {

@@ -121,6 +121,48 @@ func TestUI_resumesTheAnswer(t *testing.T) {
 	}
 }
 
+// Of several messages under way, a page that is loaded again is given the assistant's that began last: neither the one
+// with the greatest id, nor the user's own.
+func TestUI_resumesTheAssistantsAnswerThatBeganLast(t *testing.T) {
+	t.Parallel()
+	redis := storetest.Redis(t)
+	n := serve(t, on(redis))
+	const v7 = "01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10" // an id such as this server makes
+	for i, c := range []struct{ log, want string }{
+		{`[{"message_id":"z","role":"assistant","content":"old"},{"message_id":"a","role":"assistant","content":"new"}]`, "a"},
+		{`[{"message_id":"z","content":"old"},{"message_id":"a","content":"new"},{"message_id":"z","content":"goes on"}]`, "a"},
+		{`[{"message_id":"a","role":"assistant","content":"it"},{"message_id":"z","role":"user","content":"typing"}]`, "a"},
+		{`[{"message_id":"a","role":"assistant","content":"it"},{"message_id":"` + v7 + `","role":"user","content":"typing"}]`, "a"},
+		{`[{"message_id":"` + v7 + `","content":"old"},{"message_id":"a","content":"new"}]`, "a"},
+		{`[{"message_id":"b","content":"old"},{"message_id":"a","content":"new"},{"message_id":"a","type":"done"}]`, "b"},
+		{`[{"message_id":"a","content":"it"},{"message_id":"t","role":"tool","content":"42"},{"message_id":"s","role":"system","content":"be brief"}]`, "a"},
+		{`[{"message_id":"u","role":"user","content":"typing"}]`, ""},
+		{`[{"message_id":"u","role":"user","content":"typing"},{"message_id":"t","role":"tool","content":"42"}]`, ""},
+		{`[{"message_id":"u","role":"user","content":"typing"},{"message_id":"u","role":"assistant","content":"still the user's"}]`, ""},
+	} {
+		s := fmt.Sprint("s", i)
+		n.append(s, c.log)
+		resume := request{method: "GET", path: "/v1/sessions/" + s + "/ui-stream"}
+		if c.want == "" {
+			if a := n.do(resume); a.status != 204 {
+				t.Errorf("%s: %d", c.log, a.status)
+			}
+			continue
+		}
+		u := n.ui(t, resume)
+		n.append(s, `[{"message_id":"other","content":"no"},{"message_id":"`+c.want+`","content":"!"},{"message_id":"`+c.want+`","type":"done"}]`)
+		if last := u.rest(); last.Type != "finish" || u.all[0].MessageID != c.want || !strings.HasSuffix(u.text.String(), "!") || u.text.Len() < 3 {
+			t.Errorf("%s: %+v %q", c.log, u.all[0], u.text.String())
+		}
+	}
+	// One that another program has ended in the list is not under way, whatever Redis' hash says.
+	n.append("foreign", `[{"message_id":"a","content":"it"}]`)
+	redis.RPush(t.Context(), "chat:history:foreign", `{"message_id":"a","type":"done"}`)
+	if a := n.get("/v1/sessions/foreign/ui-stream"); a.status != 204 {
+		t.Errorf("%d", a.status)
+	}
+}
+
 func TestUI_resumesARunningMessageFromItsBeginningOnAnyNode(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
