@@ -23,11 +23,14 @@ type chat struct {
 	err   error
 }
 
+// sdks are the packages of the AI SDK that front ends have: versions 6 and 7.
+var sdks = []string{"ai", "ai7"}
+
 // startChat has a script of the AI SDK run: how is ask, resume or stop.
-func startChat(t *testing.T, base, session, how, question string) *chat {
+func startChat(t *testing.T, sdk, base, session, how, question string) *chat {
 	t.Helper()
 	c := &chat{done: make(chan struct{}), lines: map[string][]string{}}
-	run := install(t)("ai.mjs", how, question)
+	run := install(t)("ai.mjs", sdk, how, question)
 	ctx, cancel := storetest.Watch(t.Context(), t)
 	go func() { // ends with ctx; waited for below
 		defer close(c.done)
@@ -68,6 +71,15 @@ func (c *chat) ends(t *testing.T, status, message, text string) {
 
 func TestAISDK_resumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T) {
 	t.Parallel()
+	for _, sdk := range sdks {
+		t.Run(sdk, func(t *testing.T) {
+			t.Parallel()
+			testResumesARunningAnswerToTheByteThroughCutsAndADrain(t, sdk)
+		})
+	}
+}
+
+func testResumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T, sdk string) {
 	redis := storetest.Redis(t)
 	args := []string{"-redis", redis.URL(), "-heartbeat", "100ms"}
 	a, b := start(t, args...), start(t, args...)
@@ -76,10 +88,10 @@ func TestAISDK_resumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T) 
 	produce := func(n *node) {
 		for _, text := range nasty {
 			want += text
-			n.post(t, path, []chunk{{MessageID: "m", Content: text}, {MessageID: "other", Content: "not of it"}})
+			n.post(t, path, []chunk{{MessageID: "m", Content: text}, {MessageID: "other", Role: "user", Content: "not of it"}})
 		}
 	}
-	startChat(t, "http://"+a.addr, session, "resume", "").ends(t, "ready", "", "") // nothing runs: 204
+	startChat(t, sdk, "http://"+a.addr, session, "resume", "").ends(t, "ready", "", "") // nothing runs: 204
 	a.post(t, path, chunk{Type: "message", MessageID: "q", Role: "user", Content: "?"})
 	produce(a)
 
@@ -87,8 +99,8 @@ func TestAISDK_resumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T) 
 	line.cuts = []cut{where(`text-delta.*\n\ndata: {"type":"text-de()`)} // the first response, in mid-answer
 	line.route = func(streams int) int { return min(streams, 1) }
 	b.post(t, path, chunk{Type: "done", MessageID: "other"})
-	whole := startChat(t, "http://"+a.addr, session, "resume", "")
-	torn := startChat(t, "http://"+line.l.Addr().String(), session, "resume", "")
+	whole := startChat(t, sdk, "http://"+a.addr, session, "resume", "")
+	torn := startChat(t, sdk, "http://"+line.l.Addr().String(), session, "resume", "")
 	whole.has(t, len(want))
 	torn.has(t, len(want))
 	for range 3 {
@@ -105,15 +117,31 @@ func TestAISDK_resumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T) 
 		t.Errorf("%d responses, and the first was not cut: this proves less than it should", len(streams))
 	}
 	whole.ends(t, "error", "m", want)
-	startChat(t, "http://"+b.addr, session, "resume", "").ends(t, "ready", "", "")
+	late := startChat(t, sdk, "http://"+b.addr, session, "resume", "")
+	late.ends(t, "ready", "", "")
+	// What a page begins with (messages?format=ui), and what a resume adds to it: the answer is there once.
+	for c, want := range map[*chat]string{whole: "user user assistant", torn: "user user assistant", late: "user assistant user"} {
+		if got := c.lines["roles"]; !slices.Equal(got, []string{want}) {
+			t.Errorf("it has messages of %q, not %q", got, want)
+		}
+	}
 }
 
 func TestAISDK_stopsAnAnswer(t *testing.T) {
 	t.Parallel()
+	for _, sdk := range sdks {
+		t.Run(sdk, func(t *testing.T) {
+			t.Parallel()
+			testStopsAnAnswer(t, sdk)
+		})
+	}
+}
+
+func testStopsAnAnswer(t *testing.T, sdk string) {
 	n := start(t)
 	const path = "/v1/sessions/ui/chunks"
 	n.post(t, path, chunk{MessageID: "a/b 🍞", Content: "half"})
-	c := startChat(t, "http://"+n.addr, "ui", "stop", "")
+	c := startChat(t, sdk, "http://"+n.addr, "ui", "stop", "")
 	c.ends(t, "ready", "a/b 🍞", "half")
 	if !slices.Equal(c.lines["stop"], []string{"204"}) {
 		t.Errorf("stop was answered %q", c.lines["stop"])
@@ -125,6 +153,15 @@ func TestAISDK_stopsAnAnswer(t *testing.T) {
 
 func TestAISDK_asksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T) {
 	t.Parallel()
+	for _, sdk := range sdks {
+		t.Run(sdk, func(t *testing.T) {
+			t.Parallel()
+			testAsksAndShowsTheAnswerOrWhyThereIsNone(t, sdk)
+		})
+	}
+}
+
+func testAsksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T, sdk string) {
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/v1/chat/completions" {
 			http.Error(w, "no", http.StatusUnauthorized)
@@ -138,7 +175,7 @@ func TestAISDK_asksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T) {
 	}))
 	t.Cleanup(service.Close)
 	n := start(t, "-model-url", service.URL+"/v1", "-model-name", "m")
-	c := startChat(t, "http://"+n.addr, "ui", "ask", "How long does tea steep?")
+	c := startChat(t, sdk, "http://"+n.addr, "ui", "ask", "How long does tea steep?")
 	c.ends(t, "ready", "", "")
 	all := n.history(t, "ui")
 	if len(all) != 4 || all[0].Content != "How long does tea steep?" || all[3].Type != "done" {
@@ -149,7 +186,7 @@ func TestAISDK_asksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T) {
 		t.Errorf("it finished %q", got)
 	}
 	n = start(t, "-model-url", service.URL+"/elsewhere", "-model-name", "m")
-	c = startChat(t, "http://"+n.addr, "ui", "ask", "And now?")
+	c = startChat(t, sdk, "http://"+n.addr, "ui", "ask", "And now?")
 	c.ends(t, "error", "", "")
 	if got := c.lines["error"]; len(got) != 1 || !strings.Contains(got[0], "401") {
 		t.Errorf("it says %q", got)

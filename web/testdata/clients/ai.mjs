@@ -1,13 +1,16 @@
-// The Vercel AI SDK's chat, as useChat has it, without React: asks (with a question), or resumes.
-import { AbstractChat, DefaultChatTransport } from 'ai';
+// The Vercel AI SDK's chat, as useChat has it, without React: asks (with a question), or resumes. sdk is the package: ai is
+// version 6, ai7 version 7. A chat
+// that resumes begins as a page that is loaded again, with the messages that the server has.
 import { chunk, over, url } from './print.mjs';
 
-const [how, question] = process.argv.slice(3);
+const [sdk, how, question] = process.argv.slice(3);
+const { AbstractChat, DefaultChatTransport } = await import(sdk);
+const history = how === 'resume' ? await fetch(`${url}/messages?format=ui`) : undefined;
 
 class State {
   status = 'ready';
   error = undefined;
-  messages = [];
+  constructor(messages) { this.messages = messages ?? []; }
   pushMessage = (m) => { this.messages.push(m); show(m); };
   popMessage = () => { this.messages.pop(); };
   replaceMessage = (i, m) => { this.messages[i] = m; show(m); };
@@ -15,7 +18,7 @@ class State {
 }
 
 class Chat extends AbstractChat {
-  constructor(init) { super({ ...init, state: new State() }); }
+  constructor(init) { super({ ...init, state: new State(init.messages) }); }
 }
 
 const text = (m) => m.parts.filter((p) => p.type === 'text').map((p) => p.text).join('');
@@ -29,6 +32,7 @@ let stop;
 
 const api = `${url}/ui-stream`;
 const chat = new Chat({
+  messages: history?.ok ? await history.json() : [],
   transport: new DefaultChatTransport({ api, prepareReconnectToStreamRequest: () => ({ api }) }),
   onError: (e) => chunk('error', e.message),
   onFinish: ({ isAbort, isError, finishReason }) => chunk('finish', `${isAbort} ${isError} ${finishReason}`),
@@ -39,6 +43,7 @@ else await chat.resumeStream();
 // A page that has lost its connection, and is loaded again.
 for (let i = 0; how === 'resume' && chat.status === 'error' && i < 20; i++) await chat.resumeStream();
 
+chunk('roles', chat.messages.map((m) => m.role).join(' '));
 const last = chat.messages.at(-1);
 if (last) chunk(last.id, text(last));
 if (stop) chunk('stop', String((await stop).status));
