@@ -372,6 +372,9 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 	u := a.newUpload(c.Request().Context(), session(c), caller, p.producer, p.lease, a.cfg.UploadPatience)
 	defer u.end()
 	defer u.until(a.grant(c))()
+	if b, ok := r.Body.(*incoming); ok && b.plain != nil {
+		b.plain.slow = u.slow
+	}
 	if p.kind != typeNDJSON {
 		u.stored.MessageID = p.fill.MessageID
 	}

@@ -39,7 +39,14 @@ func decode(next echo.HandlerFunc) echo.HandlerFunc {
 type gunzip struct {
 	from   arriving
 	reader *gzip.Reader
+	// slow, if not nil, is told of each paceBytes that were decoded. Blank lines and comments make no chunk, so else nothing
+	// would slow down an upload of them, of which a few KiB are many MB.
+	slow  func(cost int)
+	since int // bytes that slow was not told of
 }
+
+// paceBytes are decoded at the price of one chunk.
+const paceBytes = 1 << 10
 
 func (g *gunzip) Read(p []byte) (n int, err error) {
 	if g.reader == nil {
@@ -49,6 +56,10 @@ func (g *gunzip) Read(p []byte) (n int, err error) {
 		}
 	}
 	n, err = g.reader.Read(p)
+	if g.since += n; g.slow != nil && g.since >= paceBytes {
+		g.slow(g.since / paceBytes)
+		g.since %= paceBytes
+	}
 	return n, g.fault(err)
 }
 

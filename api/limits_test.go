@@ -534,6 +534,24 @@ func TestLimit_ofAppends(t *testing.T) {
 	into[Stored](t, n.do(as(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: large}, "198.51.100.2")), 201)
 }
 
+// What a compressed upload is decoded to counts as well where it makes no chunks: blank lines are a thousand times smaller in gzip.
+func TestLimit_ofWhatIsDecoded(t *testing.T) {
+	t.Parallel()
+	for kind, silent := range map[string]string{typeNDJSON: "\n", typeEvents: ":\n"} {
+		n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerAppends = 20 }))
+		begun := time.Now()
+		q := coded("/v1/sessions/s/chunks", kind, "gzip", gzipped(strings.Repeat(silent, 250*paceBytes/len(silent))+"data: x\n\n"))
+		if kind == typeNDJSON {
+			q.body = gzipped(strings.Repeat(silent, 250*paceBytes) + line("x"))
+		}
+		q.header["X-Forwarded-For"] = "198.51.100.1"
+		into[Stored](t, n.do(q), 201)
+		if took := time.Since(begun); took < time.Second {
+			t.Errorf("%s: it took %v, at 20 a second", kind, took)
+		}
+	}
+}
+
 func TestLimit_ofTickets(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerTickets, s.api.Limits.Now = 1, stopped().now }))
