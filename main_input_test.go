@@ -163,7 +163,7 @@ func TestInput_whatIsOddAndNotBadIsKeptToTheByte(t *testing.T) {
 	n.append(t, session, `{"data":0}`)
 	list := history(t, redis, session)
 	for i, want := range []string{
-		`"type":"delta","Seq":1,"\u0054S":2,"n":1.000e+2,"content":"\u00e4ä\/"}`, `"type":"delta","data":{"seq":1,"ts":2}}`, `"type":"delta"}`,
+		`"type":"delta","Seq":1,"\u0054S":2,"n":1.000e+2,"content":"\u00e4ä\/"}`, `"type":"delta","data":{"seq":1,"ts":2}}`, `"type":"delta","data":0}`,
 	} {
 		head := fmt.Sprintf(`{"seq":%d,"ts":`, i+1)
 		if !strings.HasPrefix(list[i], head) || !json.Valid([]byte(list[i])) || list[i][len(head)+13:] != ","+want {

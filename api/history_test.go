@@ -145,6 +145,7 @@ func TestMessages_saysWhatIsWrongAndWhatHasNotChanged(t *testing.T) {
 		n.do(request{method: "GET", path: path + bad, bad: true}).refused(t, 400, "invalid_parameter")
 	}
 	n.do(request{method: "GET", path: path + "/" + strings.Repeat("x", 257), bad: true}).refused(t, 400, "invalid_parameter")
+	n.do(request{method: "GET", path: "/v1/sessions/a%20b/messages", bad: true}).refused(t, 400, "invalid_session_id")
 	n.do(request{method: "GET", path: "/v1/sessions/a%20b/messages/m", bad: true}).refused(t, 400, "invalid_session_id")
 	if m := into[map[string]any](t, n.get(path+"/a%2Fb%20%F0%9F%8D%9E"), 200); m["content"] != "bread" {
 		t.Errorf("%+v", m)
