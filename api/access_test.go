@@ -687,7 +687,7 @@ func TestCORS_pagesOfNamedOriginsMayCall(t *testing.T) {
 		t.Errorf("%d %s", a.status, a.body)
 	} else {
 		shared("an append", a.header, friend)
-		lists(a.header, "Access-Control-Expose-Headers", "Location", "ETag", "Retry-After", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Producer-Epoch", "Producer-Expected-Chunk")
+		lists(a.header, "Access-Control-Expose-Headers", "Location", "Link", "ETag", "Retry-After", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Producer-Epoch", "Producer-Expected-Chunk")
 	}
 	n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"data":0}`, header: map[string]string{"Origin": evil}}, token)).refused(t, 403, "cross_origin")
 	if a := n.do(request{method: "OPTIONS", path: "/v1/sessions/s/chunks"}); a.status != 204 || a.header.Get("Allow") == "" {
