@@ -138,14 +138,14 @@ func TestDrain_requestsUnderWayFinish(t *testing.T) {
 	conn := dial(t, n.addr, fmt.Sprintf("POST /v1/sessions/%s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", session, len(body), body[:20]))
 	eventually(t, "the node serves", func() bool { return n.get("/readyz").status == http.StatusOK })
 	lines, answered := upload(t, n, session+"-upload")
-	_, _ = io.WriteString(lines, "{}\n")
+	_, _ = io.WriteString(lines, "{\"data\":0}\n")
 	eventually(t, "the upload is under way", func() bool { return len(history(t, redis, session+"-upload")) == 1 })
 	n.terminate()
 	eventually(t, "the node drains", func() bool { return n.get("/readyz").status != http.StatusOK })
 	if _, err := io.WriteString(conn, body[20:]); err != nil {
 		t.Fatal(err)
 	}
-	_, _ = io.WriteString(lines, "{}\n")
+	_, _ = io.WriteString(lines, "{\"data\":0}\n")
 	_ = lines.(io.Closer).Close()
 	response, err := http.ReadResponse(conn.in, nil)
 	if err != nil || response.StatusCode != http.StatusCreated {

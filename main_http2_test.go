@@ -452,7 +452,7 @@ func TestHTTP2_anUploadIsToldAtOnceWhatIsWrong(t *testing.T) {
 	n := start(t, "-h2c")
 	session := newID()
 	lines, answered := upload(t, n, session)
-	if _, err := io.WriteString(lines, "{}\n{}\nno JSON\n"); err != nil {
+	if _, err := io.WriteString(lines, "{\"data\":0}\n{\"data\":0}\nno JSON\n"); err != nil {
 		t.Fatal(err)
 	}
 	select { // the body goes on

@@ -379,7 +379,7 @@ func TestLimits_nothingIsSmuggled(t *testing.T) {
 		"no colon",
 		"Host: other",
 	} {
-		all := whole(t, n, "POST /v1/sessions/first/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"+header+"\r\n\r\n{}"+second)
+		all := whole(t, n, "POST /v1/sessions/first/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"+header+"\r\n\r\n[]"+second)
 		if answers := strings.Count(all, "HTTP/1.1 "); answers != 1 || !strings.HasPrefix(all, "HTTP/1.1 4") && !strings.HasPrefix(all, "HTTP/1.1 501") {
 			t.Errorf("%q: %d answers: %.200q", header, answers, all)
 		}

@@ -708,9 +708,9 @@ func TestWire_otherOriginsAndOtherHostsAreRefused(t *testing.T) {
 		{"a stream by that name", "GET /v1/sessions/x/stream HTTP/1.1\r\nHost: evil.example:" + n.addr[strings.LastIndex(n.addr, ":")+1:] + "\r\n\r\n", "4"},
 		{"localhost", "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", "200"},
 		{"a form of another page", "POST /v1/sessions/" + session + "/chunks HTTP/1.1\r\nHost: " + n.addr +
-			"\r\nOrigin: http://evil.example\r\nSec-Fetch-Site: cross-site\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}", "403"},
+			"\r\nOrigin: http://evil.example\r\nSec-Fetch-Site: cross-site\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{\"data\":0}", "403"},
 		{"this page", "POST /v1/sessions/" + session + "/chunks HTTP/1.1\r\nHost: " + n.addr +
-			"\r\nOrigin: http://" + n.addr + "\r\nSec-Fetch-Site: same-origin\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}", "201"},
+			"\r\nOrigin: http://" + n.addr + "\r\nSec-Fetch-Site: same-origin\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{\"data\":0}", "201"},
 	} {
 		s := dial(t, n.addr, c.request)
 		if status, _ := s.head(); !strings.HasPrefix(status, "HTTP/1.1 "+c.status) {
