@@ -94,11 +94,11 @@ func TestDocs_backEndsOfTheReadme(t *testing.T) {
 			continue
 		}
 		a := n.get("/v1/sessions/" + name + "/chunks")
-		said := ""
+		var said strings.Builder
 		for _, found := range regexp.MustCompile(`"content":"([^"]*)"`).FindAllStringSubmatch(a.body, -1) {
-			said += found[1]
+			said.WriteString(found[1])
 		}
-		if said != "Said without a gap." || !strings.Contains(a.body, `"type":"done"`) {
+		if said.String() != "Said without a gap." || !strings.Contains(a.body, `"type":"done"`) {
 			t.Errorf("%s: %s", name, a.body)
 		}
 	}

@@ -100,11 +100,11 @@ func TestExamples_surviveANodeThatIsKilled(t *testing.T) {
 					text += strings.TrimSpace(c.Content) + " "
 				}
 			}
-			want := ""
+			var want strings.Builder
 			for i := range 60 {
-				want += fmt.Sprintf("word%d ", i)
+				want.WriteString(fmt.Sprintf("word%d ", i))
 			}
-			if text != want {
+			if text != want.String() {
 				t.Errorf("it said %q", text)
 			}
 		})
