@@ -34,6 +34,11 @@ local due_written -- the earliest of its deadlines, as it is written down
 local at, count
 local written
 
+-- Redis serves nobody else while a script runs. So what may be much is done in slices: a script does one, and the next
+-- script goes on. spent is what this run has cost so far, in steps of about a quarter of a microsecond. A caller whose
+-- run has spent a slice is asked to come again (run.lua). slice_of_messages is how many messages a slice has.
+local slice, slice_of_messages, spent = 8000, 250, 0
+
 local function int(n) return string.format('%.0f', n) end
 
 -- write is a command that changes something.
@@ -41,6 +46,11 @@ local function write(...)
   local reply = redis.call(...)
   written = true
   return reply
+end
+
+-- write_many is write with any number of arguments, names and values in turn or names alone: unpack has limits.
+local function write_many(command, key, all)
+  for i = 1, #all, 1000 do write(command, key, unpack(all, i, math.min(i + 999, #all))) end
 end
 
 -- writable reports whether Redis takes writes. To set an empty part of a text that does not exist changes nothing, and
@@ -166,6 +176,22 @@ local function message(id)
   return messages[id]
 end
 
+-- read_messages reads many messages at once, for those who ask for each of them then.
+local function read_messages(ids)
+  local names, unread, taken = {}, {}, {}
+  for _, id in ipairs(ids) do
+    if not messages[id] and not taken[id] then
+      taken[id] = true
+      names[#names + 1], unread[#unread + 1] = 'm:' .. id, id
+    end
+  end
+  for i = 1, #names, 1000 do
+    local found = redis.call('HMGET', session, unpack(names, i, math.min(i + 999, #names)))
+    for k = 1, #found do messages[unread[i + k - 1]] = parse(found[k]) end
+  end
+  spent = spent + 4 * #names
+end
+
 -- begin_message begins a message, or says that one has a chunk.
 local function begin_message(m, has_chunk)
   if not m.open then m.open, m.new, m.changed = true, true, true end
@@ -192,11 +218,11 @@ end
 
 -- save writes down what became of messages, and the earliest of their deadlines.
 local function save()
-  local due, added = log.due, false
+  local due, states, gone, opened, closed = log.due, {}, {}, {}, {}
   for id, m in pairs(messages) do
     if m.changed and (m.how or m.dropped) then
-      write('ZREM', opens, id)
-      if m.how then write('HSET', session, 'm:' .. id, m.how) else write('HDEL', session, 'm:' .. id) end
+      closed[#closed + 1] = id
+      if m.how then states[#states + 1], states[#states + 2] = 'm:' .. id, m.how else gone[#gone + 1] = 'm:' .. id end
     elseif m.changed then
       local text = m.new and 'new' or 'open'
       if m.late then text = m.new and 'newlate' or 'late' end
@@ -204,12 +230,17 @@ local function save()
         text = text .. ' ' .. int(m.deadline) .. ' ' .. int(m.length) .. ' ' .. m.token .. ' ' .. m.producer
         due = math.min(due or m.deadline, m.deadline)
       end
-      write('HSET', session, 'm:' .. id, text)
-      write('ZADD', opens, m.deadline and int(m.deadline) or '+inf', id)
-      added = true
+      states[#states + 1], states[#states + 2] = 'm:' .. id, text
+      opened[#opened + 1], opened[#opened + 2] = m.deadline and int(m.deadline) or '+inf', id
     end
+    m.changed = false
   end
-  if added then write('PEXPIRE', opens, ARGV[3]) end
+  write_many('ZREM', opens, closed)
+  write_many('HDEL', session, gone)
+  write_many('HSET', session, states)
+  write_many('ZADD', opens, opened)
+  spent = spent + 8 * (#closed + #opened / 2)
+  if #opened > 0 then write('PEXPIRE', opens, ARGV[3]) end
   if log.lapsed then
     local first = redis.call('ZRANGE', opens, 0, 0, 'WITHSCORES')
     due = first[2] and first[2] ~= 'inf' and tonumber(first[2]) or nil
@@ -305,6 +336,7 @@ local function add(members)
   for i = 1, #elements, 1000 do -- unpack has limits
     write(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
+  spent = spent + 12 * #elements
   log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
   local excess = log.length - tonumber(ARGV[8])
   if excess > 0 then
@@ -327,29 +359,49 @@ end
 
 local function lose(ids) conclude(ids, 'failed', 'failed', ',"reason":"producer_lost"') end
 
--- lapse ends the messages whose deadline is past. Whichever script comes first does it, so that nobody
+-- lapse ends the messages whose deadline is past, or a slice of them. Whichever script comes first does it, so that nobody
 -- needs to be alive for it.
 local function lapse()
-  local lost = {}
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', opens, '-inf', int(now()))) do
+  local lost, stale = {}, {}
+  local ids = redis.call('ZRANGEBYSCORE', opens, '-inf', int(now()), 'LIMIT', 0, slice_of_messages)
+  read_messages(ids)
+  for _, id in ipairs(ids) do
     local m = message(id)
-    if m.open and m.deadline and m.deadline <= now() then
-      if m.late then
-        lost[#lost + 1] = id
-      else
-        local length = math.max(m.length, m.token ~= '-' and tonumber(ARGV[9]) or 0)
-        m.late, m.changed, m.deadline = true, true, now() + last_call(length)
-      end
+    if not m.open then
+      stale[#stale + 1] = id
+    elseif not m.deadline or m.deadline > now() then
+      m.changed = true
+    elseif m.late then
+      lost[#lost + 1] = id
+    else
+      local length = math.max(m.length, m.token ~= '-' and tonumber(ARGV[9]) or 0)
+      m.late, m.changed, m.deadline = true, true, now() + last_call(length)
     end
   end
-  log.lapsed, look = true, true
+  write_many('ZREM', opens, stale)
+  log.lapsed, look, log.unfinished = true, true, #ids == slice_of_messages
   if #lost > 0 then lose(lost) end
 end
 
--- learn finds out which messages the chunks after a number begin or end: other programs pushed them. One script learns
--- a slice, so that nobody else waits long for Redis; the next one goes on. What a slice costs is counted in steps of about
--- a quarter of a microsecond.
-local slice = 8000
+-- sweep takes away what the hash of a deleted log has of messages, a slice of it, and keeps of its producers which there
+-- were, so that one that repeats itself does not bring back what was deleted.
+local function sweep()
+  if not writable() then return end
+  local found = redis.call('HSCAN', session, log.sweep, 'COUNT', 2 * slice_of_messages)
+  local gone, kept = {}, {}
+  for i = 1, #found[2], 2 do
+    local kind, id = found[2][i]:match('^([mp]):(.*)$')
+    if kind then gone[#gone + 1] = found[2][i] end
+    if kind == 'p' then kept[#kept + 1], kept[#kept + 2] = 'd:' .. id, found[2][i + 1]:match('^%d+') end
+  end
+  write_many('HDEL', session, gone)
+  write_many('HSET', session, kept)
+  log.sweep = found[1] ~= '0' and found[1] or nil
+  if log.sweep then write('HSET', session, 'sweep', log.sweep) else write('HDEL', session, 'sweep') end
+  spent = spent + 8 * #found[2]
+end
+
+-- learn finds out which messages the chunks after a number begin or end: other programs pushed them. It learns a slice.
 local function learn(after)
   local cost, step, i = 0, 16, after - log.base + 1
   while i <= log.length and cost < slice do
@@ -363,6 +415,7 @@ local function learn(after)
         local ok, chunk = pcall(cjson.decode, element)
         local id = ok and type(chunk) == 'table' and chunk.message_id
         if type(id) == 'string' and id ~= '' then
+          if not messages[id] then cost = cost + 24 end -- it is read, and written
           local kind, m = chunk.type, message(id)
           if kind == 'done' or kind == 'failed' or kind == 'cancelled' then
             if not m.how then close_message(id, kind) end
@@ -378,6 +431,7 @@ local function learn(after)
     step = math.max(1, math.min(1000, math.floor((slice - cost) / (#elements + size / 256) * #elements / 2)))
   end
   log.learned = i <= log.length and log.base + i - 1 or nil
+  spent = spent + cost
 end
 
 -- known reads the element at a position, the last one that was seen, and how long the list is: mostly that is
@@ -415,7 +469,7 @@ end
 -- that was seen last, and does what is due.
 local function open(id)
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
-    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'm:' .. (id or ''))
+    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'sweep', 'm:' .. (id or ''))
   local base, last_seen = tonumber(h[2] or 0), tonumber(h[3] or 0)
   local tip, length = known(last_seen - base)
   if not h[1] and length == 0 then
@@ -428,17 +482,22 @@ local function open(id)
   log = {
     epoch = h[1], recorded = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
     created_at = h[8], updated_at = h[9], deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12],
-    learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]),
+    learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]), sweep = h[14],
     mark = h[4] or '', length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
   }
   due_written = log.due
-  if id then messages[id] = parse(h[14]) end
+  if id then messages[id] = parse(h[15]) end
   if not log.epoch then -- a list that another program began
     log.epoch = ''
     if memory.last == 0 then begin(0, memory.epoch == derived(0) and memory.epoch or nil) end
   elseif log.deleted then
     log.base, log.last = log.last_seen, log.last_seen
-    if length > 0 then revive() end
+    if log.sweep then sweep() end
+    if log.sweep then -- until that is done, it stays deleted
+      length, log.length, log.unfinished = 0, 0, true
+    elseif length > 0 then
+      revive()
+    end
   elseif length == 0 then
     log.base = log.last_seen -- expired: the same log, with nothing of it left
   elseif log.last_seen > log.base and not (tip and matches(log.last_seen - log.base, log.mark, tip)) then

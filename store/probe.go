@@ -119,11 +119,11 @@ func (s *Store) probed(ctx context.Context) []string {
 var (
 	rightsToWrite = []string{
 		"EVALSHA 0 1 @session", "EVAL return 1 @session", "TIME",
-		"HGET @session f", "HMGET @session f", "HGETALL @session", "HLEN @session", "HSET @session f v", "HDEL @session f",
+		"HGET @session f", "HMGET @session f", "HSCAN @session 0", "HLEN @session", "HSET @session f v", "HDEL @session f",
 		"LLEN @history", "LRANGE @history 0 0", "LTRIM @history 0 -1", "LPUSH @history v", "RPUSH @history v",
 		"ZADD @messages XX 1 m", "ZADD @producers XX 1 m", "ZCARD @messages", "ZRANDMEMBER @producers", "ZRANGE @messages 0 0", "ZRANGEBYLEX @producers - +", "ZRANGEBYSCORE @messages 0 0",
-		"ZREM @messages m", "ZREMRANGEBYLEX @producers - (0", "ZREVRANGEBYLEX @producers + -",
-		"PEXPIRE @session 1", "DEL @session", "SETRANGE @stream 0 v", "HSET @ticket f v", "MULTI", "EXEC", "DISCARD",
+		"ZREM @messages m", "ZSCAN @messages 0", "ZREMRANGEBYLEX @producers - (0", "ZREVRANGEBYLEX @producers + -",
+		"PEXPIRE @session 1", "DEL @session", "UNLINK @session", "SETRANGE @stream 0 v", "HSET @ticket f v", "MULTI", "EXEC", "DISCARD",
 	}
 	rightsToHint    = []string{"PUBLISH @stream v", "PUBLISH @uploads v", "PUBLISH @tickets v", "PING", "SUBSCRIBE @stream @uploads @tickets", "UNSUBSCRIBE @stream"}
 	rightsOfMasters = []string{"SPUBLISH @stream v", "SSUBSCRIBE @stream", "SUNSUBSCRIBE @stream"} // of a Cluster

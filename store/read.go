@@ -45,6 +45,39 @@ const Newest = 0
 // The log of a session that does not exist has an empty Epoch, and reading it makes
 // nothing. ErrAway means away, never empty.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
+	p, err := s.readSlice(ctx, session, from, bytes, count)
+	size := 0
+	for _, element := range p.Elements {
+		size += len(element)
+	}
+	// What follows is of one instant with it as long as the epoch is the same: a log does not change under its numbers.
+	for n := len(p.Elements); err == nil && n > 0 && from != Newest && p.Next() <= p.Last && size < bytes && len(p.Elements) < count; {
+		var next Page
+		if next, err = s.readSlice(ctx, session, p.Next(), bytes-size, count-len(p.Elements)); err != nil {
+			break
+		}
+		if n = len(next.Elements); next.Epoch != p.Epoch || next.From != p.Next() || next.Deleted {
+			break
+		}
+		for i, element := range next.Elements {
+			if size += len(element); size > bytes || next.From+int64(i) > p.Last {
+				next.Elements, size = next.Elements[:i], bytes
+				break
+			}
+		}
+		p.Elements = append(p.Elements, next.Elements...)
+	}
+	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
+		err = fmt.Errorf("%w: %v", ErrAway, err)
+	}
+	if err != nil {
+		return Page{}, fmt.Errorf("read log %s: %w", session, err)
+	}
+	return p, nil
+}
+
+// readSlice reads as much of a page as Redis can give without others having to wait for long.
+func (s *Store) readSlice(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
 	alone := 0
 	if bytes >= aloneLeast {
 		alone = aloneMost
@@ -56,27 +89,30 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 			p, _, err = s.read(ctx, session, from, bytes, count, 0)
 		}
 	}
-	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
-		err = fmt.Errorf("%w: %v", ErrAway, err)
-	}
-	if err != nil {
-		return Page{}, fmt.Errorf("read log %s: %w", session, err)
-	}
-	return p, nil
+	return p, err
 }
 
-// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list is no larger than aloneMost.
+// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list is no larger than aloneMost. Else the script
+// reads no more than sliceMost bytes of it: that takes Redis some three milliseconds.
 const (
 	aloneLeast = 256 << 10
-	aloneMost  = 16 << 20
+	aloneMost  = 4 << 20
+	sliceMost  = 256 << 10
 )
 
 // read asks the script. Where it answers that the elements are to be read without it, that is where they
 // begin, and memory is how large the list is; else memory is 0.
 func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, memory int64, failed error) {
-	reply, err := s.run(ctx, scriptRead, session, bytes, false, from, bytes, count, alone)
-	if err != nil {
-		return p, 0, err
+	bytes = min(bytes, sliceMost)
+	var reply []any
+	for reply == nil || reply[0] == again {
+		if reply != nil && ctx.Err() != nil {
+			return p, 0, fmt.Errorf("%w: %w", ErrAway, ctx.Err())
+		}
+		var err error
+		if reply, err = s.run(ctx, scriptRead, session, bytes, false, from, bytes, count, alone); err != nil {
+			return p, 0, err
+		}
 	}
 	r := fields(reply)
 	if r.status() == "absent" {

@@ -8,7 +8,8 @@ for i = 1, #KEYS / 5 do
   at = next_at + 4
   count = tonumber(ARGV[at])
   next_at = at + count
-  local ok, answer = pcall(work)
+  local ok, answer = true, { 'again' }
+  if i == 1 or spent < slice then ok, answer = pcall(work) end
   if not ok then answer = { written and 'broken' or 'error', type(answer) == 'table' and answer.err or tostring(answer) } end
   replies[i] = answer
 end
