@@ -131,6 +131,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.DurationVar(&cfg.store.WaitTimeout, "wait-timeout", cfg.store.WaitTimeout, "how long they may take; after that the outcome is unknown")
 	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use: one that is viewed is in use")
 	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
+	bytesVar(fs, &cfg.store.HistoryBytes, "history-bytes", "how many `bytes` of a log's chunks are kept; 0: all that -history-max allows")
 	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message outlives the upload that it came from: one whose connection broke and that has producer numbers, or whose node died")
 	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "which end of the list foreign producers push to: oldest-first (RPUSH) or newest-first (LPUSH)")
 

@@ -16,6 +16,7 @@
 --   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
 --   ARGV[10] how many messages and producers a log may have
 --   ARGV[11] 1: reads may be served by a Redis that is read-only
+--   ARGV[12] how many bytes of chunks to keep, 0: all
 --   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or
 --   nothing, 0, nothing), how many arguments it has, and they
 --
@@ -269,7 +270,7 @@ local function top() return math.max(log.last_seen, log.last, memory.last) end
 
 -- make begins a log where there is nothing.
 local function make()
-  log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, deletions = 0 }
+  log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, bytes = 0, deletions = 0 }
   due_written = nil
   if lost then begin(lost.base, lost.epoch) else begin(0) end
 end
@@ -283,14 +284,16 @@ end
 -- seen writes down how far the log goes and what stands there, so that the next script can tell this
 -- list from another one.
 local function seen()
-  if log.last_seen == log.last and log.base == log.base_seen and not log.begun and log.learned == log.learned_seen then return end
+  if log.last_seen == log.last and log.base == log.base_seen and not log.begun and log.learned == log.learned_seen and
+    log.bytes == log.bytes_seen then return end
+  local sized = int(log.bytes) .. ' ' .. int(log.base) .. ' ' .. int(log.last)
   if log.last_seen ~= log.last or not log.updated_at then log.updated_at = int(now()) end
   if log.begun then
     if log.revived then write('HDEL', session, 'deleted') end
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.base), 'former', int(log.former), 'created_at', log.created_at,
-      'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at)
+      'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at, 'sized', sized)
   else
-    write('HSET', session, 'base', int(log.base), 'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at)
+    write('HSET', session, 'base', int(log.base), 'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at, 'sized', sized)
   end
   if log.learned then write('HSET', session, 'learned', int(log.learned))
   elseif log.learned_seen then write('HDEL', session, 'learned') end
@@ -308,12 +311,33 @@ local function refresh()
   if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
 end
 
+-- trim takes away the oldest chunks that are more than a log keeps, by number or by bytes: of many, a slice. The newest one
+-- stays, whatever it is.
+local function trim()
+  local most, most_bytes, n, size, step = tonumber(ARGV[8]), tonumber(ARGV[12]), 0, 0, 1
+  local function over()
+    return n < log.length - 1 and (log.length - n > most or most_bytes > 0 and log.bytes - size > most_bytes)
+  end
+  while over() and n < 1000 and size < 1048576 do
+    for _, element in ipairs(range(n + 1, n + step)) do
+      if over() then n, size = n + 1, size + #element end
+    end
+    step = math.min(2 * step, 128, math.max(math.floor(262144 * n / size), 1))
+  end
+  if n == 0 then return end
+  if newest_first then write('LTRIM', history, 0, -1 - n) else write('LTRIM', history, n, -1) end
+  log.base, log.length, log.bytes = log.base + n, log.length - n, log.bytes - size
+  spent = spent + 2 * n + size / 128
+end
+
 -- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
 -- chunk does. Where Redis refuses writes, a read goes on without.
 local function finish()
+  local over = log.length > tonumber(ARGV[8]) or tonumber(ARGV[12]) > 0 and log.bytes > tonumber(ARGV[12])
+  if over and not log.learned and writable() then trim() end
   if log.last ~= log.last_seen or log.begun then log.mark = mark(log.last - log.base) end
   local changed = log.last ~= log.last_seen or log.base ~= log.base_seen or log.begun or log.learned ~= log.learned_seen or
-    log.lapsed or next(messages)
+    log.bytes ~= log.bytes_seen or log.lapsed or next(messages)
   local recorded = changed and writable()
   if recorded then
     save()
@@ -326,24 +350,19 @@ local function finish()
   if refusal or unrefreshed then note = 'refused ' .. (refusal or unrefreshed) end
 end
 
--- add numbers and pushes chunks, given as text without the opening brace, and trims.
+-- add numbers and pushes chunks, given as text without the opening brace.
 local function add(members)
   local head, ts, elements = log.last, ',"ts":' .. int(now()) .. ',', {}
   for i = 1, #members do
     elements[i] = '{"seq":' .. int(head + i) .. ts .. members[i]
     news[#news + 1] = elements[i]
+    log.bytes = log.bytes + #elements[i]
   end
   for i = 1, #elements, 1000 do -- unpack has limits
     write(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
   spent = spent + 12 * #elements
   log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
-  local excess = log.length - tonumber(ARGV[8])
-  if excess > 0 then
-    if newest_first then write('LTRIM', history, 0, -1 - excess)
-    else write('LTRIM', history, excess, -1) end
-    log.base, log.length = log.base + excess, log.length - excess
-  end
 end
 
 -- conclude ends messages by a chunk of the server's own.
@@ -401,7 +420,8 @@ local function sweep()
   spent = spent + 8 * #found[2]
 end
 
--- learn finds out which messages the chunks after a number begin or end: other programs pushed them. It learns a slice.
+-- learn finds out which messages the chunks after a number begin or end, and how many bytes they are: other programs pushed
+-- them. It learns a slice.
 local function learn(after)
   local cost, step, i = 0, 16, after - log.base + 1
   while i <= log.length and cost < slice do
@@ -427,7 +447,7 @@ local function learn(after)
         end
       end
     end
-    i, cost = i + #elements, cost + #elements + size / 256
+    i, cost, log.bytes = i + #elements, cost + #elements + size / 256, log.bytes + size
     step = math.max(1, math.min(1000, math.floor((slice - cost) / (#elements + size / 256) * #elements / 2)))
   end
   log.learned = i <= log.length and log.base + i - 1 or nil
@@ -469,7 +489,7 @@ end
 -- that was seen last, and does what is due.
 local function open(id)
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
-    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'sweep', 'm:' .. (id or ''))
+    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'sweep', 'sized', 'm:' .. (id or ''))
   local base, last_seen = tonumber(h[2] or 0), tonumber(h[3] or 0)
   local tip, length = known(last_seen - base)
   if not h[1] and length == 0 then
@@ -483,10 +503,13 @@ local function open(id)
     epoch = h[1], recorded = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
     created_at = h[8], updated_at = h[9], deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12],
     learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]), sweep = h[14],
+    bytes = 0, -- what the list has up to the number that it was learned to
     mark = h[4] or '', length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
   }
   due_written = log.due
-  if id then messages[id] = parse(h[15]) end
+  local bytes, sized_base, sized_last = (h[15] or ''):match('^(%d+) (%d+) (%d+)$')
+  if sized_base == h[2] and sized_last == h[3] then log.bytes, log.bytes_seen = tonumber(bytes), tonumber(bytes) end
+  if id then messages[id] = parse(h[16]) end
   if not log.epoch then -- a list that another program began
     log.epoch = ''
     if memory.last == 0 then begin(0, memory.epoch == derived(0) and memory.epoch or nil) end
@@ -506,7 +529,8 @@ local function open(id)
   log.last = log.base + length
   if not log.deleted then compare_memory() end
   local after = math.max(log.learned or log.last_seen, log.base)
-  if log.begun then after = log.base end
+  if log.begun or length > 0 and not log.bytes_seen then after, log.bytes = log.base, 0 end
+  if length == 0 then log.bytes = 0 end
   if log.last > after then learn(after) end
   if log.due and not log.ended and now() >= log.due and writable() then lapse() end
 end

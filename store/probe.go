@@ -127,7 +127,6 @@ var (
 	}
 	rightsToHint    = []string{"PUBLISH @stream v", "PUBLISH @uploads v", "PUBLISH @tickets v", "PING", "SUBSCRIBE @stream @uploads @tickets", "UNSUBSCRIBE @stream"}
 	rightsOfMasters = []string{"SPUBLISH @stream v", "SSUBSCRIBE @stream", "SUNSUBSCRIBE @stream"} // of a Cluster
-	rightsToSpare   = []string{"MEMORY USAGE @history"}                                            // without it large pages are read more slowly
 )
 
 // try queues what the scripts do to a session. It returns the rights that are missing, as ACL SETUSER names them, and why
@@ -176,7 +175,6 @@ func (s *Store) tryOnce(ctx context.Context, id string) (missing []string, refus
 	if s.clustered {
 		hints = append(hints, queue(rightsOfMasters)...)
 	}
-	hints = append(hints, queue(rightsToSpare)...)
 	discard := pipe.Do(ctx, "discard")
 	_, _ = pipe.Exec(ctx)
 	if err := discard.Err(); err != nil { // the connection is still in the transaction
@@ -231,11 +229,7 @@ func (s *Store) lack(cmd *redis.Cmd, err error) string {
 	case strings.Contains(text, "key"):
 		return "~" + s.cfg.Prefix + "*"
 	}
-	name := cmd.Name()
-	if name == "memory" {
-		name += "|usage"
-	}
-	return "+" + name
+	return "+" + cmd.Name()
 }
 
 // lacks says which rights are missing, whenever that changes. Only the one that probes calls it.

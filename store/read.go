@@ -82,27 +82,27 @@ func (s *Store) readSlice(ctx context.Context, session string, from int64, bytes
 	if bytes >= aloneLeast {
 		alone = aloneMost
 	}
-	p, memory, err := s.read(ctx, session, from, bytes, count, alone)
-	if err == nil && memory > 0 {
+	p, size, err := s.read(ctx, session, from, bytes, count, alone)
+	if err == nil && size > 0 {
 		var ok bool
-		if p, ok, err = s.readAlone(ctx, session, p, memory, bytes, count); err == nil && !ok {
+		if p, ok, err = s.readAlone(ctx, session, p, size, bytes, count); err == nil && !ok {
 			p, _, err = s.read(ctx, session, from, bytes, count, 0)
 		}
 	}
 	return p, err
 }
 
-// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list is no larger than aloneMost. Else the script
+// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list has no more bytes than aloneMost. Else the script
 // reads no more than sliceMost bytes of it: that takes Redis some three milliseconds.
 const (
 	aloneLeast = 256 << 10
-	aloneMost  = 4 << 20
+	aloneMost  = 16 << 20
 	sliceMost  = 256 << 10
 )
 
 // read asks the script. Where it answers that the elements are to be read without it, that is where they
-// begin, and memory is how large the list is; else memory is 0.
-func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, memory int64, failed error) {
+// begin, and size is how many bytes the list has; else size is 0.
+func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, size int64, failed error) {
 	bytes = min(bytes, sliceMost)
 	var reply []any
 	for reply == nil || reply[0] == again {
@@ -120,8 +120,8 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 	}
 	p = Page{Bounds: r.bounds(), From: r.int(11)}
 	if r.status() == "large" {
-		memory = r.int(12)
-		return p, memory, r.err
+		size = r.int(12)
+		return p, size, r.err
 	}
 	parts, ok := r.at(12).([]any)
 	if r.err != nil || !ok || r.status() != "ok" && r.status() != "lost" {
@@ -138,13 +138,13 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 	return p, 0, nil
 }
 
-// readAlone reads the bounds and, in the same transaction, what stands where p begins, of a list that is so
-// large in memory. It is not ok when that was trimmed, or is gone, since p.
-func (s *Store) readAlone(ctx context.Context, session string, p Page, memory int64, bytes, count int) (page Page, ok bool, failed error) {
+// readAlone reads the bounds and, in the same transaction, what stands where p begins, of a list that has so
+// many bytes. It is not ok when that was trimmed, or is gone, since p.
+func (s *Store) readAlone(ctx context.Context, session string, p Page, size int64, bytes, count int) (page Page, ok bool, failed error) {
 	begun := time.Now()
 	defer func() { s.metrics.ran(scriptRead, begun, failed) }()
 	length := p.Last - p.First + 1
-	n := min(int64(bytes)*length/memory, p.Last-p.From+1, int64(count))
+	n := min(int64(bytes)*length/size, p.Last-p.From+1, int64(count))
 	from, to := p.From-p.First, p.From-p.First+max(n, 1)-1 // as LRANGE counts, from the end that is not pushed to
 	if s.cfg.HistoryOrder == NewestFirst {
 		from, to = -1-to, -1-from
@@ -184,9 +184,9 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, memory in
 	if s.cfg.HistoryOrder == NewestFirst {
 		slices.Reverse(page.Elements)
 	}
-	size := 0
+	total := 0
 	for i, element := range page.Elements {
-		if size += len(element); size > bytes && i > 0 {
+		if total += len(element); total > bytes && i > 0 {
 			page.Elements = slices.Clip(page.Elements[:i])
 			break
 		}

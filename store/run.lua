@@ -1,5 +1,5 @@
 -- What every script ends with: its callers one by one. A mistake of one, such as a key of another type, is its own.
-local replies, next_at = {}, 11
+local replies, next_at = {}, 12
 for i = 1, #KEYS / 5 do
   local k = 5 * i
   history, session, channel, index, opens = KEYS[k - 4], KEYS[k - 3], KEYS[k - 2], KEYS[k - 1], KEYS[k]

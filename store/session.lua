@@ -30,7 +30,7 @@ local function work()
     log.deleted, log.sweep = int(now()), '0'
     if type(redis.pcall('UNLINK', history, index, opens)) == 'table' then write('DEL', history, index, opens) end -- a right of its own
     written = true
-    write('HDEL', session, 'created_at', 'updated_at', 'ended', 'due', 'numbered', 'learned')
+    write('HDEL', session, 'created_at', 'updated_at', 'ended', 'due', 'numbered', 'learned', 'sized')
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
       'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', log.deleted, 'sweep', log.sweep)
     sweep()

@@ -63,6 +63,8 @@ type Config struct {
 	SessionTTL time.Duration
 	// HistoryMax is how many chunks of a log are kept. 100,000 words are a long book.
 	HistoryMax int
+	// HistoryBytes is how many bytes of chunks a log keeps; 0: all. 64 MiB are thirty of those books, with what their JSON adds.
+	HistoryBytes int
 	// NamesMax is how many messages and producers a log may have: their names are kept for as long
 	// as the session. 20,000 are two years of thirty questions a day, and 2 MB.
 	NamesMax int
@@ -107,6 +109,7 @@ func DefaultConfig() Config {
 		HistoryTTL:   24 * time.Hour,
 		SessionTTL:   30 * 24 * time.Hour,
 		HistoryMax:   100_000,
+		HistoryBytes: 64 << 20,
 		NamesMax:     20_000,
 		Grace:        30 * time.Second,
 		HistoryOrder: OldestFirst,
@@ -144,6 +147,9 @@ func (c Config) Validate() error {
 	if c.HistoryMax < 1 {
 		errs = append(errs, fmt.Errorf("-history-max: %d is less than one chunk", c.HistoryMax))
 	}
+	if c.HistoryBytes != 0 && c.HistoryBytes < leastBytes {
+		errs = append(errs, fmt.Errorf("-history-bytes: %d is less than %d: 0 is no limit", c.HistoryBytes, leastBytes))
+	}
 	if c.NamesMax < 1 {
 		errs = append(errs, fmt.Errorf("-session-names: %d is less than one", c.NamesMax))
 	}
@@ -155,6 +161,9 @@ func (c Config) Validate() error {
 	}
 	return errors.Join(errs...)
 }
+
+// leastBytes is the least that a log keeps, in bytes.
+const leastBytes = 1 << 10
 
 // mostTTL is the longest that a list is kept.
 const mostTTL = 100 * 365 * 24 * time.Hour
@@ -538,7 +547,7 @@ func keys(which int) []string {
 // argv is the command that runs a script, for all calls.
 func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	keys := keys(which)
-	size := 13
+	size := 15
 	for _, c := range calls {
 		size += len(keys) + 4 + len(c.args)
 	}
@@ -556,7 +565,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	ttl, grace := s.cfg.HistoryTTL.Milliseconds(), s.cfg.Grace.Milliseconds()
 	sessionTTL := max(s.cfg.SessionTTL.Milliseconds(), 2*ttl)
 	if which == scriptPush {
-		argv = append(argv, ttl, sessionTTL, s.cfg.HistoryOrder, publish, s.cfg.HistoryMax, grace)
+		argv = append(argv, ttl, sessionTTL, s.cfg.HistoryOrder, publish, s.cfg.HistoryMax, grace, s.cfg.HistoryBytes)
 		for _, c := range calls {
 			m := s.memory.get(c.session)
 			argv = append(append(argv, m.epoch, m.last, m.mark), c.args...)
@@ -571,7 +580,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if s.tolerant() {
 		tolerant = 1
 	}
-	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant)
+	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant, s.cfg.HistoryBytes)
 	for _, c := range calls {
 		m := s.memory.get(c.session)
 		argv = append(append(argv, m.epoch, m.last, m.mark, len(c.args)), c.args...)
