@@ -137,7 +137,7 @@ func (a *Appended) add(next Appended) {
 func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, *known, error) {
 	size := 0
 	for _, c := range b.Chunks {
-		size += len(c.members)
+		size += len(c.members) + chunkCost
 	}
 	wait := s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0
 	which, reply, err := scriptPush, []any{other}, error(nil)

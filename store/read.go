@@ -52,6 +52,7 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 	}
 	// What follows is of one instant with it as long as the epoch is the same: a log does not change under its numbers.
 	for n := len(p.Elements); err == nil && n > 0 && from != Newest && p.Next() <= p.Last && size < bytes && len(p.Elements) < count; {
+		// (Between two slices others have their turn.)
 		var next Page
 		if next, err = s.readSlice(ctx, session, p.Next(), bytes-size, count-len(p.Elements)); err != nil {
 			break
@@ -92,17 +93,20 @@ func (s *Store) readSlice(ctx context.Context, session string, from int64, bytes
 	return p, err
 }
 
-// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list has no more bytes than aloneMost. Else the script
-// reads no more than sliceMost bytes of it: that takes Redis some three milliseconds.
+// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list has no more bytes than aloneMost. That reads
+// aloneSlice bytes at once, or somewhat more: the elements are not all alike, but all of them are aloneMost. The script reads no more
+// than sliceMost. Each takes Redis a few milliseconds.
 const (
-	aloneLeast = 256 << 10
-	aloneMost  = 16 << 20
+	aloneLeast = largeRead
+	aloneMost  = 8 << 20
+	aloneSlice = 1 << 20
 	sliceMost  = 256 << 10
 )
 
 // read asks the script. Where it answers that the elements are to be read without it, that is where they
 // begin, and size is how many bytes the list has; else size is 0.
 func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, size int64, failed error) {
+	wanted := bytes
 	bytes = min(bytes, sliceMost)
 	var reply []any
 	for reply == nil || reply[0] == again {
@@ -110,7 +114,7 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 			return p, 0, fmt.Errorf("%w: %w", ErrAway, ctx.Err())
 		}
 		var err error
-		if reply, err = s.run(ctx, scriptRead, session, bytes, false, from, bytes, count, alone); err != nil {
+		if reply, err = s.run(ctx, scriptRead, session, wanted, false, from, bytes, count, alone); err != nil {
 			return p, 0, err
 		}
 	}
@@ -144,7 +148,7 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, size int6
 	begun := time.Now()
 	defer func() { s.metrics.ran(scriptRead, begun, failed) }()
 	length := p.Last - p.First + 1
-	n := min(int64(bytes)*length/size, p.Last-p.From+1, int64(count))
+	n := min(int64(min(bytes, aloneSlice))*length/size, p.Last-p.From+1, int64(count))
 	from, to := p.From-p.First, p.From-p.First+max(n, 1)-1 // as LRANGE counts, from the end that is not pushed to
 	if s.cfg.HistoryOrder == NewestFirst {
 		from, to = -1-to, -1-from
@@ -153,6 +157,10 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, size int6
 	if err != nil {
 		return p, false, err
 	}
+	if err := s.large.enter(ctx, callerOf(ctx, session)); err != nil {
+		return p, false, classify(err)
+	}
+	defer s.large.leave()
 	bounds := redis.NewCmd(ctx, argv...)
 	var list *redis.StringSliceCmd
 	_, err = s.rdb.TxPipelined(ctx, func(tx redis.Pipeliner) error {

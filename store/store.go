@@ -256,6 +256,7 @@ type Store struct {
 	rdb       redis.UniversalClient
 	scripts   [len(scriptNames)]script
 	pipes     [len(scriptNames)]*pipe
+	large     *queue // of reads that want more than largeRead
 	clustered bool
 	thorough  bool // append.lua does it all (a test's)
 	dials     *dials
@@ -350,9 +351,14 @@ func Open(cfg Config) (*Store, error) {
 		}
 		s.closers = append(s.closers, turn.close)
 	}
+	s.large = newQueue(largeReads, cfg.Timeout/2)
 	for i := range s.pipes {
 		run := func(ctx context.Context, calls []*call) { s.exec(ctx, i, calls) }
-		s.pipes[i] = &pipe{run: run, calls: 64, bytes: 1 << 20, patience: cfg.Timeout / 2, turn: turn}
+		bytes := runBytes
+		if i == scriptRead { // the script looks to it that they are not too many (run.lua)
+			bytes *= 2
+		}
+		s.pipes[i] = &pipe{run: run, calls: 64, bytes: bytes, patience: cfg.Timeout / 2, turn: turn}
 	}
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
@@ -409,6 +415,20 @@ const (
 // channel themselves may pass over it.
 const Hint = `{"type":"hint"}`
 
+// A read of more than largeRead bytes does not stand in line with the others, but has a queue of its own, which largeReads may
+// leave at once.
+const (
+	largeRead  = 256 << 10
+	largeReads = 2
+)
+
+// runBytes is how many bytes one run of a script sends; each chunk counts as chunkCost bytes more. It takes Redis some five
+// milliseconds.
+const (
+	runBytes  = 512 << 10
+	chunkCost = 1 << 10
+)
+
 // once is a command that go-redis never sends twice.
 type once struct{ *redis.Cmd }
 
@@ -426,6 +446,14 @@ func (s *Store) run(ctx context.Context, which int, id string, size int, wait bo
 		}
 	}()
 	c := &call{session: id, args: args, size: size, wait: wait}
+	if which == scriptRead && size > largeRead {
+		if failed = s.large.enter(ctx, callerOf(ctx, id)); failed != nil {
+			return nil, classify(failed)
+		}
+		defer s.large.leave()
+		s.exec(ctx, which, []*call{c})
+		return c.reply, classify(c.err)
+	}
 	if s.clustered { // sessions are in different places
 		s.exec(ctx, which, []*call{c})
 		return c.reply, classify(c.err)
