@@ -259,6 +259,207 @@ func TestPipe_callersTakeTurns(t *testing.T) {
 	}
 }
 
+// runs is how many scripts Redis has run.
+func (f fair) runs(t testing.TB) (n int) {
+	for line := range strings.Lines(f.redis.Info(t.Context(), "commandstats").Val()) {
+		calls := 0
+		_, _ = fmt.Sscanf(line, "cmdstat_evalsha:calls=%d", &calls)
+		n += calls
+	}
+	return n
+}
+
+// calls is how many scripts Redis runs meanwhile.
+func (f fair) calls(t testing.TB, what func()) int {
+	before := f.runs(t)
+	what()
+	return f.runs(t) - before
+}
+
+// What is due to many messages is done in slices, each by a script, and is done whole when the call returns.
+func TestFair_muchIsDoneInSlices(t *testing.T) {
+	const many, slice = 2000, 250
+	ctx := t.Context()
+	s := newFair(t, func(c *store.Config) { c.Grace = 100 * time.Millisecond })
+	fill := func(id string, lease time.Duration) {
+		for i := 0; i < many; i += 500 {
+			if _, err := s.Append(ctx, id, store.Batch{Chunks: messages(i, 500), Lease: lease}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	inSlices := func(what string, do func()) {
+		t.Helper()
+		if n := s.calls(t, do); n < many/(4*slice) || n > 6*many/slice {
+			t.Errorf("%s: %d scripts", what, n)
+		}
+	}
+	fill("s", 0)
+	inSlices("open", func() {
+		if _, ids, err := s.Open(ctx, "s"); err != nil || len(ids) != many {
+			t.Errorf("%d are open, %v", len(ids), err)
+		}
+	})
+	inSlices("cancel", func() {
+		c, err := s.Cancel(ctx, "s", "")
+		if err != nil || len(c.Messages) != many || c.First != many+1 || c.Last != 2*many {
+			t.Errorf("%d are cancelled, from %d to %d, %v", len(c.Messages), c.First, c.Last, err)
+		}
+		for i, element := range mustRead(t, s.Store, "s", many+1, lots, lots).Elements {
+			if !strings.Contains(element, `"type":"cancelled","message_id":"`+c.Messages[i]+`"`) {
+				t.Fatalf("%d: %s is %s", i, c.Messages[i], element)
+			}
+		}
+	})
+	if c, err := s.Cancel(ctx, "s", ""); err != nil || len(c.Messages) > 0 {
+		t.Errorf("%+v, %v", c, err)
+	}
+
+	fill("due", time.Second)
+	var b store.Bounds
+	due := func() bool {
+		return s.redis.Do(ctx, "eval", "local t = redis.call('TIME') return t[1] * 1000 > tonumber(redis.call('HGET', KEYS[1], 'due') or 1e15) and 1 or 0", 1, "chat:session:due").Val() == int64(1)
+	}
+	for b.Last < 2*many { // asked for a sign of life, then lost: some in the same call, if that takes long
+		eventually(t, "leases are due", due)
+		inSlices("leases", func() {
+			var err error
+			if b, err = s.Describe(ctx, "due"); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	if b.Last != 2*many {
+		t.Errorf("the log has %d chunks", b.Last)
+	}
+
+	// Half of what the hash knows are producers, which a deletion keeps.
+	fill("gone", 0)
+	for i := range many / 20 {
+		producer := store.Producer{ID: fmt.Sprint("p", i), Epoch: 3}
+		if _, err := s.Append(ctx, "gone", store.Batch{Chunks: []store.Chunk{delta("a")}, Producer: producer}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inSlices("delete", func() {
+		if err := s.Delete(ctx, "gone"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	for name := range s.redis.HGetAll(ctx, "chat:session:gone").Val() {
+		if strings.HasPrefix(name, "m:") || strings.HasPrefix(name, "p:") || name == "sweep" {
+			t.Fatalf("%s is left", name)
+		}
+	}
+	again := store.Batch{Chunks: []store.Chunk{delta("a")}, Producer: store.Producer{ID: "p7", Epoch: 3}}
+	if _, err := s.Append(ctx, "gone", again); !errors.Is(err, store.ErrSessionDeleted) {
+		t.Error(err)
+	}
+}
+
+// A deletion that broke off is gone on with by whoever uses the session next, before anything else: what it left of messages
+// and producers is not the new session's.
+func TestFair_aDeletionIsGoneOnWith(t *testing.T) {
+	for name, use := range map[string]func(t *testing.T, s fair){
+		"append": func(t *testing.T, s fair) {
+			mustAppend(t, s.Store, "s", store.NewChunk(store.TypeDelta, "old-7", "", "x"))
+		},
+		"push": func(t *testing.T, s fair) {
+			s.redis.RPush(t.Context(), "chat:history:s", `{"message_id":"old-7","content":"x"}`)
+			eventually(t, "it is a session again", func() bool {
+				b, err := s.Describe(t.Context(), "s")
+				return err == nil && b.Last > b.Former
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := t.Context()
+			s := newFair(t, nil)
+			mustAppend(t, s.Store, "s", messages(0, 1)...)
+			if err := s.Delete(ctx, "s"); err != nil {
+				t.Fatal(err)
+			}
+			var left []any
+			for i := range 2000 {
+				left = append(left, fmt.Sprint("m:old-", i), "done")
+			}
+			s.redis.HSet(ctx, "chat:session:s", append(left, "p:q", "5 1 1 1 c 0", "sweep", "0")...)
+			if _, err := s.Describe(ctx, "s"); !errors.Is(err, store.ErrNotFound) {
+				t.Fatal(err)
+			}
+			use(t, s)
+			_, ids, err := s.Open(ctx, "s")
+			if err != nil || !slices.Equal(ids, []string{"old-7"}) {
+				t.Errorf("open: %q, %v", ids, err)
+			}
+			if n := s.redis.HLen(ctx, "chat:session:s").Val(); n > 20 {
+				t.Errorf("the hash has %d fields", n)
+			}
+			if d := s.redis.HGet(ctx, "chat:session:s", "d:q").Val(); d != "5" {
+				t.Errorf("the producer that was there is %q", d)
+			}
+		})
+	}
+}
+
+// Calls that come together share runs of a script, and each is done, however many a run has time for.
+func TestFair_aRunEndsInTime(t *testing.T) {
+	s := newFair(t, nil)
+	var wg sync.WaitGroup
+	for k := range 64 {
+		wg.Go(func() {
+			id := fmt.Sprint("s", k%16)
+			if _, err := s.Append(t.Context(), id, store.Batch{Chunks: messages(100*k, 100)}); err != nil {
+				t.Error(err)
+			}
+			if _, err := s.Read(t.Context(), id, 1, 200<<10, lots); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	for k := range 16 {
+		if p := mustRead(t, s.Store, fmt.Sprint("s", k), 1, lots, lots); len(p.Elements) != 400 {
+			t.Errorf("s%d has %d chunks", k, len(p.Elements))
+		}
+	}
+}
+
+// A page is read in slices, and is what the log has, whatever its chunks' sizes are.
+func TestFair_aPageOfSlices(t *testing.T) {
+	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
+		t.Run(order, func(t *testing.T) {
+			s := newFair(t, func(c *store.Config) { c.HistoryOrder = order })
+			var all []string
+			for i := range 300 {
+				text := strings.Repeat(string(rune('a'+i%26)), []int{10, 60_000, 3000}[i%3])
+				mustAppend(t, s.Store, "s", delta(text), delta("-"))
+				all = append(all, text, "-")
+			}
+			for _, from := range []int64{1, 2, 77, 400, 599, 600} {
+				for _, bytes := range []int{1, 100_000, 1 << 20, 3 << 20, lots} {
+					for _, count := range []int{1, 20, 1000} {
+						p := mustRead(t, s.Store, "s", from, bytes, count)
+						size := 0
+						for i, element := range p.Elements {
+							if size += len(element); !strings.Contains(element, `"content":"`+all[int(from)-1+i]+`"`) {
+								t.Fatalf("from %d, %d bytes: another chunk at %d", from, bytes, i)
+							}
+						}
+						n := len(p.Elements)
+						if p.From != from || n == 0 || n > count || size > bytes && n > 1 {
+							t.Fatalf("from %d, %d bytes, %d chunks: %d chunks from %d, %d bytes", from, bytes, count, n, p.From, size)
+						}
+						if p.Next() <= p.Last && n < count && size+61_000 < min(bytes, 8<<20) {
+							t.Fatalf("from %d, %d bytes, %d chunks: only %d, %d bytes", from, bytes, count, n, size)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkFair says how long Redis is kept at most by one script.
 func BenchmarkFair(b *testing.B) {
 	for _, w := range worst {

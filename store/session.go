@@ -153,10 +153,20 @@ func (s *Store) Open(ctx context.Context, session string) (b Bounds, ids []strin
 	}
 }
 
-// runSession runs the session script, as often as it takes to know the log, or to have its turn (log.lua: slice).
+// runSession runs the session script, as often as it takes to know the log, or to have its turn (log.lua: slice). In a Redis
+// that is full, what exists can be cancelled and deleted, all the same.
 func (s *Store) runSession(ctx context.Context, session string, wait bool, args ...any) (reply []any, err error) {
+	which := scriptSession
+	var full error
 	for {
-		reply, err = s.run(ctx, scriptSession, session, 0, wait, args...)
+		reply, err = s.run(ctx, which, session, 0, wait, args...)
+		if Why(err) == RedisFull && which == scriptSession && (args[0] == "cancel" || args[0] == "delete") {
+			which, full = scriptSessionFull, err
+			continue
+		}
+		if err != nil && full != nil && !errors.Is(err, ErrOutcomeUnknown) { // it is of a version that cannot do that
+			return nil, full
+		}
 		if err != nil || reply[0] != again {
 			return reply, err
 		}

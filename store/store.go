@@ -275,10 +275,13 @@ const (
 	scriptRead
 	scriptSession
 	scriptTicket
+	// The same, in a Redis that is full: scripts that free memory, or take so little of it that Redis can spare that.
+	scriptSessionFull
+	scriptTicketFull
 )
 
 // scriptNames are what metrics call them: to those who look at them a push is an append.
-var scriptNames = [...]string{"append", "append", "read", "session", "ticket"}
+var scriptNames = [...]string{"append", "append", "read", "session", "ticket", "session", "ticket"}
 
 //go:embed log.lua
 var luaLog string
@@ -301,6 +304,9 @@ var luaSession string
 //go:embed ticket.lua
 var luaTicket string
 
+// allowFull has Redis, from version 7 on, execute a script although it is full. An older Redis refuses the line.
+const allowFull = "#!lua flags=allow-oom\n"
+
 // script is a Lua program and its name in Redis's cache.
 type script struct{ text, sha string }
 
@@ -312,7 +318,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
-	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket} {
+	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket, allowFull + luaLog + luaSession + luaRun, allowFull + luaTicket} {
 		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
 	}
 	opt := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}} // of nobody: the embedded one has none
