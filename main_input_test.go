@@ -74,7 +74,7 @@ func TestInput_whatIsBadIsRefusedByNameAndStoresNothing(t *testing.T) {
 		{"one of an array over the limit", "POST", chunks, js, `[{"data":0},{"content":"` + strings.Repeat("x", 1024) + `"}]`, 413, "chunk_too_large", "", 1024, &one},
 		{"a first line over the limit", "POST", chunks, nd, `{"content":"` + strings.Repeat("x", 5000) + `"}` + "\n{}\n", 413, "chunk_too_large", "", 1024, &zero},
 		{"a bad first line", "POST", chunks, nd, "no\n{}\n", 400, "invalid_json", "*", 0, &zero},
-		{"too many at once", "POST", chunks, js, "[{\"data\":0}" + strings.Repeat(",{\"data\":0}", 10_000) + "]", 413, "batch_too_large", "", 10_000, nil},
+		{"too many at once", "POST", chunks, js, "[{\"data\":0}" + strings.Repeat(",{\"data\":0}", 1000) + "]", 413, "batch_too_large", "", 1000, nil},
 		{"a body too large", "POST", chunks, js, strings.Repeat(" ", 8<<20) + "{\"data\":0}", 413, "body_too_large", "", 8 << 20, nil},
 		{"no content type", "POST", chunks, "", `{}`, 415, "unsupported_media_type", "Content-Type", 0, nil},
 		{"another content type", "POST", chunks, "application/xml", `<a/>`, 415, "unsupported_media_type", "Content-Type", 0, nil},

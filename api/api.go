@@ -48,6 +48,8 @@ type Config struct {
 	// BatchMax bounds the chunks of one array, which are appended in one script call,
 	// during which Redis serves nobody else.
 	BatchMax int
+	// BatchBytes bounds the bytes of several of them: Redis takes some eight milliseconds for a MiB.
+	BatchBytes int
 	// Limits bounds what callers can make grow.
 	Limits limit.Config
 	// AnswerMax bounds what a model says in one answer, in bytes. 1 MiB is a book: a model that
@@ -84,7 +86,7 @@ type Config struct {
 // DefaultConfig is what the flags start from.
 func DefaultConfig() Config {
 	return Config{
-		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 10_000, URLMax: 8 << 10, HeaderMax: 32 << 10,
+		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 1_000, BatchBytes: 512 << 10, URLMax: 8 << 10, HeaderMax: 32 << 10,
 		AnswerMax: 1 << 20, ContextMax: 256 << 10,
 		Limits: limit.DefaultConfig(),
 		Hosts:  []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
@@ -102,7 +104,7 @@ func (c Config) Validate() error {
 		flag  string
 		value int
 		least int
-	}{{"-body-max", c.BodyMax, 1 << 10}, {"-batch-max", c.BatchMax, 1}, {"-url-max", c.URLMax, 512}, {"-header-max", c.HeaderMax, 1 << 10}} {
+	}{{"-body-max", c.BodyMax, 1 << 10}, {"-batch-max", c.BatchMax, 1}, {"-batch-bytes", c.BatchBytes, 1 << 10}, {"-url-max", c.URLMax, 512}, {"-header-max", c.HeaderMax, 1 << 10}} {
 		if n.value < n.least {
 			errs = append(errs, fmt.Errorf("%s: %d is less than %d", n.flag, n.value, n.least))
 		}

@@ -235,6 +235,9 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		return err
 	}
 	u := a.newAppend(c.Request().Context(), session(c), caller, p.producer, p.lease)
+	if err := u.mayStore(chunks); err != nil {
+		return err
+	}
 	ofMessages := p.fill.MessageID != ""
 	for _, chunk := range chunks {
 		ofMessages = ofMessages || chunk.MessageID() != ""
@@ -310,6 +313,7 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 		return nil, broken(err)
 	}
 	var chunks []store.Chunk
+	size := 0
 	for dec.PeekKind() != ']' {
 		value, err := dec.ReadValue()
 		if err != nil {
@@ -318,13 +322,17 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 		i := len(chunks)
 		if i == a.cfg.BatchMax {
 			return nil, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "batch_too_large", Limit: i,
-				Detail: fmt.Sprintf("the array has more than %d chunks: send it in several requests, or as %s", i, typeNDJSON)}
+				Detail: fmt.Sprintf("the array has more than %d chunks (-batch-max): send it in several requests, or as %s", i, typeNDJSON)}
 		}
 		chunk, err := store.ParseChunk(value, fill, a.cfg.ChunkMax)
 		if err != nil {
 			p := problemOf(err)
 			p.Chunk = &i
 			return nil, p
+		}
+		if size += len(chunk.Members()); size > a.cfg.BatchBytes && i > 0 {
+			return nil, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "batch_too_large", Limit: a.cfg.BatchBytes,
+				Detail: fmt.Sprintf("the array's chunks have more than %d bytes together (-batch-bytes): send it in several requests, or as %s", a.cfg.BatchBytes, typeNDJSON)}
 		}
 		chunks = append(chunks, chunk)
 	}
@@ -494,6 +502,9 @@ func (u *upload) slow(cost int) {
 // appendAll appends what arrived together, as if each chunk had come alone: those before
 // a refused one are taken.
 func (u *upload) appendAll(chunks []store.Chunk, hold store.Hold) error {
+	if err := u.mayStore(chunks); err != nil {
+		return err
+	}
 	err := u.append(chunks, hold)
 	if refused, ok := errors.AsType[*store.RefusedError](err); ok && refused.Index > 0 {
 		if first := u.append(chunks[:refused.Index], store.HoldOpen); first != nil {
@@ -561,7 +572,7 @@ func (a *API) readChunks(c echo.Context) error {
 			return c.NoContent(http.StatusNotModified)
 		}
 	}
-	p, err := a.logs.Read(c.Request().Context(), session(c), after+1, bytesMost, limit)
+	p, err := a.logs.Read(onBehalf(c.Request().Context(), a.caller(c)), session(c), after+1, bytesMost, limit)
 	if err != nil {
 		return err
 	}

@@ -423,13 +423,14 @@ func TestRaw_givesWhatWasIngestedAndNothingElse(t *testing.T) {
 func TestRaw_ofALongLogThatHasEnded(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.sse.Window = 4000 })
-	many := "[" + strings.Repeat(`{"content":"sesame"},`, 2000)
+	many := "[" + strings.Repeat(`{"content":"sesame"},`, 999)
 	for s, last := range map[string]string{"without": `{"data":0}`, "with": `{"raw":"x"}`} {
+		n.append(s, many+`{"data":0}]`)
 		n.append(s, many+last+"]")
 		n.append(s, `{"type":"end"}`)
 		want := map[string]int{"without": 204, "with": 200}[s]
 		a := n.get("/v1/sessions/" + s + "/stream?format=raw")
-		if a.status != want || want == 200 && !strings.HasSuffix(string(a.body), "\ndata: x\nid: 2001\n\n") {
+		if a.status != want || want == 200 && !strings.HasSuffix(string(a.body), "\ndata: x\nid: 2000\n\n") {
 			t.Errorf("%s: %d %.100q", s, a.status, a.body)
 		}
 	}

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 
@@ -8,6 +9,7 @@ import (
 
 	"gapless/api/auth"
 	"gapless/api/limit"
+	"gapless/store"
 )
 
 // caller is who is held to limits: the token's subject, or else the address. With a ticket, or a
@@ -22,6 +24,17 @@ func (a *API) caller(c echo.Context) limit.Caller {
 		return limit.Caller{Subject: subject}
 	}
 	return a.limits.Caller(c.Request())
+}
+
+// onBehalf says to the store whose work it does: callers take turns. Those that cannot be told apart take turns by session.
+func onBehalf(ctx context.Context, caller limit.Caller) context.Context {
+	switch {
+	case caller.Subject != "":
+		return store.WithCaller(ctx, "subject "+caller.Subject)
+	case caller.Address.IsValid():
+		return store.WithCaller(ctx, "address "+caller.Address.String())
+	}
+	return ctx
 }
 
 // pace refuses calls that come too fast. Who calls is known by then, if a token says it.

@@ -552,6 +552,51 @@ func TestLimit_ofWhatIsDecoded(t *testing.T) {
 	}
 }
 
+// A caller that has stored as many bytes as it may in a day is refused what would store more, by all ways, and told when it may go on.
+// What ends a message is still taken, as are other callers.
+func TestLimit_ofBytesStored(t *testing.T) {
+	t.Parallel()
+	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerStored = 150 << 10 }))
+	const me, other = "198.51.100.1", "198.51.100.2"
+	post := func(who, kind, body string) answer {
+		return n.do(as(request{method: "POST", path: "/v1/sessions/s/chunks?message_id=m", kind: kind, body: body}, who))
+	}
+	large := `{"content":"` + strings.Repeat("x", 50<<10) + `"}`
+	for range 3 {
+		into[Stored](t, post(me, typeJSON, large), 201)
+	}
+	for kind, body := range map[string]string{typeJSON: `{"content":"x"}`, typeNDJSON: `{"content":"x"}`, "text/plain": "x", "text/event-stream": "data: x\n\n"} {
+		a := post(me, kind, body)
+		p := a.refused(t, 429, "storage_limited")
+		if p.Limit != 150<<10 || !strings.Contains(p.Detail, "-caller-stored") || !strings.Contains(p.Detail, "a day") {
+			t.Errorf("%s: %+v", kind, p)
+		}
+		if after, _ := strconv.Atoi(a.header.Get("Retry-After")); after < 1 || after > 24*3600 {
+			t.Errorf("%s: Retry-After: %s", kind, a.header.Get("Retry-After"))
+		}
+	}
+	a := n.do(as(request{method: "POST", path: "/v1/sessions/s/messages", kind: typeJSON, body: `{"content":"x"}`}, me))
+	a.refused(t, 429, "storage_limited")
+	into[Stored](t, post(me, typeJSON, `{"type":"done"}`), 201)
+	into[Stored](t, n.do(as(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: large}, other)), 201)
+	if got := n.refusals("caller-stored"); got != 5 {
+		t.Errorf("%d refusals are counted", got)
+	}
+}
+
+// An array is stored whole by one script, so its chunks may have so many bytes together; one chunk alone may have more.
+func TestLimit_ofABatchsBytes(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.api.BatchBytes = 2000 })
+	text := `{"content":"` + strings.Repeat("x", 900) + `"}`
+	p := n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "[" + text + "," + text + "," + text + "]"}).refused(t, 413, "batch_too_large")
+	if p.Limit != 2000 || !strings.Contains(p.Detail, "-batch-bytes") {
+		t.Errorf("%+v", p)
+	}
+	n.append("s", "["+text+","+text+"]")
+	n.append("s", `[{"content":"`+strings.Repeat("x", 5000)+`"}]`)
+}
+
 func TestLimit_ofTickets(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerTickets, s.api.Limits.Now = 1, stopped().now }))

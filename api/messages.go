@@ -108,7 +108,12 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	u := a.newUpload(c.Request().Context(), session(c), caller, store.Producer{ID: x.reply}, 0, 0)
 	u.held = []string{x.reply}
 	u.begin()
-	if err := u.append([]store.Chunk{chunk}, store.HoldOpen); err != nil {
+	asked := []store.Chunk{chunk}
+	err = u.mayStore(asked)
+	if err == nil {
+		err = u.append(asked, store.HoldOpen)
+	}
+	if err != nil {
 		u.end()
 		a.limits.Answers.Give(caller, 1)
 		return x, err

@@ -93,6 +93,8 @@ func problemOf(err error) *Problem {
 	if e, ok := errors.AsType[*limit.Error](err); ok {
 		p := &Problem{Status: http.StatusTooManyRequests, Code: "caller_limit", Limit: e.Most, Detail: e.Error(), retryAfter: e.Seconds()}
 		switch {
+		case e.Day:
+			p.Code = "storage_limited"
 		case e.Rate:
 			p.Code = "rate_limited"
 		case !e.Caller:

@@ -72,6 +72,7 @@ func (a *API) newAppend(ctx context.Context, session string, caller limit.Caller
 	if u.asked = context.Background(); a.cfg.Tracer != nil {
 		u.asked = context.WithoutCancel(ctx)
 	}
+	u.asked = onBehalf(u.asked, caller)
 	return u
 }
 
@@ -129,6 +130,25 @@ func (u *upload) append(chunks []store.Chunk, hold store.Hold) error {
 		u.closed = u.closed || c.EndsLog()
 	}
 	u.note(done)
+	size := 0
+	for _, c := range chunks {
+		size += len(c.Members()) + storedHead
+	}
+	u.api.limits.Stored.Owe(u.caller, size)
+	return nil
+}
+
+// storedHead is what Redis keeps of a chunk beside its members: its number and its time, about.
+const storedHead = 48
+
+// mayStore refuses chunks of a caller that has stored as many bytes as it may. Those that only end something are taken.
+func (u *upload) mayStore(chunks []store.Chunk) error {
+	if !slices.ContainsFunc(chunks, func(c store.Chunk) bool { return !c.Ends() && !c.EndsLog() }) {
+		return nil
+	}
+	if over := u.api.limits.Stored.Over(u.caller); over != nil {
+		return u.api.limits.Refuse(over)
+	}
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package sse
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +38,7 @@ type feed struct {
 	window   atomic.Pointer[window]   // published by whoever holds mu
 	followed atomic.Pointer[followed] // by whoever holds mu, before the window that has them; nil where nobody follows chunks
 	folded   folded                   // its mutex is held while the log is read, and taken before any other
+	rests    *list.Element            // in Hub.idle, while nobody views; Hub.mu is held
 	row      row                      // its mutex may be held when mu is taken, and not the other way round
 
 	mu      sync.Mutex

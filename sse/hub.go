@@ -1,6 +1,7 @@
 package sse
 
 import (
+	"container/list"
 	"context"
 	"fmt"
 	"log/slog"
@@ -38,6 +39,7 @@ type Hub struct {
 	// mu is taken before a feed's mutex, never after it.
 	mu      sync.Mutex
 	feeds   map[string]*feed
+	idle    list.List // those of them that nobody views, the one first that nobody has viewed for longest
 	viewers sync.WaitGroup
 
 	share atomic.Int64 // how many bytes of events one feed may keep now
@@ -153,7 +155,8 @@ func (h *Hub) divide() {
 }
 
 // enter finds or begins the feed of a viewer's session, and counts it in; leave counts it
-// out. While the hub drains, nobody enters.
+// out. While the hub drains, nobody enters. Where there are as many feeds as there may be, one that nobody views makes room: so
+// the viewers that a caller may have bound the feeds that it takes from others.
 func (h *Hub) enter(v *Viewer) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -163,13 +166,17 @@ func (h *Hub) enter(v *Viewer) error {
 	f := h.feeds[v.Session]
 	if f == nil {
 		if h.cfg.Feeds > 0 && len(h.feeds) >= h.cfg.Feeds {
-			return ErrFull
+			if h.idle.Len() == 0 {
+				return ErrFull
+			}
+			h.drop(h.idle.Front().Value.(*feed))
 		}
 		f = newFeed(h, v.Session)
 		h.feeds[v.Session] = f
 		h.divide()
 		h.wg.Go(f.listen) // a write to Redis, which may take its time
 	}
+	h.busy(f)
 	f.mu.Lock()
 	f.viewers[v] = struct{}{}
 	f.mu.Unlock()
@@ -180,11 +187,37 @@ func (h *Hub) enter(v *Viewer) error {
 
 func (h *Hub) leave(v *Viewer) {
 	f := v.feed
+	h.mu.Lock()
 	f.mu.Lock()
 	delete(f.viewers, v)
 	f.idle = time.Now()
+	empty, w := len(f.viewers) == 0, f.window.Load()
 	f.mu.Unlock()
+	switch {
+	case !empty || h.feeds[f.session] != f:
+	case !w.known() || w.absent(): // of a session that does not exist, nothing is kept warm
+		h.drop(f)
+	default:
+		f.rests = h.idle.PushBack(f)
+	}
+	h.mu.Unlock()
 	h.viewers.Done()
+}
+
+// busy takes a feed out of the idle ones, if it is one. mu is held.
+func (h *Hub) busy(f *feed) {
+	if f.rests != nil {
+		h.idle.Remove(f.rests)
+		f.rests = nil
+	}
+}
+
+// drop lets go of a feed that nobody views. mu is held.
+func (h *Hub) drop(f *feed) {
+	h.busy(f)
+	delete(h.feeds, f.session)
+	h.divide()
+	h.wg.Go(f.close) // a write to Redis, which may take its time
 }
 
 // limit is how many bytes of events one feed may keep now.
@@ -326,9 +359,7 @@ func (h *Hub) forget(f *feed) {
 	idle := len(f.viewers) == 0 && h.feeds[f.session] == f
 	f.mu.Unlock()
 	if idle {
-		delete(h.feeds, f.session)
-		h.divide()
-		h.wg.Go(f.close) // a write to Redis, which may take its time
+		h.drop(f)
 	}
 	h.mu.Unlock()
 }

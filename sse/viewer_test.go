@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -749,6 +751,59 @@ func TestFeed_lingers_thenLetsGoOfItsSubscription(t *testing.T) {
 		synctest.Wait()
 		if log.Listening() || len(h.feeds) != 0 {
 			t.Error("never let go")
+		}
+	})
+}
+
+// Where there are as many feeds as there may be, one that nobody views makes room, the longest idle first; one that is viewed
+// does not.
+func TestHub_idleFeedsMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		log.Append("a")
+		cfg := testConfig()
+		cfg.Feeds = 3
+		h := started(t, cfg, log)
+		view := func(session string) *watcher {
+			w := watch(t, h, Ask{Session: session})
+			synctest.Wait()
+			log.Ack()
+			synctest.Wait()
+			return w
+		}
+		stays := view("stays")
+		view("b").leave()
+		time.Sleep(h.cfg.Linger / 10)
+		view("a").leave()
+		w := view("c")
+		synctest.Wait()
+		if h.feeds["b"] != nil || h.feeds["a"] == nil || len(h.feeds) != 3 {
+			t.Errorf("the feeds are %v", slices.Sorted(maps.Keys(h.feeds)))
+		}
+		again := view("a") // is idle no more
+		if v, err := h.View(Ask{Session: "d"}); !errors.Is(err, ErrFull) {
+			t.Errorf("%v, %v", v, err)
+		}
+		again.leave()
+		view("d").leave()
+		stays.leave()
+		w.leave()
+	})
+}
+
+// A feed of a session that does not exist goes with its last viewer.
+func TestHub_nothingLingersForAnAbsentLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &storetest.Log{}
+		h := started(t, testConfig(), log)
+		one, other := now(t, h, log, Ask{}), now(t, h, log, Ask{})
+		one.leave()
+		if synctest.Wait(); len(h.feeds) != 1 {
+			t.Error("let go under a viewer")
+		}
+		other.leave()
+		if synctest.Wait(); len(h.feeds) != 0 || log.Listening() {
+			t.Error("it lingers")
 		}
 	})
 }

@@ -137,7 +137,7 @@ func (a *Appended) add(next Appended) {
 func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, *known, error) {
 	size := 0
 	for _, c := range b.Chunks {
-		size += len(c.members)
+		size += len(c.members) + chunkCost
 	}
 	wait := s.cfg.WaitReplicas > 0 && len(b.Chunks) > 0
 	which, reply, err := scriptPush, []any{other}, error(nil)
@@ -201,7 +201,8 @@ func (b Batch) token() string {
 // other is what push.lua answers to an append that it leaves to append.lua.
 const other = "other"
 
-// again is what a script answers that has learned a part of what other programs pushed, and did nothing else (log.lua: learn).
+// again is what a script answers that has done a slice of what has to be done first, or has not had its turn yet (log.lua: slice,
+// run.lua).
 const again = "again"
 
 // ordinary says whether push.lua may know what is to be done: chunks that leave the one message open which they belong to, if any,

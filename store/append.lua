@@ -92,7 +92,7 @@ end
 
 -- advance writes down where the producer has got to. Its chunks are those behind head.
 local function advance(head)
-  local seq, added = head, 0
+  local seq, runs = head, {}
   if position.fresh then write('ZREMRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!') end
   if position.fences then look = true end
   for i = 1, chunks do
@@ -100,11 +100,12 @@ local function advance(head)
     seq = seq + 1
     if form ~= position.form or filled ~= position.filled or seq ~= position.seq + 1 or position.first == 0 or
         form == 't' and seq - position.first >= 64 then
-      write('ZADD', index, 0, place(number) .. ' ' .. int(seq) .. ' ' .. form .. ' ' .. filled)
-      position.first, position.form, position.filled, added = seq, form, filled, added + 1
+      runs[#runs + 1], runs[#runs + 2] = 0, place(number) .. ' ' .. int(seq) .. ' ' .. form .. ' ' .. filled
+      position.first, position.form, position.filled = seq, form, filled
     end
     position.seq, number = seq, number + tonumber(field(i, 4))
   end
+  write_many('ZADD', index, runs)
   if chunks > 0 then position.next = number end
   write('HSET', session, 'p:' .. producer, int(position.epoch) .. ' ' .. int(position.next) .. ' ' ..
     int(position.seq) .. ' ' .. int(position.first) .. ' ' .. position.form .. ' ' .. position.filled)
@@ -113,15 +114,20 @@ local function advance(head)
     write('HSET', session, 'numbered', '1')
   end
   if position.fresh and log.deletions > 0 then write('HDEL', session, 'd:' .. producer) end
-  -- Runs whose chunks are all gone. A producer has no end, so some of all producers' are looked at, at random:
-  -- more of them than were added.
+  -- Runs whose chunks are all gone. A producer has no end, so some of all producers' are looked at, at random: about
+  -- three times as many as were added, a stretch of neighbours at once, since a run ends where the next one begins. A
+  -- stretch goes backwards, so that the first runs are met as often as others.
+  local added, stretch, gone = #runs / 2, 24, {}
   if log.base > 0 and added > 0 then
-    for _, run in ipairs(redis.call('ZRANDMEMBER', index, 2 + 3 * added)) do
-      local next_run = redis.call('ZRANGEBYLEX', index, '(' .. run, '+', 'LIMIT', 0, 1)[1]
-      if next_run and next_run:match('^%S+') == run:match('^%S+') and tonumber(next_run:match('^%S+ %d+ (%d+)')) <= log.base + 1 then
-        write('ZREM', index, run)
+    for _, start in ipairs(redis.call('ZRANDMEMBER', index, math.ceil((2 + 3 * added) / stretch))) do
+      local owner, from
+      for _, run in ipairs(redis.call('ZREVRANGEBYLEX', index, '[' .. start, '-', 'LIMIT', 0, stretch)) do
+        local former, first = run:match('^(%S+) %d+ (%d+)')
+        if owner == former and tonumber(from) <= log.base + 1 then gone[#gone + 1] = run end
+        owner, from = former, first
       end
     end
+    write_many('ZREM', index, gone)
   end
 end
 
@@ -201,13 +207,20 @@ local function work()
   local runs = producer ~= '' and redis.call('ZCARD', index) -- it fails on a key of another type
   local first = chunks > 0 and field(1, 1)
   open(first ~= '' and first or nil)
-  if log and log.learned then return refuse('again') end -- which messages have ended is not known yet
+  if log and (log.learned or log.unfinished) then return refuse('again') end -- which messages have ended is not known yet
   if log and life > 0 and log.deletions + 1 > life then return refuse('session_deleted') end
   if producer ~= '' then
     local refusal = locate(runs)
     if refusal then return refusal end
   end
 
+  if chunks > 2 then
+    local ids = {}
+    for i = 1, chunks do
+      if field(i, 1) ~= '' and field(i, 2) ~= 'end' then ids[#ids + 1] = field(i, 1) end
+    end
+    read_messages(ids)
+  end
   local ended, over, writes = log and not log.deleted and log.ended, nil, #held > 0 or lease > 0 or log and log.learned
   if position and position.fresh and not position.fences and not has_room() then return refuse('session_full', -1) end
   for i = 1, chunks do

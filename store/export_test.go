@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"fmt"
+	"strings"
+	"time"
 )
 
 // Appends answers how many appends wait for their turn, and how many runs of them are under way: of the script that
@@ -76,4 +78,26 @@ func (s *Store) WritesRefused(text string) { s.writesRefused(text) }
 // Scripts are the texts of all scripts.
 func Scripts() string {
 	return luaLog + luaRun + luaPush + luaAppend + luaRead + luaSession + luaTicket
+}
+
+// Queue is the queue of large reads.
+type Queue struct{ *queue }
+
+func NewQueue(places int, patience time.Duration) Queue { return Queue{newQueue(places, patience)} }
+
+func (q Queue) Enter(ctx context.Context, caller string) error { return q.enter(ctx, caller) }
+func (q Queue) Leave()                                         { q.leave() }
+
+// Order is in what order calls go that wait, each named <caller>-<call>, of which most go at once.
+func Order(most int, names []string) (order []string) {
+	p := pipe{calls: most}
+	for _, name := range names {
+		caller, _, _ := strings.Cut(name, "-")
+		p.waiting = append(p.waiting, &call{session: name, ctx: WithCaller(context.Background(), caller)})
+	}
+	p.order()
+	for _, c := range p.waiting {
+		order = append(order, c.session)
+	}
+	return order
 }

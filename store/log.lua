@@ -16,6 +16,7 @@
 --   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
 --   ARGV[10] how many messages and producers a log may have
 --   ARGV[11] 1: reads may be served by a Redis that is read-only
+--   ARGV[12] how many bytes of chunks to keep, 0: all
 --   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or
 --   nothing, 0, nothing), how many arguments it has, and they
 --
@@ -34,6 +35,11 @@ local due_written -- the earliest of its deadlines, as it is written down
 local at, count
 local written
 
+-- Redis serves nobody else while a script runs. So what may be much is done in slices: a script does one, and the next
+-- script goes on. spent is what this run has cost so far, in steps of about a quarter of a microsecond. A caller whose
+-- run has spent a slice is asked to come again (run.lua). slice_of_messages is how many messages a slice has.
+local slice, slice_of_messages, spent = 8000, 250, 0
+
 local function int(n) return string.format('%.0f', n) end
 
 -- write is a command that changes something.
@@ -41,6 +47,11 @@ local function write(...)
   local reply = redis.call(...)
   written = true
   return reply
+end
+
+-- write_many is write with any number of arguments, names and values in turn or names alone: unpack has limits.
+local function write_many(command, key, all)
+  for i = 1, #all, 1000 do write(command, key, unpack(all, i, math.min(i + 999, #all))) end
 end
 
 -- writable reports whether Redis takes writes. To set an empty part of a text that does not exist changes nothing, and
@@ -166,6 +177,22 @@ local function message(id)
   return messages[id]
 end
 
+-- read_messages reads many messages at once, for those who ask for each of them then.
+local function read_messages(ids)
+  local names, unread, taken = {}, {}, {}
+  for _, id in ipairs(ids) do
+    if not messages[id] and not taken[id] then
+      taken[id] = true
+      names[#names + 1], unread[#unread + 1] = 'm:' .. id, id
+    end
+  end
+  for i = 1, #names, 1000 do
+    local found = redis.call('HMGET', session, unpack(names, i, math.min(i + 999, #names)))
+    for k = 1, #found do messages[unread[i + k - 1]] = parse(found[k]) end
+  end
+  spent = spent + 4 * #names
+end
+
 -- begin_message begins a message, or says that one has a chunk.
 local function begin_message(m, has_chunk)
   if not m.open then m.open, m.new, m.changed = true, true, true end
@@ -192,11 +219,11 @@ end
 
 -- save writes down what became of messages, and the earliest of their deadlines.
 local function save()
-  local due, added = log.due, false
+  local due, states, gone, opened, closed = log.due, {}, {}, {}, {}
   for id, m in pairs(messages) do
     if m.changed and (m.how or m.dropped) then
-      write('ZREM', opens, id)
-      if m.how then write('HSET', session, 'm:' .. id, m.how) else write('HDEL', session, 'm:' .. id) end
+      closed[#closed + 1] = id
+      if m.how then states[#states + 1], states[#states + 2] = 'm:' .. id, m.how else gone[#gone + 1] = 'm:' .. id end
     elseif m.changed then
       local text = m.new and 'new' or 'open'
       if m.late then text = m.new and 'newlate' or 'late' end
@@ -204,12 +231,17 @@ local function save()
         text = text .. ' ' .. int(m.deadline) .. ' ' .. int(m.length) .. ' ' .. m.token .. ' ' .. m.producer
         due = math.min(due or m.deadline, m.deadline)
       end
-      write('HSET', session, 'm:' .. id, text)
-      write('ZADD', opens, m.deadline and int(m.deadline) or '+inf', id)
-      added = true
+      states[#states + 1], states[#states + 2] = 'm:' .. id, text
+      opened[#opened + 1], opened[#opened + 2] = m.deadline and int(m.deadline) or '+inf', id
     end
+    m.changed = false
   end
-  if added then write('PEXPIRE', opens, ARGV[3]) end
+  write_many('ZREM', opens, closed)
+  write_many('HDEL', session, gone)
+  write_many('HSET', session, states)
+  write_many('ZADD', opens, opened)
+  spent = spent + 8 * (#closed + #opened / 2)
+  if #opened > 0 then write('PEXPIRE', opens, ARGV[3]) end
   if log.lapsed then
     local first = redis.call('ZRANGE', opens, 0, 0, 'WITHSCORES')
     due = first[2] and first[2] ~= 'inf' and tonumber(first[2]) or nil
@@ -238,7 +270,7 @@ local function top() return math.max(log.last_seen, log.last, memory.last) end
 
 -- make begins a log where there is nothing.
 local function make()
-  log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, deletions = 0 }
+  log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, bytes = 0, deletions = 0 }
   due_written = nil
   if lost then begin(lost.base, lost.epoch) else begin(0) end
 end
@@ -252,14 +284,16 @@ end
 -- seen writes down how far the log goes and what stands there, so that the next script can tell this
 -- list from another one.
 local function seen()
-  if log.last_seen == log.last and log.base == log.base_seen and not log.begun and log.learned == log.learned_seen then return end
+  if log.last_seen == log.last and log.base == log.base_seen and not log.begun and log.learned == log.learned_seen and
+    log.bytes == log.bytes_seen then return end
+  local sized = int(log.bytes) .. ' ' .. int(log.base) .. ' ' .. int(log.last)
   if log.last_seen ~= log.last or not log.updated_at then log.updated_at = int(now()) end
   if log.begun then
     if log.revived then write('HDEL', session, 'deleted') end
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.base), 'former', int(log.former), 'created_at', log.created_at,
-      'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at)
+      'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at, 'sized', sized)
   else
-    write('HSET', session, 'base', int(log.base), 'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at)
+    write('HSET', session, 'base', int(log.base), 'last_seen', int(log.last), 'mark', log.mark, 'updated_at', log.updated_at, 'sized', sized)
   end
   if log.learned then write('HSET', session, 'learned', int(log.learned))
   elseif log.learned_seen then write('HDEL', session, 'learned') end
@@ -277,12 +311,33 @@ local function refresh()
   if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
 end
 
+-- trim takes away the oldest chunks that are more than a log keeps, by number or by bytes: of many, a slice. The newest one
+-- stays, whatever it is.
+local function trim()
+  local most, most_bytes, n, size, step = tonumber(ARGV[8]), tonumber(ARGV[12]), 0, 0, 1
+  local function over()
+    return n < log.length - 1 and (log.length - n > most or most_bytes > 0 and log.bytes - size > most_bytes)
+  end
+  while over() and n < 1000 and size < 1048576 do
+    for _, element in ipairs(range(n + 1, n + step)) do
+      if over() then n, size = n + 1, size + #element end
+    end
+    step = math.min(2 * step, 128, math.max(math.floor(262144 * n / size), 1))
+  end
+  if n == 0 then return end
+  if newest_first then write('LTRIM', history, 0, -1 - n) else write('LTRIM', history, n, -1) end
+  log.base, log.length, log.bytes = log.base + n, log.length - n, log.bytes - size
+  spent = spent + 2 * n + size / 128
+end
+
 -- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
 -- chunk does. Where Redis refuses writes, a read goes on without.
 local function finish()
+  local over = log.length > tonumber(ARGV[8]) or tonumber(ARGV[12]) > 0 and log.bytes > tonumber(ARGV[12])
+  if over and not log.learned and writable() then trim() end
   if log.last ~= log.last_seen or log.begun then log.mark = mark(log.last - log.base) end
   local changed = log.last ~= log.last_seen or log.base ~= log.base_seen or log.begun or log.learned ~= log.learned_seen or
-    log.lapsed or next(messages)
+    log.bytes ~= log.bytes_seen or log.lapsed or next(messages)
   local recorded = changed and writable()
   if recorded then
     save()
@@ -295,23 +350,19 @@ local function finish()
   if refusal or unrefreshed then note = 'refused ' .. (refusal or unrefreshed) end
 end
 
--- add numbers and pushes chunks, given as text without the opening brace, and trims.
+-- add numbers and pushes chunks, given as text without the opening brace.
 local function add(members)
   local head, ts, elements = log.last, ',"ts":' .. int(now()) .. ',', {}
   for i = 1, #members do
     elements[i] = '{"seq":' .. int(head + i) .. ts .. members[i]
     news[#news + 1] = elements[i]
+    log.bytes = log.bytes + #elements[i]
   end
   for i = 1, #elements, 1000 do -- unpack has limits
     write(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
+  spent = spent + 12 * #elements
   log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
-  local excess = log.length - tonumber(ARGV[8])
-  if excess > 0 then
-    if newest_first then write('LTRIM', history, 0, -1 - excess)
-    else write('LTRIM', history, excess, -1) end
-    log.base, log.length = log.base + excess, log.length - excess
-  end
 end
 
 -- conclude ends messages by a chunk of the server's own.
@@ -327,29 +378,50 @@ end
 
 local function lose(ids) conclude(ids, 'failed', 'failed', ',"reason":"producer_lost"') end
 
--- lapse ends the messages whose deadline is past. Whichever script comes first does it, so that nobody
+-- lapse ends the messages whose deadline is past, or a slice of them. Whichever script comes first does it, so that nobody
 -- needs to be alive for it.
 local function lapse()
-  local lost = {}
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', opens, '-inf', int(now()))) do
+  local lost, stale = {}, {}
+  local ids = redis.call('ZRANGEBYSCORE', opens, '-inf', int(now()), 'LIMIT', 0, slice_of_messages)
+  read_messages(ids)
+  for _, id in ipairs(ids) do
     local m = message(id)
-    if m.open and m.deadline and m.deadline <= now() then
-      if m.late then
-        lost[#lost + 1] = id
-      else
-        local length = math.max(m.length, m.token ~= '-' and tonumber(ARGV[9]) or 0)
-        m.late, m.changed, m.deadline = true, true, now() + last_call(length)
-      end
+    if not m.open then
+      stale[#stale + 1] = id
+    elseif not m.deadline or m.deadline > now() then
+      m.changed = true
+    elseif m.late then
+      lost[#lost + 1] = id
+    else
+      local length = math.max(m.length, m.token ~= '-' and tonumber(ARGV[9]) or 0)
+      m.late, m.changed, m.deadline = true, true, now() + last_call(length)
     end
   end
-  log.lapsed, look = true, true
+  write_many('ZREM', opens, stale)
+  log.lapsed, look, log.unfinished = true, true, #ids == slice_of_messages
   if #lost > 0 then lose(lost) end
 end
 
--- learn finds out which messages the chunks after a number begin or end: other programs pushed them. One script learns
--- a slice, so that nobody else waits long for Redis; the next one goes on. What a slice costs is counted in steps of about
--- a quarter of a microsecond.
-local slice = 8000
+-- sweep takes away what the hash of a deleted log has of messages, a slice of it, and keeps of its producers which there
+-- were, so that one that repeats itself does not bring back what was deleted.
+local function sweep()
+  if not writable() then return end
+  local found = redis.call('HSCAN', session, log.sweep, 'COUNT', 2 * slice_of_messages)
+  local gone, kept = {}, {}
+  for i = 1, #found[2], 2 do
+    local kind, id = found[2][i]:match('^([mp]):(.*)$')
+    if kind then gone[#gone + 1] = found[2][i] end
+    if kind == 'p' then kept[#kept + 1], kept[#kept + 2] = 'd:' .. id, found[2][i + 1]:match('^%d+') end
+  end
+  write_many('HDEL', session, gone)
+  write_many('HSET', session, kept)
+  log.sweep = found[1] ~= '0' and found[1] or nil
+  if log.sweep then write('HSET', session, 'sweep', log.sweep) else write('HDEL', session, 'sweep') end
+  spent = spent + 8 * #found[2]
+end
+
+-- learn finds out which messages the chunks after a number begin or end, and how many bytes they are: other programs pushed
+-- them. It learns a slice.
 local function learn(after)
   local cost, step, i = 0, 16, after - log.base + 1
   while i <= log.length and cost < slice do
@@ -363,6 +435,7 @@ local function learn(after)
         local ok, chunk = pcall(cjson.decode, element)
         local id = ok and type(chunk) == 'table' and chunk.message_id
         if type(id) == 'string' and id ~= '' then
+          if not messages[id] then cost = cost + 24 end -- it is read, and written
           local kind, m = chunk.type, message(id)
           if kind == 'done' or kind == 'failed' or kind == 'cancelled' then
             if not m.how then close_message(id, kind) end
@@ -374,10 +447,11 @@ local function learn(after)
         end
       end
     end
-    i, cost = i + #elements, cost + #elements + size / 256
+    i, cost, log.bytes = i + #elements, cost + #elements + size / 256, log.bytes + size
     step = math.max(1, math.min(1000, math.floor((slice - cost) / (#elements + size / 256) * #elements / 2)))
   end
   log.learned = i <= log.length and log.base + i - 1 or nil
+  spent = spent + cost
 end
 
 -- known reads the element at a position, the last one that was seen, and how long the list is: mostly that is
@@ -415,7 +489,7 @@ end
 -- that was seen last, and does what is due.
 local function open(id)
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
-    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'm:' .. (id or ''))
+    'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'sweep', 'sized', 'm:' .. (id or ''))
   local base, last_seen = tonumber(h[2] or 0), tonumber(h[3] or 0)
   local tip, length = known(last_seen - base)
   if not h[1] and length == 0 then
@@ -428,17 +502,25 @@ local function open(id)
   log = {
     epoch = h[1], recorded = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
     created_at = h[8], updated_at = h[9], deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12],
-    learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]),
+    learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]), sweep = h[14],
+    bytes = 0, -- what the list has up to the number that it was learned to
     mark = h[4] or '', length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
   }
   due_written = log.due
-  if id then messages[id] = parse(h[14]) end
+  local bytes, sized_base, sized_last = (h[15] or ''):match('^(%d+) (%d+) (%d+)$')
+  if sized_base == h[2] and sized_last == h[3] then log.bytes, log.bytes_seen = tonumber(bytes), tonumber(bytes) end
+  if id then messages[id] = parse(h[16]) end
   if not log.epoch then -- a list that another program began
     log.epoch = ''
     if memory.last == 0 then begin(0, memory.epoch == derived(0) and memory.epoch or nil) end
   elseif log.deleted then
     log.base, log.last = log.last_seen, log.last_seen
-    if length > 0 then revive() end
+    if log.sweep then sweep() end
+    if log.sweep then -- until that is done, it stays deleted
+      length, log.length, log.unfinished = 0, 0, true
+    elseif length > 0 then
+      revive()
+    end
   elseif length == 0 then
     log.base = log.last_seen -- expired: the same log, with nothing of it left
   elseif log.last_seen > log.base and not (tip and matches(log.last_seen - log.base, log.mark, tip)) then
@@ -447,7 +529,8 @@ local function open(id)
   log.last = log.base + length
   if not log.deleted then compare_memory() end
   local after = math.max(log.learned or log.last_seen, log.base)
-  if log.begun then after = log.base end
+  if log.begun or length > 0 and not log.bytes_seen then after, log.bytes = log.base, 0 end
+  if length == 0 then log.bytes = 0 end
   if log.last > after then learn(after) end
   if log.due and not log.ended and now() >= log.due and writable() then lapse() end
 end

@@ -51,6 +51,9 @@ type call struct {
 // not sent (errUnsent). One that is on its way, or leads those that are, is waited for: the client's own time-outs
 // bound that.
 func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: %w", errTurn, ctx.Err())
+	}
 	c.done, c.ctx = make(chan struct{}), ctx
 	p.mu.Lock()
 	p.waiting = append(p.waiting, c)
@@ -103,6 +106,7 @@ var timers = sync.Pool{New: func() any {
 func (p *pipe) lead() {
 	p.gather()
 	p.mu.Lock()
+	p.order()
 	n, bytes := 0, 0
 	for n < len(p.waiting) && n < p.calls && (n == 0 || bytes+p.waiting[n].size <= p.bytes) {
 		bytes += p.waiting[n].size
@@ -130,6 +134,21 @@ func (p *pipe) lead() {
 		}
 		p.run(context.WithoutCancel(calls[0].ctx), calls)
 	}
+}
+
+// order has callers take turns, where not all can go: of each the first call, then of each the second. mu is held.
+func (p *pipe) order() {
+	if len(p.waiting) <= p.calls {
+		return
+	}
+	nth := make(map[*call]int, len(p.waiting))
+	had := map[string]int{}
+	for _, c := range p.waiting {
+		caller := callerOf(c.ctx, c.session)
+		nth[c] = had[caller]
+		had[caller]++
+	}
+	slices.SortStableFunc(p.waiting, func(a, b *call) int { return nth[a] - nth[b] })
 }
 
 var errBroken = errors.New("the run of the script broke off")

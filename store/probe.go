@@ -119,15 +119,14 @@ func (s *Store) probed(ctx context.Context) []string {
 var (
 	rightsToWrite = []string{
 		"EVALSHA 0 1 @session", "EVAL return 1 @session", "TIME",
-		"HGET @session f", "HMGET @session f", "HGETALL @session", "HLEN @session", "HSET @session f v", "HDEL @session f",
+		"HGET @session f", "HMGET @session f", "HSCAN @session 0", "HLEN @session", "HSET @session f v", "HDEL @session f",
 		"LLEN @history", "LRANGE @history 0 0", "LTRIM @history 0 -1", "LPUSH @history v", "RPUSH @history v",
 		"ZADD @messages XX 1 m", "ZADD @producers XX 1 m", "ZCARD @messages", "ZRANDMEMBER @producers", "ZRANGE @messages 0 0", "ZRANGEBYLEX @producers - +", "ZRANGEBYSCORE @messages 0 0",
-		"ZREM @messages m", "ZREMRANGEBYLEX @producers - (0", "ZREVRANGEBYLEX @producers + -",
-		"PEXPIRE @session 1", "DEL @session", "SETRANGE @stream 0 v", "HSET @ticket f v", "MULTI", "EXEC", "DISCARD",
+		"ZREM @messages m", "ZSCAN @messages 0", "ZREMRANGEBYLEX @producers - (0", "ZREVRANGEBYLEX @producers + -",
+		"PEXPIRE @session 1", "DEL @session", "UNLINK @session", "SETRANGE @stream 0 v", "HSET @ticket f v", "MULTI", "EXEC", "DISCARD",
 	}
 	rightsToHint    = []string{"PUBLISH @stream v", "PUBLISH @uploads v", "PUBLISH @tickets v", "PING", "SUBSCRIBE @stream @uploads @tickets", "UNSUBSCRIBE @stream"}
 	rightsOfMasters = []string{"SPUBLISH @stream v", "SSUBSCRIBE @stream", "SUNSUBSCRIBE @stream"} // of a Cluster
-	rightsToSpare   = []string{"MEMORY USAGE @history"}                                            // without it large pages are read more slowly
 )
 
 // try queues what the scripts do to a session. It returns the rights that are missing, as ACL SETUSER names them, and why
@@ -176,7 +175,6 @@ func (s *Store) tryOnce(ctx context.Context, id string) (missing []string, refus
 	if s.clustered {
 		hints = append(hints, queue(rightsOfMasters)...)
 	}
-	hints = append(hints, queue(rightsToSpare)...)
 	discard := pipe.Do(ctx, "discard")
 	_, _ = pipe.Exec(ctx)
 	if err := discard.Err(); err != nil { // the connection is still in the transaction
@@ -231,11 +229,7 @@ func (s *Store) lack(cmd *redis.Cmd, err error) string {
 	case strings.Contains(text, "key"):
 		return "~" + s.cfg.Prefix + "*"
 	}
-	name := cmd.Name()
-	if name == "memory" {
-		name += "|usage"
-	}
-	return "+" + name
+	return "+" + cmd.Name()
 }
 
 // lacks says which rights are missing, whenever that changes. Only the one that probes calls it.

@@ -7,6 +7,7 @@
 --   ARGV[1]  time to live of the list, ms      ARGV[2]  time to live of the hash, ms
 --   ARGV[3]  oldest-first | newest-first       ARGV[4]  PUBLISH | SPUBLISH
 --   ARGV[5]  how many chunks to keep           ARGV[6]  the grace, ms
+--   ARGV[7]  how many bytes of chunks to keep, 0: all
 --   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or nothing, 0,
 --   nothing); which life of the session its upload began in, or 0 or less; the message; the token by which an upload holds
 --   it, or nothing; how many chunks; and of each its members, without the opening brace
@@ -46,11 +47,28 @@ local function remembers(history, epoch, base, last, mark)
   return #found == 1 and sha1hex(found[1]) == known_mark
 end
 
+-- surplus returns how many of the oldest chunks are more than a log keeps, and how many bytes they are (log.lua: trim).
+local most, most_bytes = tonumber(ARGV[5]), tonumber(ARGV[7])
+local function surplus(history, length, bytes)
+  local n, size, step = 0, 0, 1
+  local function over()
+    return n < length - 1 and (length - n > most or most_bytes > 0 and bytes - size > most_bytes)
+  end
+  while over() and n < 1000 and size < 1048576 do
+    local found = range(history, n + 1, n + step)
+    for k = 1, #found do
+      if over() then n, size = n + 1, size + #found[newest_first and #found + 1 - k or k] end
+    end
+    step = math.min(2 * step, 128, math.max(math.floor(262144 * n / size), 1))
+  end
+  return n, size
+end
+
 local function push(history, session, channel, index)
   local life, id, token, count = tonumber(ARGV[at + 4]), ARGV[at + 5], ARGV[at + 6], tonumber(ARGV[at + 7])
   local h
-  if id == '' then h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered', 'learned')
-  else h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered', 'learned', 'm:' .. id) end
+  if id == '' then h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered', 'learned', 'sized')
+  else h = call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'ended', 'deleted', 'deletions', 'due', 'numbered', 'learned', 'sized', 'm:' .. id) end
   local epoch, base, last, now_life = h[1], tonumber(h[2]), tonumber(h[3]), (h[7] or 0) + 1
   if not epoch or not base or not last or h[5] or h[6] or h[10] or life > 0 and now_life > life then return other end
   if not clock then
@@ -59,8 +77,10 @@ local function push(history, session, channel, index)
     now = int(clock)
     stamp = ',"ts":' .. now .. ','
   end
+  local bytes, sized_base, sized_last = (h[11] or ''):match('^(%d+) (%d+) (%d+)$')
+  if sized_base ~= h[2] or sized_last ~= h[3] then return other end
   if h[8] and clock >= tonumber(h[8]) then return other end
-  if id ~= '' and not (h[11] and (token == '' and h[11] == 'open' or token ~= '' and is_held(h[11], token))) then return other end
+  if id ~= '' and not (h[12] and (token == '' and h[12] == 'open' or token ~= '' and is_held(h[12], token))) then return other end
 
   -- The list has to be the one that was seen last, and no longer than it was, and to have what the node remembers.
   local length, found = last - base, nil
@@ -70,16 +90,19 @@ local function push(history, session, channel, index)
   compared[history] = true
 
   local elements = {}
-  for i = 1, count do elements[i] = '{"seq":' .. int(last + i) .. stamp .. ARGV[at + 7 + i] end
+  for i = 1, count do
+    elements[i] = '{"seq":' .. int(last + i) .. stamp .. ARGV[at + 7 + i]
+    bytes = bytes + #elements[i]
+  end
   call(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements))
   written = true
   local mark = sha1hex(elements[count])
-  call('HSET', session, 'last_seen', int(last + count), 'mark', mark, 'updated_at', now)
-  local excess = length + count - tonumber(ARGV[5])
-  if excess > 0 then
-    if newest_first then call('LTRIM', history, 0, -1 - excess) else call('LTRIM', history, excess, -1) end
-    call('HSET', session, 'base', int(base + excess))
+  local n, size = surplus(history, length + count, bytes)
+  if n > 0 then
+    if newest_first then call('LTRIM', history, 0, -1 - n) else call('LTRIM', history, n, -1) end
+    call('HSET', session, 'base', int(base + n))
   end
+  call('HSET', session, 'last_seen', int(last + count), 'mark', mark, 'updated_at', now, 'sized', int(bytes - size) .. ' ' .. int(base + n) .. ' ' .. int(last + count))
   pcall_redis('PEXPIRE', history, ARGV[1])
   pcall_redis('PEXPIRE', session, ARGV[2])
   if h[9] then pcall_redis('PEXPIRE', index, ARGV[1]) end
@@ -92,7 +115,7 @@ local function push(history, session, channel, index)
 end
 
 local replies = {}
-at = 6
+at = 7
 for i = 1, #KEYS / 4 do
   local k = 4 * i
   written = false

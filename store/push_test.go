@@ -30,7 +30,7 @@ type twin struct {
 	all   chan struct{}
 }
 
-func newTwin(t testing.TB, order string) *twin {
+func newTwin(t testing.TB, order string, bytes int) *twin {
 	w := &twin{redis: miniredis.NewMiniRedis()}
 	if err := w.redis.Start(); err != nil {
 		t.Fatal(err)
@@ -38,6 +38,9 @@ func newTwin(t testing.TB, order string) *twin {
 	cfg := store.DefaultConfig()
 	cfg.Timeout = 30 * time.Second // as in open
 	cfg.Redis, cfg.HistoryOrder, cfg.HistoryMax, cfg.NamesMax = "redis://"+w.redis.Addr(), order, 6, 3
+	if cfg.HistoryBytes = bytes; bytes > 0 {
+		cfg.HistoryMax = 100
+	}
 	var err error
 	if w.Store, err = store.Open(cfg); err != nil {
 		t.Fatal(err)
@@ -108,7 +111,8 @@ func TestPush_isWhatTheScriptThatKnowsEveryCaseWouldDo(t *testing.T) {
 	ordinary, others := 0, 0
 	rapid.Check(t, func(r *rapid.T) {
 		order := rapid.SampledFrom([]string{store.OldestFirst, store.NewestFirst}).Draw(r, "order")
-		a, b := newTwin(t, order), newTwin(t, order)
+		bytes := rapid.SampledFrom([]int{0, 1 << 10}).Draw(r, "bytes") // of some fifteen chunks
+		a, b := newTwin(t, order, bytes), newTwin(t, order, bytes)
 		defer a.close()
 		defer b.close()
 		a.CountOrdinary(&ordinary, &others)

@@ -45,16 +45,28 @@ const Newest = 0
 // The log of a session that does not exist has an empty Epoch, and reading it makes
 // nothing. ErrAway means away, never empty.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
-	alone := 0
-	if bytes >= aloneLeast {
-		alone = aloneMost
+	p, err := s.readSlice(ctx, session, from, bytes, count)
+	size := 0
+	for _, element := range p.Elements {
+		size += len(element)
 	}
-	p, memory, err := s.read(ctx, session, from, bytes, count, alone)
-	if err == nil && memory > 0 {
-		var ok bool
-		if p, ok, err = s.readAlone(ctx, session, p, memory, bytes, count); err == nil && !ok {
-			p, _, err = s.read(ctx, session, from, bytes, count, 0)
+	// What follows is of one instant with it as long as the epoch is the same: a log does not change under its numbers.
+	for n := len(p.Elements); err == nil && n > 0 && from != Newest && p.Next() <= p.Last && size < bytes && len(p.Elements) < count; {
+		// (Between two slices others have their turn.)
+		var next Page
+		if next, err = s.readSlice(ctx, session, p.Next(), bytes-size, count-len(p.Elements)); err != nil {
+			break
 		}
+		if n = len(next.Elements); next.Epoch != p.Epoch || next.From != p.Next() || next.Deleted {
+			break
+		}
+		for i, element := range next.Elements {
+			if size += len(element); size > bytes || next.From+int64(i) > p.Last {
+				next.Elements, size = next.Elements[:i], bytes
+				break
+			}
+		}
+		p.Elements = append(p.Elements, next.Elements...)
 	}
 	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
 		err = fmt.Errorf("%w: %v", ErrAway, err)
@@ -65,18 +77,46 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 	return p, nil
 }
 
-// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list is no larger than aloneMost.
+// readSlice reads as much of a page as Redis can give without others having to wait for long.
+func (s *Store) readSlice(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
+	alone := 0
+	if bytes >= aloneLeast {
+		alone = aloneMost
+	}
+	p, size, err := s.read(ctx, session, from, bytes, count, alone)
+	if err == nil && size > 0 {
+		var ok bool
+		if p, ok, err = s.readAlone(ctx, session, p, size, bytes, count); err == nil && !ok {
+			p, _, err = s.read(ctx, session, from, bytes, count, 0)
+		}
+	}
+	return p, err
+}
+
+// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list has no more bytes than aloneMost. That reads
+// aloneSlice bytes at once, or somewhat more: the elements are not all alike, but all of them are aloneMost. The script reads no more
+// than sliceMost. Each takes Redis a few milliseconds.
 const (
-	aloneLeast = 256 << 10
-	aloneMost  = 16 << 20
+	aloneLeast = largeRead
+	aloneMost  = 8 << 20
+	aloneSlice = 1 << 20
+	sliceMost  = 256 << 10
 )
 
 // read asks the script. Where it answers that the elements are to be read without it, that is where they
-// begin, and memory is how large the list is; else memory is 0.
-func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, memory int64, failed error) {
-	reply, err := s.run(ctx, scriptRead, session, bytes, false, from, bytes, count, alone)
-	if err != nil {
-		return p, 0, err
+// begin, and size is how many bytes the list has; else size is 0.
+func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, size int64, failed error) {
+	wanted := bytes
+	bytes = min(bytes, sliceMost)
+	var reply []any
+	for reply == nil || reply[0] == again {
+		if reply != nil && ctx.Err() != nil {
+			return p, 0, fmt.Errorf("%w: %w", ErrAway, ctx.Err())
+		}
+		var err error
+		if reply, err = s.run(ctx, scriptRead, session, wanted, false, from, bytes, count, alone); err != nil {
+			return p, 0, err
+		}
 	}
 	r := fields(reply)
 	if r.status() == "absent" {
@@ -84,8 +124,8 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 	}
 	p = Page{Bounds: r.bounds(), From: r.int(11)}
 	if r.status() == "large" {
-		memory = r.int(12)
-		return p, memory, r.err
+		size = r.int(12)
+		return p, size, r.err
 	}
 	parts, ok := r.at(12).([]any)
 	if r.err != nil || !ok || r.status() != "ok" && r.status() != "lost" {
@@ -102,13 +142,13 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 	return p, 0, nil
 }
 
-// readAlone reads the bounds and, in the same transaction, what stands where p begins, of a list that is so
-// large in memory. It is not ok when that was trimmed, or is gone, since p.
-func (s *Store) readAlone(ctx context.Context, session string, p Page, memory int64, bytes, count int) (page Page, ok bool, failed error) {
+// readAlone reads the bounds and, in the same transaction, what stands where p begins, of a list that has so
+// many bytes. It is not ok when that was trimmed, or is gone, since p.
+func (s *Store) readAlone(ctx context.Context, session string, p Page, size int64, bytes, count int) (page Page, ok bool, failed error) {
 	begun := time.Now()
 	defer func() { s.metrics.ran(scriptRead, begun, failed) }()
 	length := p.Last - p.First + 1
-	n := min(int64(bytes)*length/memory, p.Last-p.From+1, int64(count))
+	n := min(int64(min(bytes, aloneSlice))*length/size, p.Last-p.From+1, int64(count))
 	from, to := p.From-p.First, p.From-p.First+max(n, 1)-1 // as LRANGE counts, from the end that is not pushed to
 	if s.cfg.HistoryOrder == NewestFirst {
 		from, to = -1-to, -1-from
@@ -117,6 +157,10 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, memory in
 	if err != nil {
 		return p, false, err
 	}
+	if err := s.large.enter(ctx, callerOf(ctx, session)); err != nil {
+		return p, false, classify(err)
+	}
+	defer s.large.leave()
 	bounds := redis.NewCmd(ctx, argv...)
 	var list *redis.StringSliceCmd
 	_, err = s.rdb.TxPipelined(ctx, func(tx redis.Pipeliner) error {
@@ -148,9 +192,9 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, memory in
 	if s.cfg.HistoryOrder == NewestFirst {
 		slices.Reverse(page.Elements)
 	}
-	size := 0
+	total := 0
 	for i, element := range page.Elements {
-		if size += len(element); size > bytes && i > 0 {
+		if total += len(element); total > bytes && i > 0 {
 			page.Elements = slices.Clip(page.Elements[:i])
 			break
 		}

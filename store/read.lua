@@ -1,11 +1,10 @@
 -- The bounds of the log and chunks of it, all of one instant. Its arguments: the first number wanted, or 0 for the
--- newest that fit; how many bytes of chunks to answer at most, but one chunk at least; how many chunks at most, 0 for
+-- newest that fit; how many bytes of chunks to answer at most (read.go: sliceMost), but one chunk at least; how many chunks at most, 0 for
 -- only the bounds. The chunks are answered as they were read, in parts: to copy them would cost as much again.
 --
 -- A chunk that comes through Lua costs Redis six times what it costs alone. So where many are wanted of a list that is
--- not larger than the fourth argument says, the answer is only where they begin, and how large the list is
--- in memory: the caller has bounds and chunks read in one transaction. How many bytes they are is not known before, but
--- they are no more than the list.
+-- not larger than the fourth argument says, the answer is only where they begin, and how many bytes the list
+-- has: the caller has bounds and chunks read in one transaction.
 --
 -- Waiting for a session creates no keys: where there is nothing, nothing is written. Reading needs no write: where Redis
 -- refuses one, the answer says so, and is the same.
@@ -17,16 +16,16 @@ local function work()
     return { 'lost', lost.epoch, lost.base, '-', '', lost.base, lost.base, 0, 0, '', '', lost.base + 1, {} }
   end
   finish()
+  if log.unfinished and not log.deleted then return answer('again') end
 
   local from, bytes, most = tonumber(argument(1)), tonumber(argument(2)), tonumber(argument(3))
   local newest = from == 0 -- then parts are read from the end backwards
   local first = newest and log.length + 1 or math.max(from - log.base, 1)
   local last = newest and log.length or first - 1
-  if tonumber(argument(4)) > 0 and not newest and math.min(most, log.length - last) >= 1000 then
-    local bytes_kept = redis.pcall('MEMORY', 'USAGE', history, 'SAMPLES', 0)
-    if type(bytes_kept) == 'number' and bytes_kept <= tonumber(argument(4)) then return reply('large', log.base + first, bytes_kept) end
+  if not newest and not log.learned and log.bytes <= tonumber(argument(4)) and math.min(most, log.length - last) >= 1000 then
+    return reply('large', log.base + first, log.bytes)
   end
-  local taken, size, step, parts = 0, 0, 64, {}
+  local taken, size, step, parts = 0, 0, 8, {} -- how large they are is not known yet
   while taken < most and (size < bytes or taken == 0) and (newest and first > 1 or not newest and last < log.length) do
     step = math.min(step, most - taken)
     local part
@@ -50,5 +49,6 @@ local function work()
     if fit < length or length < step then break end
     step = math.min(4 * step, math.max(math.floor((bytes - size) * taken / math.max(size, 1)), 1)) -- as many as may fit
   end
+  spent = spent + size / 128 + taken
   return reply('ok', log.base + first, parts)
 end

@@ -101,7 +101,7 @@ func leadsElsewhere(text string) bool {
 func remedyOf(code, text string) string {
 	switch {
 	case code == RedisFull:
-		return "raise Redis' maxmemory, or keep less: -history-ttl, -history-max; viewers are served meanwhile"
+		return "raise Redis' maxmemory, or keep less: -history-ttl, -history-max, -history-bytes; viewers are served meanwhile"
 	case strings.Contains(text, "MISCONF"):
 		return "Redis cannot save to its disk: look at its log and at the disk's free space"
 	case strings.Contains(text, "NOREPLICAS"):

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 )
 
 // Create makes a session, and says whether it was made now. A deleted one is made
@@ -26,8 +28,26 @@ func (s *Store) Describe(ctx context.Context, session string) (Bounds, error) {
 
 // Delete removes the log and leaves a tombstone. ErrNotFound: there never was one.
 func (s *Store) Delete(ctx context.Context, session string) error {
-	_, _, err := s.session(ctx, session, "delete")
-	return err
+	reply, err := s.runSession(ctx, session, s.cfg.WaitReplicas > 0, "delete")
+	if err != nil {
+		return fmt.Errorf("delete session %s: %w", session, err)
+	}
+	r := fields(reply)
+	if r.status() == "absent" {
+		return ErrNotFound
+	}
+	for r.err == nil && r.int(11) == 1 {
+		// It is deleted. What is left of a large one is swept up in slices; where that breaks off, whoever uses the session next
+		// goes on (log.lua: sweep).
+		reply, err := s.runSession(ctx, session, false, "delete")
+		if err != nil {
+			break
+		}
+		if r = fields(reply); r.status() == "absent" {
+			break
+		}
+	}
+	return r.err
 }
 
 // Renew ends an epoch in which numbers up to last were given out, because the log in
@@ -51,63 +71,102 @@ type Cancelled struct {
 // Errors: ErrNotFound, ErrMessageUnknown, *MessageEndedError (it has ended by itself),
 // ErrSessionEnded.
 func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled, error) {
+	var all Cancelled
+	for {
+		c, more, err := s.cancel(ctx, session, message)
+		if len(all.Messages) == 0 {
+			all.Epoch, all.First = c.Epoch, c.First
+		}
+		if len(all.Messages) == 0 || len(c.Messages) > 0 {
+			all.Last = c.Last
+		}
+		all.Messages = append(all.Messages, c.Messages...)
+		if err != nil && len(all.Messages) > 0 && !errors.Is(err, ErrOutcomeUnknown) {
+			err = fmt.Errorf("%w: some of the messages are cancelled: %w", ErrOutcomeUnknown, err)
+		}
+		if err != nil || !more {
+			return all, err
+		}
+	}
+}
+
+// cancel ends a message, or a slice of all that are unfinished, and says whether there may be more of them.
+func (s *Store) cancel(ctx context.Context, session, message string) (c Cancelled, more bool, failed error) {
 	reply, err := s.runSession(ctx, session, s.cfg.WaitReplicas > 0, "cancel", message)
 	if err != nil {
-		return Cancelled{}, fmt.Errorf("cancel in session %s: %w", session, err)
+		return c, false, fmt.Errorf("cancel in session %s: %w", session, err)
 	}
 	r := fields(reply)
 	switch r.status() {
 	case "ok":
-		c := Cancelled{Epoch: r.text(1), First: r.int(11), Last: r.int(12)}
+		c = Cancelled{Epoch: r.text(1), First: r.int(11), Last: r.int(12)}
 		ids, _ := r.at(13).([]any)
 		for _, id := range ids {
 			text, _ := id.(string)
 			c.Messages = append(c.Messages, text)
 		}
-		return c, r.err
+		return c, r.int(15) == 1, r.err
 	case "absent":
-		return Cancelled{}, ErrNotFound
+		return c, false, ErrNotFound
 	case "message_unknown":
-		return Cancelled{}, ErrMessageUnknown
+		return c, false, ErrMessageUnknown
 	case "message_ended":
-		return Cancelled{}, &MessageEndedError{message, r.text(14)}
+		return c, false, &MessageEndedError{message, r.text(14)}
 	case "session_ended":
-		return Cancelled{}, ErrSessionEnded
+		return c, false, ErrSessionEnded
 	default:
-		return Cancelled{}, fmt.Errorf("cancel in session %s: status %q: %w", session, r.status(), errReply)
+		return c, false, fmt.Errorf("cancel in session %s: status %q: %w", session, r.status(), errReply)
 	}
 }
 
-// Open answers which messages are unfinished, in no order that means anything, and the log's bounds
-// at that instant. ErrNotFound: there is no such session.
-func (s *Store) Open(ctx context.Context, session string) (Bounds, []string, error) {
-	reply, err := s.runSession(ctx, session, false, "open")
-	if errors.Is(err, ErrOutcomeUnknown) { // what it changes, any other call would
-		err = fmt.Errorf("%w: %v", ErrAway, err)
+// Open answers which messages are unfinished, in no order that means anything, and the log's bounds. They are asked for in
+// slices: one that begins or ends meanwhile may be among them or not. ErrNotFound: there is no such session.
+func (s *Store) Open(ctx context.Context, session string) (b Bounds, ids []string, failed error) {
+	found := map[string]struct{}{} // a slice may repeat some
+	for cursor := "0"; ; {
+		reply, err := s.runSession(ctx, session, false, "open", cursor)
+		if errors.Is(err, ErrOutcomeUnknown) { // what it changes, any other call would
+			err = fmt.Errorf("%w: %v", ErrAway, err)
+		}
+		if err != nil {
+			return Bounds{}, nil, fmt.Errorf("open messages of session %s: %w", session, err)
+		}
+		r := fields(reply)
+		if r.status() == "absent" {
+			return Bounds{}, nil, ErrNotFound
+		}
+		if b.Epoch == "" {
+			b = r.bounds()
+		}
+		all, ok := r.at(11).([]any)
+		cursor = r.text(12)
+		if r.err != nil || !ok {
+			return b, nil, fmt.Errorf("open messages of session %s: %v: %w", session, r.err, errReply)
+		}
+		for _, id := range all {
+			text, _ := id.(string)
+			found[text] = struct{}{}
+		}
+		if cursor == "0" {
+			return b, slices.Collect(maps.Keys(found)), nil
+		}
 	}
-	if err != nil {
-		return Bounds{}, nil, fmt.Errorf("open messages of session %s: %w", session, err)
-	}
-	r := fields(reply)
-	if r.status() == "absent" {
-		return Bounds{}, nil, ErrNotFound
-	}
-	b := r.bounds()
-	all, ok := r.at(11).([]any)
-	if r.err != nil || !ok {
-		return b, nil, fmt.Errorf("open messages of session %s: %v: %w", session, r.err, errReply)
-	}
-	ids := make([]string, len(all))
-	for i, id := range all {
-		ids[i], _ = id.(string)
-	}
-	return b, ids, nil
 }
 
-// runSession runs the session script, as often as it takes to know the log (log.lua: learn).
+// runSession runs the session script, as often as it takes to know the log, or to have its turn (log.lua: slice). In a Redis
+// that is full, what exists can be cancelled and deleted, all the same.
 func (s *Store) runSession(ctx context.Context, session string, wait bool, args ...any) (reply []any, err error) {
+	which := scriptSession
+	var full error
 	for {
-		reply, err = s.run(ctx, scriptSession, session, 0, wait, args...)
+		reply, err = s.run(ctx, which, session, 0, wait, args...)
+		if Why(err) == RedisFull && which == scriptSession && (args[0] == "cancel" || args[0] == "delete") {
+			which, full = scriptSessionFull, err
+			continue
+		}
+		if err != nil && full != nil && !errors.Is(err, ErrOutcomeUnknown) { // it is of a version that cannot do that
+			return nil, full
+		}
 		if err != nil || reply[0] != again {
 			return reply, err
 		}

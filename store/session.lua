@@ -1,10 +1,13 @@
 -- Makes, deletes, begins anew, cancels, and tells what is open. Its arguments: create | delete | renew | cancel | open; of renew then the epoch
--- that is to end and the highest number that was given out in it; of cancel a message, or nothing for all that are open.
+-- that is to end and the highest number that was given out in it; of cancel a message, or nothing for a slice of all that
+-- are open; of open where the former slice has ended, 0 for the first.
+--
+-- delete, cancel and open say at the end of their replies whether there is more to do, or where it goes on.
 local function work()
   local what = argument(1)
   must_write()
   open()
-  if log and log.learned then
+  if log and (log.learned or log.unfinished and what ~= 'delete') then
     finish()
     return answer('again')
   end
@@ -21,33 +24,34 @@ local function work()
   if not log then return answer('absent') end
 
   if what == 'delete' then
-    if log.deleted then return reply('ok') end
-    -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an
-    -- upload from before it does not write into what comes after; and which producers there were, so that one
-    -- that repeats itself does not bring back what was deleted.
-    local gone, all = {}, redis.call('HGETALL', session)
-    for i = 1, #all, 2 do
-      local kind, id = all[i]:match('^([pd]:)(.*)$')
-      if kind then gone[#gone + 1] = { id, kind == 'p:' and all[i + 1]:match('^%d+') or all[i + 1] } end
-    end
-    write('DEL', history, session, index, opens)
-    for _, producer in ipairs(gone) do write('HSET', session, 'd:' .. producer[1], producer[2]) end
+    if log.deleted then return reply('ok', log.sweep and 1 or 0) end
+    -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an upload from
+    -- before it does not write into what comes after; and which producers there were (log.lua: sweep).
+    log.deleted, log.sweep = int(now()), '0'
+    if type(redis.pcall('UNLINK', history, index, opens)) == 'table' then write('DEL', history, index, opens) end -- a right of its own
+    written = true
+    write('HDEL', session, 'created_at', 'updated_at', 'ended', 'due', 'numbered', 'learned', 'sized')
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
-      'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', int(now()))
+      'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', log.deleted, 'sweep', log.sweep)
+    sweep()
     redis.pcall('PEXPIRE', session, ARGV[3])
     publish(ARGV[5], channel, ARGV[6])
     call_uploads()
-    return reply('ok')
+    return reply('ok', log.sweep and 1 or 0)
   end
 
   if what == 'cancel' then
     if log.deleted then return answer('absent') end
-    local ids, id, status = {}, argument(2), 'ok'
+    local ids, id, status, more = {}, argument(2), 'ok', 0
     if id == '' then
       save() -- so that the set has those that were learnt just now
-      for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
-        if message(one).open then ids[#ids + 1] = one end
+      local found, stale = log.ended and {} or redis.call('ZRANGE', opens, 0, slice_of_messages - 1), {}
+      read_messages(found)
+      for _, one in ipairs(found) do
+        if message(one).open then ids[#ids + 1] = one else stale[#stale + 1] = one end
       end
+      write_many('ZREM', opens, stale)
+      if #found == slice_of_messages then more = 1 end
     else
       local m = message(id)
       if m.how and m.how ~= 'stopped' and m.how ~= 'cancelled' then status = 'message_ended'
@@ -61,18 +65,22 @@ local function work()
       look = true
     end
     finish()
-    return reply(status, head + 1, head + #ids, ids, how)
+    return reply(status, head + 1, head + #ids, ids, how, more)
   end
 
   if what == 'open' then
     if log.deleted then return answer('absent') end
     save() -- as above
-    local ids = {}
-    for _, one in ipairs(log.ended and {} or redis.call('ZRANGE', opens, 0, -1)) do
+    -- A scan misses none that is open all the while, whatever else happens between its slices.
+    local found = log.ended and { '0', {} } or redis.call('ZSCAN', opens, argument(2), 'COUNT', 2 * slice_of_messages)
+    local some, ids = {}, {}
+    for i = 1, #found[2], 2 do some[#some + 1] = found[2][i] end
+    read_messages(some)
+    for _, one in ipairs(some) do
       if message(one).open then ids[#ids + 1] = one end
     end
     finish()
-    return reply('ok', ids)
+    return reply('ok', ids, found[1])
   end
 
   -- renew: compare and set, so that of several nodes that notice, one does it.

@@ -63,6 +63,8 @@ type Config struct {
 	SessionTTL time.Duration
 	// HistoryMax is how many chunks of a log are kept. 100,000 words are a long book.
 	HistoryMax int
+	// HistoryBytes is how many bytes of chunks a log keeps; 0: all. 64 MiB are thirty of those books, with what their JSON adds.
+	HistoryBytes int
 	// NamesMax is how many messages and producers a log may have: their names are kept for as long
 	// as the session. 20,000 are two years of thirty questions a day, and 2 MB.
 	NamesMax int
@@ -107,6 +109,7 @@ func DefaultConfig() Config {
 		HistoryTTL:   24 * time.Hour,
 		SessionTTL:   30 * 24 * time.Hour,
 		HistoryMax:   100_000,
+		HistoryBytes: 64 << 20,
 		NamesMax:     20_000,
 		Grace:        30 * time.Second,
 		HistoryOrder: OldestFirst,
@@ -144,6 +147,9 @@ func (c Config) Validate() error {
 	if c.HistoryMax < 1 {
 		errs = append(errs, fmt.Errorf("-history-max: %d is less than one chunk", c.HistoryMax))
 	}
+	if c.HistoryBytes != 0 && c.HistoryBytes < leastBytes {
+		errs = append(errs, fmt.Errorf("-history-bytes: %d is less than %d: 0 is no limit", c.HistoryBytes, leastBytes))
+	}
 	if c.NamesMax < 1 {
 		errs = append(errs, fmt.Errorf("-session-names: %d is less than one", c.NamesMax))
 	}
@@ -155,6 +161,9 @@ func (c Config) Validate() error {
 	}
 	return errors.Join(errs...)
 }
+
+// leastBytes is the least that a log keeps, in bytes.
+const leastBytes = 1 << 10
 
 // mostTTL is the longest that a list is kept.
 const mostTTL = 100 * 365 * 24 * time.Hour
@@ -247,6 +256,7 @@ type Store struct {
 	rdb       redis.UniversalClient
 	scripts   [len(scriptNames)]script
 	pipes     [len(scriptNames)]*pipe
+	large     *queue // of reads that want more than largeRead
 	clustered bool
 	thorough  bool // append.lua does it all (a test's)
 	dials     *dials
@@ -265,10 +275,13 @@ const (
 	scriptRead
 	scriptSession
 	scriptTicket
+	// The same, in a Redis that is full: scripts that free memory, or take so little of it that Redis can spare that.
+	scriptSessionFull
+	scriptTicketFull
 )
 
 // scriptNames are what metrics call them: to those who look at them a push is an append.
-var scriptNames = [...]string{"append", "append", "read", "session", "ticket"}
+var scriptNames = [...]string{"append", "append", "read", "session", "ticket", "session", "ticket"}
 
 //go:embed log.lua
 var luaLog string
@@ -291,6 +304,9 @@ var luaSession string
 //go:embed ticket.lua
 var luaTicket string
 
+// allowFull has Redis, from version 7 on, execute a script although it is full. An older Redis refuses the line.
+const allowFull = "#!lua flags=allow-oom\n"
+
 // script is a Lua program and its name in Redis's cache.
 type script struct{ text, sha string }
 
@@ -302,7 +318,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
-	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket} {
+	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket, allowFull + luaLog + luaSession + luaRun, allowFull + luaTicket} {
 		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
 	}
 	opt := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}} // of nobody: the embedded one has none
@@ -341,9 +357,14 @@ func Open(cfg Config) (*Store, error) {
 		}
 		s.closers = append(s.closers, turn.close)
 	}
+	s.large = newQueue(largeReads, cfg.Timeout/2)
 	for i := range s.pipes {
 		run := func(ctx context.Context, calls []*call) { s.exec(ctx, i, calls) }
-		s.pipes[i] = &pipe{run: run, calls: 64, bytes: 1 << 20, patience: cfg.Timeout / 2, turn: turn}
+		bytes := runBytes
+		if i == scriptRead { // the script looks to it that they are not too many (run.lua)
+			bytes *= 2
+		}
+		s.pipes[i] = &pipe{run: run, calls: 64, bytes: bytes, patience: cfg.Timeout / 2, turn: turn}
 	}
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
@@ -400,6 +421,20 @@ const (
 // channel themselves may pass over it.
 const Hint = `{"type":"hint"}`
 
+// A read of more than largeRead bytes does not stand in line with the others, but has a queue of its own, which largeReads may
+// leave at once.
+const (
+	largeRead  = 256 << 10
+	largeReads = 2
+)
+
+// runBytes is how many bytes one run of a script sends; each chunk counts as chunkCost bytes more. It takes Redis some five
+// milliseconds.
+const (
+	runBytes  = 512 << 10
+	chunkCost = 1 << 10
+)
+
 // once is a command that go-redis never sends twice.
 type once struct{ *redis.Cmd }
 
@@ -417,6 +452,14 @@ func (s *Store) run(ctx context.Context, which int, id string, size int, wait bo
 		}
 	}()
 	c := &call{session: id, args: args, size: size, wait: wait}
+	if which == scriptRead && size > largeRead {
+		if failed = s.large.enter(ctx, callerOf(ctx, id)); failed != nil {
+			return nil, classify(failed)
+		}
+		defer s.large.leave()
+		s.exec(ctx, which, []*call{c})
+		return c.reply, classify(c.err)
+	}
 	if s.clustered { // sessions are in different places
 		s.exec(ctx, which, []*call{c})
 		return c.reply, classify(c.err)
@@ -437,7 +480,7 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 		case len(c.reply) == 0:
 			c.err = fmt.Errorf("script answered %v: %w", replies[i], errReply)
 			continue
-		case c.reply[0] == other: // a call that was not executed has nothing to replicate
+		case c.reply[0] == other, c.reply[0] == again && len(c.reply) == 1: // a call that was not executed has nothing to replicate
 			continue
 		case c.reply[0] == "error":
 			c.err = scriptError(fields(c.reply).text(1))
@@ -538,7 +581,7 @@ func keys(which int) []string {
 // argv is the command that runs a script, for all calls.
 func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	keys := keys(which)
-	size := 13
+	size := 15
 	for _, c := range calls {
 		size += len(keys) + 4 + len(c.args)
 	}
@@ -556,7 +599,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	ttl, grace := s.cfg.HistoryTTL.Milliseconds(), s.cfg.Grace.Milliseconds()
 	sessionTTL := max(s.cfg.SessionTTL.Milliseconds(), 2*ttl)
 	if which == scriptPush {
-		argv = append(argv, ttl, sessionTTL, s.cfg.HistoryOrder, publish, s.cfg.HistoryMax, grace)
+		argv = append(argv, ttl, sessionTTL, s.cfg.HistoryOrder, publish, s.cfg.HistoryMax, grace, s.cfg.HistoryBytes)
 		for _, c := range calls {
 			m := s.memory.get(c.session)
 			argv = append(append(argv, m.epoch, m.last, m.mark), c.args...)
@@ -571,7 +614,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if s.tolerant() {
 		tolerant = 1
 	}
-	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant)
+	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant, s.cfg.HistoryBytes)
 	for _, c := range calls {
 		m := s.memory.get(c.session)
 		argv = append(append(argv, m.epoch, m.last, m.mark, len(c.args)), c.args...)

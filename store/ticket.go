@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // A ticket lets a page's EventSource in, which can send no header and has no cookie of another
@@ -84,10 +86,18 @@ func (s *Store) ticket(ctx context.Context, what, name, session, connection stri
 		ms = until.UnixMilli()
 	}
 	begun := time.Now()
-	cmd, _, err := s.sendScript(ctx, scriptTicket, []any{"evalsha", s.scripts[scriptTicket].sha, 1, s.cfg.Prefix + "ticket:" + name,
-		what, session, connection, ms, TicketLife.Milliseconds(), begun.UnixMilli(), s.cfg.Prefix + tickets, name}, s.send)
-	s.elsewhere(err)
-	err = classify(err)
+	send := func(which int) (*redis.Cmd, error) {
+		cmd, _, err := s.sendScript(ctx, which, []any{"evalsha", s.scripts[which].sha, 1, s.cfg.Prefix + "ticket:" + name,
+			what, session, connection, ms, TicketLife.Milliseconds(), begun.UnixMilli(), s.cfg.Prefix + tickets, name}, s.send)
+		s.elsewhere(err)
+		return cmd, classify(err)
+	}
+	cmd, err := send(scriptTicket)
+	if Why(err) == RedisFull { // they are small, and soon gone
+		if other, failed := send(scriptTicketFull); failed == nil {
+			cmd, err = other, nil
+		}
+	}
 	s.metrics.ran(scriptTicket, begun, err)
 	s.refusals.note(ctx, err)
 	if errors.Is(err, ErrOutcomeUnknown) { // to do any of it again does no harm

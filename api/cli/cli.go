@@ -64,11 +64,11 @@ var Groups = []Group{
 	{"Listening", []string{"listen", "tls-cert", "tls-key", "h2c", "hosts", "trusted-proxies", "cors-origins", "metrics", "pprof", "node"}},
 	{"Access", []string{"auth", "auth-issuer", "auth-audience", "auth-claim", "auth-cookie", "insecure-open"}},
 	{"Redis", []string{"redis", "prefix", "redis-ca", "redis-cert", "redis-key", "wait-replicas", "wait-timeout"}},
-	{"Logs of sessions", []string{"history-ttl", "history-max", "history-order", "chunk-max", "grace"}},
+	{"Logs of sessions", []string{"history-ttl", "history-max", "history-bytes", "history-order", "chunk-max", "grace"}},
 	{"Delivery", []string{"heartbeat", "reconcile", "linger", "write-timeout", "window", "window-total", "snapshot-max", "drain", "plain"}},
 	{"Models", []string{"model", "model-url", "model-name", "model-options", "model-timeout", "model-stall", "model-context", "model-answer-max"}},
 	{"Limits (0: none)", []string{"connections", "caller-connections", "viewers", "caller-viewers", "feeds", "uploads", "caller-uploads", "answers", "caller-answers",
-		"bodies", "caller-bodies", "caller-calls", "caller-appends", "caller-sessions", "caller-tickets", "session-names", "body-max", "batch-max", "url-max", "header-max",
+		"bodies", "caller-bodies", "caller-calls", "caller-appends", "caller-stored", "caller-sessions", "caller-tickets", "session-names", "body-max", "batch-max", "batch-bytes", "url-max", "header-max",
 		"header-timeout", "body-timeout", "idle-timeout"}},
 	{"Logging", []string{"log-level", "log-format", "version"}},
 }

@@ -60,6 +60,9 @@ type Config struct {
 	// CallerAppends is how many chunks a caller may append in a second, of up to a KiB; a larger one
 	// counts for each KiB. 10,000: a thousand answers, ten words a second each.
 	CallerAppends int
+	// CallerStored is how many bytes of chunks a caller may store in a day. 1 GiB is thousands of long answers, piece by piece;
+	// what is stored is kept for -history-ttl, a day.
+	CallerStored int
 	// CallerSessions is how many sessions a caller may make in a second: they are kept for a day,
 	// and what they were called for a month. 50: a service that is asked four million times a day.
 	CallerSessions int
@@ -86,7 +89,7 @@ func DefaultConfig() Config {
 		Uploads: 5_000, CallerUploads: 500,
 		Answers: 256, CallerAnswers: 64,
 		Bodies: 256 << 20, CallerBodies: 128 << 20,
-		CallerCalls: 1_000, CallerAppends: 10_000, CallerSessions: 50, CallerTickets: 100,
+		CallerCalls: 1_000, CallerAppends: 10_000, CallerStored: 1 << 30, CallerSessions: 50, CallerTickets: 100,
 		Addresses: true,
 		Logger:    slog.New(slog.DiscardHandler),
 	}
@@ -102,7 +105,7 @@ func (c Config) Validate() error {
 		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
 		{"uploads", c.Uploads}, {"caller-uploads", c.CallerUploads}, {"answers", c.Answers}, {"caller-answers", c.CallerAnswers},
 		{"bodies", c.Bodies}, {"caller-bodies", c.CallerBodies}, {"caller-calls", c.CallerCalls}, {"caller-appends", c.CallerAppends},
-		{"caller-sessions", c.CallerSessions}, {"caller-tickets", c.CallerTickets},
+		{"caller-stored", c.CallerStored}, {"caller-sessions", c.CallerSessions}, {"caller-tickets", c.CallerTickets},
 	} {
 		if n.value < 0 {
 			errs = append(errs, fmt.Errorf("-%s: %d is less than none: 0 is no limit", n.flag, n.value))
@@ -144,7 +147,8 @@ type Error struct {
 	Limit  string // the flag, without its dash
 	Most   int    // of it
 	What   string // what there is too much of
-	Rate   bool   // it is so many a second
+	Rate   bool   // it is so many a second,
+	Day    bool   // or a day
 	Caller bool   // it is the caller's own bound, not the node's
 	// After is when to try again: exactly, of a rate. Others' places may be free at any time.
 	After time.Duration
@@ -152,6 +156,8 @@ type Error struct {
 
 func (e *Error) Error() string {
 	switch after := fmt.Sprintf("%d s", e.Seconds()); {
+	case e.Day:
+		return fmt.Sprintf("one caller has used up its %d %s a day (-%s): send this one again in %s, or let an operator raise the limit", e.Most, e.What, e.Limit, after)
 	case e.Rate:
 		return fmt.Sprintf("more than %d %s a second come from one caller (-%s): send fewer, and this one again in %s", e.Most, e.What, e.Limit, after)
 	case e.Caller:
@@ -173,6 +179,7 @@ type Limits struct {
 	connections                       *Places
 	Viewers, Uploads, Answers, Bodies *Places
 	Calls, Appends, Sessions, Tickets *Rates
+	Stored                            *Rates // bytes
 
 	mu   sync.Mutex
 	said map[string]time.Time // when the log said last that a bound was met
@@ -200,7 +207,7 @@ func New(cfg Config) *Limits {
 	}
 	rates := func(what, flag string, most int) *Rates {
 		l.refused.WithLabelValues(flag)
-		return &Rates{limits: l, what: what, flag: flag, most: most, of: map[Caller]*bucket{}}
+		return &Rates{limits: l, what: what, flag: flag, most: most, per: time.Second, holds: saved, of: map[Caller]*bucket{}}
 	}
 	l.connections = places("connections", "connections", cfg.Connections, cfg.CallerConnections)
 	l.Viewers = places("viewers", "viewers", cfg.Viewers, cfg.CallerViewers)
@@ -214,6 +221,8 @@ func New(cfg Config) *Limits {
 	}
 	l.Calls = rates("calls", "caller-calls", cfg.CallerCalls)
 	l.Appends = rates("chunks of up to a KiB", "caller-appends", cfg.CallerAppends)
+	l.Stored = rates("bytes of chunks", "caller-stored", cfg.CallerStored)
+	l.Stored.per, l.Stored.holds = day, 1
 	l.Sessions = rates("new sessions", "caller-sessions", cfg.CallerSessions)
 	l.Tickets = rates("tickets", "caller-tickets", cfg.CallerTickets)
 	return l

@@ -9,15 +9,19 @@ import (
 
 type bucket = rate.Limiter
 
-// Rates is how much of something a caller may do in a second. What it did not do in the last ten
-// seconds it may do at once.
+const day = 24 * time.Hour
+
+// Rates is how much of something a caller may do in a second, or in a day. What it did not do in the last ten seconds, or in the last
+// day, it may do at once.
 //
 // A caller whose bucket is full is like one that was never seen: such are forgotten whenever there
 // are twice as many buckets as were not full the last time.
 type Rates struct {
 	limits     *Limits
 	what, flag string
-	most       int // a second; 0: no bound
+	most       int           // in each per; 0: no bound
+	per        time.Duration // a second, or a day
+	holds      int           // for how many of them a bucket has room
 
 	mu    sync.Mutex
 	of    map[Caller]*bucket
@@ -29,7 +33,7 @@ type Rates struct {
 var manyBuckets = 1 << 18
 
 const (
-	// saved is how many seconds of the rate a bucket holds.
+	// saved is how many seconds of a rate a bucket holds.
 	saved = 10
 	// fewBuckets are kept without a look.
 	fewBuckets = 1 << 10
@@ -72,11 +76,11 @@ func (r *Rates) Over(c Caller) *Error {
 	if left >= 1 {
 		return nil
 	}
-	return r.error(time.Duration((1 - left) / float64(r.most) * float64(time.Second)))
+	return r.error(time.Duration((1 - left) / float64(r.most) * float64(r.per)))
 }
 
 func (r *Rates) error(after time.Duration) *Error {
-	return &Error{Limit: r.flag, Most: r.most, What: r.what, Rate: true, Caller: true, After: after}
+	return &Error{Limit: r.flag, Most: r.most, What: r.what, Rate: true, Day: r.per == day, Caller: true, After: after}
 }
 
 // bucket is a caller's; nil: there is no bound for it.
@@ -98,7 +102,7 @@ func (r *Rates) bucket(c Caller) *bucket {
 			return b
 		}
 	}
-	b := rate.NewLimiter(rate.Limit(r.most), saved*r.most)
+	b := rate.NewLimiter(rate.Limit(float64(r.most)/r.per.Seconds()), r.holds*r.most)
 	r.of[c] = b
 	return b
 }

@@ -234,21 +234,21 @@ func (s *script) revive() {
 	s.begin(NextBase(s.top()))
 }
 
-// add numbers and pushes a chunk, given without the opening brace, and trims.
+// add numbers and pushes a chunk, given without the opening brace.
 func (s *script) add(members string) {
 	s.last++
 	s.m.clock++ // so that no two are alike
 	element := fmt.Sprintf(`{"seq":%d,"ts":%d,%s`, s.last, 1795424741692+s.m.clock, members)
 	s.list = append(slices.Clip(s.list), element)
 	s.news = append(s.news, element)
+}
+
+// finish trims, writes down how far the log goes and what stands there, and publishes.
+func (s *script) finish() {
 	if excess := len(s.list) - s.m.Max; s.m.Max > 0 && excess > 0 {
 		s.gone = slices.Concat(s.gone, s.list[:excess])
 		s.list, s.h.base = s.list[excess:], s.h.base+int64(excess)
 	}
-}
-
-// finish writes down how far the log goes and what stands there, and publishes.
-func (s *script) finish() {
 	if s.last != s.h.lastSeen || s.begun {
 		s.h.lastSeen, s.h.mark = s.last, s.mark()
 	}
