@@ -24,6 +24,7 @@ import (
 	"github.com/labstack/echo/v4"
 	"github.com/labstack/echo/v4/middleware"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 
 	"gapless/api/auth"
 	"gapless/api/limit"
@@ -165,13 +166,14 @@ type API struct {
 	registry *prometheus.Registry
 	metrics  *metrics
 
-	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
-	limits  *limit.Limits
-	answers underway
-	folds   chan struct{} // a place for each fold of a log that is being made
-	uploads *uploads
-	tickets *tickets
-	demo    *demo // nil: there is none
+	wrongTypes *rate.Sometimes           // lines of the log about keys of a wrong type
+	heard      atomic.Pointer[time.Time] // when the last call of /v1 came
+	limits     *limit.Limits
+	answers    underway
+	folds      chan struct{} // a place for each fold of a log that is being made
+	uploads    *uploads
+	tickets    *tickets
+	demo       *demo // nil: there is none
 	// draining ends first: not ready any more. ending ends uploads and answers.
 	draining, ending context.Context
 	drain            context.CancelFunc
@@ -181,7 +183,8 @@ type API struct {
 // New wires the calls. files is the page, contract the text of openapi.yaml, registry what
 // is served at /metrics: New adds the calls' own.
 func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte, registry *prometheus.Registry) *API {
-	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, limits: limit.New(cfg.Limits), folds: make(chan struct{}, foldsMost)}
+	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, limits: limit.New(cfg.Limits), folds: make(chan struct{}, foldsMost),
+		wrongTypes: &rate.Sometimes{Interval: time.Minute}}
 	a.draining, a.drain = context.WithCancel(context.Background())
 	a.ending, a.end = context.WithCancelCause(context.Background())
 	a.uploads = &uploads{logs: logs, api: a, all: map[string]map[*upload]struct{}{}}

@@ -148,6 +148,7 @@ func problemOf(err error) *Problem {
 		{store.ErrProducerConflict, Problem{Status: http.StatusConflict, Code: "producer_conflict", Member: headerProducerChunk, Detail: "under this number the producer has posted something else: count on, or begin another epoch"}},
 		{store.ErrMessageUnknown, Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "/message_id", Detail: "the session has no such message that could be cancelled"}},
 		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not answer: it may or may not have been stored. With producer numbers (Producer-Id, ...) repeat it as it was; without, read the log first"}},
+		{store.ErrWrongType, Problem{Status: http.StatusInternalServerError, Code: "redis_wrong_type", Detail: "another program has written a key of this session in Redis, with a type that a session does not have: rename or delete that key; nothing was stored"}},
 		{context.Canceled, Problem{Status: 499, Code: "client_gone", Detail: "the client went away"}},
 	} {
 		if errors.Is(err, row.err) {
@@ -181,7 +182,14 @@ func (a *API) problem(err error, c echo.Context) {
 		if p.cause != nil {
 			err = p.cause
 		}
-		a.log.Error("request failed", slog.String("method", c.Request().Method), slog.String("route", c.Path()), slog.Any("err", err))
+		say := func() {
+			a.log.Error("request failed", slog.String("method", c.Request().Method), slog.String("route", c.Path()), slog.Any("err", err))
+		}
+		if errors.Is(err, store.ErrWrongType) { // one key can be asked for again and again
+			a.wrongTypes.Do(say)
+		} else {
+			say()
+		}
 	}
 	if c.Response().Committed {
 		return

@@ -303,7 +303,7 @@ func TestProblem_keyOfAnotherTypeIsAFaultWhoseTextIsNotTold(t *testing.T) {
 	redis.Set(t.Context(), "chat:history:s", "sesame", 0)
 	for _, q := range calls() {
 		if asksRedis(q) && !isTickets(q) && strings.Contains(q.path, "/s") && q.path != "/readyz" {
-			if p := n.do(q).refused(t, 500, "internal"); strings.Contains(p.Detail, "WRONGTYPE") {
+			if p := n.do(q).refused(t, 500, "redis_wrong_type"); strings.Contains(p.Detail, "WRONGTYPE") {
 				t.Errorf("%+v", p)
 			}
 		}
@@ -313,6 +313,9 @@ func TestProblem_keyOfAnotherTypeIsAFaultWhoseTextIsNotTold(t *testing.T) {
 	}
 	if redis.Exists(t.Context(), "chat:session:s").Val() != 0 {
 		t.Error("there is a session now")
+	}
+	if lines := strings.Count(n.log.String(), "request failed"); lines != 1 {
+		t.Errorf("%d lines of log tell of it", lines)
 	}
 }
 

@@ -198,6 +198,8 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 		switch {
 		case errors.Is(err, store.ErrNotMade) && over != nil:
 			return done, u.api.limits.Refuse(over)
+		case errors.As(err, new(*store.HalfDoneError)): // it would fail again
+			return done, err
 		case errors.Is(err, store.ErrOutcomeUnknown) && u.producer.ID != "":
 			unknown, patience = true, max(patience, doubtPatience)
 		case !errors.Is(err, store.ErrAway):

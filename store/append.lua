@@ -68,13 +68,13 @@ local function locate(runs)
   if gone and epoch <= tonumber(gone) then return refuse('session_deleted') end
   if text then
     local e, n, seq, first, form, filled = text:match('^(%d+) (%d+) (%d+) (%d+) (%l) (%d+)$')
-    position = { epoch = tonumber(e), next = tonumber(n), seq = tonumber(seq), first = tonumber(first), form = form, filled = filled }
+    position = { text = text, epoch = tonumber(e), next = tonumber(n), seq = tonumber(seq), first = tonumber(first), form = form, filled = filled }
   end
   if position and runs == 0 then position.first = 0 end -- the index has died with the list
   if position and epoch < position.epoch then return refuse('producer_fenced', int(position.epoch)) end
   if not position or epoch > position.epoch then
     if number > 0 then return refuse('producer_gap', '0') end
-    position = { epoch = epoch, next = 0, seq = 0, first = 0, form = 'c', filled = '0', fresh = true, fences = position ~= nil }
+    position = { text = text, epoch = epoch, next = 0, seq = 0, first = 0, form = 'c', filled = '0', fresh = true, fences = position ~= nil }
   elseif number > position.next then
     return refuse('producer_gap', int(position.next))
   elseif number < position.next and chunks == 0 then
@@ -90,9 +90,12 @@ local function locate(runs)
   end
 end
 
--- advance writes down where the producer has got to. Its chunks are those behind head.
+-- advance writes down where the producer has got to. Its chunks are those that come after head. It is done before they
+-- are pushed, and undone where that fails (retreat): so that a script that fails halfway never leaves chunks that would
+-- be stored once more when they are sent again.
 local function advance(head)
   local seq, runs = head, {}
+  position.runs = runs
   if position.fresh then write('ZREMRANGEBYLEX', index, '[' .. producer .. ' ', '(' .. producer .. '!') end
   if position.fences then look = true end
   for i = 1, chunks do
@@ -129,6 +132,12 @@ local function advance(head)
     end
     write_many('ZREM', index, gone)
   end
+end
+
+local function retreat()
+  for i = 2, #position.runs, 2 do redis.pcall('ZREM', index, position.runs[i]) end
+  if position.text then redis.pcall('HSET', session, 'p:' .. producer, position.text)
+  else redis.pcall('HDEL', session, 'p:' .. producer) end
 end
 
 -- What becomes of a message's lease when something of it is heard. An upload that holds it is not touched, nor is
@@ -268,12 +277,16 @@ local function work()
 
   local head, members = log.last, {}
   for i = 1, chunks do members[i] = field(i, 3) end
-  add(members)
+  if position then advance(head) end
+  local pushed, failure = pcall(add, members)
+  if not pushed then
+    if position then retreat() end
+    error(failure)
+  end
   if ended and not log.ended then
     log.ended, look = int(log.last), true
     write('HSET', session, 'ended', log.ended)
   end
-  if position then advance(head) end
   if #held > 0 or next(messages) then hear_all() end
   finish()
   return answer('ok', head + 1, log.deletions + 1, made and 1 or 0)

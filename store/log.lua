@@ -15,7 +15,7 @@
 --   ARGV[8]  how many chunks to keep
 --   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
 --   ARGV[10] how many messages and producers a log may have
---   ARGV[11] 1: reads may be served by a Redis that is read-only
+--   ARGV[11] 1: reads may be served by a Redis that is read-only; 2: it has been so for long, and nothing else can be read
 --   ARGV[12] how many bytes of chunks to keep, 0: all
 --   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or
 --   nothing, 0, nothing), how many arguments it has, and they
@@ -257,9 +257,9 @@ local function derived(base)
 end
 
 -- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there. What a replica
--- lacks, its master may have: that ends no epoch.
+-- lacks, its master may have: that ends no epoch, for a while. (Of a first one nothing was given out.)
 local function begin(base, epoch)
-  if not writable() and refusal:find('READONLY', 1, true) == 1 then error({ err = refusal }) end
+  if base > 0 and ARGV[11] ~= '2' and not writable() and refusal:find('READONLY', 1, true) == 1 then error({ err = refusal }) end
   log.epoch, log.base, log.former, log.last = epoch or writable() and new_epoch() or derived(base), base, base, base + log.length
   log.created_at = log.created_at or int(now())
   log.learned, log.begun = nil, true
@@ -309,6 +309,7 @@ local function refresh()
   if type(reply) == 'table' and reply.err then unrefreshed = reply.err end
   redis.pcall('PEXPIRE', session, ARGV[3])
   if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
+  redis.pcall('PEXPIRE', opens, ARGV[3])
 end
 
 -- trim takes away the oldest chunks that are more than a log keeps, by number or by bytes: of many, a slice. The newest one
@@ -325,7 +326,13 @@ local function trim()
     step = math.min(2 * step, 128, math.max(math.floor(262144 * n / size), 1))
   end
   if n == 0 then return end
-  if newest_first then write('LTRIM', history, 0, -1 - n) else write('LTRIM', history, n, -1) end
+  local reply
+  if newest_first then reply = redis.pcall('LTRIM', history, 0, -1 - n) else reply = redis.pcall('LTRIM', history, n, -1) end
+  if reply.err then -- what was appended is stored all the same
+    unrefreshed = reply.err
+    return
+  end
+  written = true
   log.base, log.length, log.bytes = log.base + n, log.length - n, log.bytes - size
   spent = spent + 2 * n + size / 128
 end

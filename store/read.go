@@ -68,9 +68,7 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 		}
 		p.Elements = append(p.Elements, next.Elements...)
 	}
-	if errors.Is(err, ErrOutcomeUnknown) { // a read has no outcome to be in doubt of
-		err = fmt.Errorf("%w: %v", ErrAway, err)
-	}
+	err = certain(err)
 	if err != nil {
 		return Page{}, fmt.Errorf("read log %s: %w", session, err)
 	}
@@ -215,4 +213,15 @@ func (r *replyFields) time(i int) time.Time {
 		return time.Time{}
 	}
 	return time.UnixMilli(ms).UTC()
+}
+
+// certain is the error of a call whose outcome nobody needs to know, since it can be made again.
+func certain(err error) error {
+	if half, ok := errors.AsType[*HalfDoneError](err); ok {
+		return classify(scriptError(half.Text))
+	}
+	if errors.Is(err, ErrOutcomeUnknown) {
+		return fmt.Errorf("%w: %v", ErrAway, err)
+	}
+	return err
 }

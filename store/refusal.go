@@ -108,6 +108,8 @@ func remedyOf(code, text string) string {
 		return "too few replicas are connected to Redis (min-replicas-to-write): look at the replicas"
 	case code == RedisReadOnly:
 		return "the address leads to a replica: let it lead to the master, or use redis+sentinel://"
+	case strings.HasPrefix(text, "BUSY "):
+		return "a script of another program keeps Redis busy: wait for it, or end it with SCRIPT KILL"
 	case strings.Contains(text, "NOPERM") || strings.Contains(text, "script"):
 		return "give the user of -redis the rights that it needs: docs/redis.md, ACL SETUSER"
 	case code == RedisDenied:
@@ -152,7 +154,9 @@ type refusals struct {
 	said      map[string]*seldom
 	told      bool // the log says that something is refused
 	elsewhere bool // an answer came from a server that is no master
-	reached   bool // Redis has answered since the start
+	// elsewhereSince is when the first such answer came after the last write that was taken.
+	elsewhereSince time.Time
+	reached        bool // Redis has answered since the start
 }
 
 // Redis is away for moments at each failover: that is said more often than what takes an operator to end it.
@@ -180,8 +184,12 @@ func (r *refusals) refused(code, text string) {
 	r.well.Store(false)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.elsewhere = r.elsewhere || leadsElsewhere(text)
 	r.last = time.Now()
+	if leadsElsewhere(text) {
+		if r.elsewhere = true; r.elsewhereSince.IsZero() {
+			r.elsewhereSince = r.last
+		}
+	}
 	if r.code != code {
 		r.code = code
 		r.gauge()
@@ -222,7 +230,7 @@ func (r *refusals) accepted() {
 	}
 	r.mu.Lock()
 	moved := r.elsewhere
-	r.elsewhere = false
+	r.elsewhere, r.elsewhereSince = false, time.Time{}
 	if r.code != "" {
 		r.code = ""
 		r.gauge()
@@ -253,8 +261,13 @@ func (r *refusals) note(ctx context.Context, err error) {
 	if err == nil || ctx.Err() != nil || errors.Is(err, errTurn) || errors.Is(err, errStale) { // this says nothing of Redis
 		return
 	}
+	half, halfDone := errors.AsType[*HalfDoneError](err)
 	if code := Why(err); code != "" {
 		r.refused(code, deepest(err))
+	} else if halfDone {
+		if code := refusalIn(half.Text); code != "" {
+			r.refused(code, half.Text)
+		}
 	} else if errors.Is(err, ErrOutcomeUnknown) {
 		r.refused(RedisAway, deepest(err))
 	}
@@ -330,5 +343,19 @@ func (s *Store) Writes() string {
 	return s.refusals.code
 }
 
-// tolerant reports whether reads may be served by a Redis that is read-only: not before its address was dialled again.
-func (s *Store) tolerant() bool { return s.dials.recently() }
+// tolerant says which reads a Redis that is read-only may serve: none (0) before its address was dialled again; then those of logs
+// that go on (1); and when it has been so for readOnlyPatience, all (2): what it has is all that there is.
+func (s *Store) tolerant() int {
+	s.refusals.mu.Lock()
+	since := s.refusals.elsewhereSince
+	s.refusals.mu.Unlock()
+	switch {
+	case !since.IsZero() && time.Since(since) > readOnlyPatience:
+		return 2
+	case s.dials.recently():
+		return 1
+	}
+	return 0
+}
+
+const readOnlyPatience = 30 * time.Second

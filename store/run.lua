@@ -16,5 +16,5 @@ end
 -- A replica takes no writes: this was the master, perhaps, until a moment ago. Told as an error of the whole, it has the client
 -- drop the connection and dial again. Nothing was done.
 local readonly = refusal or unrefreshed
-if readonly and readonly:find('READONLY', 1, true) == 1 and ARGV[11] ~= '1' then return redis.error_reply(readonly) end
+if readonly and readonly:find('READONLY', 1, true) == 1 and ARGV[11] == '0' then return redis.error_reply(readonly) end
 return replies

@@ -125,10 +125,7 @@ func (s *Store) Open(ctx context.Context, session string) (b Bounds, ids []strin
 	found := map[string]struct{}{} // a slice may repeat some
 	for cursor := "0"; ; {
 		reply, err := s.runSession(ctx, session, false, "open", cursor)
-		if errors.Is(err, ErrOutcomeUnknown) { // what it changes, any other call would
-			err = fmt.Errorf("%w: %v", ErrAway, err)
-		}
-		if err != nil {
+		if err = certain(err); err != nil { // what it changes, any other call would
 			return Bounds{}, nil, fmt.Errorf("open messages of session %s: %w", session, err)
 		}
 		r := fields(reply)

@@ -27,12 +27,12 @@ local function work()
     if log.deleted then return reply('ok', log.sweep and 1 or 0) end
     -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an upload from
     -- before it does not write into what comes after; and which producers there were (log.lua: sweep).
+    -- The tombstone comes first: a script that fails after it has lost nothing that it would need.
     log.deleted, log.sweep = int(now()), '0'
-    if type(redis.pcall('UNLINK', history, index, opens)) == 'table' then write('DEL', history, index, opens) end -- a right of its own
-    written = true
-    write('HDEL', session, 'created_at', 'updated_at', 'ended', 'due', 'numbered', 'learned', 'sized')
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
       'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', log.deleted, 'sweep', log.sweep)
+    if type(redis.pcall('UNLINK', history, index, opens)) == 'table' then write('DEL', history, index, opens) end -- a right of its own
+    write('HDEL', session, 'created_at', 'updated_at', 'ended', 'due', 'numbered', 'learned', 'sized')
     sweep()
     redis.pcall('PEXPIRE', session, ARGV[3])
     publish(ARGV[5], channel, ARGV[6])

@@ -188,6 +188,8 @@ var (
 	// ErrAway says that Redis cannot serve now, and that the command was surely not
 	// executed. An AwayError says why, and Why returns its code.
 	ErrAway = errors.New("redis is away")
+	// ErrWrongType says that a key of the session has another type than a script gives it: another program has written it.
+	ErrWrongType = errors.New("a key of the session has the wrong type")
 	// ErrOutcomeUnknown says that a command was sent and its answer lost: it may or
 	// may not have been executed, and is not repeated here.
 	ErrOutcomeUnknown = errors.New("redis did not answer: the outcome is unknown")
@@ -486,7 +488,7 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 			c.err = scriptError(fields(c.reply).text(1))
 			continue
 		case c.reply[0] == "broken":
-			c.err = fmt.Errorf("%w: it failed in the middle: %s", ErrOutcomeUnknown, fields(c.reply).text(1))
+			c.err = &HalfDoneError{Text: fields(c.reply).text(1)}
 			continue
 		case c.wait:
 			c.err = short
@@ -610,11 +612,7 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make an epoch: %w", err)
 	}
-	tolerant := 0
-	if s.tolerant() {
-		tolerant = 1
-	}
-	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, tolerant, s.cfg.HistoryBytes)
+	argv = append(argv, random.String(), ttl, sessionTTL, s.cfg.HistoryOrder, publish, Hint, s.cfg.Prefix+uploads, s.cfg.HistoryMax, grace, s.cfg.NamesMax, s.tolerant(), s.cfg.HistoryBytes)
 	for _, c := range calls {
 		m := s.memory.get(c.session)
 		argv = append(append(argv, m.epoch, m.last, m.mark, len(c.args)), c.args...)
@@ -715,6 +713,8 @@ func classify(err error) error {
 	case errors.As(err, &reply):
 		code := refusalIn(reply.Error())
 		switch {
+		case code == "" && strings.HasPrefix(reply.Error(), "WRONGTYPE"):
+			return fmt.Errorf("%w: %w", ErrWrongType, err)
 		case code == "":
 			return err
 		case code == RedisDenied && hintWords.MatchString(reply.Error()): // scripts announce what they have done
@@ -728,6 +728,12 @@ func classify(err error) error {
 	// Whatever else is no reply of Redis: the connection broke, or time ran out.
 	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 }
+
+// HalfDoneError says that a script failed after its first write. It is an ErrOutcomeUnknown. Text is what Redis said.
+type HalfDoneError struct{ Text string }
+
+func (e *HalfDoneError) Error() string { return "a script failed in the middle: " + e.Text }
+func (e *HalfDoneError) Unwrap() error { return ErrOutcomeUnknown }
 
 // Away says whether err means that Redis cannot be reached, whatever became of the command.
 func Away(err error) bool { return errors.Is(err, ErrAway) || errors.Is(err, ErrOutcomeUnknown) }
