@@ -112,7 +112,7 @@ func TestStart_helpShowsEveryFlagWithItsDefault(t *testing.T) {
 	}
 	for name, value := range map[string]string{
 		"listen": `"?127\.0\.0\.1:8080"?`, "redis": `"?embedded"?`, "prefix": `"?chat:"?`, "history-ttl": "24h(0m0s)?", "history-max": "100000", "history-order": `"?oldest-first"?`,
-		"chunk-max": "64 ?KiB", "heartbeat": "15s", "reconcile": "2s", "window": "256 ?KiB", "window-total": "256 ?MiB", "write-timeout": "2m(0s)?",
+		"chunk-max": "64 ?KiB", "heartbeat": "15s", "reconcile": "2s", "window": "256 ?KiB", "window-total": "128 ?MiB", "write-timeout": "45s",
 		"linger": "10s", "drain": "10s", "log-level": "(?i)info", "log-format": `"?text"?`, "model": `"?demo"?`,
 		"auth-claim": `"?gapless"?`,
 	} {

@@ -42,6 +42,8 @@ type Config struct {
 	// BodyTimeout is how long 64 KiB of such a body, or all of a shorter one, may take. It is the
 	// http.Server's ReadTimeout as well.
 	BodyTimeout time.Duration
+	// WriteTimeout is how long a client may take nothing of a response. 0: for ever. Streams have the hub's.
+	WriteTimeout time.Duration
 	// URLMax and HeaderMax bound a request's URL and its header, in bytes: as most servers and
 	// proxies do.
 	URLMax, HeaderMax int
@@ -84,7 +86,7 @@ type Config struct {
 // DefaultConfig is what the flags start from.
 func DefaultConfig() Config {
 	return Config{
-		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 10_000, URLMax: 8 << 10, HeaderMax: 32 << 10,
+		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 10_000, URLMax: 8 << 10, HeaderMax: 16 << 10, WriteTimeout: 45 * time.Second,
 		AnswerMax: 1 << 20, ContextMax: 256 << 10,
 		Limits: limit.DefaultConfig(),
 		Hosts:  []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
@@ -111,8 +113,13 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("-body-timeout: %v is less than 100ms", c.BodyTimeout))
 	}
 	for flag, most := range map[string]int{"-bodies": c.Limits.Bodies, "-caller-bodies": c.Limits.CallerBodies} {
-		if most > 0 && most < c.BodyMax {
-			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one body may have, %d (-body-max)", flag, most, c.BodyMax))
+		if most > 0 && most < BodyCost*c.BodyMax {
+			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one body may take, three times %d (-body-max)", flag, most, c.BodyMax))
+		}
+	}
+	for flag, most := range map[string]int{"-responses": c.Limits.Responses, "-caller-responses": c.Limits.CallerResponses} {
+		if least := CallCost + partCost; most > 0 && most < least {
+			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one page may take, %d", flag, most, least))
 		}
 	}
 	errs = append(errs, c.Limits.Validate())
@@ -163,12 +170,14 @@ type API struct {
 	registry *prometheus.Registry
 	metrics  *metrics
 
-	heard   atomic.Pointer[time.Time] // when the last call of /v1 came
-	limits  *limit.Limits
-	answers underway
-	uploads *uploads
-	tickets *tickets
-	demo    *demo // nil: there is none
+	heard  atomic.Pointer[time.Time] // when the last call of /v1 came
+	limits *limit.Limits
+	// refusing is how many responses under way only say that there are too many.
+	refusing atomic.Int64
+	answers  underway
+	uploads  *uploads
+	tickets  *tickets
+	demo     *demo // nil: there is none
 	// draining ends first: not ready any more. ending ends uploads and answers.
 	draining, ending context.Context
 	drain            context.CancelFunc
@@ -202,7 +211,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	}
 
 	e.GET("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
-	e.GET("/readyz", a.ready, a.pace) // it asks Redis
+	e.GET("/readyz", a.ready) // it asks Redis, but not more often than twice a second
 	e.GET("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
 	e.GET("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
 	a.page(files)
@@ -239,14 +248,27 @@ const (
 
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	limit.Arrived(sse.Conn(r.Context()))
+	if len(r.TransferEncoding) > 0 {
+		// It may have had a Content-Length as well, which a proxy in front may have believed: what follows on the
+		// connection is not to be trusted (RFC 9112, section 6.1). The library does not say.
+		w.Header().Set("Connection", "close")
+	}
+	o := a.admit(w, r)
+	if o == nil {
+		return
+	}
+	returned := false
+	defer func() { o.end(r, returned) }()
 	if r.ContentLength != 0 {
-		r.Body = &incoming{ReadCloser: r.Body, to: w, timeout: a.cfg.BodyTimeout}
+		r.Body = &incoming{ReadCloser: r.Body, to: w, timeout: a.cfg.BodyTimeout, write: a.cfg.WriteTimeout}
 	}
 	if strings.HasPrefix(r.URL.Path, "/v1/") {
 		now := time.Now()
 		a.heard.Store(&now)
 	}
-	a.echo.ServeHTTP(w, r)
+	a.echo.ServeHTTP(o, r)
+	returned = true
 }
 
 // partInDrain has the client's next request come on another connection while this node
@@ -347,7 +369,7 @@ func (a *API) page(files fs.FS) {
 				c.Response().Header().Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
 			}
 		}
-		server.ServeHTTP(c.Response(), c.Request())
+		server.ServeHTTP(copied{c.Response()}, c.Request())
 		return nil
 	}
 	a.echo.GET("/", h)

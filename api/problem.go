@@ -230,6 +230,7 @@ type incoming struct {
 
 	to      http.ResponseWriter
 	timeout time.Duration // for each piece; 0: it may take its time
+	write   time.Duration // that the response has behind each piece: HTTP/2 ends a stream whose response is late
 	since   int           // bytes that came since the deadline was set: by the server, at first
 }
 
@@ -241,7 +242,11 @@ func (b *incoming) Read(p []byte) (int, error) {
 	}
 	if b.since += n; b.since >= piece && b.timeout > 0 {
 		b.since = 0
-		_ = http.NewResponseController(b.to).SetReadDeadline(time.Now().Add(b.timeout))
+		ctl := http.NewResponseController(b.to)
+		_ = ctl.SetReadDeadline(time.Now().Add(b.timeout))
+		if b.write > 0 {
+			_ = ctl.SetWriteDeadline(time.Now().Add(b.timeout + b.write))
+		}
 	}
 	return n, err
 }
@@ -250,6 +255,7 @@ func (b *incoming) Read(p []byte) (int, error) {
 func (b *incoming) takeItsTime(ctl *http.ResponseController) {
 	b.timeout = 0
 	_ = ctl.SetReadDeadline(time.Time{})
+	_ = ctl.SetWriteDeadline(time.Time{})
 }
 
 // coming says whether a request's body is still on its way, and may be for long. Of a

@@ -31,6 +31,7 @@ func (a *API) stream(c echo.Context) error {
 	if err := a.limits.Viewers.Take(caller, 1); err != nil {
 		return a.sendFull(c, err)
 	}
+	uncount(c)
 	leave := func() { a.limits.Viewers.Give(caller, 1) } // and what a ticket has let it in by
 	mine := true
 	defer func() {
@@ -48,6 +49,7 @@ func (a *API) stream(c echo.Context) error {
 		if err != nil {
 			return err
 		}
+		limit.Known(sse.Conn(r.Context()))
 		leave = func() { in.end(); a.limits.Viewers.Give(caller, 1) }
 	}
 	view.Expires = g.Expires
@@ -83,7 +85,7 @@ func (a *API) stream(c echo.Context) error {
 	ends := func(cause sse.Cause) {
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
 	}
-	if a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
+	if a.hub.Take(v, plain(c), r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
 		leave()
 		status := 0
 		switch {
@@ -114,7 +116,7 @@ func (a *API) stream(c echo.Context) error {
 			Detail: "the log has not what follows this cursor: it was trimmed, or it is another log. Begin again without a cursor, or view it without format=raw, which tells what happened"}
 	}
 	begins()
-	w := a.hub.NewWriter(c.Response().Writer, r)
+	w := a.hub.NewWriter(plain(c), r)
 	cause := v.Serve(r.Context(), w)
 	ends(cause)
 	return w.End(cause)
@@ -138,7 +140,7 @@ func (a *API) sendAway(c echo.Context) error {
 			return err
 		}
 	}
-	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(sse.Shutdown)
+	return a.hub.NewWriter(plain(c), c.Request()).Refuse(sse.Shutdown)
 }
 
 // sendFull has a viewer come back later, since it is over a limit, and says which in a header: the
@@ -148,7 +150,7 @@ func (a *API) sendFull(c echo.Context, why error) error {
 		return err
 	}
 	c.Response().Header().Set("Gapless-Refused", why.Error())
-	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(sse.Full)
+	return a.hub.NewWriter(plain(c), c.Request()).Refuse(sse.Full)
 }
 
 // errTaken says that a request's connection is not the server's any more, and that it is counted

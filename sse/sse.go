@@ -63,7 +63,8 @@ type Config struct {
 	// SnapshotMax is how many bytes a snapshot may have (Ask.Snapshot): it says what the beginning of
 	// a longer log says. 4 MiB is what some 50,000 words are, a chunk each, with room for tools' data.
 	SnapshotMax int
-	// WriteTimeout is how long a viewer's socket may take nothing at all.
+	// WriteTimeout is how long a viewer's socket may take nothing at all. Below a minute: what a viewer that is not there holds
+	// is taken from others, and one that was in a tunnel comes back and resumes.
 	WriteTimeout time.Duration
 	// Linger is how long a feed outlives its last viewer: a reload finds it warm.
 	Linger time.Duration
@@ -90,9 +91,9 @@ func DefaultConfig() Config {
 		Heartbeat:    15 * time.Second,
 		Reconcile:    2 * time.Second,
 		Window:       256 << 10,
-		WindowTotal:  256 << 20,
+		WindowTotal:  128 << 20,
 		SnapshotMax:  4 << 20,
-		WriteTimeout: 2 * time.Minute,
+		WriteTimeout: 45 * time.Second,
 		Linger:       10 * time.Second,
 		Feeds:        20_000,
 		Reads:        16,
