@@ -105,6 +105,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	host, _ := os.Hostname()
 	var hosts, origins, proxies, modelName, logFormat string
 	var level slog.Level
+	var calls bool // the demo's
 
 	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
 	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on: on loopback, unless -auth says who may do what")
@@ -179,6 +180,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.metrics, "metrics", "", "another `address` at which /metrics is served, and nothing else, without a token: for Prometheus, and not for strangers")
 	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
 
+	fs.BoolVar(&calls, "demo", false, "serve the calls by which the page cuts connections and shows a viewer that loses chunks, with -model demo; by default only on loopback without -auth")
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo, which has a few texts; or openai, which -model-url implies: a service that speaks the chat-completions API")
 	fs.StringVar(&cfg.model.URL, "model-url", "", "`URL` of its API, in front of /chat/completions, such as https://api.openai.com/v1; its key comes from the environment variable "+model.KeyVariable+", and is no flag")
 	fs.StringVar(&cfg.model.Name, "model-name", "", "`name` of the model there")
@@ -326,7 +328,15 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
-	cfg.api.Demo, cfg.sse.Kept = cfg.demo, cfg.store.HistoryTTL
+	switch local := isLoopback(address) && cfg.auth.Source == ""; {
+	case calls && !cfg.demo:
+		errs = append(errs, errors.New("-demo: the demo's calls are for the demo's model: leave it out, or take -model demo"))
+	case given["demo"]:
+		cfg.api.Demo = calls
+	default:
+		cfg.api.Demo = cfg.demo && local
+	}
+	cfg.sse.Kept = cfg.store.HistoryTTL
 	cfg.api.WriteTimeout, limits.Tokens = cfg.sse.WriteTimeout, cfg.auth.Source != ""
 	limits.Unsent = cfg.sse.WriteTimeout * 5 / 4 // who waits for a write says first that it takes too long
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger, cfg.model.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
@@ -437,7 +447,7 @@ func run(ctx context.Context, cfg config) error {
 		cfg.api.Auth = tokens
 	}
 	returned := sse.NewReturned(listener.Addr())
-	cfg.sse.Back = returned.Back
+	cfg.sse.Back, returned.Idle = returned.Back, cfg.idle
 	hub := sse.NewHub(cfg.sse, logs)
 	var answers model.Model = model.NewDemo()
 	if !cfg.demo {

@@ -430,10 +430,11 @@ func checkOrigin(origins []string) func(r *http.Request) error {
 	}
 }
 
-const idRule = "an id is 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -"
+const idRule = "an id is 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not dots alone"
 
+// validID refuses dots alone, too: in a path, clients and proxies take them for steps.
 func validID(id string) bool {
-	if len(id) < 1 || len(id) > 128 {
+	if len(id) < 1 || len(id) > 128 || strings.Trim(id, ".") == "" {
 		return false
 	}
 	for _, b := range []byte(id) {

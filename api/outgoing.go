@@ -24,6 +24,7 @@ type outgoing struct {
 	places  *limit.Places
 	taken   []taken
 	since   time.Time // when the last piece was begun; zero: it is written
+	broken  bool      // the client takes no more
 }
 
 // taken is bytes that count for a caller.
@@ -55,6 +56,7 @@ func (o *outgoing) Write(p []byte) (n int, err error) {
 			o.since = time.Time{}
 		}
 		if p = p[k:]; err != nil || len(p) == 0 {
+			o.broken = o.broken || err != nil
 			return n, err
 		}
 	}

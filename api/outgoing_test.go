@@ -104,3 +104,24 @@ func TestRequest_inChunksIsItsConnectionsLast(t *testing.T) {
 		}
 	}
 }
+
+// Whatever a client that leaves was being told: that is no error of the server's, and no such line is in its log (serve looks).
+func TestResponse_toAClientThatLeavesIsNoError(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for range 20 {
+		n.append("s", fmt.Sprintf(`[{"content":%q}]`, strings.Repeat("x", 60<<10)))
+	}
+	for _, path := range []string{"/docs/swagger-ui-bundle.js", "/", "/openapi.yaml", "/v1/sessions/s", "/v1/sessions/s/chunks?limit=1000", "/v1/sessions/s/stream", "/v1/sessions/s/demo/naive", "/nothing"} {
+		for range 5 {
+			c := n.unread(t, path).(conn)
+			_ = c.Conn.(*net.TCPConn).SetLinger(0)
+			_ = c.Close()
+			c = n.unread(t, path).(conn)
+			_, _ = c.Read(make([]byte, 1))
+			_ = c.Conn.(*net.TCPConn).SetLinger(0)
+			_ = c.Close()
+		}
+	}
+	eventually(t, "nothing is under way", func() bool { return n.api.limits.Responses.Taken() == 0 && n.api.limits.Viewers.Taken() == 0 })
+}

@@ -172,6 +172,9 @@ var refusals = map[string]struct {
 // problem answers an error. It implements echo.HTTPErrorHandler.
 func (a *API) problem(err error, c echo.Context) {
 	p := *problemOf(err)
+	if o := out(c); p.Status == http.StatusInternalServerError && (o.broken || c.Request().Context().Err() != nil) {
+		p = *problemOf(context.Canceled) // whatever failed: nobody waits for it
+	}
 	if p.Title = http.StatusText(p.Status); p.Title == "" {
 		p.Title = "Client Gone"
 	}

@@ -165,12 +165,12 @@ func (h *header) read(p []byte) (long bool) {
 // whose last response nobody took is closed: each stream is over when its time is, the connection itself is not.
 func State(c net.Conn, state http.ConnState) {
 	of := of(c)
-	if of == nil || state != http.StateIdle {
+	if of == nil || state != http.StateIdle && state != http.StateNew { // one that was given back is new once more
 		return
 	}
 	of.mu.Lock()
 	of.header.counts, of.header.lines = true, 0
-	stalled := of.header.never && !of.answered.IsZero() && of.limits.cfg.Unsent > 0 && time.Since(of.answered) > of.limits.cfg.Unsent/2
+	stalled := state == http.StateIdle && of.header.never && !of.answered.IsZero() && of.limits.cfg.Unsent > 0 && time.Since(of.answered) > of.limits.cfg.Unsent/2
 	of.mu.Unlock()
 	if stalled {
 		_ = of.SetLinger(0)
