@@ -124,6 +124,9 @@ func plain(c echo.Context) http.ResponseWriter { return out(c).ResponseWriter }
 // mostRefusing is how many responses say at once that there are too many. Nobody has to read those, either.
 const mostRefusing = 64
 
+// mostShedding is how many say so at once in a status alone. What is beyond that is broken off.
+const mostShedding = 1024
+
 // admit takes a request in: nil if there is no memory for it, which has been said then, if that was possible at once.
 func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	o := &outgoing{ResponseWriter: w, timeout: a.cfg.WriteTimeout, places: a.limits.Responses}
@@ -137,12 +140,18 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	if err == nil {
 		return o
 	}
-	if a.refusing.Add(1) > mostRefusing && r.ProtoMajor > 1 {
-		a.refusing.Add(-1)
-		limit.Shed(sse.Conn(r.Context()))
-		panic(http.ErrAbortHandler) // on a connection of many streams one that is refused must cost nothing
-	}
+	refusing := a.refusing.Add(1)
 	defer a.refusing.Add(-1)
+	if refusing > mostRefusing && r.ProtoMajor > 1 { // on a connection of many streams one that is refused must cost nothing
+		defer limit.Shed(sse.Conn(r.Context()))
+		if refusing > mostShedding {
+			panic(http.ErrAbortHandler)
+		}
+		o.Header().Set("Retry-After", "5")
+		o.WriteHeader(problemOf(err).Status) // without a body, for which the client would have to make room
+		o.end(r, true)
+		return nil
+	}
 	a.problem(err, a.echo.NewContext(r, o))
 	o.end(r, true)
 	return nil

@@ -100,7 +100,7 @@ func DefaultConfig() Config {
 		Uploads: 5_000, CallerUploads: 500,
 		Answers: 256, CallerAnswers: 64,
 		Bodies: 128 << 20, CallerBodies: 64 << 20,
-		Responses: 96 << 20, CallerResponses: 24 << 20,
+		Responses: 64 << 20, CallerResponses: 16 << 20,
 		Naive: 64, CallerNaive: 16,
 		CallerCalls: 1_000, CallerAppends: 10_000, CallerSessions: 50, CallerTickets: 100,
 		Addresses: true,
