@@ -338,7 +338,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	}
 	cfg.sse.Kept = cfg.store.HistoryTTL
 	cfg.api.WriteTimeout, limits.Tokens = cfg.sse.WriteTimeout, cfg.auth.Source != ""
-	limits.Unsent = cfg.sse.WriteTimeout * 5 / 4 // who waits for a write says first that it takes too long
+	limits.WriteTimeout = cfg.sse.WriteTimeout
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger, cfg.model.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
 	version, _ := build()
 	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}

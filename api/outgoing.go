@@ -140,6 +140,8 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	if err == nil {
 		return o
 	}
+	o.Header().Set("X-Content-Type-Options", "nosniff") // as guard does for all others
+	o.Header().Set("Cross-Origin-Resource-Policy", "same-origin")
 	refusing := a.refusing.Add(1)
 	defer a.refusing.Add(-1)
 	if refusing > mostRefusing && r.ProtoMajor > 1 { // on a connection of many streams one that is refused must cost nothing

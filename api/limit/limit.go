@@ -80,9 +80,9 @@ type Config struct {
 	// Addresses says that addresses tell callers apart. Where all come from one, as on loopback, behind
 	// a proxy that is not trusted, they do not.
 	Addresses bool
-	// Unsent is how long a peer may take nothing of what was sent, after which the kernel ends its connection; 0: as long as the
-	// kernel likes. It is for connections on which nobody waits for that.
-	Unsent time.Duration
+	// WriteTimeout is how long a client may take nothing of a response; 0: for ever. A while later the kernel ends a connection on
+	// which nobody waits for that.
+	WriteTimeout time.Duration
 	// Tokens says that callers have to show a token.
 	Tokens bool
 

@@ -49,7 +49,9 @@ func (l *listener) Accept() (net.Conn, error) {
 			continue
 		}
 		_ = tcp.SetWriteBuffer(sendBuffer)
-		setUnsent(tcp, l.limits.cfg.Unsent)
+		if long := l.limits.cfg.WriteTimeout; long > 0 {
+			setUnsent(tcp, long+10*time.Second) // who waits for a write says first that it takes too long
+		}
 		return &conn{TCPConn: tcp, limits: l.limits, caller: caller, stranger: stranger, header: header{counts: true}}, nil
 	}
 }
@@ -170,7 +172,7 @@ func State(c net.Conn, state http.ConnState) {
 	}
 	of.mu.Lock()
 	of.header.counts, of.header.lines = true, 0
-	stalled := state == http.StateIdle && of.header.never && !of.answered.IsZero() && of.limits.cfg.Unsent > 0 && time.Since(of.answered) > of.limits.cfg.Unsent/2
+	stalled := state == http.StateIdle && of.header.never && !of.answered.IsZero() && of.limits.cfg.WriteTimeout > 0 && time.Since(of.answered) > of.limits.cfg.WriteTimeout/2
 	of.mu.Unlock()
 	if stalled {
 		_ = of.SetLinger(0)
