@@ -105,6 +105,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	host, _ := os.Hostname()
 	var hosts, origins, proxies, modelName, logFormat string
 	var level slog.Level
+	var calls bool // the demo's
 
 	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
 	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on: on loopback, unless -auth says who may do what")
@@ -138,7 +139,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.DurationVar(&cfg.sse.Heartbeat, "heartbeat", cfg.sse.Heartbeat, "longest silence on a stream")
 	fs.DurationVar(&cfg.sse.Reconcile, "reconcile", cfg.sse.Reconcile, "how often a watched log is read even if nothing is announced: the longest delay of a chunk while Redis serves")
 	fs.DurationVar(&cfg.sse.Linger, "linger", cfg.sse.Linger, "how long a log stays in memory after its last viewer left")
-	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer's socket may take nothing")
+	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer's socket may take nothing; of other responses at most 45s")
 	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
 	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
 	bytesVar(fs, &cfg.sse.SnapshotMax, "snapshot-max", "how many `bytes` a snapshot may have: the rest of a longer log comes as chunks; 0: none is given")
@@ -148,14 +149,20 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&proxies, "trusted-proxies", "", "`addresses` and ranges of proxies whose X-Forwarded-For says who the client is, such as 10.0.0.0/8; commas between")
 	fs.IntVar(&limits.Connections, "connections", limits.Connections, "how many connections the node has at most; 0: as many as its file descriptors allow")
 	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "how many of them an address has that is no trusted proxy; of IPv6, a /64. For this limit and the others, 0 is none")
+	fs.IntVar(&limits.Strangers, "strangers", limits.Strangers, "with -auth, how many connections the node has on which no token was shown yet")
+	fs.IntVar(&limits.CallerStrangers, "caller-strangers", limits.CallerStrangers, "how many of them an address has")
 	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "how many viewers the node has")
 	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "how many of them a caller has: a token's subject, or else an address")
 	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "how many uploads the node has under way")
 	fs.IntVar(&limits.CallerUploads, "caller-uploads", limits.CallerUploads, "how many of them a caller has")
 	fs.IntVar(&limits.Answers, "answers", limits.Answers, "how many answers of the model the node has under way")
 	fs.IntVar(&limits.CallerAnswers, "caller-answers", limits.CallerAnswers, "how many of them a caller has")
-	bytesVar(fs, &limits.Bodies, "bodies", "how many `bytes` of large JSON bodies the node has under way")
+	bytesVar(fs, &limits.Bodies, "bodies", "how many `bytes` of memory large JSON bodies take on the node, each three times its length")
 	bytesVar(fs, &limits.CallerBodies, "caller-bodies", "how many `bytes` of them a caller has")
+	bytesVar(fs, &limits.Responses, "responses", "how many `bytes` of memory calls under way take on the node, viewers and uploads apart: 64 KiB each, and pages what they hold")
+	bytesVar(fs, &limits.CallerResponses, "caller-responses", "how many `bytes` of them an address has")
+	fs.IntVar(&limits.Naive, "naive", limits.Naive, "how many naive viewers of the demo the node has")
+	fs.IntVar(&limits.CallerNaive, "caller-naive", limits.CallerNaive, "how many of them a caller has")
 	fs.IntVar(&limits.CallerCalls, "caller-calls", limits.CallerCalls, "how many calls a caller makes in a second, and ten times as many at once")
 	fs.IntVar(&limits.CallerAppends, "caller-appends", limits.CallerAppends, "how many chunks of up to a KiB a caller appends in a second, and ten times as many at once")
 	bytesVar(fs, &limits.CallerStored, "caller-stored", "how many `bytes` of chunks a caller stores in a day, and as many at once")
@@ -176,6 +183,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.metrics, "metrics", "", "another `address` at which /metrics is served, and nothing else, without a token: for Prometheus, and not for strangers")
 	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
 
+	fs.BoolVar(&calls, "demo", false, "serve the calls by which the page cuts connections and shows a viewer that loses chunks, with -model demo; by default only on loopback without -auth")
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo, which has a few texts; or openai, which -model-url implies: a service that speaks the chat-completions API")
 	fs.StringVar(&cfg.model.URL, "model-url", "", "`URL` of its API, in front of /chat/completions, such as https://api.openai.com/v1; its key comes from the environment variable "+model.KeyVariable+", and is no flag")
 	fs.StringVar(&cfg.model.Name, "model-name", "", "`name` of the model there")
@@ -323,7 +331,18 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
 		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
 	}
-	cfg.api.Demo, cfg.sse.Kept = cfg.demo, cfg.store.HistoryTTL
+	switch local := isLoopback(address) && cfg.auth.Source == ""; {
+	case calls && !cfg.demo:
+		errs = append(errs, errors.New("-demo: the demo's calls are for the demo's model: leave it out, or take -model demo"))
+	case given["demo"]:
+		cfg.api.Demo = calls
+	default:
+		cfg.api.Demo = cfg.demo && local
+	}
+	cfg.sse.Kept = cfg.store.HistoryTTL
+	// Responses that are no streams are small: who takes nothing of one is not there.
+	cfg.api.WriteTimeout, limits.Tokens = min(cfg.sse.WriteTimeout, cfg.api.WriteTimeout), cfg.auth.Source != ""
+	limits.WriteTimeout = cfg.sse.WriteTimeout
 	cfg.store.Logger, cfg.sse.Logger, cfg.api.Logger, cfg.auth.Logger, limits.Logger, cfg.model.Logger = cfg.log, cfg.log, cfg.log, cfg.log, cfg.log, cfg.log
 	version, _ := build()
 	cfg.traces = traces.Config{Node: cfg.sse.Node, Version: version, Logger: cfg.log}
@@ -360,7 +379,8 @@ func aside(cfg config, flag, address string, handler http.Handler) (stop func(),
 		return nil, fmt.Errorf("listen on %s (%s): %w", address, flag, err)
 	}
 	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 8 << 10,
-		ErrorLog: slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug)}
+		WriteTimeout: time.Minute, // a profile takes half a minute
+		ErrorLog:     slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug)}
 	go func() { _ = server.Serve(listener) }() // ended by stop
 	cfg.log.Info("gapless serves aside", slog.String("flag", flag), slog.String("at", "http://"+listener.Addr().String()))
 	return func() { _ = server.Close() }, nil
@@ -431,7 +451,7 @@ func run(ctx context.Context, cfg config) error {
 		cfg.api.Auth = tokens
 	}
 	returned := sse.NewReturned(listener.Addr())
-	cfg.sse.Back = returned.Back
+	cfg.sse.Back, returned.Idle = returned.Back, cfg.idle
 	hub := sse.NewHub(cfg.sse, logs)
 	var answers model.Model = model.NewDemo()
 	if !cfg.demo {
@@ -512,17 +532,21 @@ func newServer(cfg config, handler http.Handler, secret *api.Certificate) *http.
 		// It is a body's: uploads lift it, and bodies that go on move it (api).
 		ReadTimeout: max(cfg.api.BodyTimeout, cfg.header),
 		IdleTimeout: cfg.idle,
-		// What is longer than the API allows is read so far, to be answered in words.
-		MaxHeaderBytes: cfg.api.URLMax + 2*cfg.api.HeaderMax,
+		// It is for what is answered without a word of the API, too: that moves it with each piece of a response, and streams and
+		// uploads lift it.
+		WriteTimeout: cfg.api.WriteTimeout,
+		// What is a little longer than the API allows is read, to be answered in words.
+		MaxHeaderBytes: cfg.api.URLMax + cfg.api.HeaderMax,
+		ConnState:      limit.State,
 		ErrorLog:       slog.NewLogLogger(cfg.log.Handler(), slog.LevelDebug),
 		Protocols:      protocols,
 		HTTP2: &http.HTTP2Config{
 			// Tabs and widgets of one browser share a connection; a proxy opens another one when it
 			// has so many.
-			MaxConcurrentStreams: 250,
+			MaxConcurrentStreams: 100,
 			// A stream has the write timeout of its own. This is for a connection that takes
 			// nothing at all, in which the end of a stream cannot be said either.
-			WriteByteTimeout: cfg.sse.WriteTimeout,
+			WriteByteTimeout: cfg.api.WriteTimeout,
 		},
 	}
 	if secret != nil {

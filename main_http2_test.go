@@ -464,3 +464,27 @@ func TestHTTP2_anUploadIsToldAtOnceWhatIsWrong(t *testing.T) {
 		t.Fatal("no answer while the body goes on")
 	}
 }
+
+// A client that makes no room for any response holds no stream for longer than the write timeout, nor then the connection, whatever
+// is refused meanwhile.
+func TestHTTP2_aConnectionWhoseResponsesNobodyTakesIsClosed(t *testing.T) {
+	t.Parallel()
+	n := start(t, "-h2c", "-write-timeout", "500ms", "-idle-timeout", "1h", "-responses", "512KiB", "-caller-responses", "512KiB")
+	for _, path := range []string{"/docs/swagger-ui-bundle.js", "/healthz", "/v1/sessions/s", "/nothing"} {
+		f := dialFrames(t, n.addr, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+		for i := range 40 { // eight are under way
+			if f.get(uint32(2*i+1), path) != nil {
+				break // it is closed already
+			}
+		}
+		for {
+			if _, err := f.ReadFrame(); err != nil {
+				if errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("%s: the connection goes on", path)
+				}
+				break
+			}
+		}
+	}
+	eventually(t, "others are served", func() bool { return n.get("/v1/sessions/s").status == http.StatusNotFound })
+}

@@ -305,7 +305,7 @@ func TestLimits_descriptorsAreLeftForRedis(t *testing.T) {
 // What is sent in too large pieces is answered in words, up to where nobody errs so far.
 func TestLimits_sizesAreSaid(t *testing.T) {
 	t.Parallel()
-	n := start(t, "-body-max", "64KiB", "-batch-max", "10", "-url-max", "1KiB", "-header-max", "4KiB", "-chunk-max", "8KiB", "-bodies", "64KiB", "-caller-bodies", "64KiB")
+	n := start(t, "-body-max", "64KiB", "-batch-max", "10", "-url-max", "1KiB", "-header-max", "4KiB", "-chunk-max", "8KiB", "-bodies", "192KiB", "-caller-bodies", "192KiB")
 	const path = "/v1/sessions/s/chunks"
 	long := func(bytes int) string { return strings.Repeat("x", bytes) }
 	for _, c := range []struct {
@@ -463,5 +463,5 @@ func TestLimits_mistakesAreReportedAtTheStart(t *testing.T) {
 		"-batch-bytes", "1B", "-history-bytes", "1B", "-caller-stored", "-1B", "-header-timeout", "0s", "-body-timeout", "0s", "-idle-timeout", "-1s", "-feeds", "-1", "-session-names", "0",
 	}, []string{"-connections", "-caller-viewers", "-caller-calls", "0.0.0.0/0 is everybody", `"proxy"`, "-url-max", "-header-max", "-body-max", "-batch-max",
 		"-header-timeout", "-body-timeout", "-idle-timeout", "-feeds", "-session-names", "-batch-bytes", "-history-bytes", "-caller-stored"})
-	reported(t, nil, []string{"-bodies", "1MiB", "-caller-bodies", "2MiB"}, []string{"-bodies: 1048576 bytes is less than one body may have, 8388608 (-body-max)", "-caller-bodies"})
+	reported(t, nil, []string{"-bodies", "1MiB", "-caller-bodies", "2MiB"}, []string{"-bodies: 1048576 bytes is less than one body may take, three times 8388608 (-body-max)", "-caller-bodies"})
 }

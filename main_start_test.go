@@ -16,6 +16,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"gapless/api/auth/authtest"
 )
 
 // program runs the program to its end, which must come by itself.
@@ -267,4 +269,26 @@ func TestStart_noArgumentIsRepeatedThatMayBeAPartOfAPassword(t *testing.T) {
 	if code, out := program(t, nil, "-redis", "redis://h", "-histroy-ttl", "1h"); code != 2 || !strings.Contains(out, "-histroy-ttl") {
 		t.Errorf("a mistyped flag is not named: %d %s", code, out)
 	}
+}
+
+// The demo's calls are where they were asked for, or where nobody else can call.
+func TestStart_demoIsServedWhereItWasAskedFor(t *testing.T) {
+	t.Parallel()
+	issuer := authtest.New(t)
+	for _, c := range []struct {
+		args   []string
+		served bool
+	}{{nil, true}, {[]string{"-auth", issuer.Source()}, false}, {[]string{"-auth", issuer.Source(), "-demo"}, true}, {[]string{"-demo=false"}, false}} {
+		n := start(t, c.args...)
+		// without a token it is 401 where it exists, and 404 where it does not
+		res, err := http.Get(n.url("/v1/sessions/s/demo/naive?gap=x")) // the contract is that of a server which has it
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		if (res.StatusCode != 404) != c.served {
+			t.Errorf("%q: %d", c.args, res.StatusCode)
+		}
+	}
+	reported(t, nil, []string{"-demo", "-model-url", "https://model.example/v1", "-model-name", "m"}, []string{"-demo: the demo's calls"})
 }

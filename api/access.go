@@ -13,6 +13,8 @@ import (
 	"github.com/labstack/echo/v4/middleware"
 
 	"gapless/api/auth"
+	"gapless/api/limit"
+	"gapless/sse"
 )
 
 // call registers a call of /v1, and says what it does to the session that it names: none can be
@@ -44,8 +46,12 @@ func (a *API) identify(next echo.HandlerFunc) echo.HandlerFunc {
 			return a.sendAway(c)
 		}
 		if err != nil {
+			if over := a.limits.Calls.Take(a.limits.Caller(c.Request()), 1); over != nil { // nobody else is known to have called
+				return over
+			}
 			return err
 		}
+		limit.Known(sse.Conn(c.Request().Context()))
 		c.Set("grant", g)
 		return next(c)
 	}

@@ -835,3 +835,16 @@ func TestAccess_logsHaveNoTokens(t *testing.T) {
 		t.Error(log.String())
 	}
 }
+
+// A bad token uses up its address's calls, and nobody's who has a good one.
+func TestAccess_badTokensArePaced(t *testing.T) {
+	t.Parallel()
+	n, issuer := locked(t, func(s *setup, _ *auth.Config) { proxied(func(s *setup) { s.api.Limits.CallerCalls = 1 })(s) })
+	bad := as(request{method: "GET", path: "/v1/sessions/s"}, "198.51.100.1")
+	n.do(bearing(bad, "sesame")).refused(t, 401, "unauthorized")
+	eventually(t, "they are too many", func() bool {
+		return n.do(bearing(bad, "sesame")).status == 429 && n.do(bad).status == 429
+	})
+	n.do(bearing(bad, issuer.Token(time.Hour, authtest.May{"read": {"s"}}))).refused(t, 404, "session_not_found")
+	n.do(as(request{method: "GET", path: "/v1/sessions/s"}, "198.51.100.2")).refused(t, 401, "unauthorized")
+}

@@ -43,6 +43,8 @@ type Config struct {
 	// BodyTimeout is how long 64 KiB of such a body, or all of a shorter one, may take. It is the
 	// http.Server's ReadTimeout as well.
 	BodyTimeout time.Duration
+	// WriteTimeout is how long a client may take nothing of a response. 0: for ever. Streams have the hub's.
+	WriteTimeout time.Duration
 	// URLMax and HeaderMax bound a request's URL and its header, in bytes: as most servers and
 	// proxies do.
 	URLMax, HeaderMax int
@@ -87,7 +89,7 @@ type Config struct {
 // DefaultConfig is what the flags start from.
 func DefaultConfig() Config {
 	return Config{
-		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 1_000, BatchBytes: 512 << 10, URLMax: 8 << 10, HeaderMax: 32 << 10,
+		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 1_000, BatchBytes: 512 << 10, URLMax: 8 << 10, HeaderMax: 16 << 10, WriteTimeout: 45 * time.Second,
 		AnswerMax: 1 << 20, ContextMax: 256 << 10,
 		Limits: limit.DefaultConfig(),
 		Hosts:  []string{}, Patience: 500 * time.Millisecond, UploadPatience: 10 * time.Second, Look: 2 * time.Second,
@@ -114,8 +116,13 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("-body-timeout: %v is less than 100ms", c.BodyTimeout))
 	}
 	for flag, most := range map[string]int{"-bodies": c.Limits.Bodies, "-caller-bodies": c.Limits.CallerBodies} {
-		if most > 0 && most < c.BodyMax {
-			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one body may have, %d (-body-max)", flag, most, c.BodyMax))
+		if most > 0 && most < BodyCost*c.BodyMax {
+			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one body may take, three times %d (-body-max)", flag, most, c.BodyMax))
+		}
+	}
+	for flag, most := range map[string]int{"-responses": c.Limits.Responses, "-caller-responses": c.Limits.CallerResponses} {
+		if least := CallCost + partCost; most > 0 && most < least {
+			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one page may take, %d", flag, most, least))
 		}
 	}
 	errs = append(errs, c.Limits.Validate())
@@ -169,11 +176,13 @@ type API struct {
 	wrongTypes *rate.Sometimes           // lines of the log about keys of a wrong type
 	heard      atomic.Pointer[time.Time] // when the last call of /v1 came
 	limits     *limit.Limits
-	answers    underway
-	folds      chan struct{} // a place for each fold of a log that is being made
-	uploads    *uploads
-	tickets    *tickets
-	demo       *demo // nil: there is none
+	// refusing is how many responses under way only say that there are too many.
+	refusing atomic.Int64
+	answers  underway
+	folds    chan struct{} // a place for each fold of a log that is being made
+	uploads  *uploads
+	tickets  *tickets
+	demo     *demo // nil: there is none
 	// draining ends first: not ready any more. ending ends uploads and answers.
 	draining, ending context.Context
 	drain            context.CancelFunc
@@ -208,7 +217,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	}
 
 	a.get("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
-	a.get("/readyz", a.ready, a.pace) // it asks Redis
+	a.get("/readyz", a.ready) // it asks Redis, but not more often than twice a second
 	a.get("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
 	a.get("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
 	a.page(files)
@@ -253,14 +262,27 @@ func (a *API) get(path string, h echo.HandlerFunc, m ...echo.MiddlewareFunc) {
 
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	limit.Arrived(sse.Conn(r.Context()))
+	if len(r.TransferEncoding) > 0 {
+		// It may have had a Content-Length as well, which a proxy in front may have believed: what follows on the
+		// connection is not to be trusted (RFC 9112, section 6.1). The library does not say.
+		w.Header().Set("Connection", "close")
+	}
+	o := a.admit(w, r)
+	if o == nil {
+		return
+	}
+	returned := false
+	defer func() { o.end(r, returned) }()
 	if r.ContentLength != 0 {
-		r.Body = &incoming{ReadCloser: r.Body, to: w, length: r.ContentLength, timeout: a.cfg.BodyTimeout}
+		r.Body = &incoming{ReadCloser: r.Body, to: w, length: r.ContentLength, timeout: a.cfg.BodyTimeout, write: a.cfg.WriteTimeout}
 	}
 	if strings.HasPrefix(r.URL.Path, "/v1/") {
 		now := time.Now()
 		a.heard.Store(&now)
 	}
-	a.echo.ServeHTTP(w, r)
+	a.echo.ServeHTTP(o, r)
+	returned = true
 }
 
 // partInDrain has the client's next request come on another connection while this node
@@ -361,7 +383,7 @@ func (a *API) page(files fs.FS) {
 				c.Response().Header().Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
 			}
 		}
-		server.ServeHTTP(c.Response(), c.Request())
+		server.ServeHTTP(copied{c.Response()}, c.Request())
 		return nil
 	}
 	a.get("/", h)
@@ -422,10 +444,11 @@ func checkOrigin(origins []string) func(r *http.Request) error {
 	}
 }
 
-const idRule = "an id is 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -"
+const idRule = "an id is 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not dots alone"
 
+// validID refuses dots alone, too: in a path, clients and proxies take them for steps.
 func validID(id string) bool {
-	if len(id) < 1 || len(id) > 128 {
+	if len(id) < 1 || len(id) > 128 || strings.Trim(id, ".") == "" {
 		return false
 	}
 	for _, b := range []byte(id) {

@@ -261,30 +261,47 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	return u.answer(c)
 }
 
-// readLarge reads a body whole that may be long, within what long ones may take together. give is to
-// be called when it is not needed any more.
+// readLarge is largeBody, read whole.
 func (a *API) readLarge(c echo.Context) (body []byte, give func(), err error) {
+	from, give, err := a.largeBody(c)
+	if err != nil {
+		return nil, give, err
+	}
+	if body, err = a.readBody(c, from); err != nil {
+		give()
+	}
+	return body, give, err
+}
+
+// largeBody is a body that may be long, within what long ones may take together in memory. give is to be called when it
+// is not needed any more.
+func (a *API) largeBody(c echo.Context) (body io.Reader, give func(), err error) {
 	give = func() {}
 	caller := a.caller(c)
 	from, length := a.atMost(c, a.cfg.BodyMax), c.Request().ContentLength
-	body, err = a.readBody(c, io.LimitReader(from, shortBody))
-	if err != nil || len(body) < shortBody {
-		return body, give, err
+	if length >= 0 && length < shortBody {
+		return from, give, nil
 	}
-	large := a.cfg.BodyMax // there may be more
-	if length >= 0 {
-		large = int(min(length, int64(a.cfg.BodyMax)))
-	}
-	if err := a.limits.Bodies.Take(caller, large); err != nil {
-		return nil, give, err
-	}
-	body, err = a.readBody(c, io.MultiReader(bytes.NewReader(body), from))
+	begin, err := io.ReadAll(io.LimitReader(from, shortBody)) // of one that does not say how long it is
 	if err != nil {
-		a.limits.Bodies.Give(caller, large)
+		return nil, give, a.bodyError(err)
+	}
+	if len(begin) < shortBody {
+		return bytes.NewReader(begin), give, nil
+	}
+	cost := BodyCost * a.cfg.BodyMax // there may be more
+	if length >= 0 {
+		cost = BodyCost * int(min(length, int64(a.cfg.BodyMax)))
+	}
+	if err := a.limits.Bodies.Take(caller, cost); err != nil {
 		return nil, give, err
 	}
-	return body, func() { a.limits.Bodies.Give(caller, large) }, nil
+	return io.MultiReader(bytes.NewReader(begin), from), func() { a.limits.Bodies.Give(caller, cost) }, nil
 }
+
+// BodyCost is how much more memory a large body takes than it is long: itself, the chunks that are made of it, and what
+// of those is on its way to Redis.
+const BodyCost = 3
 
 // shortBody is as long, in bytes, as a body may be without counting among the large ones: the bound
 // of connections is one for these, too.
@@ -372,6 +389,7 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 		return err
 	}
 	defer a.limits.Uploads.Give(caller, 1)
+	uncount(c)
 	c.Response().Header().Set("Incremental", "?1") // it may come before the body has ended
 	ctl := http.NewResponseController(c.Response().Writer)
 	if b, ok := r.Body.(*incoming); ok {
@@ -572,25 +590,69 @@ func (a *API) readChunks(c echo.Context) error {
 			return c.NoContent(http.StatusNotModified)
 		}
 	}
-	p, err := a.logs.Read(onBehalf(c.Request().Context(), a.caller(c)), session(c), after+1, bytesMost, limit)
+	// It is written as it is read: what is in memory is a part of it, and waits for its client.
+	if err := out(c).take(a.caller(c), partCost); err != nil {
+		return err
+	}
+	ctx, id := onBehalf(c.Request().Context(), a.caller(c)), session(c)
+	p, err := a.logs.Read(ctx, id, after+1, pagePart, limit)
 	if err != nil {
 		return err
 	}
 	if !p.Exists() {
 		return store.ErrNotFound
 	}
-	if p.Ended {
+	tagged := p.Ended
+	if tagged {
 		h.Set("ETag", pageTag(p.Bounds, after, limit))
 	}
-	b := fmt.Appendf(nil, `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"from_seq":%d,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended, p.From)
-	for i, element := range p.Elements {
-		if i > 0 {
-			b = append(b, ',')
+	h.Set("Content-Type", typeJSON)
+	r := c.Response()
+	r.WriteHeader(http.StatusOK)
+	b := fmt.Appendf(make([]byte, 0, 2*piece), `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"from_seq":%d,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended, p.From)
+	first, epoch, last := p.From, p.Epoch, p.Last
+	for size, full := 0, false; ; {
+		for i, element := range p.Elements {
+			seq := p.From + int64(i)
+			size += len(element)
+			if full = seq > last || size > bytesMost && seq > first; full { // after last is what came while the page was written
+				break
+			}
+			if seq > first {
+				b = append(b, ',')
+			}
+			b, _ = store.AppendElement(b, seq, element)
+			if len(b) >= piece {
+				if _, err := r.Write(b); err != nil {
+					return nil // the client has gone
+				}
+				b = b[:0]
+			}
 		}
-		b, _ = store.AppendElement(b, p.From+int64(i), element)
+		next, more := p.Next(), limit-int(p.Next()-first)
+		if full || more <= 0 || next > last || size >= bytesMost {
+			break
+		}
+		// It ends where the next part is not what followed, as a page ends that is full: what comes next is for the next one
+		// to say. Only a page that is known by its tag has to be whole.
+		p, err = a.logs.Read(ctx, id, next, min(pagePart, bytesMost-size), more)
+		if err != nil || p.Epoch != epoch || p.From != next || len(p.Elements) == 0 {
+			if tagged {
+				panic(http.ErrAbortHandler)
+			}
+			break
+		}
 	}
-	return c.Blob(http.StatusOK, typeJSON, append(b, "]}"...))
+	_, _ = r.Write(append(b, "]}"...)) // a client that has gone is no error
+	return nil
 }
+
+const (
+	// pagePart is how much of a page is read at once, in bytes, or else one chunk.
+	pagePart = 128 << 10
+	// partCost is what it takes in memory: as Redis sent it, as it is parsed, and what of it is written.
+	partCost = 3 * pagePart
+)
 
 // pageTag is the entity tag of a page: what its bytes follow from.
 func pageTag(b store.Bounds, after int64, limit int) string {

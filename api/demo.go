@@ -3,11 +3,13 @@ package api
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/labstack/echo/v4"
@@ -97,6 +99,14 @@ func (a *API) disturb(c echo.Context) error {
 	return c.NoContent(http.StatusNoContent)
 }
 
+// naivePart is how much of the history is read and sent at once, in bytes, and naiveCost what a naive viewer takes in memory: that,
+// as it is read and as it is sent, and what it has heard and not sent (naiveHeard).
+const (
+	naivePart  = 32 << 10
+	naiveHeard = 64 << 10
+	naiveCost  = 3*naivePart + naiveHeard
+)
+
 // maxGap bounds the time between the two steps of a naive viewer, in ms.
 const maxGap = 2000
 
@@ -112,17 +122,20 @@ func (a *API) readFirst(c echo.Context) error {
 		}
 	}
 	id, caller := strings.Clone(session(c)), a.caller(c)
-	if err := a.limits.Viewers.Take(caller, 1); err != nil {
+	if err := a.limits.Naive.Take(caller, 1); err != nil {
 		return err
 	}
-	defer a.limits.Viewers.Give(caller, 1)
+	defer a.limits.Naive.Give(caller, 1)
+	if err := out(c).take(caller, naiveCost); err != nil {
+		return err
+	}
 	ctx, cut := context.WithCancel(c.Request().Context())
 	defer cut()
 	defer context.AfterFunc(a.draining, cut)()
 	if g := a.grant(c); !g.Expires.IsZero() {
 		defer time.AfterFunc(time.Until(g.Expires), cut).Stop()
 	}
-	page, err := a.logs.Read(ctx, id, 1, a.cfg.BodyMax, 1000)
+	page, err := a.logs.Read(ctx, id, 1, naivePart, 1000)
 	if err != nil {
 		return err
 	}
@@ -141,11 +154,10 @@ func (a *API) readFirst(c echo.Context) error {
 	}
 	a.log.LogAttrs(ctx, slog.LevelInfo, "naive viewer begins", slog.String("session", id), slog.String("connection", connection), slog.Int64("last", page.Last))
 
-	out := c.Response().Writer
-	ctl := http.NewResponseController(out)
+	to := c.Response().Writer
+	ctl := http.NewResponseController(to)
 	say := func(text string) error {
-		_ = ctl.SetWriteDeadline(time.Now().Add(10 * time.Second))
-		if _, err := out.Write([]byte(text)); err != nil {
+		if _, err := io.WriteString(to, text); err != nil { // in pieces, each with its deadline
 			return err
 		}
 		if err := ctl.Flush(); err != nil {
@@ -165,7 +177,7 @@ func (a *API) readFirst(c echo.Context) error {
 		if err = say(history.String()); err != nil || page.Next() > last {
 			break
 		}
-		page, err = a.logs.Read(ctx, id, page.Next(), a.cfg.BodyMax, 1000)
+		page, err = a.logs.Read(ctx, id, page.Next(), naivePart, 1000)
 	}
 	if err == nil {
 		select {
@@ -175,12 +187,17 @@ func (a *API) readFirst(c echo.Context) error {
 		}
 	}
 	if err == nil {
-		heard := make(chan string, 1024) // what is over that is lost as well
-		go func() {                      // ended by cut; only it sends on the channel
+		heard := make(chan string, 1024)
+		var waits atomic.Int64 // bytes in it
+		go func() {            // ended by cut; only it sends on the channel
 			defer close(heard)
 			tell := func(text string) {
+				if waits.Load()+int64(len(text)) > naiveHeard { // what is over that is lost as well
+					return
+				}
 				select {
 				case heard <- text:
+					waits.Add(int64(len(text)))
 				default:
 				}
 			}
@@ -193,6 +210,7 @@ func (a *API) readFirst(c echo.Context) error {
 				})
 		}()
 		for text := range heard {
+			waits.Add(-int64(len(text)))
 			if err == nil {
 				if err = say(text); err != nil {
 					cut()

@@ -218,7 +218,7 @@ func TestDemo_naiveViewerGetsALongHistory(t *testing.T) {
 
 func TestDemo_refusesWhatItDoesNotKnow(t *testing.T) {
 	t.Parallel()
-	n := serve(t, proxied(func(s *setup) { s.api.Limits.Viewers, s.api.Limits.CallerViewers = 2, 1 }))
+	n := serve(t, proxied(func(s *setup) { s.api.Limits.Naive, s.api.Limits.CallerNaive = 2, 1 }))
 	bad := func(method, path, kind, body string) answer {
 		return n.do(request{method: method, path: path, kind: kind, body: body, bad: true})
 	}
@@ -234,7 +234,8 @@ func TestDemo_refusesWhatItDoesNotKnow(t *testing.T) {
 	for _, gap := range []string{"-1", "2001", "sesame", "1.5"} {
 		bad("GET", demo+"/naive?gap="+gap, "", "").refused(t, 400, "invalid_parameter")
 	}
+	n.naively("s", "").until("event: subscribed")
 	n.do(request{method: "GET", path: demo + "/naive"}).refused(t, 429, "caller_limit")
-	n.open(as(request{path: "/v1/sessions/s/stream"}, "198.51.100.1"))
+	n.open(as(request{path: demo + "/naive"}, "198.51.100.1"))
 	n.do(as(request{method: "GET", path: demo + "/naive"}, "198.51.100.2")).refused(t, 503, "node_limit")
 }

@@ -61,7 +61,7 @@ func doc(name string, text []byte) echo.HandlerFunc {
 			h.Set("Vary", "Accept-Encoding")
 		}
 		h.Set("ETag", `"`+etag+`"`)
-		http.ServeContent(c.Response(), c.Request(), name, time.Time{}, bytes.NewReader(body))
+		http.ServeContent(copied{c.Response()}, c.Request(), name, time.Time{}, bytes.NewReader(body))
 		return nil
 	}
 }

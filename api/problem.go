@@ -175,6 +175,9 @@ var refusals = map[string]struct {
 // problem answers an error. It implements echo.HTTPErrorHandler.
 func (a *API) problem(err error, c echo.Context) {
 	p := *problemOf(err)
+	if o := out(c); p.Status == http.StatusInternalServerError && (o.broken || c.Request().Context().Err() != nil) {
+		p = *problemOf(context.Canceled) // whatever failed: nobody waits for it
+	}
 	if p.Title = http.StatusText(p.Status); p.Title == "" {
 		p.Title = "Client Gone"
 	}
@@ -239,6 +242,7 @@ type incoming struct {
 
 	to      http.ResponseWriter
 	timeout time.Duration // for each piece; 0: it may take its time
+	write   time.Duration // that the response has behind each piece: HTTP/2 ends a stream whose response is late
 	since   int           // bytes that came since the deadline was set: by the server, at first
 }
 
@@ -258,7 +262,11 @@ func (b *incoming) arrive(p []byte) (int, error) {
 	}
 	if b.since += n; b.since >= piece && b.timeout > 0 {
 		b.since = 0
-		_ = http.NewResponseController(b.to).SetReadDeadline(time.Now().Add(b.timeout))
+		ctl := http.NewResponseController(b.to)
+		_ = ctl.SetReadDeadline(time.Now().Add(b.timeout))
+		if b.write > 0 {
+			_ = ctl.SetWriteDeadline(time.Now().Add(b.timeout + b.write))
+		}
 	}
 	return n, err
 }
@@ -267,6 +275,7 @@ func (b *incoming) arrive(p []byte) (int, error) {
 func (b *incoming) takeItsTime(ctl *http.ResponseController) {
 	b.timeout = 0
 	_ = ctl.SetReadDeadline(time.Time{})
+	_ = ctl.SetWriteDeadline(time.Time{})
 }
 
 // coming says whether a request's body is still on its way, and may be for long. Of a

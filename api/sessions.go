@@ -107,25 +107,14 @@ const smallBody = 16 << 10
 
 // atMost is the body, which is an error if it has more than most bytes, or than BodyMax.
 func (a *API) atMost(c echo.Context, most int) io.Reader {
-	return http.MaxBytesReader(c.Response().Writer, c.Request().Body, int64(min(most, a.cfg.BodyMax)))
+	return http.MaxBytesReader(plain(c), c.Request().Body, int64(min(most, a.cfg.BodyMax)))
 }
 
 // readBody reads a body whole, from a reader that bounds it.
 func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
-	body, err := readAll(from, c.Request().ContentLength)
+	body, err := readAll(from, min(c.Request().ContentLength, int64(a.cfg.BodyMax)))
 	if err != nil {
-		if _, large := errors.AsType[*http.MaxBytesError](err); large {
-			return nil, err
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, &Problem{Status: http.StatusRequestTimeout, Code: "body_too_slow",
-				Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not come within %v (-body-timeout): send it faster, or as %s, which may take its time", a.cfg.BodyTimeout, typeNDJSON)}
-		}
-		detail := "the body broke off"
-		if errors.Is(err, errGzip) {
-			detail = errGzip.Error()
-		}
-		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: detail}
+		return nil, a.bodyError(err)
 	}
 	if expired(a.grant(c)) { // a body may take its time
 		return nil, errExpired
@@ -133,15 +122,37 @@ func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
 	return body, nil
 }
 
-// readAll reads what is length bytes long, if that is known.
+// bodyError says why a body could not be read.
+func (a *API) bodyError(err error) error {
+	if _, large := errors.AsType[*http.MaxBytesError](err); large {
+		return err
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return &Problem{Status: http.StatusRequestTimeout, Code: "body_too_slow",
+			Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not come within %v (-body-timeout): send it faster, or as %s, which may take its time", a.cfg.BodyTimeout, typeNDJSON)}
+	}
+	detail := "the body broke off"
+	if errors.Is(err, errGzip) {
+		detail = errGzip.Error()
+	}
+	return &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: detail}
+}
+
+// readAll reads what is length bytes long, if that is known, into as much memory as that takes.
 func readAll(from io.Reader, length int64) ([]byte, error) {
-	if length < 1 || length >= shortBody {
+	if length < 1 {
 		return io.ReadAll(from)
 	}
 	b := make([]byte, length)
 	n, err := io.ReadFull(from, b)
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
+	}
+	if err == nil { // one that is too long says so
+		_, err = from.Read(make([]byte, 1))
+		if err == io.EOF {
+			err = nil
+		}
 	}
 	return b[:n], err
 }

@@ -75,7 +75,7 @@ func TestSession_idMayHoldEveryAllowedCharacterEscapedOrNot(t *testing.T) {
 		}
 		return b.String()
 	}
-	for _, id := range []string{every, strings.Repeat("x", 128), "x", "...", "~", "-", "_", "0"} {
+	for _, id := range []string{every, strings.Repeat("x", 128), "x", "..a", ".-", "~", "-", "_", "0"} {
 		if got := into[sessionJSON](t, n.post("/v1/sessions", typeJSON, `{"id":"`+id+`"}`), 201); got.ID != id {
 			t.Fatalf("made %q of %q", got.ID, id)
 		}
@@ -99,7 +99,7 @@ func TestSession_idThatIsNoneIsRefusedEverywhereAndMakesNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := serve(t, on(redis))
-	for _, id := range []string{"a%2Fb", strings.Repeat("x", 129), "a%20b", "a+b", "%C3%A4", "a%00", "%25", "%2541", "a:b", "%7Bid%7D", "*", "a%0Ab", url.PathEscape("{a}")} {
+	for _, id := range []string{"a%2Fb", strings.Repeat("x", 129), "a%20b", "a+b", "%C3%A4", "a%00", "%25", "%2541", "a:b", "%7Bid%7D", "*", "a%0Ab", url.PathEscape("{a}"), "%2E", "%2e%2E", "...", strings.Repeat("%2E", 128)} {
 		for _, q := range []request{
 			{method: "GET"}, {method: "DELETE"}, {method: "POST"},
 			{method: "POST", path: "/chunks", kind: typeJSON, body: `{"content":"sesame"}`},
@@ -114,7 +114,7 @@ func TestSession_idThatIsNoneIsRefusedEverywhereAndMakesNothing(t *testing.T) {
 			}
 		}
 	}
-	for _, id := range []string{"", "a/b", strings.Repeat("x", 129), "a b", "ä", `a\u0000`, `\n`} {
+	for _, id := range []string{"", "a/b", strings.Repeat("x", 129), "a b", "ä", `a\u0000`, `\n`, ".", "..", "..."} {
 		p := n.do(request{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{"id":"` + id + `"}`, bad: true}).refused(t, 400, "invalid_session_id")
 		if p.Member != "/id" || p.Limit != 128 {
 			t.Errorf("%q: %+v", id, p)
@@ -195,7 +195,7 @@ func TestSession_deletedIsGoneAndBeginsAnewWithNumbersThatGoOn(t *testing.T) {
 // Every character of an id is one that paths and keys hold as it is.
 func TestValidID_takesNoOtherByte(t *testing.T) {
 	for b := range 256 {
-		if got, want := validID(string([]byte{byte(b)})), slices.Contains([]byte(every), byte(b)); got != want {
+		if got, want := validID(string([]byte{byte(b)})), slices.Contains([]byte(every), byte(b)) && b != '.'; got != want {
 			t.Errorf("byte %d: %t", b, got)
 		}
 	}

@@ -36,6 +36,7 @@ func (a *API) stream(c echo.Context) error {
 	if err := a.limits.Viewers.Take(caller, 1); err != nil {
 		return a.sendFull(c, err)
 	}
+	uncount(c)
 	leave := func() { a.limits.Viewers.Give(caller, 1) } // and what a ticket has let it in by
 	mine := true
 	defer func() {
@@ -53,6 +54,7 @@ func (a *API) stream(c echo.Context) error {
 		if err != nil {
 			return err
 		}
+		limit.Known(sse.Conn(r.Context()))
 		leave = func() { in.end(); a.limits.Viewers.Give(caller, 1) }
 	}
 	view.Expires = g.Expires
@@ -88,7 +90,7 @@ func (a *API) stream(c echo.Context) error {
 	ends := func(cause sse.Cause) {
 		a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
 	}
-	if !head && a.hub.Take(v, c.Response().Writer, r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
+	if !head && a.hub.Take(v, plain(c), r, a.cfg.Patience, sse.Told{Begins: begins, Ends: func(cause sse.Cause, begun bool) {
 		leave()
 		status := 0
 		switch {
@@ -124,7 +126,7 @@ func (a *API) stream(c echo.Context) error {
 		return nil
 	}
 	begins()
-	w := a.hub.NewWriter(c.Response().Writer, r)
+	w := a.hub.NewWriter(plain(c), r)
 	cause := v.Serve(r.Context(), w)
 	ends(cause)
 	return w.End(cause)
@@ -167,7 +169,7 @@ func (a *API) refuse(c echo.Context, why sse.Cause) error {
 		sse.Head(c.Response())
 		return nil
 	}
-	return a.hub.NewWriter(c.Response().Writer, c.Request()).Refuse(why)
+	return a.hub.NewWriter(plain(c), c.Request()).Refuse(why)
 }
 
 // errTaken says that a request's connection is not the server's any more, and that it is counted

@@ -6,13 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
 	"unicode/utf8"
 
-	jsonv2 "github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/google/uuid"
 	"github.com/labstack/echo/v4"
 
@@ -36,14 +37,20 @@ func (a *API) uiAsk(c echo.Context) error {
 	if err := checkJSON(c); err != nil {
 		return err
 	}
-	body, give, err := a.readLarge(c)
+	body, give, err := a.largeBody(c)
 	if err != nil {
 		return err
 	}
 	content, member, err := uiQuestion(body)
 	give()
+	if _, wrong := errors.AsType[*Problem](err); err != nil && !wrong {
+		return a.bodyError(err)
+	}
 	if err != nil {
 		return err
+	}
+	if expired(a.grant(c)) { // a body may take its time
+		return errExpired
 	}
 	if err := a.may(c, auth.Read, session(c)); err != nil { // it is answered with what it asks
 		return err
@@ -63,41 +70,181 @@ func (a *API) uiAsk(c echo.Context) error {
 	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, newUIFold(x.reply, x.seq))
 }
 
-// uiQuestion is the text of the last message that useChat sent, and where it stands. All others
-// are in the log.
-func uiQuestion(body []byte) (content, member string, err error) {
-	var sent struct {
-		Messages []struct {
-			Role  string `json:"role"`
-			Parts []struct {
-				Type string `json:"type"`
-				Text string `json:"text"`
-			} `json:"parts"`
-		} `json:"messages"`
-	}
-	if err := jsonv2.Unmarshal(body, &sent); err != nil {
-		p := &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be JSON as useChat sends it: messages, each with its role and its parts"}
-		if e, ok := errors.AsType[*jsonv2.SemanticError](err); ok {
-			p.Member = string(e.JSONPointer)
+// uiQuestion is the text of the last message that useChat sent, and where it stands. All others are in the log: they are
+// skipped as they arrive, since a conversation is many times larger parsed than sent. Whatever they look like is no matter.
+func uiQuestion(body io.Reader) (content, member string, err error) {
+	dec := jsontext.NewDecoder(body, jsontext.AllowDuplicateNames(true)) // it would keep the names
+	var last uiSent
+	count, twice := 0, false
+	err = members(dec, func(name string) error {
+		if name != "messages" {
+			return dec.SkipValue()
 		}
-		return "", "", p
+		if kind := dec.PeekKind(); kind != '[' && kind != 0 {
+			return &shapeError{string(dec.StackPointer())}
+		}
+		if twice {
+			return errTwice
+		}
+		twice = true
+		return elements(dec, func(int) (err error) {
+			count++
+			last, err = readUISent(dec)
+			return err
+		})
+	})
+	if err == nil {
+		if _, more := dec.ReadToken(); more == nil {
+			err = errTwice
+		} else if more != io.EOF {
+			err = more
+		}
 	}
-	last := len(sent.Messages) - 1
-	if last < 0 || sent.Messages[last].Role != roleUser {
+	shape, other := errors.AsType[*shapeError](err)
+	if other {
+		member = shape.member
+	}
+	if _, syntax := errors.AsType[*jsontext.SyntacticError](err); syntax || other || errors.Is(err, errTwice) {
+		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: member,
+			Detail: "the body must be JSON as useChat sends it: messages, each with its role and its parts"}
+	}
+	if err != nil {
+		return "", "", err
+	}
+	if count == 0 || last.role != roleUser {
 		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/messages", Detail: "the last of messages, the question, is to be the user's"}
 	}
-	member = fmt.Sprintf("/messages/%d/parts", last)
-	for i, p := range sent.Messages[last].Parts {
-		if p.Type != "text" {
-			return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: fmt.Sprintf("%s/%d", member, i),
-				Detail: "a question is text: leave out parts of other types"}
-		}
-		content += p.Text
+	member = fmt.Sprintf("/messages/%d/parts", count-1)
+	if last.other >= 0 {
+		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: fmt.Sprintf("%s/%d", member, last.other),
+			Detail: "a question is text: leave out parts of other types"}
 	}
-	if strings.TrimSpace(content) == "" {
+	if strings.TrimSpace(last.text) == "" {
 		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: member, Detail: "the question has no text"}
 	}
-	return content, member, nil
+	return last.text, member, nil
+}
+
+// errTwice says that a body has something twice that is read, or more than its object, or no object.
+var errTwice = errors.New("it can be read in two ways")
+
+// shapeError says that a member is not what useChat sends.
+type shapeError struct{ member string }
+
+func (e *shapeError) Error() string { return e.member + " has another shape" }
+
+// uiSent is what is read of a message that useChat sent.
+type uiSent struct {
+	role, text string
+	other      int // which of its parts is no text; -1: none
+}
+
+func readUISent(dec *jsontext.Decoder) (uiSent, error) {
+	m := uiSent{other: -1}
+	if dec.PeekKind() != '{' {
+		return m, dec.SkipValue()
+	}
+	var text strings.Builder
+	roles, parts := 0, 0
+	err := members(dec, func(name string) (err error) {
+		switch {
+		case name == "role":
+			roles++
+			m.role, err = readText(dec)
+		case name == "parts" && dec.PeekKind() == '[':
+			parts++
+			err = elements(dec, func(i int) error {
+				kind, said, err := readUIPart(dec)
+				if kind != "text" && m.other < 0 {
+					m.other = i
+				}
+				text.WriteString(said)
+				return err
+			})
+		default:
+			err = dec.SkipValue()
+		}
+		return err
+	})
+	if m.text = text.String(); err == nil && (roles > 1 || parts > 1) {
+		err = errTwice
+	}
+	return m, err
+}
+
+func readUIPart(dec *jsontext.Decoder) (kind, text string, err error) {
+	if dec.PeekKind() != '{' {
+		return "", "", dec.SkipValue()
+	}
+	kinds, texts := 0, 0
+	err = members(dec, func(name string) (err error) {
+		switch name {
+		case "type":
+			kinds++
+			kind, err = readText(dec)
+		case "text":
+			texts++
+			text, err = readText(dec)
+		default:
+			err = dec.SkipValue()
+		}
+		return err
+	})
+	if err == nil && (kinds > 1 || texts > 1) {
+		err = errTwice
+	}
+	return kind, text, err
+}
+
+// members calls read in front of the value of each member of an object. It has to read that.
+func members(dec *jsontext.Decoder, read func(name string) error) error {
+	if kind := dec.PeekKind(); kind != '{' && kind != 0 {
+		return errTwice
+	}
+	if _, err := dec.ReadToken(); err != nil {
+		return err
+	}
+	for dec.PeekKind() != '}' {
+		name, err := dec.ReadToken()
+		if err != nil {
+			return err
+		}
+		if err := read(name.String()); err != nil {
+			return err
+		}
+	}
+	_, err := dec.ReadToken()
+	return err
+}
+
+// elements calls read in front of each element of an array. It has to read that.
+func elements(dec *jsontext.Decoder, read func(i int) error) error {
+	if _, err := dec.ReadToken(); err != nil {
+		return err
+	}
+	for i := 0; dec.PeekKind() != ']'; i++ {
+		if dec.PeekKind() == 0 {
+			_, err := dec.ReadToken()
+			return err
+		}
+		if err := read(i); err != nil {
+			return err
+		}
+	}
+	_, err := dec.ReadToken()
+	return err
+}
+
+// readText is a value that is text.
+func readText(dec *jsontext.Decoder) (string, error) {
+	if kind := dec.PeekKind(); kind != '"' && kind != 0 {
+		return "", &shapeError{string(dec.StackPointer())}
+	}
+	text, err := dec.ReadToken()
+	if err != nil {
+		return "", err
+	}
+	return text.String(), nil
 }
 
 // uiResume answers with the assistant's message under way that began last; 204 when there is none.
@@ -190,6 +337,7 @@ func newest(open []string) (message string, made bool) {
 }
 
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
+	uncount(c)
 	connection, err := newConnection(c)
 	if err != nil {
 		return err
@@ -213,7 +361,7 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 	defer v.Close()
 	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", c.RealIP()))
-	w := a.hub.NewWriter(c.Response().Writer, c.Request())
+	w := a.hub.NewWriter(plain(c), c.Request())
 	cause := v.Serve(c.Request().Context(), w)
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
 	if cause != sse.Done {

@@ -117,7 +117,7 @@ func TestViewer_expires_whileItsSocketIsFull(t *testing.T) {
 			log := &storetest.Log{}
 			log.Append("a")
 			h := started(t, testConfig(), log)
-			expires := time.Now().Add(time.Minute)
+			expires := time.Now().Add(30 * time.Second)
 			w := now(t, h, log, Ask{Expires: expires})
 			stall := make(chan struct{})
 			w.sink.mu.Lock()

@@ -430,6 +430,9 @@ func (s *seat) close(c Cause) {
 	if c.Clean() && !s.torn {
 		s.conn.finish() // a 204 ends there, too
 	} else {
+		if tcp := tcpConn(s.conn); tcp != nil && c == Slow { // what waits to be sent would keep it open in the peer's eyes
+			_ = tcp.SetLinger(0)
+		}
 		_ = s.conn.Close()
 	}
 	s.hub.metrics.ended.WithLabelValues(string(c)).Inc()

@@ -89,7 +89,9 @@ func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
 	default:
 		setSendBuffer(conn, sendBuffer)
 	}
-	w := h.newWriter(response{to, http.NewResponseController(to)}, conn)
+	ctl := http.NewResponseController(to)
+	_ = ctl.SetWriteDeadline(time.Time{}) // the server's own is for responses that end soon
+	w := h.newWriter(response{to, ctl}, conn)
 	w.http10 = conn != nil && r.ProtoMinor == 0
 	streamHeader(to.Header())
 	if r.ProtoMajor == 2 && h.leaving.Err() != nil {

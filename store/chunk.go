@@ -75,6 +75,15 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	if deep(text) {
 		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk has more than %d arrays and objects in one another", MaxDepth)}
 	}
+	if len(text) > limit { // the names of a large object are not kept for nothing
+		line := jsontext.Value(bytes.Clone(text))
+		if err := line.Compact(); err != nil {
+			return c, syntaxError(err)
+		}
+		if text = line; len(text) > limit {
+			return c, tooLarge(len(text), limit)
+		}
+	}
 	reader := readers.Get().(*reader)
 	defer func() {
 		reader.of(nil) // nobody keeps what was read
@@ -104,6 +113,9 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 			return c, syntaxError(err)
 		}
 		members++
+		if number := unreadable(value); number != "" {
+			return c, &ChunkError{Code: "invalid_chunk", Member: "/" + member, Detail: fmt.Sprintf("member %q has a number that is out of the range of others' readers, %s: send it as a string", member, number)}
+		}
 		switch member {
 		case "seq", "ts":
 			return c, &ChunkError{Code: "reserved_member", Member: "/" + member, Detail: fmt.Sprintf("member %q is the server's to set: leave it out", member)}
@@ -214,10 +226,49 @@ func deep(text []byte) bool {
 // check refuses a chunk whose event is too large.
 func (c Chunk) check(limit int) error {
 	if got := c.Size(); got > limit {
-		return &ChunkError{Code: "chunk_too_large", Limit: limit,
-			Detail: fmt.Sprintf("the chunk makes an event of up to %d bytes in a stream: at most %d are allowed (-chunk-max)", got, limit)}
+		return tooLarge(got, limit)
 	}
 	return nil
+}
+
+func tooLarge(got, limit int) error {
+	return &ChunkError{Code: "chunk_too_large", Limit: limit,
+		Detail: fmt.Sprintf("the chunk makes an event of up to %d bytes in a stream: at most %d are allowed (-chunk-max)", got, limit)}
+}
+
+// mostDigits is how long a number may be as it is written: a double has fewer, and Python stops at 4,300.
+const mostDigits = 1000
+
+// unreadable is the first number in JSON, shortened, that common readers cannot read, or take for infinite or nothing: those that are no double. Empty:
+// there is none.
+func unreadable(value []byte) string {
+	for i, quoted := 0, false; i < len(value); i++ {
+		switch b := value[i]; {
+		case quoted && b == '\\':
+			i++
+		case b == '"':
+			quoted = !quoted
+		case quoted || b != '-' && (b < '0' || b > '9'):
+		default:
+			n := i + 1
+			for n < len(value) && strings.IndexByte("0123456789+-.eE", value[n]) >= 0 {
+				n++
+			}
+			text := string(value[i:n])
+			if len(text) > mostDigits || (len(text) > 15 || strings.ContainsAny(text, "eE")) && !double(text) {
+				return text[:min(len(text), 20)]
+			}
+			i = n - 1
+		}
+	}
+	return ""
+}
+
+// double says whether a number is one that is neither infinite nor, unless it says so, zero.
+func double(text string) bool {
+	f, err := strconv.ParseFloat(text, 64)
+	digits, _, _ := strings.Cut(strings.ToLower(text), "e")
+	return err == nil && (f != 0 || strings.Trim(digits, "-0.") == "")
 }
 
 // assemble puts what is filled in before what was posted.
@@ -303,6 +354,9 @@ func (c Chunk) WithJSON(name string, value []byte) (Chunk, error) {
 	line := jsontext.Value(bytes.Clone(value))
 	if deep(append([]byte{'{'}, line...)) || !line.IsValid() {
 		return c, &ChunkError{Code: "invalid_json", Detail: fmt.Sprintf("member %q is no JSON that a chunk may have", name)}
+	}
+	if number := unreadable(line); number != "" {
+		return c, &ChunkError{Code: "invalid_chunk", Member: "/" + name, Detail: fmt.Sprintf("member %q has a number that is out of the range of others' readers, %s", name, number)}
 	}
 	_ = line.Compact() // a chunk is one line
 	return c.with(name, string(line)), nil

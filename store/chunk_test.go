@@ -76,7 +76,7 @@ func TestParseChunk_keepsWhatWasPosted(t *testing.T) {
 		{`{"type":"tool_call","text":"b"}`, store.Fill{}, `"type":"tool_call","text":"b"}`},
 		{`{"type":"done","text":"b"}`, store.Fill{}, `"type":"done","text":"b"}`},
 		{`{"content":"a"}`, store.Fill{}, `"type":"delta","content":"a"}`},
-		{`{"raw":"","Seq":1,"x":1e400,"y":12345678901234567890}`, store.Fill{}, `"type":"delta","raw":"","Seq":1,"x":1e400,"y":12345678901234567890}`},
+		{`{"raw":"","Seq":1,"x":1e300,"y":12345678901234567890}`, store.Fill{}, `"type":"delta","raw":"","Seq":1,"x":1e300,"y":12345678901234567890}`},
 		{"{\n \"content\": \"a\\u00e9\\n\",\r\n\t\"data\": [1, 2]\n}", store.Fill{}, `"type":"delta","content":"a\u00e9\n","data":[1,2]}`},
 		{`{"type":"done"}`, store.Fill{MessageID: "m", Role: `r"`}, `"message_id":"m","role":"r\"","type":"done"}`},
 		{`{"message_id":"x","role":"u"}`, store.Fill{MessageID: "m", Role: "r"}, `"type":"delta","message_id":"x","role":"u"}`},
@@ -313,6 +313,30 @@ func TestChunk_withMoreMembersIsStillOneLine(t *testing.T) {
 	for _, bad := range []string{"", "{", "1 2", `{"a":1,"a":2}`, "\"\xff\"", `"\ud800"`, strings.Repeat("[", store.MaxDepth) + strings.Repeat("]", store.MaxDepth)} {
 		if same, err := c.WithJSON("data", []byte(bad)); err == nil || same.Members() != c.Members() {
 			t.Errorf("%q was taken: %s", bad, same.Members())
+		}
+	}
+}
+
+// Numbers are kept as they are written, where every reader of JSON knows them: others read as infinite or as nothing, or not at all.
+func TestParseChunk_refusesNumbersThatOthersCannotRead(t *testing.T) {
+	long := strings.Repeat("9", 5000)
+	for number, ok := range map[string]bool{
+		"0": true, "-0": true, "0e0": true, "-0.000e-500": true, "1e308": true, "-1.7e308": true, "5e-324": true, "9007199254740993": true, "12345678901234567890": true,
+		"1" + strings.Repeat("0", 308): true, "0." + strings.Repeat("1", 900): true,
+		"1e999": false, "-1E+999": false, "1e309": false, "1" + strings.Repeat("0", 309): false, long: false, "-" + long: false, "0." + long: false,
+		"1e-999": false, "0.1e-400": false, "1e99999999999999999999": false, "1e-99999999999999999999": false,
+	} {
+		for _, text := range []string{`{"x":` + number + `}`, `{"data":{"a":[1,"\\\"",` + number + `]}}`, `{"x":"\"` + number + `"}`} {
+			_, err := store.ParseChunk([]byte(text), store.Fill{}, 64<<10)
+			if want := ok || strings.HasSuffix(text, `"}`); (err == nil) != want {
+				t.Errorf("%.60s: %v", text, err)
+			}
+			if bad, is := errors.AsType[*store.ChunkError](err); err != nil && (!is || bad.Code != "invalid_chunk" || bad.Member == "") {
+				t.Errorf("%.60s: %#v", text, err)
+			}
+		}
+		if _, err := store.NewChunk("x", "", "", "").WithJSON("data", []byte("["+number+"]")); (err == nil) != ok {
+			t.Errorf("with %.60s: %v", number, err)
 		}
 	}
 }

@@ -2,34 +2,107 @@ package store
 
 import (
 	"context"
-	"fmt"
+	"sync"
 
 	"github.com/redis/go-redis/v9"
 )
 
-// Overhear calls heard with each message that is published for a session, on a connection of its own,
-// from the moment on at which Redis has acknowledged that (begun), until ctx ends or the connection breaks. heard must
-// not block. What it misses nobody is told: this is half of the viewer that loses chunks, which the demo shows
-// beside ours, and nothing else may be made of it.
+// Overhear calls heard with each message that is published for a session, from the moment on at which Redis has
+// acknowledged that (begun), until ctx ends. All who overhear share a connection. heard must not block. What it misses
+// nobody is told: this is half of the viewer that loses chunks, which the demo shows beside ours, and nothing else may
+// be made of it.
 func (s *Store) Overhear(ctx context.Context, session string, begun func(), heard func(payload string)) error {
-	subscribe := s.rdb.Subscribe
-	if s.clustered {
-		subscribe = s.rdb.SSubscribe
+	o := &s.overheard
+	o.mu.Lock()
+	if o.ears == nil {
+		o.of = map[string]*crowd{}
+		o.ears = s.newEars(1)
 	}
-	ps := subscribe(ctx, s.key("stream", session))
-	defer ps.Close()
-	defer context.AfterFunc(ctx, func() { _ = ps.Close() })() // a cancelled context does not end Receive, this does
-	for {
-		switch m, err := ps.Receive(ctx); m := m.(type) {
-		case *redis.Subscription:
-			begun()
-		case *redis.Message:
-			heard(m.Payload)
-		case nil:
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			return fmt.Errorf("%w: overhear %s: %w", ErrAway, session, err)
-		}
+	c := o.of[session]
+	if c == nil {
+		c = &crowd{all: map[*overhearer]struct{}{}}
+		o.of[session] = c
+		c.stop = o.ears.listen(s.key("stream", session), c)
 	}
+	one := &overhearer{begun, heard}
+	c.mu.Lock()
+	c.all[one] = struct{}{}
+	if c.stands {
+		begun()
+	}
+	c.mu.Unlock()
+	o.mu.Unlock()
+	<-ctx.Done()
+
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c.mu.Lock()
+	delete(c.all, one)
+	empty := len(c.all) == 0
+	c.mu.Unlock()
+	if empty {
+		delete(o.of, session)
+		c.stop()
+	}
+	return context.Cause(ctx)
+}
+
+// overheard is what is overheard, by session.
+type overheard struct {
+	mu   sync.Mutex
+	ears ears // nil: nobody has overheard anything yet
+	of   map[string]*crowd
+}
+
+func (o *overheard) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.ears != nil {
+		o.ears.close()
+	}
+}
+
+// crowd is those who overhear one session.
+type crowd struct {
+	stop   func()
+	mu     sync.Mutex
+	stands bool // its subscription was acknowledged
+	all    map[*overhearer]struct{}
+}
+
+type overhearer struct {
+	begun func()
+	heard func(payload string)
+}
+
+// Live implements Listener.
+func (c *crowd) Live(payload string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for one := range c.all {
+		one.heard(payload)
+	}
+}
+
+// Resync implements Listener.
+func (c *crowd) Resync() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stands {
+		return // once more: what was missed is missed
+	}
+	c.stands = true
+	for one := range c.all {
+		one.begun()
+	}
+}
+
+// newEars makes what listens, with a number of connections to each server.
+func (s *Store) newEars(connections int) ears {
+	cfg := s.cfg
+	cfg.Listeners = connections
+	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
+		return newShards(cluster, cfg, s.metrics, s.refusals)
+	}
+	return newSpread(s.rdb, cfg, s.metrics, s.refusals)
 }

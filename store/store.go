@@ -265,6 +265,7 @@ type Store struct {
 	refusals  *refusals
 	probes    probes
 	ears      ears
+	overheard overheard
 	memory    memory
 	metrics   *metrics
 	log       *slog.Logger
@@ -369,12 +370,8 @@ func Open(cfg Config) (*Store, error) {
 		s.pipes[i] = &pipe{run: run, calls: 64, bytes: bytes, patience: cfg.Timeout / 2, turn: turn}
 	}
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
-	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
-		s.clustered = true
-		s.ears = newShards(cluster, cfg, s.metrics, s.refusals)
-	} else {
-		s.ears = newSpread(s.rdb, cfg, s.metrics, s.refusals)
-	}
+	_, s.clustered = s.rdb.(*redis.ClusterClient)
+	s.ears = s.newEars(cfg.Listeners)
 	if cfg.Redis != Embedded { // which refuses nothing
 		watching, stop := context.WithCancel(context.Background())
 		watched := make(chan struct{})
@@ -390,6 +387,7 @@ func Open(cfg Config) (*Store, error) {
 // Close ends the receive loops, then the connections.
 func (s *Store) Close() {
 	s.ears.close()
+	s.overheard.close()
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		s.closers[i]()
 	}

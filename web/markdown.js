@@ -9,6 +9,7 @@
 // is to vanish. What marked makes of the rest passes DOMPurify, with the few elements that
 // Markdown needs. Pictures become links: a page that shows an answer asks no other server for anything.
 
+import { Bounded } from '/bounded.js';
 import { Marked } from '/vendor/marked.js';
 import DOMPurify from '/vendor/purify.js';
 
@@ -93,7 +94,7 @@ export class Markdown {
 function split(source) {
   let tokens;
   try {
-    tokens = marked.lexer(source);
+    tokens = new Bounded(marked.defaults).lex(source);
   } catch {
     return [{ type: 'plain', raw: source }]; // nested deeper than can be read
   }

@@ -13,5 +13,5 @@ import "embed"
 // UI as it is published (npm swagger-ui-dist), its large files compressed, and what starts it.
 // In vendor is what the page has of others, as they published it (npm marked, dompurify).
 //
-//go:embed index.html app.js gapless.js gapless.d.ts markdown.js naive.js plot.js style.css favicon.svg vendor/*.js docs
+//go:embed index.html app.js bounded.js gapless.js gapless.d.ts markdown.js naive.js plot.js style.css favicon.svg vendor/*.js docs
 var Files embed.FS

@@ -243,7 +243,7 @@ func TestConfig_reportsAllMistakesTogether(t *testing.T) {
 	}
 	for source, parts := range map[string][]string{
 		"":                                {"-auth-issuer", "-auth-audience", "-auth-cookie"},
-		"secret:" + short + ",/no/such":   {"11 bytes", "32", "openssl", "/no/such", "-auth-claim", "-auth-cookie"},
+		"secret:" + short + ",/no/such":   {"11 bytes", "32", "gapless secret", "/no/such", "-auth-claim", "-auth-cookie"},
 		"secret:":                         {"-auth: secret"},
 		"file.txt":                        {"https://"},
 		"ftp://example.com/keys":          {"https://"},

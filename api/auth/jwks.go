@@ -105,16 +105,14 @@ func (j *jwks) tend(ctx context.Context) {
 	}
 }
 
-// fetch fetches the keys, unless that was done just now, and says whether it has.
-func (j *jwks) fetch() bool {
-	asked, _, _ := j.flight.Do("", func() (any, error) {
-		if !j.limit.Allow() {
-			return false, nil
+// fetch fetches the keys, unless that was done just now.
+func (j *jwks) fetch() {
+	_, _, _ = j.flight.Do("", func() (any, error) {
+		if j.limit.Allow() {
+			_, _ = j.ask.KeyRead(context.Background(), "\x00") // there is none of that name: it is fetched
 		}
-		_, _ = j.ask.KeyRead(context.Background(), "\x00") // there is none of that name: it is fetched
-		return true, nil
+		return nil, nil
 	})
-	return asked.(bool)
 }
 
 func (j *jwks) ready(ctx context.Context) error {
@@ -202,10 +200,10 @@ type lookup struct {
 func (l lookup) KeyRead(ctx context.Context, kid string) (jwkset.JWK, error) {
 	key, err := l.held.KeyRead(ctx, kid)
 	if err != nil {
-		asked := l.jwks.fetch()
-		if key, err = l.held.KeyRead(ctx, kid); err != nil && !asked { // somebody else's token has had it fetched just now: it may be newer
-			err = ErrAway
-		}
+		// What was fetched just now for somebody else's token is not fetched again: until it is, an issuer that has a newer key
+		// has its tokens refused, for no longer than unknownEvery.
+		l.jwks.fetch()
+		key, err = l.held.KeyRead(ctx, kid)
 	}
 	return key, err
 }

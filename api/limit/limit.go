@@ -37,6 +37,9 @@ type Config struct {
 	// CallerConnections bounds those of an address. 1,000: an office behind one, a few hundred
 	// people with some tabs each.
 	CallerConnections int
+	// Strangers bounds the connections on which no token was shown yet, where tokens are wanted (Tokens): such a connection
+	// costs up to 50 KB. CallerStrangers is a half of CallerConnections: a few hundred people whose pages are loading.
+	Strangers, CallerStrangers int
 	// Viewers bounds those of the node. 100,000 take 600 MB while they are idle.
 	Viewers int
 	// CallerViewers: as connections, and a service that views for its users.
@@ -50,9 +53,14 @@ type Config struct {
 	Answers int
 	// CallerAnswers is a quarter of them.
 	CallerAnswers int
-	// Bodies bounds the bytes of large bodies that are in the node's memory at once, and
-	// CallerBodies one caller's share: thirty-two of the largest, and sixteen.
+	// Bodies bounds the bytes that large bodies take in the node's memory at once, and
+	// CallerBodies one caller's share: a body takes three times its length (BodyCost).
 	Bodies, CallerBodies int
+	// Responses bounds the bytes that requests under way take in the node's memory, but for viewers and uploads, which have
+	// their own bounds: each request takes CallCost, and a page what it holds while it is written. CallerResponses is a quarter.
+	Responses, CallerResponses int
+	// Naive bounds the naive viewers of the demo.
+	Naive, CallerNaive int
 
 	// CallerCalls is how many calls of /v1 a caller may make in a second: five times what a page
 	// does that is reloaded as fast as keys repeat, by fifty people.
@@ -75,6 +83,11 @@ type Config struct {
 	// Addresses says that addresses tell callers apart. Where all come from one, as on loopback, behind
 	// a proxy that is not trusted, they do not.
 	Addresses bool
+	// WriteTimeout is how long a client may take nothing of a response; 0: for ever. A while later the kernel ends a connection on
+	// which nobody waits for that.
+	WriteTimeout time.Duration
+	// Tokens says that callers have to show a token.
+	Tokens bool
 
 	Logger *slog.Logger
 	// Now is the clock of rates; nil: time.Now.
@@ -85,10 +98,13 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		CallerConnections: 1_000,
-		Viewers:           100_000, CallerViewers: 1_000,
+		Strangers:         5_000, CallerStrangers: 500,
+		Viewers: 100_000, CallerViewers: 1_000,
 		Uploads: 5_000, CallerUploads: 500,
 		Answers: 256, CallerAnswers: 64,
-		Bodies: 256 << 20, CallerBodies: 128 << 20,
+		Bodies: 128 << 20, CallerBodies: 64 << 20,
+		Responses: 64 << 20, CallerResponses: 16 << 20,
+		Naive: 64, CallerNaive: 16,
 		CallerCalls: 1_000, CallerAppends: 10_000, CallerStored: 1 << 30, CallerSessions: 50, CallerTickets: 100,
 		Addresses: true,
 		Logger:    slog.New(slog.DiscardHandler),
@@ -102,9 +118,9 @@ func (c Config) Validate() error {
 		flag  string
 		value int
 	}{
-		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
+		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"strangers", c.Strangers}, {"caller-strangers", c.CallerStrangers}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
 		{"uploads", c.Uploads}, {"caller-uploads", c.CallerUploads}, {"answers", c.Answers}, {"caller-answers", c.CallerAnswers},
-		{"bodies", c.Bodies}, {"caller-bodies", c.CallerBodies}, {"caller-calls", c.CallerCalls}, {"caller-appends", c.CallerAppends},
+		{"bodies", c.Bodies}, {"caller-bodies", c.CallerBodies}, {"responses", c.Responses}, {"caller-responses", c.CallerResponses}, {"naive", c.Naive}, {"caller-naive", c.CallerNaive}, {"caller-calls", c.CallerCalls}, {"caller-appends", c.CallerAppends},
 		{"caller-stored", c.CallerStored}, {"caller-sessions", c.CallerSessions}, {"caller-tickets", c.CallerTickets},
 	} {
 		if n.value < 0 {
@@ -176,10 +192,10 @@ type Limits struct {
 	extractor echo.IPExtractor
 	refused   *prometheus.CounterVec
 
-	connections                       *Places
-	Viewers, Uploads, Answers, Bodies *Places
-	Calls, Appends, Sessions, Tickets *Rates
-	Stored                            *Rates // bytes
+	connections, strangers                              *Places
+	Viewers, Uploads, Answers, Bodies, Responses, Naive *Places
+	Calls, Appends, Sessions, Tickets                   *Rates
+	Stored                                              *Rates // bytes
 
 	mu   sync.Mutex
 	said map[string]time.Time // when the log said last that a bound was met
@@ -210,12 +226,15 @@ func New(cfg Config) *Limits {
 		return &Rates{limits: l, what: what, flag: flag, most: most, per: time.Second, holds: saved, of: map[Caller]*bucket{}}
 	}
 	l.connections = places("connections", "connections", cfg.Connections, cfg.CallerConnections)
+	l.strangers = places("connections without a token", "strangers", cfg.Strangers, cfg.CallerStrangers)
 	l.Viewers = places("viewers", "viewers", cfg.Viewers, cfg.CallerViewers)
 	l.Uploads = places("uploads under way", "uploads", cfg.Uploads, cfg.CallerUploads)
 	l.Answers = places("answers of the model under way", "answers", cfg.Answers, cfg.CallerAnswers)
 	l.Bodies = places("bytes of bodies under way", "bodies", cfg.Bodies, cfg.CallerBodies)
+	l.Responses = places("bytes of responses under way", "responses", cfg.Responses, cfg.CallerResponses)
+	l.Naive = places("naive viewers", "naive", cfg.Naive, cfg.CallerNaive)
 	l.refused.WithLabelValues("feeds")
-	for _, p := range []*Places{l.connections, l.Viewers, l.Uploads, l.Answers, l.Bodies} {
+	for _, p := range []*Places{l.connections, l.strangers, l.Viewers, l.Uploads, l.Answers, l.Bodies, l.Responses, l.Naive} {
 		l.refused.WithLabelValues(p.flag) // so that a rate is known from the first one on
 		l.refused.WithLabelValues("caller-" + p.flag)
 	}
@@ -232,8 +251,11 @@ func New(cfg Config) *Limits {
 func (l *Limits) Metrics() []prometheus.Collector {
 	return []prometheus.Collector{l.refused, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "gapless_connections", Help: "TCP connections of clients.",
-	}, func() float64 { return float64(l.connections.Taken()) })}
+	}, func() float64 { return float64(l.Connections()) })}
 }
+
+// Connections is how many there are.
+func (l *Limits) Connections() int { return l.connections.Taken() }
 
 // Refuse counts a refusal, and says in the log that there are some.
 func (l *Limits) Refuse(e *Error) *Error {

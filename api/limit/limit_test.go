@@ -1,6 +1,7 @@
 package limit
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -240,6 +241,8 @@ func TestClient_isWhoATrustedProxySaysAndNobodyElse(t *testing.T) {
 	}
 }
 
+type accepted struct{} // the key of a request's connection
+
 // serve is an HTTP server behind the limits, whose handler takes some connections over.
 func serve(t *testing.T, l *Limits) string {
 	t.Helper()
@@ -248,6 +251,9 @@ func serve(t *testing.T, l *Limits) string {
 		t.Fatal(err)
 	}
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/known" {
+			Known(r.Context().Value(accepted{}).(net.Conn))
+		}
 		if r.URL.Path != "/taken" {
 			_, _ = io.WriteString(w, "here")
 			return
@@ -265,6 +271,7 @@ func serve(t *testing.T, l *Limits) string {
 		_ = c.Close()
 		_ = c.Close() // once too often
 	})}
+	server.ConnState, server.ConnContext = State, func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, accepted{}, c) }
 	done := make(chan struct{})
 	go func() { _ = server.Serve(l.Listener(from)); close(done) }() // ended by Close
 	t.Cleanup(func() { _ = server.Close(); <-done })

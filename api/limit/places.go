@@ -2,6 +2,7 @@ package limit
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -11,6 +12,7 @@ type Places struct {
 	what, flag   string // the caller's flag is caller-<flag>
 	node, caller int    // 0: no bound
 
+	full  atomic.Bool // none are left for anybody: those who are refused by thousands need not wait for one another
 	mu    sync.Mutex
 	taken int
 	of    map[Caller]int // by those that have some
@@ -28,6 +30,7 @@ func (p *Places) Take(c Caller, n int) error {
 		if p.counts(c) {
 			p.of[c] += n
 		}
+		p.full.Store(p.node > 0 && p.taken == p.node)
 	}
 	p.mu.Unlock()
 	if e != nil {
@@ -36,11 +39,20 @@ func (p *Places) Take(c Caller, n int) error {
 	return nil
 }
 
+// Full says, without waiting for anybody, whether none are left: thousands that are refused must not queue for that.
+func (p *Places) Full() error {
+	if !p.full.Load() {
+		return nil
+	}
+	return p.limits.Refuse(p.nodeError())
+}
+
 // Give gives them back.
 func (p *Places) Give(c Caller, n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.taken -= n
+	p.full.Store(false)
 	if !p.counts(c) {
 		return
 	}
@@ -67,9 +79,13 @@ func (p *Places) over(c Caller, n int) *Error {
 		return &Error{Limit: "caller-" + p.flag, Most: p.caller, What: p.what, Caller: true, After: placeAfter}
 	}
 	if p.node > 0 && p.taken+n > p.node {
-		return &Error{Limit: p.flag, Most: p.node, What: p.what, After: placeAfter}
+		return p.nodeError()
 	}
 	return nil
+}
+
+func (p *Places) nodeError() *Error {
+	return &Error{Limit: p.flag, Most: p.node, What: p.what, After: placeAfter}
 }
 
 // Feeds is the error of a viewer whose log would be one more than the node may watch.

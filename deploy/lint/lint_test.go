@@ -6,6 +6,7 @@ package lint
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -107,11 +108,22 @@ func TestKubernetes_isWhatTheAPITakesAndFitsTogether(t *testing.T) {
 		*s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || !slices.Equal(s.Capabilities.Drop, []core.Capability{"ALL"}) {
 		t.Errorf("pods are not restricted: %+v %+v", p, s)
 	}
-	if c.Resources.Limits.Memory().IsZero() {
-		t.Error("no limit of memory")
+	if c.Resources.Limits.Memory().Value() != 512<<20 {
+		t.Errorf("the limit of memory is %v", c.Resources.Limits.Memory())
+	}
+	for _, rule := range network.Spec.Ingress {
+		if len(rule.From) == 0 {
+			t.Errorf("every pod may call %v", rule.Ports)
+		}
+	}
+	if mode := pod.Spec.Volumes[0].Secret.DefaultMode; mode == nil || *mode&0o007 != 0 {
+		t.Error("everybody in the container may read the secret")
 	}
 	knownFlags(t, c.Args...)
 	for _, e := range c.Env {
+		if e.Name == "GOMEMLIMIT" {
+			continue
+		}
 		knownVariable(t, e.Name)
 		if e.Name == modelKey && (e.ValueFrom == nil || e.ValueFrom.SecretKeyRef == nil || e.ValueFrom.SecretKeyRef.Optional == nil || !*e.ValueFrom.SecretKeyRef.Optional) {
 			t.Errorf("the key of a model is no secret, or has to be there: %+v", e)
@@ -161,7 +173,7 @@ func knownVariable(t *testing.T, name string) {
 }
 
 func TestCompose_loadsAndFitsTogether(t *testing.T) {
-	options, err := cli.NewProjectOptions([]string{filepath.Join(root, "compose.yaml")}, cli.WithoutEnvironmentResolution)
+	options, err := cli.NewProjectOptions([]string{filepath.Join(root, "compose.yaml")}, cli.WithoutEnvironmentResolution, cli.WithEnv([]string{"REDIS_PASSWORD=sesame"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,17 +199,35 @@ func TestCompose_loadsAndFitsTogether(t *testing.T) {
 			t.Errorf("%s is called %s", name, *s.Environment["GAPLESS_NODE"])
 		}
 		for variable := range s.Environment {
-			knownVariable(t, variable)
+			if variable != "GOMEMLIMIT" {
+				knownVariable(t, variable)
+			}
 		}
-		if !bytes.Contains(targets, []byte(name+":9090")) {
-			t.Errorf("%s is not scraped", name)
+		if s.MemLimit != 512<<20 || *s.Environment["GOMEMLIMIT"] != "460MiB" {
+			t.Errorf("%s has %d bytes, and GOMEMLIMIT %s", name, s.MemLimit, *s.Environment["GOMEMLIMIT"])
+		}
+		if address := s.Networks["watch"].Ipv4Address + ":9090"; *s.Environment["GAPLESS_METRICS"] != address || !bytes.Contains(targets, []byte(`"`+address+`"`)) {
+			t.Errorf("%s is not scraped where its metrics are, %s", name, *s.Environment["GAPLESS_METRICS"])
+		}
+		if *s.Environment["GAPLESS_REDIS"] != "redis://:sesame@redis:6379" {
+			t.Errorf("%s has no password for Redis", name)
 		}
 		from := "127.0.0.1:" + strconv.Itoa(8081+i)
 		if command := strings.Join(project.Services["nginx"].Command, " "); !strings.Contains(command, "s/"+from+"/"+name+":8080/") || !bytes.Contains(conf, []byte(from)) {
 			t.Errorf("nginx does not know %s: %s", name, command)
 		}
 	}
+	for name, networks := range map[string][]string{"redis": {"store"}, "nginx": {"edge"}, "prometheus": {"watch"}, "grafana": {"watch"}} {
+		if got := slices.Sorted(maps.Keys(project.Services[name].Networks)); !slices.Equal(got, networks) {
+			t.Errorf("%s is on %q", name, got)
+		}
+	}
 	for name, s := range project.Services {
+		for _, p := range s.Ports {
+			if p.HostIP != "127.0.0.1" {
+				t.Errorf("%s is published at %q", name, p.HostIP)
+			}
+		}
 		for _, v := range s.Volumes {
 			if v.Type != types.VolumeTypeBind {
 				continue
@@ -207,8 +237,13 @@ func TestCompose_loadsAndFitsTogether(t *testing.T) {
 			}
 		}
 	}
-	if !strings.Contains(strings.Join(project.Services["redis"].Command, " "), "--appendonly yes") {
-		t.Error("Redis does not keep what it acknowledges")
+	if command := strings.Join(project.Services["redis"].Command, " "); !strings.Contains(command, "--appendonly yes") || !strings.Contains(command, `--requirepass "$REDISCLI_AUTH"`) ||
+		*project.Services["redis"].Environment["REDISCLI_AUTH"] != "sesame" {
+		t.Errorf("Redis does not keep what it acknowledges, or is open: %s", command)
+	}
+	grafana := project.Services["grafana"].Environment
+	if *grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] != "true" || *grafana["GF_AUTH_ANONYMOUS_ORG_ROLE"] != "Viewer" {
+		t.Error("Grafana has an admin whose password everybody knows")
 	}
 }
 

@@ -1,0 +1,10 @@
+//go:build !linux
+
+package limit
+
+import (
+	"net"
+	"time"
+)
+
+func setUnsent(*net.TCPConn, time.Duration) {}

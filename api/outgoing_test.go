@@ -1,0 +1,127 @@
+package api
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+)
+
+// unread asks for something large on a connection of its own, and reads nothing of it.
+func (n *node) unread(t *testing.T, path string) net.Conn {
+	t.Helper()
+	c := n.raw(t)
+	_ = c.Conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", path)
+	return c
+}
+
+// However a response is made: what nobody reads is over after the write timeout, and all that it took is given back.
+func TestResponse_thatNobodyReadsIsOver(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) {
+		s.api.WriteTimeout, s.api.ChunkMax, s.sse.WriteTimeout = 300*time.Millisecond, 1<<20, 300*time.Millisecond
+	})
+	for range 12 {
+		n.append("s", fmt.Sprintf(`[{"content":%q}]`, strings.Repeat("x", 300<<10)))
+	}
+	for _, path := range []string{"/docs/swagger-ui-bundle.js", "/v1/sessions/s/chunks?limit=1000", "/v1/sessions/s/stream", "/v1/sessions/s/demo/naive"} {
+		n.unread(t, path)
+		eventually(t, path+" has begun", func() bool { return n.api.limits.Responses.Taken() > 0 || n.api.limits.Viewers.Taken() > 0 })
+	}
+	eventually(t, "all connections are gone but the one of this test's own client", func() bool {
+		l := n.api.limits
+		return l.Connections() <= 1 && l.Responses.Taken() == 0 && l.Viewers.Taken() == 0 && l.Naive.Taken() == 0
+	})
+}
+
+// What is under way counts until its client has it, and others are refused meanwhile, but for health checks.
+func TestResponse_countsUntilItIsRead(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.api.Limits.Responses = 2*CallCost + partCost })
+	n.append("s", `{"content":"a"}`)
+	first := n.unread(t, "/docs/swagger-ui-bundle.js")
+	eventually(t, "it is under way", func() bool { return n.api.limits.Responses.Taken() == CallCost })
+	if p := n.page("s", ""); len(p.Chunks) != 1 {
+		t.Errorf("there is room for a page, and %+v", p)
+	}
+	second := n.unread(t, "/docs/swagger-ui-bundle.js")
+	eventually(t, "both are under way", func() bool { return n.api.limits.Responses.Taken() == 2*CallCost })
+	n.get("/v1/sessions/s/chunks").refused(t, 503, "node_limit")
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if a := n.get(path); a.status != 200 {
+			t.Errorf("%s: %d", path, a.status)
+		}
+	}
+	if n.refusals("responses") == 0 {
+		t.Error("no refusal is counted")
+	}
+	_ = first.Close()
+	_ = second.Close()
+	eventually(t, "nothing is under way", func() bool { return n.api.limits.Responses.Taken() == 0 })
+}
+
+// Viewers and uploads have bounds of their own, however long they take.
+func TestResponse_ofAViewerOrAnUploadIsNoneUnderWay(t *testing.T) {
+	t.Parallel()
+	for _, plain := range []bool{false, true} {
+		n := serve(t, func(s *setup) { s.api.Limits.Responses, s.sse.Plain = CallCost, plain })
+		n.greeted("s")
+		f := n.upload(t, "s", nil)
+		f.write(line("a"))
+		n.greeted("s")
+		eventually(t, "the upload has begun", func() bool { return n.api.limits.Uploads.Taken() == 1 && n.api.limits.Responses.Taken() == 0 })
+		eventually(t, "a call is answered", func() bool { return n.get("/v1/sessions/s").status == 200 })
+		_ = f.w.Close()
+		f.result()
+	}
+}
+
+// One caller's share of pages under way is its own.
+func TestResponse_pagesCountForTheirCaller(t *testing.T) {
+	t.Parallel()
+	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerResponses = CallCost + partCost - 1 }))
+	n.append("s", `{}`)
+	n.do(as(request{method: "GET", path: "/v1/sessions/s/chunks"}, "198.51.100.1")).refused(t, 429, "caller_limit")
+	if a := n.do(as(request{method: "GET", path: "/v1/sessions/s"}, "198.51.100.1")); a.status != 200 {
+		t.Errorf("%d", a.status)
+	}
+}
+
+// A body that came in chunks may have had a length as well: its connection is not used again.
+func TestRequest_inChunksIsItsConnectionsLast(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for _, length := range []string{"", "Content-Length: 2\r\n", "Content-Length: 200\r\n"} {
+		c := n.raw(t)
+		fmt.Fprintf(c, "POST /v1/sessions/s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%sTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"+
+			"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", length)
+		all, _ := io.ReadAll(c)
+		if strings.Count(string(all), "HTTP/1.1 ") != 1 || !strings.Contains(string(all), "Connection: close") {
+			t.Errorf("%q: %q", length, all)
+		}
+	}
+}
+
+// Whatever a client that leaves was being told: that is no error of the server's, and no such line is in its log (serve looks).
+func TestResponse_toAClientThatLeavesIsNoError(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	for range 20 {
+		n.append("s", fmt.Sprintf(`[{"content":%q}]`, strings.Repeat("x", 60<<10)))
+	}
+	for _, path := range []string{"/docs/swagger-ui-bundle.js", "/", "/openapi.yaml", "/v1/sessions/s", "/v1/sessions/s/chunks?limit=1000", "/v1/sessions/s/stream", "/v1/sessions/s/demo/naive", "/nothing"} {
+		for range 5 {
+			c := n.unread(t, path).(conn)
+			_ = c.Conn.(*net.TCPConn).SetLinger(0)
+			_ = c.Close()
+			c = n.unread(t, path).(conn)
+			_, _ = c.Read(make([]byte, 1))
+			_ = c.Conn.(*net.TCPConn).SetLinger(0)
+			_ = c.Close()
+		}
+	}
+	eventually(t, "nothing is under way", func() bool { return n.api.limits.Responses.Taken() == 0 && n.api.limits.Viewers.Taken() == 0 })
+}
