@@ -309,7 +309,6 @@ local function refresh()
   if type(reply) == 'table' and reply.err then unrefreshed = reply.err end
   redis.pcall('PEXPIRE', session, ARGV[3])
   if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
-  redis.pcall('PEXPIRE', opens, ARGV[3])
 end
 
 -- trim takes away the oldest chunks that are more than a log keeps, by number or by bytes: of many, a slice. The newest one

@@ -197,7 +197,7 @@ func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
 	}
 	seen := map[string]string{}
 	for i, id := range ids {
-		if wrong := strings.HasPrefix(id, "wrong"); wrong != (errs[i] != nil) || wrong && !strings.HasPrefix(errs[i].Error(), "append to "+id+": WRONGTYPE") {
+		if wrong := strings.HasPrefix(id, "wrong"); wrong != (errs[i] != nil) || wrong && (!errors.Is(errs[i], store.ErrWrongType) || !strings.HasPrefix(errs[i].Error(), "append to "+id+": ")) {
 			t.Errorf("%s: %v", id, errs[i])
 		} else if of, ok := seen[epochs[i]]; !wrong && ok && of != id {
 			t.Errorf("%s and %s have one epoch", id, of)
@@ -271,7 +271,7 @@ func TestPipe_ordinaryAppendsThatGoTogetherAreApart(t *testing.T) {
 	for i, id := range ids {
 		switch id {
 		case "wrong1", "wrong2":
-			if errs[i] == nil || !strings.HasPrefix(errs[i].Error(), "append to "+id+": WRONGTYPE") {
+			if !errors.Is(errs[i], store.ErrWrongType) || !strings.HasPrefix(errs[i].Error(), "append to "+id+": ") {
 				t.Errorf("%s: %v", id, errs[i])
 			}
 			continue

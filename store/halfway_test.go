@@ -1,0 +1,50 @@
+package store_test
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+
+	"gapless/store"
+	"gapless/store/storetest"
+)
+
+// A right is taken away, so that scripts fail in their middle. A chunk with a producer number is stored once, however often
+// it is sent, also after the right is given back; and a log that could not be deleted is as it was.
+func TestRights_aScriptThatFailsHalfwayStoresNothingTwiceAndDestroysNothing(t *testing.T) {
+	for _, right := range []string{"hset", "zadd", "hdel", "time", "rpush", "pexpire", "zremrangebylex"} {
+		t.Run(right, func(t *testing.T) {
+			r := storetest.Redis(t)
+			user := []string{"ACL", "SETUSER", "half", "on", ">s3same", "~*", "&*", "+@all"}
+			doLine(t, r, user)
+			s := open(t, func(cfg *store.Config) { cfg.Redis = as(r, "half") })
+			for i := range 3 {
+				mustAppend(t, s, "old", delta(fmt.Sprint(i)))
+			}
+			doLine(t, r, append(user, "-"+right))
+			numbered := store.Batch{Chunks: []store.Chunk{of("m")}, Producer: store.Producer{ID: "p"}}
+			for range 3 {
+				_, _ = s.Append(t.Context(), "s", numbered)
+			}
+			deleted := s.Delete(t.Context(), "old")
+			if n := r.LLen(t.Context(), "chat:history:s").Val(); n > 1 {
+				t.Errorf("without the right there are %d chunks", n)
+			}
+			doLine(t, r, user)
+			eventually(t, "it is stored", func() bool { _, err := s.Append(t.Context(), "s", numbered); return err == nil })
+			if n := r.LLen(t.Context(), "chat:history:s").Val(); n != 1 {
+				t.Errorf("there are %d chunks", n)
+			}
+			other := open(t, func(cfg *store.Config) { cfg.Redis = as(r, "half") }) // which remembers nothing
+			b, err := other.Describe(t.Context(), "old")
+			gone := errors.Is(err, store.ErrNotFound)
+			if err != nil && !gone || deleted == nil && !gone || !gone && (b.First != 1 || b.Last != 3) {
+				t.Errorf("a log is %+v (%v), and to delete it said %v", b, err, deleted)
+			}
+
+			if a := mustAppend(t, other, "old", delta("new")); gone && a.First != 1_000_001 {
+				t.Errorf("after the deletion it goes on at %d", a.First)
+			}
+		})
+	}
+}
