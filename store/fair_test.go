@@ -90,7 +90,7 @@ var worst = []struct {
 	{"a batch with numbers", nil, func(ctx context.Context, s fair) error {
 		var chunks []store.Chunk
 		for i := range 1_000 {
-			c, err := store.ParseChunk([]byte(fmt.Sprintf(`{"type":"delta","message_id":"m%d"}`, i)), store.Fill{}, 1<<16)
+			c, err := store.ParseChunk(fmt.Appendf(nil, `{"type":"delta","message_id":"m%d"}`, i), store.Fill{}, 1<<16)
 			if i%2 == 0 {
 				c, err = store.ParseChunk([]byte(`{"content":"x"}`), store.Fill{MessageID: fmt.Sprint("m", i)}, 1<<16)
 			}
