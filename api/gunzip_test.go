@@ -114,7 +114,7 @@ func TestBody_inAnotherCodingIsRefused(t *testing.T) {
 		}
 	}
 	for _, c := range n.chunks("s") {
-		if strings.ContainsAny(c.Content, "\x1f\x8b\ufffd") || c.Type == "done" {
+		if strings.ContainsAny(c.Content, "\x1f\u008b\ufffd") || c.Type == "done" {
 			t.Errorf("%+v", c)
 		}
 	}

@@ -85,10 +85,14 @@ func (m *Messages) shrink() {
 	}
 }
 
-// Epoch, First and Last say which chunks were folded: all of the epoch's from First to Last.
+// Epoch is the epoch of the chunks that were folded: all of it from First to Last.
 func (m *Messages) Epoch() string { return m.fold.epoch }
-func (m *Messages) First() int64  { return m.fold.base + 1 }
-func (m *Messages) Last() int64   { return m.fold.last }
+
+// First is the number of the first chunk that was folded.
+func (m *Messages) First() int64 { return m.fold.base + 1 }
+
+// Last is the number of the last one.
+func (m *Messages) Last() int64 { return m.fold.last }
 
 // Next is After of those that were left out; ok is false when none were.
 func (m *Messages) Next() (after int64, ok bool) { return m.first - 1, m.first > 0 }
