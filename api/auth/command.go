@@ -39,7 +39,7 @@ func secret(args []string, out, problems io.Writer) int {
 	return 0
 }
 
-const tokenUsage = `usage: gapless token -secret FILE -ttl 1h [-sub NAME] [-read SESSIONS] [-write SESSIONS] [-ask SESSIONS] [-cancel SESSIONS] [-admin SESSIONS]
+const usageText = `usage: gapless token -secret FILE -ttl 1h [-sub NAME] [-read SESSIONS] [-write SESSIONS] [-ask SESSIONS] [-cancel SESSIONS] [-admin SESSIONS]
        gapless token -secret FILE -check TOKEN
 
 Makes a token for a server that runs with -auth secret:FILE, or says what a token allows. SESSIONS is one pattern, or several
@@ -64,7 +64,7 @@ func token(args []string, out, problems io.Writer) int {
 		patterns[a] = fs.String(a.String(), "", "`sessions` that the token may "+a.String())
 	}
 	usage := func(w io.Writer) {
-		fmt.Fprint(w, tokenUsage)
+		fmt.Fprint(w, usageText)
 		fs.SetOutput(w)
 		fs.PrintDefaults()
 	}
