@@ -28,8 +28,8 @@ func TestOutage_tenThousandMissedChunksComeInOneConnection(t *testing.T) {
 			n.append(t, session, words(1, 5))
 			v := &viewer{session: session}
 			v.connect(ctx, n.addr, func(event) bool { return v.cursor == 5 })
-			for i := range 4 {
-				n.append(t, session, words(6+2500*i, 2500))
+			for i := range 10 {
+				n.append(t, session, words(6+1000*i, 1000))
 			}
 			n.append(t, session, `{"type":"end"}`)
 			v.connections = 0

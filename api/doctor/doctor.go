@@ -181,7 +181,9 @@ func (d *doctor) fill(ctx context.Context) {
 	if !d.filled {
 		d.filled = true
 		chunk := `{"content":"` + strings.Repeat("x", 32<<10) + `"}`
-		_, _, _ = d.append(ctx, "["+strings.Repeat(chunk+",", 15)+chunk+"]")
+		for range 2 { // servers bound the bytes of an array
+			_, _, _ = d.append(ctx, "["+strings.Repeat(chunk+",", 7)+chunk+"]")
+		}
 	}
 }
 
