@@ -187,8 +187,8 @@ func TestMessages_areBoundedInBytes(t *testing.T) {
 	word := strings.Repeat("x", 60<<10)
 	many := func(id string, count int) {
 		chunk := `{"message_id":"` + id + `","content":"` + word + `"}`
-		for range count / 10 {
-			n.append("s", "["+strings.Repeat(chunk+",", 9)+chunk+"]")
+		for range count / 5 {
+			n.append("s", "["+strings.Repeat(chunk+",", 4)+chunk+"]")
 		}
 	}
 	many("a", 30)

@@ -83,7 +83,7 @@ func TestResponse_ofAViewerOrAnUploadIsNoneUnderWay(t *testing.T) {
 func TestResponse_pagesCountForTheirCaller(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerResponses = CallCost + partCost - 1 }))
-	n.append("s", `{}`)
+	n.append("s", `{"content":"a"}`)
 	n.do(as(request{method: "GET", path: "/v1/sessions/s/chunks"}, "198.51.100.1")).refused(t, 429, "caller_limit")
 	if a := n.do(as(request{method: "GET", path: "/v1/sessions/s"}, "198.51.100.1")); a.status != 200 {
 		t.Errorf("%d", a.status)

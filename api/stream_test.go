@@ -311,7 +311,7 @@ func TestStream_seesWhatAnotherNodeStores(t *testing.T) {
 func TestStream_pagesThroughMoreThanAWindowHolds(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.sse.Window = 4 << 10 })
-	const chunks = 2000
+	const chunks = 1000
 	n.append("s", many(chunks))
 	n.append("s", `{"type":"end"}`)
 	v := n.watch("s", "?after=7")

@@ -918,7 +918,7 @@ func testGrows(t *testing.T, w world) {
 // token has expired it asks for another, and goes on where it was.
 func testToken(t *testing.T, w world) {
 	issuer := authtest.New(t)
-	n := start(t, "-auth", issuer.Source())
+	n := start(t, "-auth", issuer.Source(), "-demo")
 	const life = 45 * time.Second
 	p := open(t, w.browser, n.url("/"), chromedp.WithNewBrowserContext())
 	p.until(`gapless.state === 'disconnected' && !document.getElementById('login').hidden`)
