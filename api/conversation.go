@@ -17,6 +17,8 @@ const (
 	// ones. 20,000 words, a piece each, are about 3 MB, and 20 ms of Redis at each question.
 	contextChunks = 20_000
 	contextPage   = 1 << 20 // bytes that are read at once
+	// contextRead is after how many bytes of chunks no more are looked at: their texts may be a small part of them.
+	contextRead = 16 << 20
 	// contextFirst is how many of its first chunks are looked at for instructions, where the log is longer.
 	contextFirst = 100
 	// instructionsMost bounds instructions, in bytes: they are never left out.
@@ -34,7 +36,10 @@ const (
 //     Config.ContextMax bytes, each whole.
 func (a *API) conversation(ctx context.Context, session string, before int64, question string) ([]model.Turn, error) {
 	c := conversation{most: a.cfg.ContextMax, of: map[string]*turn{}}
-	from := max(before-contextChunks, 1)
+	all, torn, from, err := a.saidBefore(ctx, session, before)
+	if err != nil {
+		return nil, err
+	}
 	if from > 1 {
 		p, err := a.readPatiently(ctx, session, 1, contextFirst)
 		if err != nil {
@@ -45,26 +50,75 @@ func (a *API) conversation(ctx context.Context, session string, before int64, qu
 				c.take(s, false)
 			}
 		}
+		c.current = nil
 	}
-	for first := true; from < before; first = false {
-		p, err := a.readPatiently(ctx, session, from, int(before-from))
-		if err != nil {
-			return nil, err
-		}
-		if len(p.Elements) == 0 || p.From >= before {
-			break // it was trimmed, or is another log by now
-		}
-		for i, element := range p.Elements[:min(int64(len(p.Elements)), before-p.From)] {
-			// One that is not known from its first chunk is not known: its beginning may be gone. What an epoch
-			// began with has numbers after those of the former one.
-			c.take(parseSaid([]byte(element)), first && i == 0 && p.From-1 > p.Former)
-		}
-		from = p.Next()
+	for i, s := range all {
+		c.take(s, i == torn)
 	}
 	if c.instructed > instructionsMost {
 		return nil, &model.Error{Reason: contextTooLarge, Detail: fmt.Sprintf("the instructions (roles system and developer) in the log are larger than %d bytes: shorten them, or go on in another session", instructionsMost)}
 	}
 	return c.turns(question), nil
+}
+
+// saidBefore reads a log backwards from a chunk: what all chunks say until there is as much as is sent along, and before that
+// what instructions say. from is the first chunk that was looked at. torn is the index of a chunk whose message may have begun
+// before what was read, or -1.
+func (a *API) saidBefore(ctx context.Context, session string, before int64) (all []said, torn int, from int64, err error) {
+	parts, whole := [][]said(nil), 0 // whole: so many parts have all chunks
+	oldest, former := before, int64(0)
+	lowest := max(before-contextChunks, 1)
+	from = before
+	size, read := 0, 0
+	for step := int64(64); from > lowest && read < contextRead; {
+		full := size >= a.cfg.ContextMax
+		var part []said
+		begin, first := max(from-step, lowest), from
+		for at := begin; at < from; {
+			p, err := a.readPatiently(ctx, session, at, int(from-at))
+			if err != nil {
+				return nil, -1, 0, err
+			}
+			if len(p.Elements) == 0 || p.From >= from {
+				break // it was trimmed, or is another log by now
+			}
+			if at == begin {
+				first, former = p.From, p.Former
+			}
+			for _, element := range p.Elements[:min(int64(len(p.Elements)), from-p.From)] {
+				s := parseSaid([]byte(element))
+				s.data = nil // it is not sent along
+				read += len(element)
+				if role := roleOf(s); role != model.RoleSystem && role != "" {
+					size += len(s.content)
+				}
+				if !full || roleOf(s) == model.RoleSystem {
+					part = append(part, s)
+				} else if n := len(part); n == 0 || part[n-1].kind != store.TypeDone {
+					part = append(part, said{kind: store.TypeDone}) // what was on either side of it are no neighbours
+				}
+			}
+			at = p.Next()
+		}
+		parts = append(parts, part)
+		step = min(2*step, 4096, max(int64(contextRead-read)*(before-begin)/int64(read+1), 16)) // as many as are likely to fit
+		if from = begin; !full {
+			whole, oldest = len(parts), first
+		}
+		if first > begin {
+			break // the log begins there
+		}
+	}
+	torn = -1
+	for i, part := range slices.Backward(parts) {
+		// One that is not known from its first chunk is not known: its beginning may be gone. What an epoch began with has
+		// numbers after those of the former one.
+		if i == whole-1 && oldest-1 > former {
+			torn = len(all)
+		}
+		all = append(all, part...)
+	}
+	return all, torn, from, nil
 }
 
 // readPatiently reads a page, again while Redis is away: who asks waits anyway.

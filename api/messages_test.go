@@ -168,7 +168,11 @@ func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
 			}
 			before := last()
 			if c.word {
-				m.say(t, "sesame 2")
+				select {
+				case m.steps <- "sesame 2":
+				case how := <-m.ended: // a slow machine has looked at the message before that
+					m.ended <- how
+				}
 			}
 			if how := within(t, "the model's end", m.ended); how != "over" {
 				t.Errorf("the model ended: %s", how)
@@ -404,6 +408,50 @@ func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 			t.Errorf("%q", got)
 		}
 		eventually(t, "an answer", func() bool { return n.page("s", "").Last == before+4 })
+	}
+}
+
+// reading counts the bytes of chunks that are read.
+type reading struct {
+	Logs
+	bytes atomic.Int64
+}
+
+func (r *reading) Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error) {
+	p, err := r.Logs.Read(ctx, session, from, bytes, count)
+	for _, element := range p.Elements {
+		r.bytes.Add(int64(len(element)))
+	}
+	return p, err
+}
+
+// A question reads the log backwards, and no more of it than it sends along, and than a bound where chunks are large.
+func TestMessages_aQuestionReadsNoMoreThanItNeeds(t *testing.T) {
+	t.Parallel()
+	m := &spoken{}
+	var logs *reading
+	n := serve(t, func(s *setup) {
+		s.model, s.api.ContextMax = m, 64<<10
+		s.logs = func(l Logs) Logs { logs = &reading{Logs: l}; return logs }
+	})
+	large := `{"message_id":"m","data":"` + strings.Repeat("x", 60<<10) + `"}`
+	for range 60 { // 25 MB without a word
+		n.append("s", "["+strings.Repeat(large+",", 6)+large+"]")
+	}
+	for i := range 100 {
+		n.append("t", fmt.Sprintf(`[{"message_id":"q%[1]d","role":"user","content":"why?"},{"message_id":"a%[1]d","content":"%[2]s"},{"type":"done","message_id":"a%[1]d"}]`, i, strings.Repeat("y", 40<<10)))
+	}
+	for i, c := range []struct {
+		session string
+		most    int64
+	}{{"s", contextRead + 8<<20}, {"t", 8 << 20}} {
+		session, most := c.session, c.most
+		logs.bytes.Store(0)
+		n.ask(session, "why?")
+		m.last(t, i+1)
+		if got := logs.bytes.Load(); got > most {
+			t.Errorf("%s: a question read %d bytes", session, got)
+		}
 	}
 }
 
