@@ -582,9 +582,10 @@ func TestLimit_ofBytesStored(t *testing.T) {
 	}
 	a := n.do(as(request{method: "POST", path: "/v1/sessions/s/messages", kind: typeJSON, body: `{"content":"x"}`}, me))
 	a.refused(t, 429, "storage_limited")
+	n.do(as(request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("x")}, me)).refused(t, 429, "storage_limited")
 	into[Stored](t, post(me, typeJSON, `{"type":"done"}`), 201)
 	into[Stored](t, n.do(as(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: large}, other)), 201)
-	if got := n.refusals("caller-stored"); got != 5 {
+	if got := n.refusals("caller-stored"); got != 6 {
 		t.Errorf("%d refusals are counted", got)
 	}
 }

@@ -3,6 +3,7 @@ package api
 import (
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -154,7 +155,12 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 		o.end(r, true)
 		return nil
 	}
-	a.problem(err, a.echo.NewContext(r, o))
+	c := a.echo.NewContext(r, o)
+	if r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/sessions/") && strings.HasSuffix(r.URL.Path, "/stream") {
+		_ = a.sendFull(c, err) // an EventSource would never come back from a status
+	} else {
+		a.problem(err, c)
+	}
 	o.end(r, true)
 	return nil
 }

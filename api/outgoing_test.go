@@ -79,6 +79,27 @@ func TestResponse_ofAViewerOrAnUploadIsNoneUnderWay(t *testing.T) {
 	}
 }
 
+// Too many calls are under way: that is said everywhere, and viewers are told to come back.
+func TestResponse_tooManyUnderWayIsSaidEverywhere(t *testing.T) {
+	t.Parallel()
+	node := serve(t, proxied(func(s *setup) { s.api.Limits.Responses = CallCost - 1 }))
+	caller := serve(t, proxied(func(s *setup) { s.api.Limits.CallerResponses = CallCost - 1 }))
+	for _, q := range calls() {
+		switch {
+		case q.path == "/healthz", q.path == "/readyz":
+			if a := node.do(q); a.status != 200 {
+				t.Errorf("%s: %d", q.path, a.status)
+			}
+		case strings.Contains(q.path, "s/stream"):
+			node.sentAway(as(q, "198.51.100.1"), "responses")
+			caller.sentAway(as(q, "198.51.100.1"), "caller-responses")
+		default:
+			node.do(as(q, "198.51.100.1")).refused(t, 503, "node_limit")
+			caller.do(as(q, "198.51.100.1")).refused(t, 429, "caller_limit")
+		}
+	}
+}
+
 // One caller's share of pages under way is its own.
 func TestResponse_pagesCountForTheirCaller(t *testing.T) {
 	t.Parallel()

@@ -326,7 +326,7 @@ func TestParseChunk_refusesNumbersThatOthersCannotRead(t *testing.T) {
 		"1e999": false, "-1E+999": false, "1e309": false, "1" + strings.Repeat("0", 309): false, long: false, "-" + long: false, "0." + long: false,
 		"1e-999": false, "0.1e-400": false, "1e99999999999999999999": false, "1e-99999999999999999999": false,
 	} {
-		for _, text := range []string{`{"x":` + number + `}`, `{"data":{"a":[1,"\\\"",` + number + `]}}`, `{"x":"\"` + number + `"}`} {
+		for _, text := range []string{`{"content":"","x":` + number + `}`, `{"data":{"a":[1,"\\\"",` + number + `]}}`, `{"content":"","x":"\"` + number + `"}`} {
 			_, err := store.ParseChunk([]byte(text), store.Fill{}, 64<<10)
 			if want := ok || strings.HasSuffix(text, `"}`); (err == nil) != want {
 				t.Errorf("%.60s: %v", text, err)
