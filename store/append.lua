@@ -134,6 +134,7 @@ local function advance(head)
   end
 end
 
+-- retreat undoes that, as far as Redis lets it.
 local function retreat()
   for i = 2, #position.runs, 2 do redis.pcall('ZREM', index, position.runs[i]) end
   if position.text then redis.pcall('HSET', session, 'p:' .. producer, position.text)
@@ -277,8 +278,10 @@ local function work()
 
   local head, members = log.last, {}
   for i = 1, chunks do members[i] = field(i, 3) end
-  if position then advance(head) end
-  local pushed, failure = pcall(add, members)
+  local pushed, failure = pcall(function()
+    if position then advance(head) end
+    add(members)
+  end)
   if not pushed then
     if position then retreat() end
     error(failure)

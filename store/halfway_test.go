@@ -21,19 +21,33 @@ func TestRights_aScriptThatFailsHalfwayStoresNothingTwiceAndDestroysNothing(t *t
 			for i := range 3 {
 				mustAppend(t, s, "old", delta(fmt.Sprint(i)))
 			}
-			doLine(t, r, append(user, "-"+right))
 			numbered := store.Batch{Chunks: []store.Chunk{of("m")}, Producer: store.Producer{ID: "p"}}
+			if _, err := s.Append(t.Context(), "s", numbered); err != nil {
+				t.Fatal(err)
+			}
+			mustAppend(t, s, "s", delta("between"))
+			numbered.Chunks, numbered.Producer.Number = []store.Chunk{of("n")}, 1
+			doLine(t, r, append(user, "-"+right))
 			for range 3 {
 				_, _ = s.Append(t.Context(), "s", numbered)
 			}
 			deleted := s.Delete(t.Context(), "old")
-			if n := r.LLen(t.Context(), "chat:history:s").Val(); n > 1 {
+			if n := r.LLen(t.Context(), "chat:history:s").Val(); n > 3 {
 				t.Errorf("without the right there are %d chunks", n)
 			}
 			doLine(t, r, user)
-			eventually(t, "it is stored", func() bool { _, err := s.Append(t.Context(), "s", numbered); return err == nil })
-			if n := r.LLen(t.Context(), "chat:history:s").Val(); n != 1 {
-				t.Errorf("there are %d chunks", n)
+			// What the attempt left behind is not taken for where the chunk is: others come before it now.
+			before := r.LLen(t.Context(), "chat:history:s").Val()
+			for range 9 {
+				eventually(t, "it takes chunks again", func() bool { _, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("x")}}); return err == nil })
+			}
+			stored, err := s.Append(t.Context(), "s", numbered)
+			if n := r.LLen(t.Context(), "chat:history:s").Val(); err != nil || n != 12 {
+				t.Errorf("there are %d chunks (%v)", n, err)
+			}
+			known, err := s.Append(t.Context(), "s", numbered)
+			if err != nil || known.Known != 1 || known.First != stored.First || before == 2 && known.First != 12 {
+				t.Errorf("it is stored as %+v, and known as %+v (%v)", stored, known, err)
 			}
 			other := open(t, func(cfg *store.Config) { cfg.Redis = as(r, "half") }) // which remembers nothing
 			b, err := other.Describe(t.Context(), "old")
