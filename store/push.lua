@@ -99,8 +99,10 @@ local function push(history, session, channel, index)
   local mark = sha1hex(elements[count])
   local n, size = surplus(history, length + count, bytes)
   if n > 0 then
-    if newest_first then call('LTRIM', history, 0, -1 - n) else call('LTRIM', history, n, -1) end
-    call('HSET', session, 'base', int(base + n))
+    local reply
+    if newest_first then reply = pcall_redis('LTRIM', history, 0, -1 - n) else reply = pcall_redis('LTRIM', history, n, -1) end
+    if reply.err then n, size = 0, 0 -- what was appended is stored all the same
+    else call('HSET', session, 'base', int(base + n)) end
   end
   call('HSET', session, 'last_seen', int(last + count), 'mark', mark, 'updated_at', now, 'sized', int(bytes - size) .. ' ' .. int(base + n) .. ' ' .. int(last + count))
   pcall_redis('PEXPIRE', history, ARGV[1])
