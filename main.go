@@ -210,7 +210,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 			return cfg, err
 		}
 		mistake := err.Error()
-		if broken(cfg.store.Redis, args) {
+		if broken(cfg.store.Redis, append([]string{mistake}, args...)) {
 			err = errQuote
 		}
 		hint := "gapless help shows all flags"
@@ -229,7 +229,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		fmt.Println("gapless", of, from, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return cfg, flag.ErrHelp
 	}
-	if fs.NArg() > 0 && broken(cfg.store.Redis, args) {
+	if fs.NArg() > 0 && broken(cfg.store.Redis, fs.Args()) {
 		errs = append(errs, errQuote)
 	} else if fs.NArg() > 0 {
 		hint := "gapless help shows commands and flags"
@@ -355,13 +355,13 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 
 var errQuote = errors.New("-redis: an argument that is not shown follows the URL and is no flag: quote the URL, and escape a space in it as %20")
 
-// broken says whether a password may go on behind a -redis URL, in other arguments: the URL cannot be read, and has the
-// colon in front of a password, or the arguments that follow have the @ behind one.
+// broken reports whether a password may go on after a -redis URL, in other arguments: these have the @ that follows a
+// password, or the URL cannot be read and has the colon before one.
 func broken(redis string, rest []string) bool {
 	c := store.DefaultConfig()
 	c.Redis = redis
 	_, host, _ := strings.Cut(redis, "://")
-	return c.Validate() != nil && (strings.Contains(host, ":") || strings.Contains(strings.Join(rest, " "), "@"))
+	return redis != store.Embedded && strings.Contains(strings.Join(rest, " "), "@") || c.Validate() != nil && strings.Contains(host, ":")
 }
 
 func isLoopback(host string) bool {

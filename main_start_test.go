@@ -257,7 +257,7 @@ func TestStart_noArgumentIsRepeatedThatMayBeAPartOfAPassword(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{
 		{"-redis", "redis://:12", "s3same@h:6379"}, {"-redis", "redis://:12", "-s3same@h:6379"}, {"-redis", "redis://:12", "-s3same", "x@h"},
-		{"--redis=redis://:ab", "-s3same=x@h", "-drain", "1s"}, {"-redis=redis://:ab", "s3same", "x@h"}, {"-redis", "redis://u:ab/s3same@h"},
+		{"-redis", "redis://us", "er:s3same@h"}, {"-redis", "redis://us", "-er:s3same@h"}, {"--redis=redis://:ab", "-s3same=x@h", "-drain", "1s"}, {"-redis=redis://:ab", "s3same", "x@h"}, {"-redis", "redis://u:ab/s3same@h"},
 	} {
 		if code, out := program(t, nil, args...); code != 2 || strings.Contains(out, "s3same") || !strings.Contains(out, "-redis: ") {
 			t.Errorf("%q: %d %s", args, code, out)

@@ -143,11 +143,12 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	}
 	o.Header().Set("X-Content-Type-Options", "nosniff") // as guard does for all others
 	o.Header().Set("Cross-Origin-Resource-Policy", "same-origin")
+	isView := r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/sessions/") && strings.HasSuffix(r.URL.Path, "/stream")
 	refusing := a.refusing.Add(1)
 	defer a.refusing.Add(-1)
 	if refusing > mostRefusing && r.ProtoMajor > 1 { // on a connection of many streams one that is refused must cost nothing
 		defer limit.Shed(sse.Conn(r.Context()))
-		if refusing > mostShedding {
+		if refusing > mostShedding || isView { // an EventSource comes back from a broken stream, and never from a status
 			panic(http.ErrAbortHandler)
 		}
 		o.Header().Set("Retry-After", "5")
@@ -156,8 +157,8 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 		return nil
 	}
 	c := a.echo.NewContext(r, o)
-	if r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/sessions/") && strings.HasSuffix(r.URL.Path, "/stream") {
-		_ = a.sendFull(c, err) // an EventSource would never come back from a status
+	if isView {
+		_ = a.sendFull(c, err)
 	} else {
 		a.problem(err, c)
 	}

@@ -1239,10 +1239,10 @@ func testLongHistory(t *testing.T, w world) {
 		t.Errorf("it came as %s", got)
 	}
 	s := line.seen()
-	if len(s) < 2 {
-		t.Errorf("%d requests", len(s))
+	if want := 2 + eval[int](p, `gapless.reconnects`); len(s) != want {
+		t.Errorf("%d requests, not %d", len(s), want)
 	}
-	for _, again := range s[1:] { // a busy browser may take a second one
+	for _, again := range s[1:] {
 		if events := bytes.Count(again.body, []byte("\nid: ")); events > 2 {
 			t.Errorf("a request of a reload brought %d events", events)
 		}

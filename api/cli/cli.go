@@ -21,8 +21,8 @@ func Commands() map[string]func(ctx context.Context, args []string, env func(str
 	return all
 }
 
-// Usage is the first part of the help.
-const Usage = `Gapless streams AI answers by Server-Sent Events and never loses, duplicates or reorders a chunk.
+// usage is the first part of the help.
+const usage = `Gapless streams AI answers by Server-Sent Events and never loses, duplicates or reorders a chunk.
 
 usage:
   gapless [serve] [flags]      serve
@@ -53,14 +53,14 @@ func Welcome(page string, inMemory bool) string {
 `, page, data)
 }
 
-// A Group is a part of the help.
-type Group struct {
-	Title string
-	Flags []string
+// A group is a part of the help.
+type group struct {
+	title string
+	flags []string
 }
 
-// Groups are the parts of the help, in order.
-var Groups = []Group{
+// groups are the parts of the help, in order.
+var groups = []group{
 	{"Listening", []string{"listen", "tls-cert", "tls-key", "h2c", "hosts", "trusted-proxies", "cors-origins", "metrics", "pprof", "node"}},
 	{"Access", []string{"auth", "auth-issuer", "auth-audience", "auth-claim", "auth-cookie", "insecure-open"}},
 	{"Redis", []string{"redis", "prefix", "redis-ca", "redis-cert", "redis-key", "wait-replicas", "wait-timeout"}},
@@ -75,18 +75,18 @@ var Groups = []Group{
 
 // Help prints the help of the flags of fs. Flags that are in no group come last.
 func Help(w io.Writer, fs *flag.FlagSet) {
-	fmt.Fprint(w, Usage)
+	fmt.Fprint(w, usage)
 	var rest []string
 	fs.VisitAll(func(f *flag.Flag) {
-		if !slices.ContainsFunc(Groups, func(g Group) bool { return slices.Contains(g.Flags, f.Name) }) {
+		if !slices.ContainsFunc(groups, func(g group) bool { return slices.Contains(g.flags, f.Name) }) {
 			rest = append(rest, f.Name)
 		}
 	})
-	for _, g := range append(slices.Clip(Groups), Group{"Other", rest}) {
+	for _, g := range append(slices.Clip(groups), group{"Other", rest}) {
 		part := flag.NewFlagSet("", flag.ContinueOnError)
 		part.SetOutput(w)
 		some := false
-		for _, name := range g.Flags {
+		for _, name := range g.flags {
 			if f := fs.Lookup(name); f != nil {
 				part.Var(f.Value, f.Name, f.Usage)
 				part.Lookup(name).DefValue = f.DefValue
@@ -94,7 +94,7 @@ func Help(w io.Writer, fs *flag.FlagSet) {
 			}
 		}
 		if some {
-			fmt.Fprintf(w, "\n%s:\n", g.Title)
+			fmt.Fprintf(w, "\n%s:\n", g.title)
 			part.PrintDefaults()
 		}
 	}

@@ -30,8 +30,8 @@ func TestUnknown_namesTheVariableThatWasMeant(t *testing.T) {
 func TestHelp_hasEachFlagOnceAndNoGroupNamesOneThatIsNot(t *testing.T) {
 	fs := flag.NewFlagSet("", flag.ContinueOnError)
 	seen := map[string]bool{}
-	for _, g := range Groups {
-		for _, name := range g.Flags {
+	for _, g := range groups {
+		for _, name := range g.flags {
 			if seen[name] {
 				t.Fatalf("-%s is in two groups", name)
 			}
