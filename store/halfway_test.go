@@ -39,7 +39,10 @@ func TestRights_aScriptThatFailsHalfwayStoresNothingTwiceAndDestroysNothing(t *t
 			// What the attempt left behind is not taken for where the chunk is: others come before it now.
 			before := r.LLen(t.Context(), "chat:history:s").Val()
 			for range 9 {
-				eventually(t, "it takes chunks again", func() bool { _, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("x")}}); return err == nil })
+				eventually(t, "it takes chunks again", func() bool {
+					_, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("x")}})
+					return err == nil
+				})
 			}
 			stored, err := s.Append(t.Context(), "s", numbered)
 			if n := r.LLen(t.Context(), "chat:history:s").Val(); err != nil || n != 12 {
