@@ -55,6 +55,7 @@ func TestMain(m *testing.M) {
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "build the program:", err)
 	} else {
+		storetest.Standstill()
 		code = m.Run()
 	}
 	_ = os.RemoveAll(dir)
