@@ -151,6 +151,7 @@ type Logs interface {
 	Create(ctx context.Context, session string) (store.Bounds, bool, error)
 	Describe(ctx context.Context, session string) (store.Bounds, error)
 	Delete(ctx context.Context, session string) error
+	Sessions(ctx context.Context, prefix, after string, count int) ([]store.Listed, error)
 	Probe(ctx context.Context) error
 	Writes() string
 	ListenUploads(l store.Listener) (stop func())
@@ -225,11 +226,13 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 
 	// Each route has its own check: a group's would answer every other method with 404.
 	a.call("POST", "/v1/sessions", auth.Write, decode(a.createSession)) // whose body names it
+	a.call("GET", "/v1/sessions", auth.Admin, a.listSessions)           // of all
 	a.call("POST", onePath, auth.Write, a.createNamed)
 	a.call("GET", onePath, auth.Read, a.describeSession)
 	a.call("DELETE", onePath, auth.Admin, a.deleteSession)
 	a.call("POST", onePath+"/chunks", auth.Write, decode(a.appendChunks))
 	a.call("GET", onePath+"/chunks", auth.Read, a.readChunks)
+	a.call("GET", onePath+"/digest", auth.Read, a.readDigest)
 	a.call("GET", streamPath, auth.Read, a.stream)
 	a.call("POST", onePath+"/tickets", auth.Read, a.createTicket)
 	a.call("POST", onePath+"/messages", auth.Ask, decode(a.ask))

@@ -8,7 +8,6 @@ import (
 	"io"
 	"mime"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -564,38 +563,20 @@ func (a *API) appendNothing(c echo.Context) error {
 // readChunks answers a page of the log: the elements as they are, and the number of the
 // first, since those of foreign producers do not say theirs.
 func (a *API) readChunks(c echo.Context) error {
-	const most, bytesMost = 1000, 4 << 20
-	after, err := parseNumber(c.QueryParam("after"))
+	const bytesMost = 4 << 20
+	page, err := parsePaging(c)
 	if err != nil {
-		return invalid("after", "after is a chunk's number, 0 or up to 16 digits")
+		return err
 	}
-	limit := 100
-	if text := c.QueryParam("limit"); text != "" {
-		n, err := parseNumber(text)
-		if limit = int(n); err != nil || n < 1 || n > most {
-			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "limit", Limit: most, Detail: fmt.Sprintf("limit is 1 to %d", most)}
-		}
-	}
-	// A page of a log that has ended changes only when the log is trimmed, expires or
-	// becomes another one: whoever has it need not be sent it again.
-	h := c.Response().Header()
-	h.Set("Cache-Control", "no-cache")
-	if have := c.Request().Header.Get("If-None-Match"); have != "" {
-		b, err := a.logs.Describe(c.Request().Context(), session(c))
-		if err != nil {
-			return err
-		}
-		if tag := pageTag(b, after, limit); b.Ended && matches(have, tag) {
-			h.Set("ETag", tag)
-			return c.NoContent(http.StatusNotModified)
-		}
+	if done, err := a.unchanged(c, page.tag); done || err != nil {
+		return err
 	}
 	// It is written as it is read: what is in memory is a part of it, and waits for its client.
 	if err := out(c).take(a.caller(c), partCost); err != nil {
 		return err
 	}
 	ctx, id := onBehalf(c.Request().Context(), a.caller(c)), session(c)
-	p, err := a.logs.Read(ctx, id, after+1, pagePart, limit)
+	p, err := a.logs.Read(ctx, id, page.after+1, pagePart, page.limit)
 	if err != nil {
 		return err
 	}
@@ -604,10 +585,10 @@ func (a *API) readChunks(c echo.Context) error {
 	}
 	tagged := p.Ended
 	if tagged {
-		h.Set("ETag", pageTag(p.Bounds, after, limit))
+		c.Response().Header().Set("ETag", page.tag(p.Bounds))
 	}
-	h.Set("Content-Type", typeJSON)
 	r := c.Response()
+	r.Header().Set("Content-Type", typeJSON)
 	r.WriteHeader(http.StatusOK)
 	b := fmt.Appendf(make([]byte, 0, 2*piece), `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"from_seq":%d,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended, p.From)
 	first, epoch, last := p.From, p.Epoch, p.Last
@@ -629,7 +610,7 @@ func (a *API) readChunks(c echo.Context) error {
 				b = b[:0]
 			}
 		}
-		next, more := p.Next(), limit-int(p.Next()-first)
+		next, more := p.Next(), page.limit-int(p.Next()-first)
 		if full || more <= 0 || next > last || size >= bytesMost {
 			break
 		}
@@ -653,36 +634,3 @@ const (
 	// partCost is what it takes in memory: as Redis sent it, as it is parsed, and what of it is written.
 	partCost = 3 * pagePart
 )
-
-// pageTag is the entity tag of a page: what its bytes follow from.
-func pageTag(b store.Bounds, after int64, limit int) string {
-	return fmt.Sprintf(`"%s-%d-%d-%d-%d"`, b.Epoch, b.First, b.Last, after, limit)
-}
-
-// matches says whether If-None-Match names a tag (RFC 9110, section 13.1.2).
-func matches(header, tag string) bool {
-	for one := range strings.SplitSeq(header, ",") {
-		if one = strings.TrimSpace(one); one == "*" || strings.TrimPrefix(one, "W/") == tag {
-			return true
-		}
-	}
-	return false
-}
-
-// parseNumber reads a cursor: 0|[1-9][0-9]{0,15}. Empty is 0.
-func parseNumber(text string) (int64, error) {
-	if text == "" || text == "0" {
-		return 0, nil
-	}
-	if len(text) > 16 || text[0] < '1' || text[0] > '9' {
-		return 0, errNumber
-	}
-	for _, d := range []byte(text) {
-		if d < '0' || d > '9' {
-			return 0, errNumber
-		}
-	}
-	return strconv.ParseInt(text, 10, 64)
-}
-
-var errNumber = errors.New("not a number of a chunk")

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -189,4 +190,49 @@ func readStrings(body []byte, names ...string) (map[string]string, error) {
 		}
 		members[name] = value.String()
 	}
+}
+
+// sessionsJSON is a page of the sessions.
+type sessionsJSON struct {
+	Sessions []sessionJSON `json:"sessions"`
+	Next     string        `json:"next_after,omitempty"`
+}
+
+// listSessions answers a page of all sessions, for administrators of all of them. Redis has no index of
+// sessions, so few of these calls run at a time.
+func (a *API) listSessions(c echo.Context) error {
+	if err := a.may(c, auth.Admin, auth.All); err != nil {
+		return err
+	}
+	limit, err := parseLimit(c)
+	if err != nil {
+		return err
+	}
+	prefix, after := c.QueryParam("prefix"), c.QueryParam("after")
+	for _, id := range [][2]string{{"prefix", prefix}, {"after", after}} {
+		if id[1] != "" && strings.Trim(id[1], ".") != "" && !validID(id[1]) { // dots alone begin ids, and are none
+			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: id[0], Limit: 128,
+				Detail: id[0] + " must be up to 128 of the characters A-Z a-z 0-9 . _ ~ -"}
+		}
+	}
+	give, err := a.fold(c.Request().Context())
+	if err != nil {
+		return err
+	}
+	defer give()
+	listed, err := a.logs.Sessions(c.Request().Context(), prefix, after, limit+1)
+	if err != nil {
+		return err
+	}
+	page := sessionsJSON{Sessions: []sessionJSON{}}
+	for i, l := range listed {
+		if i == limit {
+			page.Next = listed[i-1].ID
+			linkNext(c, page.Next)
+			break
+		}
+		page.Sessions = append(page.Sessions, a.sessionJSON(l.ID, l.Bounds))
+	}
+	c.Response().Header().Set("Cache-Control", "no-store")
+	return c.JSON(http.StatusOK, page)
 }
