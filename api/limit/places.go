@@ -91,5 +91,5 @@ func (p *Places) nodeError() *Error {
 
 // Feeds returns the error for a viewer whose log is one more than the node may watch.
 func Feeds(most int) *Error {
-	return &Error{Limit: "feeds", Most: most, What: "logs that are watched", After: placeAfter}
+	return &Error{Limit: "feeds", Most: most, What: "watched logs", After: placeAfter}
 }
