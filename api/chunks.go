@@ -100,7 +100,7 @@ func parsePosting(c echo.Context) (p posting, err error) {
 	p.fill = store.Fill{MessageID: c.QueryParam("message_id"), Role: c.QueryParam("role")}
 	for _, q := range [][2]string{{"message_id", p.fill.MessageID}, {"role", p.fill.Role}} {
 		if len(q[1]) > store.MaxMessageID || !utf8.ValidString(q[1]) {
-			return p, invalid(q[0], fmt.Sprintf("%s is text in UTF-8, of %d bytes at most", q[0], store.MaxMessageID))
+			return p, invalid(q[0], fmt.Sprintf("%s must be UTF-8 text of at most %d bytes", q[0], store.MaxMessageID))
 		}
 	}
 	switch v := c.Request().Header.Get("Stream-Closed"); v {
@@ -108,19 +108,19 @@ func parsePosting(c echo.Context) (p posting, err error) {
 	case "true":
 		p.closes = true
 	default:
-		return p, invalid("Stream-Closed", "Stream-Closed is true, or left out")
+		return p, invalid("Stream-Closed", "Stream-Closed must be true, or be left out")
 	}
 	switch end := c.QueryParam("end"); end {
 	case "":
 	case "done":
 		p.ends = true
 	default:
-		return p, invalid("end", "end is done, or left out")
+		return p, invalid("end", "end must be done, or be left out")
 	}
 	if text := c.QueryParam("lease"); text != "" {
 		const least, most = time.Second, 24 * time.Hour
 		if p.lease, err = time.ParseDuration(text); err != nil || p.lease < least || p.lease > most {
-			return p, invalid("lease", "lease is a time such as 30s or 5m, from 1s to 24h")
+			return p, invalid("lease", "lease must be a duration from 1s to 24h, such as 30s or 5m")
 		}
 	}
 	if p.producer, err = parseProducer(c.Request().Header); err != nil {
@@ -132,7 +132,7 @@ func parsePosting(c echo.Context) (p posting, err error) {
 		return p, err
 	}
 	return p, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
-		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of them), " + typeNDJSON + " (an object a line), " +
+		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of objects), " + typeNDJSON + " (one object per line), " +
 			typeText + " or " + typeEvents}
 }
 
@@ -156,7 +156,7 @@ func parseProducer(h http.Header) (p store.Producer, err error) {
 		case 1:
 			given++
 		default:
-			return p, invalid(name, name+" stands twice")
+			return p, invalid(name, name+" is given twice")
 		}
 	}
 	if given == 0 {
@@ -164,18 +164,18 @@ func parseProducer(h http.Header) (p store.Producer, err error) {
 	}
 	for _, name := range names {
 		if h.Get(name) == "" {
-			return p, invalid(name, name+" is missing: "+strings.Join(names, ", ")+" come together, or not at all")
+			return p, invalid(name, name+" is missing: send "+strings.Join(names, ", ")+" together, or none of them")
 		}
 	}
 	p.ID = h.Get(headerProducerID)
 	if len(p.ID) > 128 || strings.ContainsFunc(p.ID, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return p, &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: headerProducerID, Limit: 128,
-			Detail: "Producer-Id is 1 to 128 visible ASCII characters"}
+			Detail: "Producer-Id must have 1 to 128 visible ASCII characters"}
 	}
 	number := func(name string) int64 {
 		n, bad := parseNumber(h.Get(name))
 		if (bad != nil || n > maxNumber) && err == nil {
-			err = invalid(name, fmt.Sprintf("%s is a number from 0 to %d", name, int64(maxNumber)))
+			err = invalid(name, fmt.Sprintf("%s must be a number from 0 to %d", name, int64(maxNumber)))
 		}
 		return n
 	}
@@ -199,7 +199,7 @@ func mediaType(r *http.Request) (kind string, err error) {
 		return kind, nil
 	default:
 		return kind, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
-			Detail: fmt.Sprintf("charset %.40q is not supported: send the body in UTF-8, without charset or with charset=utf-8", charset)}
+			Detail: fmt.Sprintf("unsupported charset %.40q: send the body in UTF-8, without charset or with charset=utf-8", charset)}
 	}
 }
 
@@ -240,7 +240,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		ofMessages = ofMessages || chunk.MessageID() != ""
 	}
 	if p.lease > 0 && !ofMessages {
-		return invalid("lease", "a lease is of a message: name one with message_id, in the query or in a chunk")
+		return invalid("lease", "a lease needs a message: name it with message_id, in the query or in a chunk")
 	}
 	if p.fill.MessageID != "" && len(chunks) == 0 && !p.ends {
 		u.held = []string{p.fill.MessageID}
@@ -354,7 +354,7 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 		return nil, broken(err)
 	}
 	if rest := bytes.TrimSpace(body[dec.InputOffset():]); len(rest) > 0 {
-		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "there is text after the array"}
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "unexpected text after the array"}
 	}
 	return chunks, nil
 }
@@ -491,7 +491,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			if torn, ok := errors.AsType[*Problem](err); ok {
 				return torn
 			}
-			detail := "the body broke off"
+			detail := "the body ended early"
 			if errors.Is(err, errGzip) {
 				detail = errGzip.Error()
 			}

@@ -12,7 +12,7 @@ import (
 )
 
 // errGzip means that a body does not match its Content-Encoding.
-var errGzip = errors.New("the body is not valid gzip, as its Content-Encoding says")
+var errGzip = errors.New("the body is not valid gzip, although its Content-Encoding says so")
 
 // decode decodes the body of a call (RFC 9110, section 8.4). The limits of bodies apply to the decoded body, so a small
 // body that becomes a huge one is refused like a huge one.
@@ -29,7 +29,7 @@ func decode(next echo.HandlerFunc) echo.HandlerFunc {
 		default:
 			c.Response().Header().Set("Accept-Encoding", "gzip")
 			return &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Encoding",
-				Detail: fmt.Sprintf("Content-Encoding %.40q is not supported: send the body in gzip, or as it is", coding)}
+				Detail: fmt.Sprintf("unsupported Content-Encoding %.40q: send the body in gzip, or uncompressed", coding)}
 		}
 		return next(c)
 	}

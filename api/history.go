@@ -62,7 +62,7 @@ func (a *API) readMessages(c echo.Context) error {
 	case "ui":
 		ui = true
 	default:
-		return invalid("format", "format is ui, or left out")
+		return invalid("format", "format must be ui, or be left out")
 	}
 	if done, err := a.unchanged(c, page.tag); done || err != nil {
 		return err
@@ -116,7 +116,7 @@ func (a *API) readMessage(c echo.Context) error {
 		return err
 	}
 	if m.Len() == 0 {
-		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "the session has no such message, or nothing of it is kept"}
+		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "unknown message: the session does not have it, or no longer keeps it"}
 	}
 	h, one := c.Response().Header(), m.Heads()[0]
 	h.Set("Cache-Control", "no-cache")

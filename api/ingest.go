@@ -18,11 +18,11 @@ const batchMost = 256
 // source makes chunks of a body while it arrives.
 type source interface {
 	// next waits for a chunk, and returns all chunks that have arrived. An error follows them: io.EOF at the body's
-	// end, errBroken if it broke off, or what is wrong with the next chunk.
+	// end, errBroken if it ended early, or what is wrong with the next chunk.
 	next() ([]store.Chunk, error)
 }
 
-var errBroken = errors.New("the body broke off")
+var errBroken = errors.New("the body ended early")
 
 // body holds what has arrived of a body and was not taken yet. Its buffer grows up to the size that one chunk may need.
 // While it is full, nothing is read.
@@ -106,7 +106,7 @@ func (s *lines) next() (chunks []store.Chunk, err error) {
 	}
 }
 
-// line takes a line. The last line may lack its end, unless the body broke off.
+// line takes a line. The last line may lack its end, unless the body ended early.
 func (s *lines) line() (line []byte, ok bool) {
 	arrived := s.arrived()
 	if i := bytes.IndexByte(arrived[s.scanned:], '\n'); i >= 0 {
@@ -149,7 +149,7 @@ func (s *text) next() (chunks []store.Chunk, err error) {
 		}
 		switch {
 		case len(good) < len(whole), s.err == io.EOF && len(whole) < len(arrived):
-			return chunks, &store.ChunkError{Code: "invalid_utf8", Detail: fmt.Sprintf("the text is not valid UTF-8 from byte %d on", s.taken)}
+			return chunks, &store.ChunkError{Code: "invalid_utf8", Detail: fmt.Sprintf("the text is not valid UTF-8 at byte %d", s.taken)}
 		case s.err != nil:
 			return chunks, s.err
 		case len(chunks) > 0:
@@ -219,10 +219,10 @@ func (s *events) next() (chunks []store.Chunk, err error) {
 			return chunks, nil
 		case s.err == io.EOF && !s.some && !s.begun():
 			return nil, &Problem{Status: http.StatusBadRequest, Code: "no_event",
-				Detail: "the body ended without an event, so it is no event stream: an error page, or what a service said that failed? Nothing is stored"}
+				Detail: "the body contains no event: perhaps it is an error page, or the error message of a service. Nothing was stored"}
 		case s.err == io.EOF && s.parser.Torn(s.arrived()):
 			return chunks, &Problem{Status: http.StatusBadRequest, Code: "torn_event",
-				Detail: "the body ended inside an event: an empty line is missing behind it. Those before it are stored", cause: errBroken}
+				Detail: "the body ended inside an event: the empty line after it is missing. The events before it were stored", cause: errBroken}
 		case s.err != nil:
 			return chunks, s.err
 		case len(chunks) > 0:

@@ -130,9 +130,9 @@ func (a *API) bodyError(err error) error {
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return &Problem{Status: http.StatusRequestTimeout, Code: "body_too_slow",
-			Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not come within %v (-body-timeout): send it faster, or as %s, which may take its time", a.cfg.BodyTimeout, typeNDJSON)}
+			Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not arrive within %v (-body-timeout): send it faster, or as %s, which has no such limit", a.cfg.BodyTimeout, typeNDJSON)}
 	}
-	detail := "the body broke off"
+	detail := "the body ended early"
 	if errors.Is(err, errGzip) {
 		detail = errGzip.Error()
 	}
@@ -162,7 +162,7 @@ func readAll(from io.Reader, length int64) ([]byte, error) {
 func readStrings(body []byte, names ...string) (map[string]string, error) {
 	object := jsontext.Value(body)
 	if !object.IsValid() || object.Kind() != '{' {
-		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be one JSON object, in UTF-8, with no name twice"}
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be one JSON object in UTF-8 without duplicate members"}
 	}
 	members, dec := map[string]string{}, jsontext.NewDecoder(newReader(body))
 	for {
@@ -179,7 +179,7 @@ func readStrings(body []byte, names ...string) (map[string]string, error) {
 			known = known || n == name
 		}
 		if !known {
-			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "there is no member " + name + " in this call"}
+			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "unknown member " + name}
 		}
 		if dec.PeekKind() != '"' {
 			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "member " + name + " must be a string"}
