@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
 // Schemes of Config.Redis. With rediss in front, each is over TLS.
@@ -136,6 +137,9 @@ func (c Config) tls() (*tls.Config, error) {
 
 // dialTimeout is how long a connection may take to be made.
 const dialTimeout = 2 * time.Second
+
+// Asking whether a server announces maintenance costs a command at each connect.
+var noMaintNotifications = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 
 // place is where Redis is, for those who read a log.
 func place(o *redis.UniversalOptions) string {

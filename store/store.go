@@ -33,6 +33,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
+
+	"gapless/store/embedded"
 )
 
 // Config says where the logs are and how long they are kept.
@@ -332,12 +334,12 @@ func Open(cfg Config) (*Store, error) {
 			return nil, err
 		}
 	case cfg.Dial == nil:
-		embedded, err := openEmbedded()
+		r, err := embedded.Open("", cfg.Logger)
 		if err != nil {
 			return nil, fmt.Errorf("open the embedded redis: %w", err)
 		}
-		cfg.Dial = embedded.dial
-		s.closers = append(s.closers, embedded.close)
+		cfg.Dial = r.Dial
+		s.closers = append(s.closers, func() { _ = r.Close() })
 	}
 	s.metrics = newMetrics(func() int { return s.ears.count() })
 	s.dials = &dials{dial: cfg.Dial}
