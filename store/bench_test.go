@@ -73,12 +73,17 @@ func BenchmarkRead_aPageOf(b *testing.B) {
 
 // The same where it is stored: the ratio of the embedded Redis to a redis-server, which this machine runs as well.
 func BenchmarkStores(b *testing.B) {
-	for _, where := range []string{"redis-server", "embedded"} {
+	for _, where := range []string{"redis-server", "embedded", "redis-server with AOF always", "embedded:DIR"} {
 		for _, at := range []int{1, 16} {
 			b.Run(fmt.Sprintf("%s, %d at once", where, at), func(b *testing.B) {
 				address := store.Embedded
-				if where == "redis-server" {
+				switch where {
+				case "redis-server":
 					address = storetest.Redis(b).URL()
+				case "redis-server with AOF always":
+					address = storetest.Redis(b, "--appendonly", "yes", "--appendfsync", "always").URL()
+				case "embedded:DIR":
+					address = store.Embedded + ":" + b.TempDir()
 				}
 				s := open(b, func(c *store.Config) { c.Redis = address })
 				appendTo(b, s, at)

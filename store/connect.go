@@ -25,7 +25,7 @@ const (
 )
 
 const urlForms = "redis://[user:password@]host:port[/db], redis+sentinel://[user:password@]host:port,…/master[/db] " +
-	"or redis+cluster://[user:password@]host:port,…; rediss… for TLS; or " + Embedded
+	"or redis+cluster://[user:password@]host:port,…; rediss… for TLS; or " + Embedded + ":DIR, or " + Embedded
 
 // escapes is the remedy for a URL that cannot be read: most often its password holds a character that ends a part of a URL.
 const escapes = "in a user name or password escape / as %2F, # as %23, ? as %3F, @ as %40, : as %3A, % as %25 and a space as %20"

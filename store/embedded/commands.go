@@ -53,8 +53,8 @@ func (r *Redis) run(args []string, inScript bool) lua.LValue {
 		return failure("ERR unknown command '%s'", args[0])
 	case len(args) < c.least:
 		return failure("ERR wrong number of arguments for '%s' command", strings.ToLower(args[0]))
-	case c.space && r.full:
-		return lua.LValue(tooFull)
+	case c.space && r.refusal != nil:
+		return r.refusal
 	case inScript && args[0][0] == 'E' && c.least == 3: // EVAL, EVALSHA
 		return failure("ERR This Redis command is not allowed from script")
 	}
@@ -67,14 +67,12 @@ func known(name string) bool {
 	return ok
 }
 
-var (
-	okReply = &lua.LTable{}
-	tooFull = &lua.LTable{} // as Redis says it
-)
+var okReply = status("OK")
 
-func init() {
-	okReply.RawSetString("ok", lua.LString("OK"))
-	tooFull.RawSetString("err", lua.LString("OOM command not allowed: the disk of -redis embedded:DIR is full"))
+func status(text string) lua.LValue {
+	t := &lua.LTable{}
+	t.RawSetString("ok", lua.LString(text))
+	return t
 }
 
 func failure(format string, args ...any) lua.LValue {
@@ -117,13 +115,7 @@ func ping(r *Redis, args []string) lua.LValue {
 	if len(args) > 1 {
 		return lua.LString(args[1])
 	}
-	return failureless("PONG")
-}
-
-func failureless(status string) lua.LValue {
-	t := &lua.LTable{}
-	t.RawSetString("ok", lua.LString(status))
-	return t
+	return status("PONG")
 }
 
 func timeNow(r *Redis, _ []string) lua.LValue {
@@ -161,17 +153,17 @@ func exists(r *Redis, args []string) lua.LValue {
 func typeOf(r *Redis, args []string) lua.LValue {
 	k := r.find(args[1])
 	if k == nil {
-		return failureless("none")
+		return status("none")
 	}
 	switch k.value.(type) {
 	case *list:
-		return failureless("list")
+		return status("list")
 	case map[string]string:
-		return failureless("hash")
+		return status("hash")
 	case *zset:
-		return failureless("zset")
+		return status("zset")
 	}
-	return failureless("string")
+	return status("string")
 }
 
 // keysLike answers all keys: nobody asks for fewer.

@@ -154,7 +154,7 @@ func (c *conn) execute(args []string) error {
 			return c.answer(failure("ERR unknown command '%s'", args[0]))
 		}
 		c.queued = append(c.queued, args)
-		return c.answer(failureless("QUEUED"))
+		return c.answer(status("QUEUED"))
 	}
 	replies, kept := c.redis.execute([][]string{args})
 	if err := kept.wait(); err != nil {

@@ -11,9 +11,9 @@ package embedded
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"net"
+	"strconv"
 	"sync"
 	"time"
 
@@ -32,7 +32,7 @@ type Redis struct {
 	keys    map[string]*key
 	expiry  map[int64][]string // which keys to look at in which second
 	changes changes            // of what runs now
-	full    bool               // commands that take space are refused to what runs now
+	refusal lua.LValue         // what commands that take space are told; nil: they may
 	news    []message          // that it published
 	heard   map[string]map[*conn]struct{}
 	lua     *lua.LState
@@ -64,9 +64,16 @@ func Open(dir string, log *slog.Logger) (*Redis, error) {
 	if dir != "" {
 		var err error
 		if r.journal, err = openJournal(dir, r); err != nil {
-			return nil, fmt.Errorf("%s: %w", dir, err)
+			r.lua.Close()
+			return nil, err
 		}
-		r.changes.wanted = true
+		r.mu.Lock()
+		r.begin()
+		for name := range r.keys { // some have expired meanwhile
+			r.find(name)
+		}
+		r.end()
+		r.mu.Unlock()
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r.quit = cancel
@@ -108,9 +115,16 @@ func (r *Redis) Dial(context.Context, string, string) (net.Conn, error) {
 // execute runs commands as one instant, and calls done with their replies when they may be known. It returns what is to be
 // waited for before that.
 func (r *Redis) execute(commands [][]string) (replies []lua.LValue, kept *batch) {
+	if r.journal != nil {
+		r.makeRoom(commands)
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.begin(commands)
+	r.begin()
+	r.refusal = nil
+	if r.journal != nil {
+		r.refusal = r.journal.refuses(commands)
+	}
 	replies = make([]lua.LValue, len(commands))
 	for i, args := range commands {
 		replies[i] = r.run(args, false)
@@ -119,18 +133,9 @@ func (r *Redis) execute(commands [][]string) (replies []lua.LValue, kept *batch)
 }
 
 // begin begins what is one instant. r.mu is held.
-func (r *Redis) begin(commands [][]string) {
+func (r *Redis) begin() {
 	r.now = time.Now().UnixMilli()
 	r.changes.reset()
-	if r.journal != nil {
-		size := 0
-		for _, args := range commands {
-			for _, arg := range args {
-				size += len(arg)
-			}
-		}
-		r.full = !r.journal.hasRoom(size, r.sparing(commands))
-	}
 }
 
 // end hands what was changed to the journal, and what was published to those who listen, once it may be known. It returns
@@ -158,13 +163,14 @@ func (r *Redis) deliver(news []message) {
 func (r *Redis) find(name string) *key {
 	k := r.keys[name]
 	if k != nil && k.deadline != 0 && k.deadline <= r.now {
-		r.remove(name)
+		delete(r.keys, name)
+		r.changes.addLazily("DEL", name) // so that a journal says when that was
 		return nil
 	}
 	return k
 }
 
-// remove takes away what is under a name: also what has expired, so that a journal says when that was.
+// remove takes away what is under a name.
 func (r *Redis) remove(name string) {
 	delete(r.keys, name)
 	r.changes.add("DEL", name)
@@ -186,9 +192,12 @@ func (r *Redis) expireAt(name string, k *key, deadline int64) {
 	}
 	// Each read and each append moves the deadline. A journal is told when that makes a difference: after a restart a key
 	// may expire a hundredth of its life too early.
-	if life := deadline - r.now; deadline < k.recorded || deadline-k.recorded > life/100 {
+	life := deadline - r.now
+	if r.journal == nil {
 		k.recorded = deadline
-		r.changes.addLazily("PEXPIREAT", name, deadline)
+	} else if (deadline < k.recorded || deadline-k.recorded > life/100) && r.journal.room() > roomLazily {
+		k.recorded = deadline
+		r.changes.addLazily("PEXPIREAT", name, strconv.FormatInt(deadline, 10))
 	}
 }
 
@@ -220,7 +229,7 @@ func (r *Redis) expire(ctx context.Context) {
 func (r *Redis) expireSome(second int64) (more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.begin(nil)
+	r.begin()
 	defer r.end()
 	names := r.expiry[second]
 	some := names[:min(len(names), 1000)]
