@@ -352,7 +352,7 @@ func Open(cfg Config) (*Store, error) {
 	case cfg.Dial == nil:
 		r, err := embedded.Open(dir, cfg.Logger)
 		if err != nil {
-			return nil, fmt.Errorf("open the embedded redis: %w", err)
+			return nil, fmt.Errorf("open the embedded redis (-redis embedded:DIR, or embedded for memory only): %w", err)
 		}
 		cfg.Dial = r.Dial
 		s.closers = append(s.closers, func() {
