@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -472,5 +473,92 @@ func TestJournal_nothingLeavesBeforeItIsOnDisk(t *testing.T) {
 	n, err := conn.Read(buf)
 	if err != nil || !strings.Contains(string(buf[:n]), "news") {
 		t.Errorf("%q, %v", buf[:n], err)
+	}
+}
+
+// A machine that stops keeps of what was not yet synced any part of the file's end. What was acknowledged is there all the same.
+func TestJournal_cutWithinWhatWasNotSynced(t *testing.T) {
+	lower(t, 256<<10)
+	dir := t.TempDir()
+	r, _ := mustOpen(t, dir)
+	var stop sync.WaitGroup
+	quit := make(chan struct{})
+	var acknowledged [8]atomic.Int64
+	for i := range acknowledged {
+		stop.Go(func() {
+			for n := int64(1); ; n++ {
+				select {
+				case <-quit:
+					return
+				default:
+				}
+				if _, err := try(r, "RPUSH", fmt.Sprint("l", i), fmt.Sprint(n), strings.Repeat("x", rand.IntN(2000))); err != nil {
+					t.Error(err)
+					return
+				}
+				acknowledged[i].Store(n)
+				if n%500 == 0 {
+					_, _ = try(r, "LTRIM", fmt.Sprint("l", i), "-2", "-1")
+				}
+			}
+		})
+	}
+	cuts := 0
+	for range 150 {
+		to := t.TempDir()
+		r.mu.Lock()
+		size, synced, number := r.journal.size, r.journal.size, r.journal.number
+		if b := r.journal.flying; b != nil {
+			synced -= headerSize + int64(len(b.units))
+		}
+		var least [len(acknowledged)]int64
+		for i := range least {
+			least[i] = acknowledged[i].Load()
+		}
+		all, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cut := synced + rand.Int64N(size-synced+1)
+		if cut < size {
+			cuts++
+		}
+		for _, entry := range all {
+			p, err := os.ReadFile(filepath.Join(dir, entry.Name()))
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Fatal(err)
+			}
+			if entry.Name() == filepath.Base(r.journal.path("journal", number)) {
+				p = p[:cut]
+			}
+			if err == nil && !strings.HasSuffix(entry.Name(), ".new") {
+				if err := os.WriteFile(filepath.Join(to, entry.Name()), p, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		r.mu.Unlock()
+		c, _ := mustOpen(t, to)
+		for i := range least {
+			got := strings.Split(do(t, c, fmt.Sprintf("LRANGE l%d -2 -2", i)), "\r\n")
+			var n int64
+			if len(got) > 2 {
+				_, _ = fmt.Sscan(got[2], &n)
+			}
+			if n < least[i] {
+				t.Errorf("%d were acknowledged, and %d are there", least[i], n)
+			}
+		}
+		mustClose(t, c)
+		if t.Failed() {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	close(quit)
+	stop.Wait()
+	mustClose(t, r)
+	if cuts == 0 {
+		t.Error("nothing was ever cut")
 	}
 }
