@@ -115,6 +115,16 @@ func (r *Redis) newState() *lua.LState {
 		l.Push(lua.LString(lib.name))
 		l.Call(1, 0)
 	}
+	// Half of what the scripts format is whole numbers.
+	library := l.GetGlobal("string").(*lua.LTable)
+	formatAll := library.RawGetString("format").(*lua.LFunction).GFunction
+	library.RawSetString("format", l.NewFunction(func(l *lua.LState) int {
+		if n, ok := l.Get(2).(lua.LNumber); ok && l.Get(1) == wholeNumber && n == lua.LNumber(int64(n)) {
+			l.Push(lua.LString(strconv.FormatInt(int64(n), 10)))
+			return 1
+		}
+		return formatAll(l)
+	}))
 	call := func(protected bool) lua.LGFunction {
 		return func(l *lua.LState) int {
 			args := r.args[:0]
@@ -167,6 +177,8 @@ func (r *Redis) newState() *lua.LState {
 	}))
 	return l
 }
+
+const wholeNumber = lua.LString("%.0f")
 
 // number is how Redis passes a Lua number to a command.
 func number(n lua.LNumber) string {
