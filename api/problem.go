@@ -165,7 +165,7 @@ var refusals = map[string]struct {
 	after  int // seconds
 }{
 	store.RedisAway: {"Redis cannot be reached: nothing was stored, try again", 1},
-	store.RedisFull: {"Redis is full (maxmemory): nothing was stored. Viewers are served; try again, it goes on when logs have expired " +
+	store.RedisFull: {"Redis is full (maxmemory, or the disk of -redis embedded:DIR): nothing was stored. Viewers are served; try again, it goes on when logs have expired " +
 		"or an operator gives Redis more memory", 5},
 	store.RedisReadOnly: {"Redis takes no writes now (it is a replica, lacks its replicas, or cannot save to its disk): nothing was stored. " +
 		"Viewers are served; try again", 1},

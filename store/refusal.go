@@ -103,7 +103,7 @@ func remedyOf(code, text string) string {
 	case strings.Contains(text, "embedded redis") && code == RedisFull:
 		return "make room on the disk of -redis embedded:DIR; viewers are served meanwhile"
 	case strings.Contains(text, "embedded redis"):
-		return "the disk of -redis embedded:DIR fails: mend it, then start again; viewers are served meanwhile"
+		return "the disk of -redis embedded:DIR fails: mend it, then start again"
 	case code == RedisFull:
 		return "raise Redis' maxmemory, or keep less: -history-ttl, -history-max, -history-bytes; viewers are served meanwhile"
 	case strings.Contains(text, "MISCONF"):

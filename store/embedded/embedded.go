@@ -121,11 +121,16 @@ func (r *Redis) execute(commands [][]string) (replies []lua.LValue, kept *batch)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.begin()
-	r.refusal = nil
-	if r.journal != nil {
-		r.refusal = r.journal.refuses(commands)
-	}
 	replies = make([]lua.LValue, len(commands))
+	r.refusal = nil
+	if j := r.journal; j != nil && j.failure != nil {
+		for i := range replies {
+			replies[i] = refusedBroken
+		}
+		return replies, nil
+	} else if j != nil && j.room() < j.roomFor(commands) {
+		r.refusal = refusedFull
+	}
 	for i, args := range commands {
 		replies[i] = r.run(args, false)
 	}

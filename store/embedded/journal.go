@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
-
-	lua "github.com/yuin/gopher-lua"
 )
 
 // The journal keeps a dataset in a directory:
@@ -165,8 +163,8 @@ func firstLine(kind string, number, from uint64) []byte {
 
 // How much room there is in a file, taken in advance.
 const (
-	roomStep    = 8 << 20 // a file is made longer by so much,
-	roomLeast   = 4 << 20 // when there is less than this
+	roomStep    = 4 << 20 // a file is made longer by so much,
+	roomLeast   = 2 << 20 // when there is less than this
 	roomOfRun   = 1 << 20 // what a run needs, and twice its arguments
 	roomSparing = 64 << 10
 	roomLazily  = 256 << 10 // with less, what nobody waits for is not written
@@ -199,19 +197,8 @@ func (j *journal) roomFor(commands [][]string) (need int64) {
 
 var (
 	refusedFull   = failure("OOM command not allowed: there is no room on the disk for the journal of the embedded redis")
-	refusedBroken = failure("MISCONF the embedded redis cannot write its journal")
+	refusedBroken = failure("MISCONF the embedded redis could not write its journal")
 )
-
-// refuses returns what commands that take space are told, or nil. redis.mu is held.
-func (j *journal) refuses(commands [][]string) lua.LValue {
-	switch {
-	case j.failure != nil:
-		return refusedBroken
-	case j.room() < j.roomFor(commands):
-		return refusedFull
-	}
-	return nil
-}
 
 // makeRoom makes room for commands, if it is missing.
 func (r *Redis) makeRoom(commands [][]string) {
@@ -282,10 +269,8 @@ func signal(c chan struct{}) {
 // add hands over what was changed, and what was published with it. It returns what is to be waited for before the replies,
 // and so before anybody knows of a change that is not on disk. redis.mu is held.
 func (j *journal) add(now int64, c *changes, news []message) *batch {
-	if j.failure != nil && (c.eager || len(c.data) > 0) {
-		b := &batch{done: make(chan struct{}), err: j.failure}
-		close(b.done)
-		return b
+	if j.failure != nil {
+		return nil
 	}
 	if len(c.data) > 0 {
 		if j.pending == nil {
@@ -360,9 +345,9 @@ func (j *journal) writeBatch() bool {
 
 	r.mu.Lock()
 	if j.flying = nil; err != nil {
-		// The dataset is ahead of the disk, and nobody knows what the disk has. So nothing more is written, nor acknowledged.
+		// The dataset is ahead of the disk, and nobody knows what the disk has. So nothing more is written, acknowledged or read.
 		j.failure = fmt.Errorf("write %s: %w", file.Name(), err)
-		r.log.Error("the embedded redis cannot write its journal: it takes no more writes", slog.Any("err", j.failure), slog.String("remedy", "mend the disk, then start again"))
+		r.log.Error("the embedded redis cannot write its journal: it serves no more", slog.Any("err", j.failure), slog.String("remedy", "mend the disk, then start again"))
 		b.err = j.failure
 	} else {
 		r.deliver(b.news)

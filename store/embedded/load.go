@@ -148,16 +148,7 @@ func (j *journal) create() error {
 	if err != nil {
 		return err
 	}
-	if _, err = file.WriteAt(firstLine("journal", 1, 1), 0); err == nil {
-		err = file.Sync()
-	}
-	if err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err == nil {
-		err = syncDir(j.dir)
-	}
-	if err == nil {
+	if file, err = settle(file, path, firstLine("journal", 1, 1)); err == nil {
 		err = syncDir(filepath.Dir(filepath.Clean(j.dir))) // which may be new as well
 	}
 	j.file, j.number, j.began, j.size, j.allocated = file, 1, 1, lineSize, roomStep

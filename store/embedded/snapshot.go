@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 )
@@ -124,6 +125,28 @@ func newJournalFile(path string) (*os.File, error) {
 	return file, nil
 }
 
+// settle gives a new file its first line and its name. The file is closed meanwhile: Windows renames no file that is open.
+func settle(file *os.File, path string, line []byte) (*os.File, error) {
+	_, err := file.WriteAt(line, 0)
+	if err == nil {
+		err = file.Sync()
+	}
+	if err = errors.Join(err, file.Close()); err != nil {
+		return nil, err
+	}
+	if err := os.Rename(file.Name(), path); err != nil {
+		return nil, err
+	}
+	err = syncDir(filepath.Dir(path))
+	if err == nil {
+		file, err = os.OpenFile(path, os.O_RDWR, 0)
+	}
+	if err != nil { // the journal does not go on there
+		return nil, errors.Join(err, os.Remove(path))
+	}
+	return file, nil
+}
+
 // change has the journal go on in another file. Only write calls it: so no frame is under way.
 func (j *journal) change(s *successor) error {
 	j.growing.Lock()
@@ -135,20 +158,12 @@ func (j *journal) change(s *successor) error {
 		from = j.pending.first
 	}
 	r.mu.Unlock()
-	if _, err := s.file.WriteAt(firstLine("journal", number, from), 0); err != nil {
-		return err
-	}
-	if err := s.file.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(s.file.Name(), j.path("journal", number)); err != nil {
-		return err
-	}
-	if err := syncDir(j.dir); err != nil {
+	file, err := settle(s.file, j.path("journal", number), firstLine("journal", number, from))
+	if err != nil {
 		return err
 	}
 	r.mu.Lock()
-	j.file, j.number, j.began, j.former = s.file, number, from, j.former+size
+	j.file, j.number, j.began, j.former = file, number, from, j.former+size
 	j.size, j.allocated = lineSize, roomStep
 	r.mu.Unlock()
 	_ = former.Truncate(size)
