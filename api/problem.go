@@ -118,7 +118,7 @@ func problemOf(err error) *Problem {
 	}
 	if e, ok := errors.AsType[*store.GapError](err); ok {
 		return &Problem{Status: http.StatusConflict, Code: "producer_gap", Member: headerProducerChunk, ExpectedChunk: &e.Expected,
-			Detail: e.Error() + ": send from there on"}
+			Detail: e.Error() + ": continue from there"}
 	}
 	if e, ok := errors.AsType[*echo.HTTPError](err); ok {
 		switch e.Code {
@@ -164,12 +164,12 @@ var refusals = map[string]struct {
 	detail string
 	after  int // seconds
 }{
-	store.RedisAway: {"Redis cannot be reached: nothing was stored, try again", 1},
-	store.RedisFull: {"Redis is full (maxmemory, or the disk of -redis embedded:DIR): nothing was stored. Viewers are served; try again, it goes on when logs have expired " +
-		"or an operator gives Redis more memory", 5},
-	store.RedisReadOnly: {"Redis takes no writes now (it is a replica, lacks its replicas, or cannot save to its disk): nothing was stored. " +
-		"Viewers are served; try again", 1},
-	store.RedisDenied: {"Redis does not accept this server's user, password or rights (-redis): nothing was stored. Try again; an operator has to mend it", 5},
+	store.RedisAway: {"Redis cannot be reached. Nothing was stored: retry", 1},
+	store.RedisFull: {"Redis is full (maxmemory, or the disk of embedded:DIR). Nothing was stored; viewers are still served. " +
+		"Retry when logs have expired, or when the operator has made room", 5},
+	store.RedisReadOnly: {"Redis takes no writes at the moment (it is a replica, lacks its replicas, or cannot save to its disk). " +
+		"Nothing was stored; viewers are still served. Retry", 1},
+	store.RedisDenied: {"Redis rejects the user, password or rights of this server (-redis). Nothing was stored. The operator must fix it; then retry", 5},
 }
 
 // problem answers an error. It implements echo.HTTPErrorHandler.

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/agext/levenshtein"
 )
 
 // A chunk of type delta, reasoning or message that says nothing is an empty line in every reader. Its sender has
@@ -68,32 +70,11 @@ func meantBy(name string) string {
 		return meant
 	}
 	for _, member := range []string{"content", "message_id", "data", "role", "type", "event", "raw", "is_complete"} {
-		if written := strings.ReplaceAll(member, "_", ""); plain == written || len(written) > 4 && mistyped(plain, written) {
+		if written := strings.ReplaceAll(member, "_", ""); plain == written || len(written) > 4 && levenshtein.Distance(plain, written, nil) <= 2 {
 			return member
 		}
 	}
 	return ""
-}
-
-// mistyped says whether a is b with one character too many, too few, another, or two in the wrong order.
-func mistyped(a, b string) bool {
-	if len(a) > len(b) {
-		a, b = b, a
-	}
-	if len(b)-len(a) > 1 {
-		return false
-	}
-	i := 0
-	for i < len(a) && a[i] == b[i] {
-		i++
-	}
-	switch {
-	case len(a) < len(b):
-		return a[i:] == b[i+1:]
-	case i+1 < len(a) && a[i] == b[i+1] && a[i+1] == b[i]:
-		return a[i+2:] == b[i+2:]
-	}
-	return i == len(a) || a[i+1:] == b[i+1:]
 }
 
 // brief is a name as an error shows it.

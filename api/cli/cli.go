@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/agext/levenshtein"
+
 	"gapless/api/auth"
 	"gapless/api/doctor"
 )
@@ -101,7 +103,7 @@ func Help(w io.Writer, fs *flag.FlagSet) {
 func Nearest(name string, names []string) string {
 	best, least := "", len(name)/3+2
 	for _, other := range names {
-		if d := distance(name, other); d < least {
+		if d := levenshtein.Distance(name, other, nil); d < least {
 			best, least = other, d
 		}
 	}
@@ -112,31 +114,6 @@ func Nearest(name string, names []string) string {
 func Names(fs *flag.FlagSet) (names []string) {
 	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
 	return names
-}
-
-// distance is how many bytes have to be inserted, left out, replaced, or exchanged with their neighbour to turn a into b.
-func distance(a, b string) int {
-	var before []int
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		next := make([]int, len(b)+1)
-		next[0] = i + 1
-		for j := range len(b) {
-			changed := row[j]
-			if a[i] != b[j] {
-				changed++
-			}
-			next[j+1] = min(changed, row[j+1]+1, next[j]+1)
-			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
-				next[j+1] = min(next[j+1], before[j-1]+1)
-			}
-		}
-		before, row = row, next
-	}
-	return row[len(b)]
 }
 
 // Variable is the environment variable of a flag.
