@@ -205,7 +205,7 @@ func (a *API) share() echo.MiddlewareFunc {
 		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
 			"Stream-Closed", "Content-Encoding",
 			"traceparent", "tracestate", "baggage"}, // what instrumented pages add to each request (https://www.w3.org/TR/trace-context/)
-		ExposeHeaders: []string{"Location", "Link", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerProducerEpoch, headerExpectedChunk},
+		ExposeHeaders: []string{"Location", "Link", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerRun, headerTail, headerProducerEpoch, headerExpectedChunk},
 		MaxAge:        7200, // no browser keeps it for longer
 	})
 }

@@ -240,6 +240,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.call("GET", onePath+"/messages/:message_id/ui-stream", auth.Read, a.uiMessage)
 	a.call("GET", onePath+"/ui-stream", auth.Read, a.uiResume)
 	a.call("POST", onePath+"/ui-stream", auth.Ask, decode(a.uiAsk))
+	a.call("GET", onePath+"/ui-stream/:message_id/stream", auth.Read, a.uiRun)
 	if cfg.Demo {
 		a.demo = &demo{naive: map[string]naiveViewer{}}
 		a.call("POST", onePath+"/demo", auth.Read, decode(a.disturb))

@@ -133,7 +133,7 @@ func (a *API) readMessage(c echo.Context) error {
 		return err
 	}
 	if m.Len() == 0 {
-		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "the session has no such message, or nothing of it is kept"}
+		return errNoMessage
 	}
 	h, one := c.Response().Header(), m.Heads()[0]
 	h.Set("Cache-Control", "no-cache")

@@ -56,7 +56,7 @@ func paced429(q request) bool {
 	return strings.HasPrefix(q.path, "/v1/") || q.path == "/metrics"
 }
 
-func isStream(q request) bool { return strings.Contains(q.path, "/stream") }
+func isStream(q request) bool { return strings.Contains(q.path, "s/stream") }
 
 func TestLimit_ofURLAndHeaderIsSaidEverywhere(t *testing.T) {
 	t.Parallel()
@@ -259,7 +259,7 @@ func TestLimit_ofViewersOfMessages(t *testing.T) {
 	n.append("s", `{"message_id":"m","content":"sesame"}`)
 	n.append("t", `{"message_id":"m","content":"sesame"}`)
 	all := []request{
-		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"},
+		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"}, {method: "GET", path: "/v1/sessions/s/ui-stream/m/stream"},
 		{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 	}
 	one := n.open(as(request{path: "/v1/sessions/s/stream"}, "198.51.100.1"))

@@ -30,7 +30,7 @@ func calls() []request {
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/demo", kind: typeJSON, body: `{"connection":"sesame","do":"cut"}`},
 		{method: "GET", path: s + "/demo/naive"},
-		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"},
+		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"}, {method: "GET", path: s + "/ui-stream/m/stream"},
 		{method: "POST", path: s + "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
 	}
@@ -38,7 +38,7 @@ func calls() []request {
 
 // asksRedis are the calls above that can fail with Redis.
 func asksRedis(q request) bool {
-	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") && !strings.HasSuffix(q.path, "/demo") || q.path == "/readyz"
+	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") && !strings.HasSuffix(q.path, "m/stream") && !strings.HasSuffix(q.path, "/demo") || q.path == "/readyz"
 }
 
 func isNaive(q request) bool { return strings.HasSuffix(q.path, "/naive") }

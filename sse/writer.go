@@ -240,6 +240,9 @@ func (w *Writer) cause() Cause {
 func (w *Writer) End(c Cause) error {
 	w.stop()
 	if c.Clean() {
+		if w.err == nil || w.err == errLeft { // leave may have set a deadline for a write that was just over
+			_ = w.out.SetWriteDeadline(time.Now().Add(w.timeout))
+		}
 		return nil
 	}
 	if w.http10 { // its responses have no end but that of the connection: a reset says it was none
