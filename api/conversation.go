@@ -87,7 +87,9 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64) (all
 			}
 			for _, element := range p.Elements[:min(int64(len(p.Elements)), from-p.From)] {
 				s := parseSaid([]byte(element))
-				s.data = nil // it is not sent along
+				if s.kind != typeToolCalls && s.kind != store.TypeMessage {
+					s.data = nil // it is not sent along
+				}
 				read += len(element)
 				if role := roleOf(s); role != model.RoleSystem && role != "" {
 					size += len(s.content)

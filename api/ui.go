@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -346,17 +347,25 @@ func newest(open []string) (message string, made bool) {
 }
 
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
+	ask.Session, ask.Fold = strings.Clone(session(c)), f.fold
+	return a.foldStream(c, ask, http.Header{"X-Vercel-Ai-Ui-Message-Stream": {"v1"}}, func(cause sse.Cause) bool {
+		return cause == sse.Done || f.run // its client comes back after a clean end without finish
+	})
+}
+
+// foldStream answers with a stream that ask.Fold makes. clean says whether it is to end cleanly.
+func (a *API) foldStream(c echo.Context, ask sse.Ask, header http.Header, clean func(sse.Cause) bool) error {
 	uncount(c)
 	connection, err := newConnection(c)
 	if err != nil {
 		return err
 	}
 	if c.Request().Method == http.MethodHead {
-		c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
+		maps.Copy(c.Response().Header(), header)
 		sse.Head(c.Response())
 		return nil
 	}
-	ask.Session, ask.Connection, ask.Expires, ask.Fold = strings.Clone(session(c)), connection, a.grant(c).Expires, f.fold
+	ask.Connection, ask.Expires = connection, a.grant(c).Expires
 	v, err := a.hub.View(ask)
 	if errors.Is(err, sse.ErrDraining) {
 		return errDraining
@@ -368,14 +377,14 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 		return err
 	}
 	defer v.Close()
-	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
+	maps.Copy(c.Response().Header(), header)
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", c.RealIP()))
 	w := a.hub.NewWriter(plain(c), c.Request())
 	cause := v.Serve(c.Request().Context(), w)
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
-	if f.run {
-		cause = sse.Done // its client comes back after a clean end without finish
-	} else if cause != sse.Done {
+	if clean(cause) {
+		cause = sse.Done
+	} else {
 		cause = sse.Outside // the log's end, or its deletion, is none of the message's
 	}
 	return w.End(cause)
