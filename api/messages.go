@@ -72,7 +72,7 @@ func (a *API) ask(c echo.Context) error {
 		return err
 	}
 	if strings.TrimSpace(members["content"]) == "" {
-		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content, the question, is missing or blank"}
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content is missing or blank: it is the question"}
 	}
 	x, err := a.begin(c, members["content"], "/content")
 	if err != nil {
@@ -120,7 +120,7 @@ func (a *API) put(c echo.Context, q asking) (x exchange, err error) {
 	for _, chunk := range q.chunks {
 		if chunk.Size() > a.cfg.ChunkMax {
 			return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: q.member, Limit: a.cfg.ChunkMax,
-				Detail: "the question is longer than one chunk may be (-chunk-max)"}
+				Detail: "the question is too long for one chunk (-chunk-max)"}
 		}
 	}
 	caller := a.caller(c)
@@ -288,7 +288,7 @@ func (a *API) transcribe(u *upload, x exchange, q asking) (done store.Chunk, err
 			size += len(w.piece.Text) + len(w.piece.ToolCalls)
 			for _, c := range more {
 				if c.Size() > a.cfg.ChunkMax {
-					err = &model.Error{Reason: model.Broken, Detail: "the model said something that does not fit into one chunk (-chunk-max)"}
+					err = &model.Error{Reason: model.Broken, Detail: "the model sent something that is too long for one chunk (-chunk-max)"}
 				}
 			}
 			if size > a.cfg.AnswerMax {
@@ -448,7 +448,7 @@ func (a *API) cancel(c echo.Context) error {
 		var given bool
 		if message, given = members["message_id"]; given && (message == "" || len(message) > store.MaxMessageID) {
 			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/message_id", Limit: store.MaxMessageID,
-				Detail: fmt.Sprintf("message_id is text of 1 to %d bytes: leave it out to cancel every unfinished message", store.MaxMessageID)}
+				Detail: fmt.Sprintf("message_id must be text of 1 to %d bytes; leave it out to cancel every unfinished message", store.MaxMessageID)}
 		}
 	}
 	begun := time.Now()

@@ -450,26 +450,23 @@ func (a *API) responseTurns(ctx context.Context, session string, seq int64, inst
 		Calls   []any  `json:"tool_calls,omitempty"`
 		Call    string `json:"tool_call_id,omitempty"`
 		pieces  []model.Call
-		begun   bool
 	}
-	said, torn, _, err := a.saidBefore(ctx, session, seq)
+	elements, torn, err := a.saidBefore(ctx, session, seq, true)
 	if err != nil {
 		return nil, nil, err
 	}
 	var all []*message
 	of := map[string]*message{}
-	for i, s := range said {
+	for _, one := range elements {
+		s := parseSaid([]byte(one.element))
+		if torn != "" && s.message == torn {
+			continue
+		}
 		m := of[s.message]
-		switch role := roleOf(s); {
-		case i == torn && s.message != "" && s.kind != store.TypeMessage:
-			of[s.message] = &message{} // which is in no turn
-			continue
-		case role == "" && s.role != "tool" || s.content == "" && s.data == nil && s.kind != openai.TypeResponse:
-			continue
-		case m == nil || s.message == "":
-			m = &message{Role: role, Call: s.toolCall}
-			if role == "" {
-				m.Role = "tool"
+		if m == nil || s.message == "" {
+			m = &message{Role: roleOf(s.role), Call: s.toolCall}
+			if s.role == "tool" {
+				m.Role = s.role
 			}
 			of[s.message] = m
 			all = append(all, m)

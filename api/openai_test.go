@@ -483,7 +483,7 @@ func TestResponse_errorsHaveOpenAIsForm(t *testing.T) {
 	f.fail(errors.New("a fault"))
 	a := n.get(oneResponse)
 	a.refused(t, 500, "internal")
-	if want := `{"error":{"message":"something went wrong that should not: the server's log says what","type":"server_error","param":null,"code":"internal"}}`; string(a.body) != want || a.header.Get("Content-Type") != typeJSON {
+	if want := `{"error":{"message":"unexpected error: the server's log has the details","type":"server_error","param":null,"code":"internal"}}`; string(a.body) != want || a.header.Get("Content-Type") != typeJSON {
 		t.Errorf("%s %v", a.body, a.header)
 	}
 	faulty := serve(t, func(s *setup) { s.errors, s.model = true, broken{s.model} })

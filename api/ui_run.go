@@ -120,7 +120,7 @@ func (a *API) uiFrom(c echo.Context, message string, start int) error {
 	return a.uiStream(c, ask, f)
 }
 
-var errNoMessage = &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "the session has no such message, or nothing of it is kept"}
+var errNoMessage = &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "unknown message: the session does not have it, or no longer keeps it"}
 
 // uiLatest is the assistant's message that began last, and after which chunk of which epoch: of those under way, or, for a
 // client that has some of it, of all.
