@@ -214,10 +214,10 @@ func TestWorkflow_showsAnAnswerThroughDrainsAndDeadNodes(t *testing.T) {
 	args := []string{"-redis", redis.URL(), "-heartbeat", "100ms", "-drain", "3s"}
 	maker := start(t, args...)
 	const path = "/v1/sessions/ui/chunks"
-	want := ""
+	var want strings.Builder
 	say := func() {
 		for _, text := range nasty {
-			want += text
+			want.WriteString(text)
 			maker.post(t, path, chunk{MessageID: "m", Role: "assistant", Content: text})
 		}
 	}
@@ -225,7 +225,7 @@ func TestWorkflow_showsAnAnswerThroughDrainsAndDeadNodes(t *testing.T) {
 	now := start(t, args...)
 	line := newCutter(t, []*node{now}, nil)
 	c := startWorkflow(t, line.URL, "ui", "resume")
-	c.has(t, len(want))
+	c.has(t, want.Len())
 	for i := range 6 {
 		next := start(t, args...)
 		line.turn(next)
@@ -235,7 +235,7 @@ func TestWorkflow_showsAnAnswerThroughDrainsAndDeadNodes(t *testing.T) {
 			now.kill()
 		}
 		say()
-		c.has(t, len(want))
+		c.has(t, want.Len())
 		now = next
 	}
 	maker.post(t, path, chunk{Type: "done", MessageID: "m"})
@@ -243,7 +243,7 @@ func TestWorkflow_showsAnAnswerThroughDrainsAndDeadNodes(t *testing.T) {
 	c.mu.Lock()
 	c.lines["from"] = c.lines["from"][1:] // a page that was just loaded has nothing
 	c.mu.Unlock()
-	c.shows(t, 1, want)
+	c.shows(t, 1, want.String())
 	if n := len(c.lines["from"]); n < 6 {
 		t.Errorf("it came back %d times: this proves less than it should", n)
 	}
