@@ -494,7 +494,7 @@ func TestResponse_errorsHaveOpenAIsForm(t *testing.T) {
 	}
 }
 
-// FuzzAccess: whatever id or session is named, a token for one session reaches no other.
+// Whatever id or session is named, a token for one session reaches no other.
 func FuzzOpenAIAccess(f *testing.F) {
 	const uid = "01990b6c7d1e7c3a8a515d0f6e2b9a10"
 	f.Add("resp_"+uid+"_1_theirs", "theirs", byte(0))
