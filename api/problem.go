@@ -223,7 +223,12 @@ func (a *API) problem(err error, c echo.Context) {
 		_ = ctl.EnableFullDuplex()
 		h.Set("Connection", "close")
 	}
-	if err := c.Blob(p.Status, "application/problem+json", body); err != nil {
+	kind := "application/problem+json"
+	if isOpenAI(c.Request()) {
+		body, kind = openaiError(&p), typeJSON
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+	}
+	if err := c.Blob(p.Status, kind, body); err != nil {
 		a.log.Debug("problem not delivered", slog.Any("err", err))
 	}
 	if late {
