@@ -151,6 +151,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "how many of them an address has that is no trusted proxy; of IPv6, a /64. For this limit and the others, 0 is none")
 	fs.IntVar(&limits.Strangers, "strangers", limits.Strangers, "with -auth, how many connections the node has on which no token was shown yet")
 	fs.IntVar(&limits.CallerStrangers, "caller-strangers", limits.CallerStrangers, "how many of them an address has")
+	bytesVar(fs, &limits.StrangerBytes, "stranger-bytes", "how many `bytes` a second are read from those of an address, and ten times as many at once")
 	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "how many viewers the node has")
 	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "how many of them a caller has: a token's subject, or else an address")
 	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "how many uploads the node has under way")

@@ -40,6 +40,9 @@ type Config struct {
 	// Strangers bounds the connections on which no token was shown yet, where tokens are wanted (Tokens): such a connection
 	// costs up to 50 KB. CallerStrangers is a half of CallerConnections: a few hundred people whose pages are loading.
 	Strangers, CallerStrangers int
+	// StrangerBytes is how many bytes a second are read from an address's connections on which no token was shown yet: what they
+	// send costs the node a hundred times what it costs them. A page that is loaded sends 20 KB.
+	StrangerBytes int
 	// Viewers bounds those of the node. 100,000 take 600 MB while they are idle.
 	Viewers int
 	// CallerViewers: as connections, and a service that views for its users.
@@ -98,7 +101,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		CallerConnections: 1_000,
-		Strangers:         5_000, CallerStrangers: 500,
+		Strangers:         5_000, CallerStrangers: 500, StrangerBytes: 256 << 10,
 		Viewers: 100_000, CallerViewers: 1_000,
 		Uploads: 5_000, CallerUploads: 500,
 		Answers: 256, CallerAnswers: 64,
@@ -118,7 +121,7 @@ func (c Config) Validate() error {
 		flag  string
 		value int
 	}{
-		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"strangers", c.Strangers}, {"caller-strangers", c.CallerStrangers}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
+		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"strangers", c.Strangers}, {"caller-strangers", c.CallerStrangers}, {"stranger-bytes", c.StrangerBytes}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
 		{"uploads", c.Uploads}, {"caller-uploads", c.CallerUploads}, {"answers", c.Answers}, {"caller-answers", c.CallerAnswers},
 		{"bodies", c.Bodies}, {"caller-bodies", c.CallerBodies}, {"responses", c.Responses}, {"caller-responses", c.CallerResponses}, {"naive", c.Naive}, {"caller-naive", c.CallerNaive}, {"caller-calls", c.CallerCalls}, {"caller-appends", c.CallerAppends},
 		{"caller-stored", c.CallerStored}, {"caller-sessions", c.CallerSessions}, {"caller-tickets", c.CallerTickets},
@@ -194,8 +197,10 @@ type Limits struct {
 
 	connections, strangers                              *Places
 	Viewers, Uploads, Answers, Bodies, Responses, Naive *Places
-	Calls, Appends, Sessions, Tickets                   *Rates
-	Stored                                              *Rates // bytes
+	// StrangerResponses are those of the responses that are for callers without a token: a half.
+	StrangerResponses                 *Places
+	Calls, Appends, Sessions, Tickets *Rates
+	Stored, heard                     *Rates // bytes
 
 	mu   sync.Mutex
 	said map[string]time.Time // when the log said last that a bound was met
@@ -232,6 +237,7 @@ func New(cfg Config) *Limits {
 	l.Answers = places("answers of the model under way", "answers", cfg.Answers, cfg.CallerAnswers)
 	l.Bodies = places("bytes of bodies under way", "bodies", cfg.Bodies, cfg.CallerBodies)
 	l.Responses = places("bytes of responses under way", "responses", cfg.Responses, cfg.CallerResponses)
+	l.StrangerResponses = places("bytes of responses to callers without a token", "responses", cfg.Responses/2, 0)
 	l.Naive = places("naive viewers", "naive", cfg.Naive, cfg.CallerNaive)
 	l.refused.WithLabelValues("feeds")
 	for _, p := range []*Places{l.connections, l.strangers, l.Viewers, l.Uploads, l.Answers, l.Bodies, l.Responses, l.Naive} {
@@ -242,6 +248,7 @@ func New(cfg Config) *Limits {
 	l.Appends = rates("chunks of up to a KiB", "caller-appends", cfg.CallerAppends)
 	l.Stored = rates("bytes of chunks", "caller-stored", cfg.CallerStored)
 	l.Stored.per, l.Stored.holds = day, 1
+	l.heard = rates("bytes without a token", "stranger-bytes", cfg.StrangerBytes)
 	l.Sessions = rates("new sessions", "caller-sessions", cfg.CallerSessions)
 	l.Tickets = rates("tickets", "caller-tickets", cfg.CallerTickets)
 	return l
