@@ -234,6 +234,7 @@ const whyFailed = {
 
 let frame = 0;
 let timer = 0;
+const longestDraw = 30; // ms. What takes longer is drawn in the next frames: the page stays usable, whatever it shows
 let rest = 0; // until when there is other work to do than to draw
 
 function draw() {
@@ -254,11 +255,13 @@ function flush() {
   clearTimeout(timer);
   timer = 0;
   const begun = performance.now();
+  const until = begun + longestDraw;
 
   for (const m of dirty) {
+    let drawn = true;
     if (m.markdown) {
       m.markdown.append(m.undrawn);
-      m.markdown.draw();
+      drawn = m.markdown.draw(until);
     } else {
       m.words.appendData(m.undrawn);
     }
@@ -277,13 +280,14 @@ function flush() {
     const label = { failed: 'Failed', cancelled: 'Stopped', unfinished: 'Unfinished' }[m.status];
     m.label.hidden = !label;
     if (label) set(m.label, m.reason ? `${label}: ${whyFailed[m.reason] ?? m.reason}` : label);
+    if (!drawn) continue;
+    dirty.delete(m);
     if (m.aloud) {
       m.aloud = false;
       set($('said'), `${nameOf(m.role)}${label ? `, ${m.label.textContent}` : ''}: ${m.article.querySelector('.text').innerText}`);
     }
   }
-  dirty.clear();
-  drawNaive();
+  drawNaive(until);
 
   const { state } = follower;
   document.body.dataset.state = state;
@@ -309,6 +313,7 @@ function flush() {
   $('latest').hidden = pinned;
   const end = performance.now();
   rest = end + 3 * (end - begun);
+  if (dirty.size + naiveDirty.size > 0) draw(); // what was left
 }
 
 // Writing the same text again would still be announced, and laid out.
@@ -511,10 +516,10 @@ function sayNaively(words, how, text) {
   draw();
 }
 
-function drawNaive() {
-  for (const { markdown } of naiveDirty) markdown?.draw();
-  if (naiveDirty.size > 0) $('naive').scrollTop = $('naive').scrollHeight;
-  naiveDirty.clear();
+function drawNaive(until) {
+  if (naiveDirty.size === 0) return;
+  for (const words of naiveDirty) if (words.markdown?.draw(until) ?? true) naiveDirty.delete(words);
+  $('naive').scrollTop = $('naive').scrollHeight;
 }
 const naiveDirty = new Set();
 
