@@ -16,11 +16,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -32,8 +34,8 @@ import (
 type siegeOrder struct {
 	Attack, Addr, Token string
 	TLS                 bool
-	For                 time.Duration
-	Small               bool // it has a moment
+	Small               bool     // it has a moment
+	Said                []string // how it has to be answered before it ends
 }
 
 // siegeOutcome is what it saw.
@@ -43,7 +45,7 @@ type siegeOutcome struct {
 	Wrong []string
 }
 
-// attacker does one attack, in a process of its own.
+// attacker does one attack, in a process of its own, until it is told to stop.
 type attacker struct {
 	siegeOrder
 	ctx context.Context // the attack is over
@@ -64,11 +66,20 @@ func init() {
 		if i >= 0 {
 			run = siegeAttacks[i].run
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), a.For)
-		defer cancel()
-		a.ctx = ctx
+		var cancel context.CancelFunc
+		a.ctx, cancel = context.WithCancel(context.Background())
+		told := make(chan os.Signal, 1)
+		signal.Notify(told, syscall.SIGTERM)
+		go func() { // ends with the process
+			<-told
+			for waited := 0; waited < 600 && !a.heard(); waited++ {
+				time.Sleep(100 * time.Millisecond)
+			}
+			cancel()
+		}()
 		a.web = a.client()
 		run(a)
+		<-a.ctx.Done()
 		a.mu.Lock() // whoever is late is not heard
 		if err := json.NewEncoder(os.Stdout).Encode(a.out); err != nil {
 			panic(err)
@@ -81,6 +92,13 @@ func (a *attacker) said(what string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.out.Said[what]++
+}
+
+// heard reports whether it was answered in all the ways that it has to be.
+func (a *attacker) heard() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return !slices.ContainsFunc(a.siegeOrder.Said, func(what string) bool { return a.out.Said[what] == 0 })
 }
 
 func (a *attacker) wrong(format string, args ...any) {
@@ -343,6 +361,8 @@ func discard(c net.Conn) { go func() { _, _ = io.Copy(io.Discard, c) }() }
 const (
 	bundle = "/docs/swagger-ui-bundle.js" // the largest file that anybody may have
 	logID  = "evil-log"
+	// fullBatch is as many chunks as an array may have.
+	fullBatch = 500
 )
 
 // siegeAttack is one attack.
@@ -364,7 +384,7 @@ type siegeAttack struct {
 func fill(mib, size int) func(b *besieged) {
 	return func(b *besieged) {
 		chunk := `{"message_id":"m","content":"` + strings.Repeat("x", size) + `"}`
-		n := min(1000, max(1, (480<<10)/len(chunk)))
+		n := min(fullBatch, max(1, (480<<10)/len(chunk)))
 		body := "[" + strings.TrimSuffix(strings.Repeat(chunk+",", n), ",") + "]"
 		for sent := 0; sent < mib<<20; sent += len(body) {
 			if a := b.node.post("/v1/sessions/"+logID+"/chunks", "application/json", body); a.status != http.StatusCreated {
@@ -708,7 +728,7 @@ var siegeAttacks = []siegeAttack{
 			return c, err
 		}, nil)
 	}},
-	{name: "tickets", most: reader, refused: []string{"caller-tickets"}, run: calls(16, "POST", "/v1/sessions/"+logID+"/tickets", "", "")},
+	{name: "tickets", most: reader, said: []string{"429 rate_limited"}, refused: []string{"caller-tickets"}, run: calls(16, "POST", "/v1/sessions/"+logID+"/tickets", "", "")},
 	{name: "calls of nothing", most: reader, run: calls(32, "HEAD", "/v1/sessions/"+logID, "", "")},
 
 	// A token that may write, of sessions of its own.
@@ -743,20 +763,20 @@ var siegeAttacks = []siegeAttack{
 			return err
 		})
 	}},
-	{name: "batches of a thousand messages", most: writer, run: func(a *attacker) {
+	{name: "full batches of messages", most: writer, run: func(a *attacker) {
 		var n atomic.Int64
 		a.many(4, func(int) {
 			k := int(n.Add(1))
-			a.call("POST", fmt.Sprintf("/v1/sessions/evil-%d/chunks", k), "application/json", pieces(0, 1000, "x"))
+			a.call("POST", fmt.Sprintf("/v1/sessions/evil-%d/chunks", k), "application/json", pieces(0, fullBatch, "x"))
 			a.rest(20 * time.Millisecond)
 		})
 	}},
-	{name: "batches of a thousand messages with numbers", most: writer, run: func(a *attacker) {
+	{name: "full batches of messages with numbers", most: writer, run: func(a *attacker) {
 		var n atomic.Int64
 		a.many(4, func(int) {
 			k := int(n.Add(1))
 			var all []string
-			for i := range 1000 { // each begins a run of its own
+			for i := range fullBatch { // each begins a run of its own
 				all = append(all, []string{fmt.Sprintf(`{"type":"delta","message_id":"m%d"}`, i), fmt.Sprintf(`{"message_id":"m%d","content":"x"}`, i)}[i%2])
 			}
 			a.call("POST", fmt.Sprintf("/v1/sessions/evil-%d/chunks", k), "application/json", "["+strings.Join(all, ",")+"]",
@@ -764,18 +784,18 @@ var siegeAttacks = []siegeAttack{
 			a.rest(20 * time.Millisecond)
 		})
 	}},
-	{name: "the same batch with numbers again and again", most: writer, run: func(a *attacker) {
-		all := pieces(0, 1000, "x")
+	{name: "the same full batch again and again", most: writer, run: func(a *attacker) {
+		all := pieces(0, fullBatch, "x")
 		a.many(4, func(int) {
 			a.call("POST", evilChunks, "application/json", all, "Producer-Id", "p", "Producer-Epoch", "0", "Producer-Chunk", "0")
 		})
 	}},
-	{name: "a batch that ends a thousand messages", most: writer, run: func(a *attacker) {
+	{name: "full batches that end messages", most: writer, run: func(a *attacker) {
 		var n atomic.Int64
-		ends := strings.ReplaceAll(pieces(0, 1000, "x"), `{"message`, `{"type":"done","message`)
+		ends := strings.ReplaceAll(pieces(0, fullBatch, "x"), `{"message`, `{"type":"done","message`)
 		a.many(2, func(int) {
 			path := fmt.Sprintf("/v1/sessions/evil-%d/chunks", n.Add(1))
-			a.call("POST", path, "application/json", pieces(0, 1000, "x"))
+			a.call("POST", path, "application/json", pieces(0, fullBatch, "x"))
 			a.call("POST", path, "application/json", ends)
 		})
 	}},
@@ -831,7 +851,7 @@ var siegeAttacks = []siegeAttack{
 		})
 	}},
 	{name: "a log deleted and begun again", most: writer, run: func(a *attacker) {
-		large := pieces(0, 1000, strings.Repeat("x", 200))
+		large := pieces(0, fullBatch, strings.Repeat("x", 200))
 		a.many(4, func(i int) {
 			id := fmt.Sprint("/v1/sessions/evil-", i)
 			for range 5 {
@@ -841,7 +861,7 @@ var siegeAttacks = []siegeAttack{
 		})
 	}},
 	{name: "a log that is trimmed at each append", most: writer, prepare: fill(64, 60_000), run: func(a *attacker) {
-		a.many(4, func(int) { a.call("POST", evilChunks, "application/json", pieces(0, 1000, "x")) })
+		a.many(4, func(int) { a.call("POST", evilChunks, "application/json", pieces(0, fullBatch, "x")) })
 	}},
 	{name: "a log that grows under readers that stand still", most: writer, run: func(a *attacker) {
 		go unread(900, "/v1/sessions/"+logID+"/stream")(a)
