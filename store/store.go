@@ -481,6 +481,7 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 			c.err = fmt.Errorf("script answered %v: %w", replies[i], errReply)
 			continue
 		case c.reply[0] == other, c.reply[0] == again && len(c.reply) == 1: // a call that was not executed has nothing to replicate
+			c.again = c.reply[0] == again && len(calls) > 1
 			continue
 		case c.reply[0] == "error":
 			c.err = scriptError(fields(c.reply).text(1))
