@@ -108,94 +108,94 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	var calls bool // the demo's
 
 	fs := flag.NewFlagSet("gapless", flag.ContinueOnError)
-	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on: on loopback, unless -auth says who may do what")
-	fs.StringVar(&cfg.tlsCert, "tls-cert", "", "`file` of the certificate, and of those that lead to its authority: serves https and HTTP/2; a new one is taken without a restart")
-	fs.StringVar(&cfg.tlsKey, "tls-key", "", "`file` of its private key")
-	fs.BoolVar(&cfg.h2c, "h2c", false, "take HTTP/2 without TLS, too, from proxies that speak it with prior knowledge")
-	fs.StringVar(&hosts, "hosts", "", "`names` by which browsers may call a server on loopback, beside localhost and addresses; commas between")
-	fs.StringVar(&cfg.auth.Source, "auth", "", "whose tokens are taken: `secret:FILE`[,FILE…] of 32 bytes or more each for HS256, or the https://… URL of a JWKS for RS256, ES256 and EdDSA; none: everybody may do everything")
-	fs.StringVar(&cfg.auth.Issuer, "auth-issuer", "", "the `iss` that tokens must have; none: it is not looked at")
-	fs.StringVar(&cfg.auth.Audience, "auth-audience", "", "the `aud` that tokens must have; none: it is not looked at")
-	fs.StringVar(&cfg.auth.Claim, "auth-claim", cfg.auth.Claim, "`name` of the claim that says what a token's holder may do")
-	fs.StringVar(&cfg.auth.Cookie, "auth-cookie", "", "`name` of a cookie that may hold the token, where there is no Authorization header; none: no cookie may")
-	fs.BoolVar(&cfg.open, "insecure-open", false, "listen on other addresses than loopback although there is no -auth: whoever can connect may read, write and delete everything")
-	fs.StringVar(&origins, "cors-origins", "", "`origins` whose pages may call the API, with credentials, such as https://chat.example; commas between")
-	fs.StringVar(&cfg.sse.Node, "node", host, "this node's `name`, as viewers and logs are told it")
-	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a stop may take: viewers are sent to other nodes spread over it")
+	fs.StringVar(&cfg.listen, "listen", "127.0.0.1:8080", "`address` to listen on; an address other than loopback needs -auth")
+	fs.StringVar(&cfg.tlsCert, "tls-cert", "", "`file` with the certificate and its chain; the server then speaks https and HTTP/2, and reloads the file when it changes")
+	fs.StringVar(&cfg.tlsKey, "tls-key", "", "`file` with the private key of -tls-cert")
+	fs.BoolVar(&cfg.h2c, "h2c", false, "also accept HTTP/2 without TLS, from proxies that use prior knowledge")
+	fs.StringVar(&hosts, "hosts", "", "comma-separated `names` under which browsers may call a server on loopback, besides localhost and IP addresses")
+	fs.StringVar(&cfg.auth.Source, "auth", "", "whose tokens are accepted: `secret:FILE`[,FILE…] for HS256 (at least 32 bytes each), or the https://… URL of a JWKS for RS256, ES256 and EdDSA; by default everybody may do everything")
+	fs.StringVar(&cfg.auth.Issuer, "auth-issuer", "", "the `iss` that a token must have; by default it is not checked")
+	fs.StringVar(&cfg.auth.Audience, "auth-audience", "", "the `aud` that a token must have; by default it is not checked")
+	fs.StringVar(&cfg.auth.Claim, "auth-claim", cfg.auth.Claim, "`name` of the claim that lists what the holder of a token may do")
+	fs.StringVar(&cfg.auth.Cookie, "auth-cookie", "", "`name` of a cookie that may carry the token when there is no Authorization header; by default none may")
+	fs.BoolVar(&cfg.open, "insecure-open", false, "listen on addresses other than loopback without -auth: anyone who can connect may read, write and delete everything")
+	fs.StringVar(&origins, "cors-origins", "", "comma-separated `origins` whose pages may call the API with credentials, such as https://chat.example")
+	fs.StringVar(&cfg.sse.Node, "node", host, "`name` of this node in the welcome event and in logs")
+	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a shutdown may take; viewers are moved to other nodes during this time")
 
 	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded: in this process, in memory, for one node")
-	fs.StringVar(&cfg.store.Prefix, "prefix", cfg.store.Prefix, "`text` that starts every key and every channel in Redis: deployments that share a Redis, also in different databases, need different ones")
-	fs.StringVar(&cfg.store.RedisCA, "redis-ca", "", "`file` of the certificates that vouch for a rediss:// server, instead of the system's")
-	fs.StringVar(&cfg.store.RedisCert, "redis-cert", "", "`file` of the certificate by which Redis knows this node")
-	fs.StringVar(&cfg.store.RedisKey, "redis-key", "", "`file` of its private key")
+	fs.StringVar(&cfg.store.Prefix, "prefix", cfg.store.Prefix, "`text` at the start of every key and channel in Redis; deployments that share a Redis server need different prefixes, even in different databases")
+	fs.StringVar(&cfg.store.RedisCA, "redis-ca", "", "`file` with the CA certificates for a rediss:// server, instead of the system's")
+	fs.StringVar(&cfg.store.RedisCert, "redis-cert", "", "`file` with the certificate that this node shows to Redis")
+	fs.StringVar(&cfg.store.RedisKey, "redis-key", "", "`file` with the private key of -redis-cert")
 	fs.IntVar(&cfg.store.WaitReplicas, "wait-replicas", 0, "how many replicas must have an append before it is acknowledged")
-	fs.DurationVar(&cfg.store.WaitTimeout, "wait-timeout", cfg.store.WaitTimeout, "how long they may take; after that the outcome is unknown")
-	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use: one that is viewed is in use")
+	fs.DurationVar(&cfg.store.WaitTimeout, "wait-timeout", cfg.store.WaitTimeout, "how long replicas may take; after that the outcome of the append is unknown")
+	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use; viewing a log is using it")
 	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
-	bytesVar(fs, &cfg.store.HistoryBytes, "history-bytes", "how many `bytes` of a log's chunks are kept; 0: all that -history-max allows")
-	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message outlives the upload that it came from: one whose connection broke and that has producer numbers, or whose node died")
-	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "which end of the list foreign producers push to: oldest-first (RPUSH) or newest-first (LPUSH)")
+	bytesVar(fs, &cfg.store.HistoryBytes, "history-bytes", "how many `bytes` of chunks of a log are kept; 0: no limit but -history-max")
+	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message stays unfinished after its node died, or after the connection of a producer with numbers broke")
+	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "the end of the list to which foreign producers push: oldest-first (RPUSH) or newest-first (LPUSH)")
 
 	fs.DurationVar(&cfg.sse.Heartbeat, "heartbeat", cfg.sse.Heartbeat, "longest silence on a stream")
-	fs.DurationVar(&cfg.sse.Reconcile, "reconcile", cfg.sse.Reconcile, "how often a watched log is read even if nothing is announced: the longest delay of a chunk while Redis serves")
-	fs.DurationVar(&cfg.sse.Linger, "linger", cfg.sse.Linger, "how long a log stays in memory after its last viewer left")
-	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer's socket may take nothing; of other responses at most 45s")
-	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of events a log keeps in memory")
-	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` all logs keep in memory")
-	bytesVar(fs, &cfg.sse.SnapshotMax, "snapshot-max", "how many `bytes` a snapshot may have: the rest of a longer log comes as chunks; 0: none is given")
-	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "the largest event that a chunk may make in a stream, in `bytes`")
+	fs.DurationVar(&cfg.sse.Reconcile, "reconcile", cfg.sse.Reconcile, "how often a watched log is read when nothing is announced; this is the longest delay of a chunk while Redis works")
+	fs.DurationVar(&cfg.sse.Linger, "linger", cfg.sse.Linger, "how long a log stays in memory after its last viewer has left")
+	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer may read nothing before its connection is closed; for other responses at most 45s")
+	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of a log's events are kept in memory")
+	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` of events of all logs are kept in memory")
+	bytesVar(fs, &cfg.sse.SnapshotMax, "snapshot-max", "largest snapshot in `bytes`; the rest of a longer log is sent as chunks; 0: no snapshots")
+	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "largest event that a chunk may become, in `bytes`")
 
 	limits := &cfg.api.Limits
-	fs.StringVar(&proxies, "trusted-proxies", "", "`addresses` and ranges of proxies whose X-Forwarded-For says who the client is, such as 10.0.0.0/8; commas between")
-	fs.IntVar(&limits.Connections, "connections", limits.Connections, "how many connections the node has at most; 0: as many as its file descriptors allow")
-	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "how many of them an address has that is no trusted proxy; of IPv6, a /64. For this limit and the others, 0 is none")
-	fs.IntVar(&limits.Strangers, "strangers", limits.Strangers, "with -auth, how many connections the node has on which no token was shown yet")
-	fs.IntVar(&limits.CallerStrangers, "caller-strangers", limits.CallerStrangers, "how many of them an address has")
-	bytesVar(fs, &limits.StrangerBytes, "stranger-bytes", "how many `bytes` a second are read from those of an address, and ten times as many at once")
-	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "how many viewers the node has")
-	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "how many of them a caller has: a token's subject, or else an address")
-	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "how many uploads the node has under way")
-	fs.IntVar(&limits.CallerUploads, "caller-uploads", limits.CallerUploads, "how many of them a caller has")
-	fs.IntVar(&limits.Answers, "answers", limits.Answers, "how many answers of the model the node has under way")
-	fs.IntVar(&limits.CallerAnswers, "caller-answers", limits.CallerAnswers, "how many of them a caller has")
-	bytesVar(fs, &limits.Bodies, "bodies", "how many `bytes` of memory large JSON bodies take on the node, each three times its length")
-	bytesVar(fs, &limits.CallerBodies, "caller-bodies", "how many `bytes` of them a caller has")
-	bytesVar(fs, &limits.Responses, "responses", "how many `bytes` of memory calls under way take on the node, viewers and uploads apart: 64 KiB each, and pages what they hold")
-	bytesVar(fs, &limits.CallerResponses, "caller-responses", "how many `bytes` of them an address has")
-	fs.IntVar(&limits.Naive, "naive", limits.Naive, "how many naive viewers of the demo the node has")
-	fs.IntVar(&limits.CallerNaive, "caller-naive", limits.CallerNaive, "how many of them a caller has")
-	fs.IntVar(&limits.CallerCalls, "caller-calls", limits.CallerCalls, "how many calls a caller makes in a second, and ten times as many at once")
-	fs.IntVar(&limits.CallerAppends, "caller-appends", limits.CallerAppends, "how many chunks of up to a KiB a caller appends in a second, and ten times as many at once")
-	bytesVar(fs, &limits.CallerStored, "caller-stored", "how many `bytes` of chunks a caller stores in a day, and as many at once")
-	fs.IntVar(&limits.CallerSessions, "caller-sessions", limits.CallerSessions, "how many sessions a caller makes in a second, and ten times as many at once")
-	fs.IntVar(&limits.CallerTickets, "caller-tickets", limits.CallerTickets, "how many tickets a caller makes in a second, and ten times as many at once")
-	fs.IntVar(&cfg.sse.Feeds, "feeds", cfg.sse.Feeds, "how many logs are watched at once")
-	fs.IntVar(&cfg.store.NamesMax, "session-names", cfg.store.NamesMax, "how many messages and producers a session may have")
-	bytesVar(fs, &cfg.api.BodyMax, "body-max", "the largest JSON body, in `bytes`")
-	fs.IntVar(&cfg.api.BatchMax, "batch-max", cfg.api.BatchMax, "how many chunks an array may have")
-	bytesVar(fs, &cfg.api.BatchBytes, "batch-bytes", "how many `bytes` the chunks of an array may have together, if they are several")
-	bytesVar(fs, &cfg.api.URLMax, "url-max", "the longest URL, in `bytes`")
-	bytesVar(fs, &cfg.api.HeaderMax, "header-max", "the largest header of a request, in `bytes`")
-	fs.DurationVar(&cfg.header, "header-timeout", 10*time.Second, "how long a request's header, or a TLS handshake, may take: more than a bad mobile network needs")
+	fs.StringVar(&proxies, "trusted-proxies", "", "comma-separated `addresses` and ranges of proxies whose X-Forwarded-For is believed, such as 10.0.0.0/8")
+	fs.IntVar(&limits.Connections, "connections", limits.Connections, "limit of connections of this node; 0: as many as its file descriptors allow")
+	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "limit of connections per client address (IPv6: per /64), trusted proxies excepted; 0: no limit, here and below")
+	fs.IntVar(&limits.Strangers, "strangers", limits.Strangers, "limit of connections that have not presented a token yet, with -auth")
+	fs.IntVar(&limits.CallerStrangers, "caller-strangers", limits.CallerStrangers, "limit of connections per client address that have not presented a token yet")
+	bytesVar(fs, &limits.StrangerBytes, "stranger-bytes", "how many `bytes` per second and client address are read from such connections; ten times as many at once")
+	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "limit of viewers of this node")
+	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "limit of viewers per caller, which is a token's subject, or else a client address")
+	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "limit of concurrent uploads of this node")
+	fs.IntVar(&limits.CallerUploads, "caller-uploads", limits.CallerUploads, "limit of concurrent uploads per caller")
+	fs.IntVar(&limits.Answers, "answers", limits.Answers, "limit of concurrent model answers of this node")
+	fs.IntVar(&limits.CallerAnswers, "caller-answers", limits.CallerAnswers, "limit of concurrent model answers per caller")
+	bytesVar(fs, &limits.Bodies, "bodies", "limit of `bytes` of memory for large JSON bodies on this node; each counts three times its length")
+	bytesVar(fs, &limits.CallerBodies, "caller-bodies", "limit of `bytes` of memory for large JSON bodies per caller")
+	bytesVar(fs, &limits.Responses, "responses", "limit of `bytes` of memory for calls in progress on this node, viewers and uploads excepted; each counts 64 KiB and the page that it holds")
+	bytesVar(fs, &limits.CallerResponses, "caller-responses", "limit of `bytes` of memory for calls in progress per client address")
+	fs.IntVar(&limits.Naive, "naive", limits.Naive, "limit of naive demo viewers of this node")
+	fs.IntVar(&limits.CallerNaive, "caller-naive", limits.CallerNaive, "limit of naive demo viewers per caller")
+	fs.IntVar(&limits.CallerCalls, "caller-calls", limits.CallerCalls, "limit of calls per second and caller; bursts may be ten times as large")
+	fs.IntVar(&limits.CallerAppends, "caller-appends", limits.CallerAppends, "limit of appended chunks per second and caller, where each KiB counts as a chunk; bursts may be ten times as large")
+	bytesVar(fs, &limits.CallerStored, "caller-stored", "limit of `bytes` of chunks that a caller stores per day")
+	fs.IntVar(&limits.CallerSessions, "caller-sessions", limits.CallerSessions, "limit of new sessions per second and caller; bursts may be ten times as large")
+	fs.IntVar(&limits.CallerTickets, "caller-tickets", limits.CallerTickets, "limit of new tickets per second and caller; bursts may be ten times as large")
+	fs.IntVar(&cfg.sse.Feeds, "feeds", cfg.sse.Feeds, "limit of logs that are watched at the same time")
+	fs.IntVar(&cfg.store.NamesMax, "session-names", cfg.store.NamesMax, "limit of messages and producers per session")
+	bytesVar(fs, &cfg.api.BodyMax, "body-max", "largest JSON body in `bytes`")
+	fs.IntVar(&cfg.api.BatchMax, "batch-max", cfg.api.BatchMax, "largest number of chunks in an array")
+	bytesVar(fs, &cfg.api.BatchBytes, "batch-bytes", "largest size in `bytes` of the chunks of an array, unless it is a single chunk")
+	bytesVar(fs, &cfg.api.URLMax, "url-max", "longest URL in `bytes`")
+	bytesVar(fs, &cfg.api.HeaderMax, "header-max", "largest request header in `bytes`")
+	fs.DurationVar(&cfg.header, "header-timeout", 10*time.Second, "how long a request header or a TLS handshake may take")
 	fs.DurationVar(&cfg.api.BodyTimeout, "body-timeout", cfg.api.BodyTimeout, "how long 64 KiB of a JSON body, or all of a shorter one, may take")
-	fs.DurationVar(&cfg.idle, "idle-timeout", 2*time.Minute, "how long a connection is kept that waits for a request: longer than proxies keep theirs")
+	fs.DurationVar(&cfg.idle, "idle-timeout", 2*time.Minute, "how long an idle connection is kept; it should be longer than that of the proxies in front")
 
-	fs.BoolVar(&cfg.sse.Plain, "plain", false, "leave viewers' connections to the HTTP server, instead of taking them over where HTTP/1.1 allows it: slower, for comparison")
-	fs.StringVar(&cfg.metrics, "metrics", "", "another `address` at which /metrics is served, and nothing else, without a token: for Prometheus, and not for strangers")
-	fs.StringVar(&cfg.pprof, "pprof", "", "`address` on loopback at which profiles are served (/debug/pprof/); none by default")
+	fs.BoolVar(&cfg.sse.Plain, "plain", false, "serve streams through the HTTP server instead of taking over HTTP/1.1 connections; slower, for comparison")
+	fs.StringVar(&cfg.metrics, "metrics", "", "additional `address` that serves only /metrics, without a token; keep it away from strangers")
+	fs.StringVar(&cfg.pprof, "pprof", "", "loopback `address` that serves profiles at /debug/pprof/; off by default")
 
-	fs.BoolVar(&calls, "demo", false, "serve the calls by which the page cuts connections and shows a viewer that loses chunks, with -model demo; by default only on loopback without -auth")
-	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo, which has a few texts; or openai, which -model-url implies: a service that speaks the chat-completions API")
-	fs.StringVar(&cfg.model.URL, "model-url", "", "`URL` of its API, in front of /chat/completions, such as https://api.openai.com/v1; its key comes from the environment variable "+model.KeyVariable+", and is no flag")
-	fs.StringVar(&cfg.model.Name, "model-name", "", "`name` of the model there")
-	fs.StringVar(&cfg.model.Options, "model-options", "", "further members of each request, a `JSON` object such as {\"temperature\":0.2}; null takes one out")
+	fs.BoolVar(&calls, "demo", false, "with -model demo, serve the calls by which the page cuts connections and shows a viewer that loses chunks; by default only on loopback without -auth")
+	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo, which has a few built-in texts, or openai, a service with the chat-completions API; -model-url implies openai")
+	fs.StringVar(&cfg.model.URL, "model-url", "", "base `URL` of the model's API, such as https://api.openai.com/v1; the API key is read from the environment variable "+model.KeyVariable)
+	fs.StringVar(&cfg.model.Name, "model-name", "", "`name` of the model to request")
+	fs.StringVar(&cfg.model.Options, "model-options", "", "additional members of each model request, a `JSON` object such as {\"temperature\":0.2}; null removes a member")
 	fs.DurationVar(&cfg.model.Timeout, "model-timeout", cfg.model.Timeout, "how long the model may be silent before its first word")
-	fs.DurationVar(&cfg.model.Stall, "model-stall", cfg.model.Stall, "how long it may be silent between two words")
-	bytesVar(fs, &cfg.api.ContextMax, "model-context", "how much of a conversation is sent along with a question, in `bytes` of text: its newest messages")
-	bytesVar(fs, &cfg.api.AnswerMax, "model-answer-max", "the longest answer, in `bytes` of text")
-	showVersion := fs.Bool("version", false, "print the version and end")
-	fs.TextVar(&level, "log-level", slog.LevelInfo, "`level`: debug, info, warn, error")
-	fs.StringVar(&logFormat, "log-format", "text", "text or json")
+	fs.DurationVar(&cfg.model.Stall, "model-stall", cfg.model.Stall, "how long the model may be silent between two words")
+	bytesVar(fs, &cfg.api.ContextMax, "model-context", "how many `bytes` of the conversation are sent with a question; the newest messages are kept")
+	bytesVar(fs, &cfg.api.AnswerMax, "model-answer-max", "longest answer in `bytes` of text")
+	showVersion := fs.Bool("version", false, "print the version and exit")
+	fs.TextVar(&level, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
+	fs.StringVar(&logFormat, "log-format", "text", "format of the log: text or json")
 	fs.Usage = func() { cli.Help(fs.Output(), fs) }
 
 	var errs []error
@@ -258,7 +258,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	case "json":
 		handler = slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level})
 	default:
-		errs = append(errs, fmt.Errorf("-log-format: %q is neither text nor json", logFormat))
+		errs = append(errs, fmt.Errorf("-log-format: must be text or json (%q)", logFormat))
 	}
 	if len(errs) == 0 {
 		cfg.log = slog.New(handler)
@@ -275,19 +275,19 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		errs = append(errs, cfg.model.Validate())
 	case "demo":
 		if cfg.model.URL != "" {
-			errs = append(errs, errors.New("-model-url: -model demo asks nobody: leave one of them out"))
+			errs = append(errs, errors.New("-model-url: cannot be combined with -model demo"))
 		}
 	default:
-		errs = append(errs, fmt.Errorf("-model: %q is neither demo nor openai", modelName))
+		errs = append(errs, fmt.Errorf("-model: must be demo or openai (%q)", modelName))
 	}
 	if cfg.drain < 0 {
-		errs = append(errs, fmt.Errorf("-drain: %v is less than nothing", cfg.drain))
+		errs = append(errs, fmt.Errorf("-drain: must not be negative (%v)", cfg.drain))
 	}
 	if (cfg.tlsCert == "") != (cfg.tlsKey == "") {
-		errs = append(errs, errors.New("-tls-cert, -tls-key: give both or none: a certificate is of no use without its key"))
+		errs = append(errs, errors.New("-tls-cert, -tls-key: set both or neither"))
 	}
 	if cfg.h2c && cfg.tlsCert != "" {
-		errs = append(errs, errors.New("-h2c: with -tls-cert HTTP/2 is negotiated by TLS: leave out one of them"))
+		errs = append(errs, errors.New("-h2c: cannot be combined with -tls-cert, which negotiates HTTP/2 itself"))
 	}
 	address, _, err := net.SplitHostPort(cfg.listen)
 	if err != nil {
@@ -297,7 +297,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 		errs = append(errs, fmt.Errorf("-metrics: %w", err))
 	}
 	if host, _, err := net.SplitHostPort(cfg.pprof); cfg.pprof != "" && (err != nil || !isLoopback(host)) {
-		errs = append(errs, fmt.Errorf("-pprof: %q is no address and port on loopback: profiles tell much, so they are for this machine alone", cfg.pprof))
+		errs = append(errs, fmt.Errorf("-pprof: %q is not an address and port on loopback: profiles reveal too much for other machines", cfg.pprof))
 	}
 	switch {
 	case hosts != "":
@@ -307,9 +307,9 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	}
 	switch open := err == nil && !isLoopback(address); {
 	case cfg.auth.Source != "" && cfg.open:
-		errs = append(errs, errors.New("-insecure-open: with -auth nothing is open: leave one of them out"))
+		errs = append(errs, errors.New("-insecure-open: cannot be combined with -auth"))
 	case open && cfg.auth.Source == "" && !cfg.open:
-		errs = append(errs, fmt.Errorf("-listen: %s can be reached by others, who could read, write and delete everything: say whose tokens are taken with -auth, or listen on 127.0.0.1 behind something that asks (-insecure-open lets everybody in)", cfg.listen))
+		errs = append(errs, fmt.Errorf("-listen: anyone who can reach %s could read, write and delete everything: set -auth, or listen on 127.0.0.1 behind a proxy that authenticates (-insecure-open allows it anyway)", cfg.listen))
 	}
 	// Who sets a limit of callers means it. Else addresses on loopback are this machine's own, and
 	// mostly a proxy's, which all its clients share.
@@ -323,18 +323,18 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	}
 	for name, d := range map[string]time.Duration{"-header-timeout": cfg.header, "-idle-timeout": cfg.idle} {
 		if d < 100*time.Millisecond {
-			errs = append(errs, fmt.Errorf("%s: %v is less than 100ms", name, d))
+			errs = append(errs, fmt.Errorf("%s: must be at least 100ms (%v)", name, d))
 		}
 	}
 	if origins != "" {
 		cfg.api.Origins = strings.Split(origins, ",")
 	}
 	if cfg.api.Look = cfg.sse.Reconcile; cfg.store.Grace < 3*cfg.api.Look {
-		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile, %v: a node that is well must have the time to say so", cfg.store.Grace, cfg.sse.Reconcile))
+		errs = append(errs, fmt.Errorf("-grace: %v is less than three times -reconcile (%v): a healthy node needs that time to renew its messages", cfg.store.Grace, cfg.sse.Reconcile))
 	}
 	switch local := isLoopback(address) && cfg.auth.Source == ""; {
 	case calls && !cfg.demo:
-		errs = append(errs, errors.New("-demo: the demo's calls are for the demo's model: leave it out, or take -model demo"))
+		errs = append(errs, errors.New("-demo: needs -model demo"))
 	case given["demo"]:
 		cfg.api.Demo = calls
 	default:
@@ -354,7 +354,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	return cfg, errors.Join(errs...)
 }
 
-var errQuote = errors.New("-redis: an argument that is not shown follows the URL and is no flag: quote the URL, and escape a space in it as %20")
+var errQuote = errors.New("-redis: the URL is followed by an argument that is not a flag (not shown here): quote the URL, and escape a space in it as %20")
 
 // broken reports whether a password may go on after a -redis URL, in other arguments: these have the @ that follows a
 // password, or the URL cannot be read and has the colon before one.
@@ -643,7 +643,7 @@ func (b *byteSize) String() string {
 func (b *byteSize) Set(text string) error {
 	n, err := humanize.ParseBytes(text)
 	if err != nil || n > 1<<40 {
-		return fmt.Errorf("an amount of bytes is a number and KiB, MiB or GiB, up to 1024GiB")
+		return fmt.Errorf("must be a number with KiB, MiB or GiB, up to 1024GiB")
 	}
 	*b = byteSize(n)
 	return nil

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -369,7 +370,8 @@ func TestHTTP2_aDrainResetsStreamsAndSaysGoAway(t *testing.T) {
 func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-h2c", "-linger", "0s")
+	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-h2c", "-linger", "0s", "-pprof", "127.0.0.1:0")
+	profiles := regexp.MustCompile(`flag=-pprof at=(\S+)`).FindStringSubmatch(n.log.String())
 	session := newID()
 	n.append(t, session, words(1, 20))
 	other := &viewer{session: session}
@@ -406,8 +408,16 @@ func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 		})
 		return goroutines
 	}
+	live := func() float64 { // bytes, after a collection
+		r, err := http.Get(profiles[1] + "/debug/pprof/heap?gc=1")
+		if err != nil || r.Body.Close() != nil {
+			t.Fatal(err)
+		}
+		m, _ := n.scrape(t)
+		return m["go_memstats_heap_alloc_bytes"]
+	}
 	storm(4_000) // pools are filled, once
-	before := quiet()
+	before, heap := quiet(), live()
 	storm(40_000)
 	n.append(t, session, words(21, 1))
 	eventually(t, "the other viewer goes on", func() bool { return other.seen.Load() == 21 })
@@ -416,11 +426,7 @@ func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 	if after > before+10 {
 		t.Errorf("%.0f goroutines are left, %.0f were there", after, before)
 	}
-	eventually(t, "what they took is collected", func() bool { // a KiB left of each would be 40 MiB
-		storm(1_000) // garbage is collected when there is more of it
-		m, _ := n.scrape(t)
-		return m["go_memstats_heap_alloc_bytes"] < 8<<20
-	})
+	eventually(t, "what they took is collected", func() bool { return live() < heap+8<<20 }) // a KiB left of each would be 40 MiB
 	n.append(t, session, `{"type":"end"}`)
 	wait()
 	other.check(t, history(t, redis, session))

@@ -45,6 +45,7 @@ func TestPrefix_startsEveryKeyAndEveryChannel(t *testing.T) {
 	body, w := io.Pipe()
 	answered := make(chan answer, 1)
 	background(t, func() { answered <- n.do(ctx, "POST", stream+"/chunks?message_id=up", "text/plain", body) })
+	t.Cleanup(func() { _ = w.Close() }) // before background waits
 	if _, err := io.WriteString(w, "word1 "); err != nil {
 		t.Fatal(err)
 	}
@@ -129,6 +130,7 @@ func TestPrefix_keepsDeploymentsOnOneRedisApart(t *testing.T) {
 		body, w := io.Pipe()
 		d.body = w
 		background(t, func() { d.up <- d.do(ctx, "POST", "/v1/sessions/"+session+"/chunks?message_id=up", "text/plain", body) })
+		t.Cleanup(func() { _ = w.Close() }) // before background waits
 		if _, err := fmt.Fprintf(w, "%s ", d.prefix); err != nil {
 			t.Fatal(err)
 		}

@@ -290,5 +290,5 @@ func TestStart_demoIsServedWhereItWasAskedFor(t *testing.T) {
 			t.Errorf("%q: %d", c.args, res.StatusCode)
 		}
 	}
-	reported(t, nil, []string{"-demo", "-model-url", "https://model.example/v1", "-model-name", "m"}, []string{"-demo: the demo's calls"})
+	reported(t, nil, []string{"-demo", "-model-url", "https://model.example/v1", "-model-name", "m"}, []string{"-demo: needs -model demo"})
 }

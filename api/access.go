@@ -62,17 +62,17 @@ func (a *API) credential(r *http.Request) (auth.Grant, error) {
 	token, member := "", "Authorization"
 	switch headers := r.Header.Values("Authorization"); {
 	case len(headers) > 1:
-		return auth.Grant{}, unauthorized(member, "Authorization stands twice: send one token")
+		return auth.Grant{}, unauthorized(member, "Authorization is given twice: send one token")
 	case len(headers) == 1:
 		scheme, rest, _ := strings.Cut(headers[0], " ")
 		if !strings.EqualFold(scheme, "Bearer") {
-			return auth.Grant{}, unauthorized(member, "the scheme of Authorization is Bearer here: send a token as Authorization: Bearer TOKEN")
+			return auth.Grant{}, unauthorized(member, "the scheme of Authorization must be Bearer: send a token as Authorization: Bearer TOKEN")
 		}
 		token = strings.Trim(rest, " ")
 	case a.cfg.Auth.Cookie() != "":
 		cookies := r.CookiesNamed(a.cfg.Auth.Cookie())
 		if len(cookies) > 1 { // another host of the domain may have set one
-			return auth.Grant{}, unauthorized("Cookie", "the cookie "+a.cfg.Auth.Cookie()+" stands twice: log out and in again")
+			return auth.Grant{}, unauthorized("Cookie", "the cookie "+a.cfg.Auth.Cookie()+" is given twice: log out and in again")
 		}
 		if len(cookies) == 1 {
 			token, member = cookies[0].Value, "Cookie"
@@ -80,7 +80,7 @@ func (a *API) credential(r *http.Request) (auth.Grant, error) {
 	}
 	if token == "" {
 		return auth.Grant{}, &Problem{Status: http.StatusUnauthorized, Code: "unauthorized", Member: member, challenge: "Bearer realm=\"gapless\"",
-			Detail: "this server wants to know who calls: send a token as Authorization: Bearer TOKEN" + a.otherWays()}
+			Detail: "this server needs a token: send it as Authorization: Bearer TOKEN" + a.otherWays()}
 	}
 	g, err := a.cfg.Auth.Read(token)
 	if bad, ok := errors.AsType[*auth.InvalidError](err); ok {
@@ -100,9 +100,9 @@ func (a *API) showsToken(r *http.Request) bool {
 
 func (a *API) otherWays() string {
 	if name := a.cfg.Auth.Cookie(); name != "" {
-		return " (in a browser: log in, so that the cookie " + name + " has one); a stream may have a ?ticket= instead"
+		return " (in a browser: log in, which sets the cookie " + name + "); a stream also accepts a ?ticket="
 	}
-	return "; a stream may have a ?ticket= instead"
+	return "; a stream also accepts a ?ticket="
 }
 
 // unauthorized refuses a credential (RFC 6750, section 3).
@@ -143,7 +143,7 @@ func (a *API) may(c echo.Context, action auth.Action, id string) error {
 		under = fmt.Sprintf("%q", action)
 	}
 	return &Problem{Status: http.StatusForbidden, Code: "forbidden",
-		Detail:    fmt.Sprintf("the token does not allow %s on %s: its claim %q has to name it under %s", action, what, claim, under),
+		Detail:    fmt.Sprintf("the token does not allow %s on %s: its claim %q must name it under %s", action, what, claim, under),
 		challenge: `Bearer realm="gapless", error="insufficient_scope", error_description="the body says what is missing"`}
 }
 

@@ -102,7 +102,7 @@ func DefaultConfig() Config {
 func (c Config) Validate() error {
 	var errs []error
 	if least := store.Overhead + 256; c.ChunkMax < least {
-		errs = append(errs, fmt.Errorf("-chunk-max: %d bytes is less than %d", c.ChunkMax, least))
+		errs = append(errs, fmt.Errorf("-chunk-max: must be at least %d bytes (%d)", least, c.ChunkMax))
 	}
 	for _, n := range []struct {
 		flag  string
@@ -110,20 +110,20 @@ func (c Config) Validate() error {
 		least int
 	}{{"-body-max", c.BodyMax, 1 << 10}, {"-batch-max", c.BatchMax, 1}, {"-batch-bytes", c.BatchBytes, 1 << 10}, {"-url-max", c.URLMax, 512}, {"-header-max", c.HeaderMax, 1 << 10}} {
 		if n.value < n.least {
-			errs = append(errs, fmt.Errorf("%s: %d is less than %d", n.flag, n.value, n.least))
+			errs = append(errs, fmt.Errorf("%s: must be at least %d (%d)", n.flag, n.least, n.value))
 		}
 	}
 	if c.BodyTimeout < 100*time.Millisecond {
-		errs = append(errs, fmt.Errorf("-body-timeout: %v is less than 100ms", c.BodyTimeout))
+		errs = append(errs, fmt.Errorf("-body-timeout: must be at least 100ms (%v)", c.BodyTimeout))
 	}
 	for flag, most := range map[string]int{"-bodies": c.Limits.Bodies, "-caller-bodies": c.Limits.CallerBodies} {
 		if most > 0 && most < BodyCost*c.BodyMax {
-			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one body may take, three times %d (-body-max)", flag, most, c.BodyMax))
+			errs = append(errs, fmt.Errorf("%s: %d bytes are less than one body may need, three times %d (-body-max)", flag, most, c.BodyMax))
 		}
 	}
 	for flag, most := range map[string]int{"-responses": c.Limits.Responses, "-caller-responses": c.Limits.CallerResponses} {
 		if least := CallCost + partCost; most > 0 && most < least {
-			errs = append(errs, fmt.Errorf("%s: %d bytes is less than one page may take, %d", flag, most, least))
+			errs = append(errs, fmt.Errorf("%s: %d bytes are less than one page may need, %d", flag, most, least))
 		}
 	}
 	errs = append(errs, c.Limits.Validate())
@@ -131,14 +131,14 @@ func (c Config) Validate() error {
 		// A browser that names it otherwise would never be let in; * would let everybody in who has a cookie.
 		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") ||
 			u.Scheme == "https" && u.Port() == "443" || u.Scheme == "http" && u.Port() == "80" {
-			errs = append(errs, fmt.Errorf("-cors-origins: %q is no origin: it is https://host or https://host:port, as browsers name it (without the scheme's own port), and * is none", o))
+			errs = append(errs, fmt.Errorf("-cors-origins: %q is not an origin: use https://host or https://host:port, without the scheme's default port; * is not allowed", o))
 		}
 	}
 	if c.AnswerMax < 1 {
-		errs = append(errs, fmt.Errorf("-model-answer-max: %d bytes is less than one", c.AnswerMax))
+		errs = append(errs, fmt.Errorf("-model-answer-max: must be at least 1 (%d)", c.AnswerMax))
 	}
 	if c.ContextMax < 0 {
-		errs = append(errs, fmt.Errorf("-model-context: %d bytes is less than nothing", c.ContextMax))
+		errs = append(errs, fmt.Errorf("-model-context: must not be negative (%d)", c.ContextMax))
 	}
 	return errors.Join(errs...)
 }
@@ -152,6 +152,7 @@ type Logs interface {
 	Create(ctx context.Context, session string) (store.Bounds, bool, error)
 	Describe(ctx context.Context, session string) (store.Bounds, error)
 	Delete(ctx context.Context, session string) error
+	Sessions(ctx context.Context, prefix, after string, count int) ([]store.Listed, error)
 	Probe(ctx context.Context) error
 	Writes() string
 	ListenUploads(l store.Listener) (stop func())
@@ -226,11 +227,13 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 
 	// Each route has its own check: a group's would answer every other method with 404.
 	a.call("POST", "/v1/sessions", auth.Write, decode(a.createSession)) // whose body names it
+	a.call("GET", "/v1/sessions", auth.Admin, a.listSessions)           // of all
 	a.call("POST", onePath, auth.Write, a.createNamed)
 	a.call("GET", onePath, auth.Read, a.describeSession)
 	a.call("DELETE", onePath, auth.Admin, a.deleteSession)
 	a.call("POST", onePath+"/chunks", auth.Write, decode(a.appendChunks))
 	a.call("GET", onePath+"/chunks", auth.Read, a.readChunks)
+	a.call("GET", onePath+"/digest", auth.Read, a.readDigest)
 	a.call("GET", streamPath, auth.Read, a.stream)
 	a.call("POST", onePath+"/tickets", auth.Read, a.createTicket)
 	a.call("POST", onePath+"/messages", auth.Ask, decode(a.ask))
@@ -345,7 +348,7 @@ type readiness struct {
 func (a *API) ready(c echo.Context) error {
 	all := c.QueryParams()["for"]
 	if len(all) > 1 || len(all) == 1 && all[0] != "writes" {
-		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "for", Detail: "for must be writes, or absent"}
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "for", Detail: "for must be writes, or be left out"}
 	}
 	if a.draining.Err() != nil {
 		return errDraining
@@ -423,7 +426,7 @@ func (a *API) checkHost(r *http.Request) error {
 		return nil
 	}
 	return &Problem{Status: http.StatusMisdirectedRequest, Code: "host_not_allowed", Member: "Host",
-		Detail: fmt.Sprintf("this server is not called %q: name it with -hosts if it is", host)}
+		Detail: fmt.Sprintf("unknown host %q: add it to -hosts if it is a name of this server", host)}
 }
 
 // checkOrigin refuses what another site's page sends in a browser's name: with its cookie, or
@@ -439,13 +442,13 @@ func checkOrigin(origins []string) func(r *http.Request) error {
 	return func(r *http.Request) error {
 		if err := protection.Check(r); err != nil {
 			return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
-				Detail: "a page of another origin may not change anything here, unless -cors-origins names it"}
+				Detail: "pages of another origin may not change anything here: add the origin to -cors-origins"}
 		}
 		return nil
 	}
 }
 
-const idRule = "an id is 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not dots alone"
+const idRule = "an id must have 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not only dots"
 
 // validID refuses dots alone, too: in a path, clients and proxies take them for steps.
 func validID(id string) bool {

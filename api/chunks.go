@@ -8,7 +8,6 @@ import (
 	"io"
 	"mime"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -102,7 +101,7 @@ func parsePosting(c echo.Context) (p posting, err error) {
 	p.fill = store.Fill{MessageID: c.QueryParam("message_id"), Role: c.QueryParam("role")}
 	for _, q := range [][2]string{{"message_id", p.fill.MessageID}, {"role", p.fill.Role}} {
 		if len(q[1]) > store.MaxMessageID || !utf8.ValidString(q[1]) {
-			return p, invalid(q[0], fmt.Sprintf("%s is text in UTF-8, of %d bytes at most", q[0], store.MaxMessageID))
+			return p, invalid(q[0], fmt.Sprintf("%s must be UTF-8 text of at most %d bytes", q[0], store.MaxMessageID))
 		}
 	}
 	switch v := c.Request().Header.Get("Stream-Closed"); v {
@@ -110,19 +109,19 @@ func parsePosting(c echo.Context) (p posting, err error) {
 	case "true":
 		p.closes = true
 	default:
-		return p, invalid("Stream-Closed", "Stream-Closed is true, or left out")
+		return p, invalid("Stream-Closed", "Stream-Closed must be true, or be left out")
 	}
 	switch end := c.QueryParam("end"); end {
 	case "":
 	case "done":
 		p.ends = true
 	default:
-		return p, invalid("end", "end is done, or left out")
+		return p, invalid("end", "end must be done, or be left out")
 	}
 	if text := c.QueryParam("lease"); text != "" {
 		const least, most = time.Second, 24 * time.Hour
 		if p.lease, err = time.ParseDuration(text); err != nil || p.lease < least || p.lease > most {
-			return p, invalid("lease", "lease is a time such as 30s or 5m, from 1s to 24h")
+			return p, invalid("lease", "lease must be a duration from 1s to 24h, such as 30s or 5m")
 		}
 	}
 	if p.producer, err = parseProducer(c.Request().Header); err != nil {
@@ -134,7 +133,7 @@ func parsePosting(c echo.Context) (p posting, err error) {
 		return p, err
 	}
 	return p, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
-		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of them), " + typeNDJSON + " (an object a line), " +
+		Detail: "Content-Type must be " + typeJSON + " (an object, or an array of objects), " + typeNDJSON + " (one object per line), " +
 			typeText + " or " + typeEvents}
 }
 
@@ -159,7 +158,7 @@ func parseProducer(h http.Header) (p store.Producer, err error) {
 		case 1:
 			given++
 		default:
-			return p, invalid(name, name+" stands twice")
+			return p, invalid(name, name+" is given twice")
 		}
 	}
 	if given == 0 {
@@ -167,18 +166,18 @@ func parseProducer(h http.Header) (p store.Producer, err error) {
 	}
 	for _, name := range names {
 		if h.Get(name) == "" {
-			return p, invalid(name, name+" is missing: "+strings.Join(names, ", ")+" come together, or not at all")
+			return p, invalid(name, name+" is missing: send "+strings.Join(names, ", ")+" together, or none of them")
 		}
 	}
 	p.ID = h.Get(headerProducerID)
 	if len(p.ID) > 128 || strings.ContainsFunc(p.ID, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return p, &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: headerProducerID, Limit: 128,
-			Detail: "Producer-Id is 1 to 128 visible ASCII characters"}
+			Detail: "Producer-Id must have 1 to 128 visible ASCII characters"}
 	}
 	number := func(name string) int64 {
 		n, bad := parseNumber(h.Get(name))
 		if (bad != nil || n > maxNumber) && err == nil {
-			err = invalid(name, fmt.Sprintf("%s is a number from 0 to %d", name, int64(maxNumber)))
+			err = invalid(name, fmt.Sprintf("%s must be a number from 0 to %d", name, int64(maxNumber)))
 		}
 		return n
 	}
@@ -202,7 +201,7 @@ func mediaType(r *http.Request) (kind string, err error) {
 		return kind, nil
 	default:
 		return kind, &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Type",
-			Detail: fmt.Sprintf("charset %.40q is not supported: send the body in UTF-8, without charset or with charset=utf-8", charset)}
+			Detail: fmt.Sprintf("unsupported charset %.40q: send the body in UTF-8, without charset or with charset=utf-8", charset)}
 	}
 }
 
@@ -243,7 +242,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		ofMessages = ofMessages || chunk.MessageID() != ""
 	}
 	if p.lease > 0 && !ofMessages {
-		return invalid("lease", "a lease is of a message: name one with message_id, in the query or in a chunk")
+		return invalid("lease", "a lease needs a message: name it with message_id, in the query or in a chunk")
 	}
 	if p.fill.MessageID != "" && len(chunks) == 0 && !p.ends {
 		u.held = []string{p.fill.MessageID}
@@ -357,7 +356,7 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 		return nil, broken(err)
 	}
 	if rest := bytes.TrimSpace(body[dec.InputOffset():]); len(rest) > 0 {
-		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "there is text after the array"}
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "unexpected text after the array"}
 	}
 	return chunks, nil
 }
@@ -495,7 +494,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			if torn, ok := errors.AsType[*Problem](err); ok {
 				return torn
 			}
-			detail := "the body broke off"
+			detail := "the body ended early"
 			if errors.Is(err, errGzip) {
 				detail = errGzip.Error()
 			}
@@ -564,38 +563,20 @@ func (a *API) appendNothing(c echo.Context) error {
 // readChunks answers a page of the log: the elements as they are, and the number of the
 // first, since those of foreign producers do not say theirs.
 func (a *API) readChunks(c echo.Context) error {
-	const most, bytesMost = 1000, 4 << 20
-	after, err := parseNumber(c.QueryParam("after"))
+	const bytesMost = 4 << 20
+	page, err := parsePaging(c)
 	if err != nil {
-		return invalid("after", "after is a chunk's number, 0 or up to 16 digits")
+		return err
 	}
-	limit := 100
-	if text := c.QueryParam("limit"); text != "" {
-		n, err := parseNumber(text)
-		if limit = int(n); err != nil || n < 1 || n > most {
-			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "limit", Limit: most, Detail: fmt.Sprintf("limit is 1 to %d", most)}
-		}
-	}
-	// A page of a log that has ended changes only when the log is trimmed, expires or
-	// becomes another one: whoever has it need not be sent it again.
-	h := c.Response().Header()
-	h.Set("Cache-Control", "no-cache")
-	if have := c.Request().Header.Get("If-None-Match"); have != "" {
-		b, err := a.logs.Describe(c.Request().Context(), session(c))
-		if err != nil {
-			return err
-		}
-		if tag := pageTag(b, after, limit); b.Ended && matches(have, tag) {
-			h.Set("ETag", tag)
-			return c.NoContent(http.StatusNotModified)
-		}
+	if done, err := a.unchanged(c, page.tag); done || err != nil {
+		return err
 	}
 	// It is written as it is read: what is in memory is a part of it, and waits for its client.
 	if err := out(c).take(a.caller(c), partCost); err != nil {
 		return err
 	}
 	ctx, id := onBehalf(c.Request().Context(), a.caller(c)), session(c)
-	p, err := a.logs.Read(ctx, id, after+1, pagePart, limit)
+	p, err := a.logs.Read(ctx, id, page.after+1, pagePart, page.limit)
 	if err != nil {
 		return err
 	}
@@ -604,10 +585,10 @@ func (a *API) readChunks(c echo.Context) error {
 	}
 	tagged := p.Ended
 	if tagged {
-		h.Set("ETag", pageTag(p.Bounds, after, limit))
+		c.Response().Header().Set("ETag", page.tag(p.Bounds))
 	}
-	h.Set("Content-Type", typeJSON)
 	r := c.Response()
+	r.Header().Set("Content-Type", typeJSON)
 	r.WriteHeader(http.StatusOK)
 	b := fmt.Appendf(make([]byte, 0, 2*piece), `{"epoch":%q,"first_seq":%d,"last_seq":%d,"ended":%t,"from_seq":%d,"chunks":[`, p.Epoch, p.First, p.Last, p.Ended, p.From)
 	first, epoch, last := p.From, p.Epoch, p.Last
@@ -629,7 +610,7 @@ func (a *API) readChunks(c echo.Context) error {
 				b = b[:0]
 			}
 		}
-		next, more := p.Next(), limit-int(p.Next()-first)
+		next, more := p.Next(), page.limit-int(p.Next()-first)
 		if full || more <= 0 || next > last || size >= bytesMost {
 			break
 		}
@@ -653,36 +634,3 @@ const (
 	// partCost is what it takes in memory: as Redis sent it, as it is parsed, and what of it is written.
 	partCost = 3 * pagePart
 )
-
-// pageTag is the entity tag of a page: what its bytes follow from.
-func pageTag(b store.Bounds, after int64, limit int) string {
-	return fmt.Sprintf(`"%s-%d-%d-%d-%d"`, b.Epoch, b.First, b.Last, after, limit)
-}
-
-// matches says whether If-None-Match names a tag (RFC 9110, section 13.1.2).
-func matches(header, tag string) bool {
-	for one := range strings.SplitSeq(header, ",") {
-		if one = strings.TrimSpace(one); one == "*" || strings.TrimPrefix(one, "W/") == tag {
-			return true
-		}
-	}
-	return false
-}
-
-// parseNumber reads a cursor: 0|[1-9][0-9]{0,15}. Empty is 0.
-func parseNumber(text string) (int64, error) {
-	if text == "" || text == "0" {
-		return 0, nil
-	}
-	if len(text) > 16 || text[0] < '1' || text[0] > '9' {
-		return 0, errNumber
-	}
-	for _, d := range []byte(text) {
-		if d < '0' || d > '9' {
-			return 0, errNumber
-		}
-	}
-	return strconv.ParseInt(text, 10, 64)
-}
-
-var errNumber = errors.New("not a number of a chunk")

@@ -1,14 +1,15 @@
 package api
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"time"
 
 	"gapless/api/model"
+	"gapless/sse"
 	"gapless/store"
 )
 
@@ -35,90 +36,123 @@ const (
 //   - Messages are in the order in which they began, each as far as it got. Of them the newest are sent that fit into
 //     Config.ContextMax bytes, each whole.
 func (a *API) conversation(ctx context.Context, session string, before int64, question string) ([]model.Turn, error) {
-	c := conversation{most: a.cfg.ContextMax, of: map[string]*turn{}}
-	all, torn, from, err := a.saidBefore(ctx, session, before)
+	said, torn, err := a.saidBefore(ctx, session, before)
 	if err != nil {
 		return nil, err
 	}
-	if from > 1 {
-		p, err := a.readPatiently(ctx, session, 1, contextFirst)
-		if err != nil {
-			return nil, err
+	m := sse.NewMessages(sse.MessagesAsk{Only: func(id string) bool { return id == "" || id != torn }})
+	for _, one := range said {
+		m.Add(one.seq, one.element)
+	}
+	var instructions, others []model.Turn
+	instructed, size := 0, 0
+	for i, head := range m.Heads() {
+		t := model.Turn{Role: roleOf(head.Role), Content: m.Content(i)}
+		if t.Role == model.RoleSystem {
+			instructions, instructed = append(instructions, t), instructed+len(t.Content)
+		} else {
+			others, size = append(others, t), size+len(t.Content)
 		}
-		for i, element := range p.Elements {
-			if s := parseSaid([]byte(element)); p.From+int64(i) < from && roleOf(s) == model.RoleSystem {
-				c.take(s, false)
-			}
-		}
-		c.current = nil
 	}
-	for i, s := range all {
-		c.take(s, i == torn)
+	if instructed > instructionsMost {
+		return nil, &model.Error{Reason: contextTooLarge, Detail: fmt.Sprintf("the instructions (roles system and developer) in the log are larger than %d bytes: shorten them, or continue in another session", instructionsMost)}
 	}
-	if c.instructed > instructionsMost {
-		return nil, &model.Error{Reason: contextTooLarge, Detail: fmt.Sprintf("the instructions (roles system and developer) in the log are larger than %d bytes: shorten them, or go on in another session", instructionsMost)}
+	for size > a.cfg.ContextMax {
+		size -= len(others[0].Content)
+		others = others[1:]
 	}
-	return c.turns(question), nil
+	return inTurn(slices.Concat(instructions, others, []model.Turn{{Role: model.RoleUser, Content: question}})), nil
 }
 
-// saidBefore reads a log backwards from a chunk: what all chunks say until there is as much as is sent along, and before that
-// what instructions say. from is the first chunk that was looked at. torn is the index of a chunk whose message may have begun
-// before what was read, or -1.
-func (a *API) saidBefore(ctx context.Context, session string, before int64) (all []said, torn int, from int64, err error) {
-	parts, whole := [][]said(nil), 0 // whole: so many parts have all chunks
-	oldest, former := before, int64(0)
+// saying is an element that says something which is sent along.
+type saying struct {
+	seq     int64
+	element string
+}
+
+// saidBefore reads a log backwards from a chunk. It returns what is said in the newest chunks, until that is enough for the
+// context, and of the chunks before those only instructions. torn is a message that may have begun before the newest chunks.
+func (a *API) saidBefore(ctx context.Context, session string, before int64) (all []saying, torn string, err error) {
+	var parts [][]saying
 	lowest := max(before-contextChunks, 1)
-	from = before
-	size, read := 0, 0
+	from, size, read := before, 0, 0
 	for step := int64(64); from > lowest && read < contextRead; {
+		p, err := a.readRange(ctx, session, max(from-step, lowest), from)
+		if err != nil {
+			return nil, "", err
+		}
 		full := size >= a.cfg.ContextMax
-		var part []said
-		begin, first := max(from-step, lowest), from
-		for at := begin; at < from; {
-			p, err := a.readPatiently(ctx, session, at, int(from-at))
-			if err != nil {
-				return nil, -1, 0, err
+		part, said, bytes := sayings(p, full)
+		parts, size, read = append(parts, part), size+said, read+bytes
+		if !full {
+			if torn = ""; p.From-1 > p.Former && len(p.Elements) > 0 { // what an epoch began with has numbers after those of the former one
+				torn = begunBefore(p.Elements[0])
 			}
-			if len(p.Elements) == 0 || p.From >= from {
-				break // it was trimmed, or is another log by now
-			}
-			if at == begin {
-				first, former = p.From, p.Former
-			}
-			for _, element := range p.Elements[:min(int64(len(p.Elements)), from-p.From)] {
-				s := parseSaid([]byte(element))
-				s.data = nil // it is not sent along
-				read += len(element)
-				if role := roleOf(s); role != model.RoleSystem && role != "" {
-					size += len(s.content)
-				}
-				if !full || roleOf(s) == model.RoleSystem {
-					part = append(part, s)
-				} else if n := len(part); n == 0 || part[n-1].kind != store.TypeDone {
-					part = append(part, said{kind: store.TypeDone}) // what was on either side of it are no neighbours
-				}
-			}
-			at = p.Next()
 		}
+		if asked := max(from-step, lowest); p.From > asked || len(p.Elements) == 0 {
+			from = 1
+			break // the log begins there, or is another one by now
+		}
+		step = min(2*step, 4096, max(int64(contextRead-read)*step/int64(bytes+1), 16)) // as many as are likely to fit
+		from = p.From
+	}
+	if from > 1 {
+		p, err := a.readRange(ctx, session, 1, min(from, 1+contextFirst))
+		if err != nil {
+			return nil, "", err
+		}
+		part, _, _ := sayings(p, true)
 		parts = append(parts, part)
-		step = min(2*step, 4096, max(int64(contextRead-read)*(before-begin)/int64(read+1), 16)) // as many as are likely to fit
-		if from = begin; !full {
-			whole, oldest = len(parts), first
+	}
+	slices.Reverse(parts)
+	return slices.Concat(parts...), torn, nil
+}
+
+// sayings are those of a page, how many bytes the conversation has in them, and how many the page has.
+func sayings(p store.Page, onlyInstructions bool) (all []saying, said, bytes int) {
+	for i, element := range p.Elements {
+		s := parseSaid([]byte(element))
+		bytes += len(element)
+		role := roleOf(s.role)
+		if role == "" || s.content == "" || s.kind == store.TypeReasoning {
+			continue
 		}
-		if first > begin {
-			break // the log begins there
+		if role != model.RoleSystem {
+			said += len(s.content)
+		}
+		if role == model.RoleSystem || !onlyInstructions {
+			all = append(all, saying{p.From + int64(i), element})
 		}
 	}
-	torn = -1
-	for i, part := range slices.Backward(parts) {
-		// One that is not known from its first chunk is not known: its beginning may be gone. What an epoch began with has
-		// numbers after those of the former one.
-		if i == whole-1 && oldest-1 > former {
-			torn = len(all)
-		}
-		all = append(all, part...)
+	return all, said, bytes
+}
+
+// begunBefore is the message of a chunk that may not be its first one.
+func begunBefore(element string) string {
+	if s := parseSaid([]byte(element)); s.kind != store.TypeMessage {
+		return s.message
 	}
-	return all, torn, from, nil
+	return ""
+}
+
+// readRange reads the chunks of a log from number from on, before another, as far as they are kept.
+func (a *API) readRange(ctx context.Context, session string, from, before int64) (all store.Page, err error) {
+	all.From = from
+	for at := from; at < before; {
+		p, err := a.readPatiently(ctx, session, at, int(before-at))
+		if err != nil {
+			return all, err
+		}
+		if len(p.Elements) == 0 || p.From >= before || at > from && p.From != at {
+			break // it was trimmed, or is another log by now
+		}
+		if at == from {
+			all.Bounds, all.From = p.Bounds, p.From
+		}
+		all.Elements = append(all.Elements, p.Elements[:min(int64(len(p.Elements)), before-p.From)]...)
+		at = p.Next()
+	}
+	return all, nil
 }
 
 // readPatiently reads a page, again while Redis is away: who asks waits anyway.
@@ -136,113 +170,33 @@ func (a *API) readPatiently(ctx context.Context, session string, from int64, cou
 	}
 }
 
-// conversation collects turns. Memory is bounded by most, by instructionsMost, and by two chunks.
-type conversation struct {
-	most, size   int
-	instructed   int              // bytes of instructions
-	instructions []*turn          // all of them,
-	all          []*turn          // and of the others those that are kept; oldest first
-	of           map[string]*turn // by message; nil: it is not kept
-	current      *turn            // of the last chunk, if that had no message_id
-}
-
-type turn struct {
-	message, role string
-	text          []byte
-}
-
-// roleOf is whose turn a chunk belongs to; empty: it is none that is sent along.
-func roleOf(s said) string {
-	switch {
-	case s.role == "tool", s.kind == store.TypeReasoning: // an answer to what is not sent along; thinking
+// roleOf is whose turn a message of a role is; empty: it is not sent along, as the result of a tool.
+func roleOf(role string) string {
+	switch role {
+	case "tool":
 		return ""
-	case s.role == model.RoleSystem, s.role == "developer":
+	case model.RoleSystem, "developer":
 		return model.RoleSystem
-	case s.role == model.RoleUser:
+	case model.RoleUser:
 		return model.RoleUser
 	}
 	return model.RoleAssistant
 }
 
-// take takes the next chunk. With torn, nothing of its message is taken.
-func (c *conversation) take(s said, torn bool) {
-	before := c.current
-	c.current = nil
-	if torn && s.message != "" && s.kind != store.TypeMessage {
-		c.of[s.message] = nil
-	}
-	role := roleOf(s)
-	if role == "" || s.content == "" {
-		return
-	}
-	t, known := c.of[s.message]
-	switch {
-	case s.message == "": // such chunks have nothing but their neighbours
-		if t = before; t == nil || t.role != role {
-			t = c.begin("", role)
-		}
-		c.current = t
-	case !known:
-		t = c.begin(s.message, role)
-		c.of[s.message] = t
-	case t == nil:
-		return
-	}
-	if t.role == model.RoleSystem {
-		if c.instructed += len(s.content); c.instructed > instructionsMost {
-			return // it is not asked
-		}
-		t.text = append(t.text, s.content...)
-		return
-	}
-	t.text = append(t.text, s.content...)
-	for c.size += len(s.content); c.size > c.most && len(c.all) > 0; {
-		c.drop()
-	}
-}
-
-func (c *conversation) begin(message, role string) *turn {
-	t := &turn{message: message, role: role}
-	if role == model.RoleSystem {
-		c.instructions = append(c.instructions, t)
-	} else {
-		c.all = append(c.all, t)
-	}
-	return t
-}
-
-// drop lets go of the oldest message, and of what is still to come of it.
-func (c *conversation) drop() {
-	t := c.all[0]
-	c.all[0] = nil
-	c.all = c.all[1:]
-	c.size -= len(t.text)
-	if t.text = nil; t.message != "" {
-		c.of[t.message] = nil
-	}
-	if c.current == t {
-		c.current = nil
-	}
-}
-
-// turns is what was collected, and the question.
-func (c *conversation) turns(question string) (all []model.Turn) {
-	var joined []*turn
-	for _, t := range slices.Concat(c.instructions, c.all, []*turn{{role: model.RoleUser, text: []byte(question)}}) {
-		last := &turn{role: model.RoleSystem} // so that what an assistant says first, to something that is not kept, is left out
-		if len(joined) > 0 {
-			last = joined[len(joined)-1]
+// inTurn has the roles take turns, and leaves out what is blank, and an answer to a question that is not there.
+func inTurn(all []model.Turn) (turns []model.Turn) {
+	for _, t := range all {
+		last := model.RoleSystem
+		if len(turns) > 0 {
+			last = turns[len(turns)-1].Role
 		}
 		switch {
-		case len(bytes.TrimSpace(t.text)) == 0, t.role == model.RoleAssistant && last.role == model.RoleSystem:
-		case len(joined) > 0 && last.role == t.role:
-			last.text = append(append(last.text, "\n\n"...), t.text...)
+		case strings.TrimSpace(t.Content) == "", t.Role == model.RoleAssistant && last == model.RoleSystem:
+		case len(turns) > 0 && last == t.Role:
+			turns[len(turns)-1].Content += "\n\n" + t.Content
 		default:
-			joined = append(joined, t)
+			turns = append(turns, t)
 		}
 	}
-	for _, t := range joined {
-		all = append(all, model.Turn{Role: t.role, Content: string(t.text)})
-	}
-	return all
+	return turns
 }

@@ -80,7 +80,7 @@ func (a *API) disturb(c echo.Context) error {
 	}
 	if cut == nil {
 		return &Problem{Status: http.StatusNotFound, Code: "connection_not_found", Member: "/connection",
-			Detail: "this node has no such connection of the session: it may have ended, or be another node's"}
+			Detail: "unknown connection: it may have ended, or belong to another node"}
 	}
 	pause := time.Duration(0)
 	switch members["do"] {
@@ -94,7 +94,7 @@ func (a *API) disturb(c echo.Context) error {
 			v.Slow(pause)
 		}
 	default:
-		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/do", Detail: "do is cut, slow or quick"}
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/do", Detail: "do must be cut, slow or quick"}
 	}
 	return c.NoContent(http.StatusNoContent)
 }
@@ -118,7 +118,7 @@ func (a *API) readFirst(c echo.Context) error {
 	if text := c.QueryParam("gap"); text != "" {
 		var err error
 		if gap, err = strconv.Atoi(text); err != nil || gap < 0 || gap > maxGap {
-			return invalid("gap", fmt.Sprintf("gap is a number of milliseconds, 0 to %d", maxGap))
+			return invalid("gap", fmt.Sprintf("gap must be a number of milliseconds from 0 to %d", maxGap))
 		}
 	}
 	id, caller := strings.Clone(session(c)), a.caller(c)

@@ -12,7 +12,7 @@ import (
 )
 
 // errGzip says that a body is not what its Content-Encoding says.
-var errGzip = errors.New("the body is not valid gzip, as its Content-Encoding says")
+var errGzip = errors.New("the body is not valid gzip, although its Content-Encoding says so")
 
 // decode gives a call its body decoded (RFC 9110, section 8.4). The limits of bodies count what is decoded, so a
 // small body that becomes a huge one is refused like the huge one.
@@ -29,7 +29,7 @@ func decode(next echo.HandlerFunc) echo.HandlerFunc {
 		default:
 			c.Response().Header().Set("Accept-Encoding", "gzip")
 			return &Problem{Status: http.StatusUnsupportedMediaType, Code: "unsupported_media_type", Member: "Content-Encoding",
-				Detail: fmt.Sprintf("Content-Encoding %.40q is not supported: send the body in gzip, or as it is", coding)}
+				Detail: fmt.Sprintf("unsupported Content-Encoding %.40q: send the body in gzip, or uncompressed", coding)}
 		}
 		return next(c)
 	}

@@ -16,51 +16,45 @@ import (
 // What a log says as messages: the fold that snapshots are, for those who want no stream. It is made anew for each
 // request, from the log's start, so that each message is whole; foldsMost bounds how many are made at a time.
 const (
-	foldsMost    = 2
-	messagesMost = 1000
-	foldBytes    = 4 << 20 // of messages, in one answer
-	foldPage     = 1 << 20 // of the log, in one read
+	foldsMost = 2
+	foldBytes = 4 << 20 // of messages, in one answer
+	foldPage  = 1 << 20 // of the log, in one read
 )
+
+// fold takes a place among those that read whole logs, or wait for one.
+func (a *API) fold(ctx context.Context) (give func(), err error) {
+	select {
+	case a.folds <- struct{}{}:
+		return func() { <-a.folds }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
 
 // foldLog reads a log and folds it. ErrNotFound: there is no such session.
 func (a *API) foldLog(ctx context.Context, session string, ask sse.MessagesAsk) (*sse.Messages, store.Page, error) {
-	select {
-	case a.folds <- struct{}{}:
-		defer func() { <-a.folds }()
-	case <-ctx.Done():
-		return nil, store.Page{}, ctx.Err()
+	give, err := a.fold(ctx)
+	if err != nil {
+		return nil, store.Page{}, err
 	}
-	m, epoch := sse.NewMessages(ask), ""
-	for from, upto := int64(1), int64(0); ; {
-		p, err := a.logs.Read(ctx, session, from, foldPage, 1<<20)
+	defer give()
+	m := sse.NewMessages(ask)
+	var last store.Page
+	for p, err := range a.parts(ctx, session, 1, foldPage) {
 		if err != nil {
 			return nil, p, err
 		}
-		if !p.Exists() {
-			return nil, p, store.ErrNotFound
-		}
-		if p.Epoch != epoch { // the log as it is now; what comes while it is read, a stream tells
-			epoch, upto = p.Epoch, p.Last
-		}
 		m.Take(p)
-		if from = p.Next(); from > upto || len(p.Elements) == 0 {
-			return m, p, nil
-		}
+		last = p
 	}
+	return m, last, nil
 }
 
 // readMessages answers what a log says as messages.
 func (a *API) readMessages(c echo.Context) error {
-	after, err := parseNumber(c.QueryParam("after"))
+	page, err := parsePaging(c)
 	if err != nil {
-		return invalid("after", "after is a chunk's number, 0 or up to 16 digits")
-	}
-	limit := 100
-	if text := c.QueryParam("limit"); text != "" {
-		n, err := parseNumber(text)
-		if limit = int(n); err != nil || n < 1 || n > messagesMost {
-			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "limit", Limit: messagesMost, Detail: fmt.Sprintf("limit is 1 to %d", messagesMost)}
-		}
+		return err
 	}
 	ui := false
 	switch format := c.QueryParam("format"); format {
@@ -68,33 +62,22 @@ func (a *API) readMessages(c echo.Context) error {
 	case "ui":
 		ui = true
 	default:
-		return invalid("format", "format is ui, or left out")
+		return invalid("format", "format must be ui, or be left out")
 	}
-	h := c.Response().Header()
-	h.Set("Cache-Control", "no-cache")
-	if have := c.Request().Header.Get("If-None-Match"); have != "" {
-		b, err := a.logs.Describe(c.Request().Context(), session(c))
-		if err != nil {
-			return err
-		}
-		if tag := pageTag(b, after, limit); b.Ended && matches(have, tag) {
-			h.Set("ETag", tag)
-			return c.NoContent(http.StatusNotModified)
-		}
+	if done, err := a.unchanged(c, page.tag); done || err != nil {
+		return err
 	}
-	m, p, err := a.foldLog(c.Request().Context(), session(c), sse.MessagesAsk{After: after, Count: limit, Bytes: foldBytes})
+	m, p, err := a.foldLog(c.Request().Context(), session(c), sse.MessagesAsk{After: page.after, Count: page.limit, Bytes: foldBytes})
 	if err != nil {
 		return err
 	}
-	ended := p.Ended && m.Last() == p.Last
+	ended, h := p.Ended && m.Last() == p.Last, c.Response().Header()
 	if ended {
-		h.Set("ETag", pageTag(p.Bounds, after, limit))
+		h.Set("ETag", page.tag(p.Bounds))
 	}
 	next, more := m.Next()
 	if more {
-		q := c.Request().URL.Query()
-		q.Set("after", strconv.FormatInt(next, 10))
-		h.Set("Link", "<?"+q.Encode()+`>; rel="next"`)
+		linkNext(c, strconv.FormatInt(next, 10))
 	}
 	if ui {
 		all := []sse.UIMessage{}
@@ -133,7 +116,7 @@ func (a *API) readMessage(c echo.Context) error {
 		return err
 	}
 	if m.Len() == 0 {
-		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "the session has no such message, or nothing of it is kept"}
+		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "unknown message: the session does not have it, or no longer keeps it"}
 	}
 	h, one := c.Response().Header(), m.Heads()[0]
 	h.Set("Cache-Control", "no-cache")

@@ -23,7 +23,7 @@ type source interface {
 	next() ([]store.Chunk, error)
 }
 
-var errBroken = errors.New("the body broke off")
+var errBroken = errors.New("the body ended early")
 
 // body is what has arrived of a body and was not taken yet. It has a buffer that grows
 // up to what one chunk may need, and no further: while nobody takes, nothing is read.
@@ -107,7 +107,7 @@ func (s *lines) next() (chunks []store.Chunk, err error) {
 	}
 }
 
-// line takes a line. The last one may lack its end, unless the body broke off.
+// line takes a line. The last one may lack its end, unless the body ended early.
 func (s *lines) line() (line []byte, ok bool) {
 	arrived := s.arrived()
 	if i := bytes.IndexByte(arrived[s.scanned:], '\n'); i >= 0 {
@@ -150,7 +150,7 @@ func (s *text) next() (chunks []store.Chunk, err error) {
 		}
 		switch {
 		case len(good) < len(whole), s.err == io.EOF && len(whole) < len(arrived):
-			return chunks, &store.ChunkError{Code: "invalid_utf8", Detail: fmt.Sprintf("the text is not valid UTF-8 from byte %d on", s.taken)}
+			return chunks, &store.ChunkError{Code: "invalid_utf8", Detail: fmt.Sprintf("the text is not valid UTF-8 at byte %d", s.taken)}
 		case s.err != nil:
 			return chunks, s.err
 		case len(chunks) > 0:
@@ -220,10 +220,10 @@ func (s *events) next() (chunks []store.Chunk, err error) {
 			return chunks, nil
 		case s.err == io.EOF && !s.some && !s.begun():
 			return nil, &Problem{Status: http.StatusBadRequest, Code: "no_event",
-				Detail: "the body ended without an event, so it is no event stream: an error page, or what a service said that failed? Nothing is stored"}
+				Detail: "the body contains no event: perhaps it is an error page, or the error message of a service. Nothing was stored"}
 		case s.err == io.EOF && s.parser.Torn(s.arrived()):
 			return chunks, &Problem{Status: http.StatusBadRequest, Code: "torn_event",
-				Detail: "the body ended inside an event: an empty line is missing behind it. Those before it are stored", cause: errBroken}
+				Detail: "the body ended inside an event: the empty line after it is missing. The events before it were stored", cause: errBroken}
 		case s.err != nil:
 			return chunks, s.err
 		case len(chunks) > 0:

@@ -56,7 +56,7 @@ func (a *API) pace(next echo.HandlerFunc) echo.HandlerFunc {
 func (a *API) checkSize(r *http.Request) error {
 	if most := a.cfg.URLMax; len(r.RequestURI) > most {
 		return &Problem{Status: http.StatusRequestURITooLong, Code: "url_too_long", Limit: most,
-			Detail: fmt.Sprintf("the URL has %d bytes: at most %d are allowed (-url-max)", len(r.RequestURI), most)}
+			Detail: fmt.Sprintf("the URL has %d bytes: the limit is %d (-url-max)", len(r.RequestURI), most)}
 	}
 	size := len(r.Host)
 	for name, values := range r.Header {
@@ -66,7 +66,7 @@ func (a *API) checkSize(r *http.Request) error {
 	}
 	if most := a.cfg.HeaderMax; size > most {
 		return &Problem{Status: http.StatusRequestHeaderFieldsTooLarge, Code: "header_too_large", Limit: most,
-			Detail: fmt.Sprintf("the header has %d bytes: at most %d are allowed (-header-max); a cookie is the longest of it, mostly", size, most)}
+			Detail: fmt.Sprintf("the request header has %d bytes: the limit is %d (-header-max); usually a cookie is too long", size, most)}
 	}
 	return nil
 }

@@ -732,7 +732,7 @@ func TestConfig_limitsThatAreNone(t *testing.T) {
 			t.Errorf("nothing of %s: %v", flag, err)
 		}
 	}
-	if e := limit.Feeds(7).Error(); !strings.Contains(e, "7 logs that are watched at most (-feeds)") {
+	if e := limit.Feeds(7).Error(); !strings.Contains(e, "limit of 7 watched logs of this node reached (-feeds)") {
 		t.Error(e)
 	}
 }

@@ -60,7 +60,7 @@ func (a *API) ask(c echo.Context) error {
 		return err
 	}
 	if strings.TrimSpace(members["content"]) == "" {
-		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content, the question, is missing or blank"}
+		return &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/content", Detail: "content is missing or blank: it is the question"}
 	}
 	x, err := a.begin(c, members["content"], "/content")
 	if err != nil {
@@ -94,7 +94,7 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	chunk := store.NewChunk(store.TypeMessage, x.question, roleUser, content)
 	if chunk.Size() > a.cfg.ChunkMax {
 		return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: member, Limit: a.cfg.ChunkMax,
-			Detail: "the question is longer than one chunk may be (-chunk-max)"}
+			Detail: "the question is too long for one chunk (-chunk-max)"}
 	}
 	caller := a.caller(c)
 	if err := a.limits.Answers.Take(caller, 1); err != nil {
@@ -261,7 +261,7 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 			size += len(w.piece.Text) + len(w.piece.ToolCalls)
 			for _, c := range more {
 				if c.Size() > a.cfg.ChunkMax {
-					err = &model.Error{Reason: model.Broken, Detail: "the model said something that does not fit into one chunk (-chunk-max)"}
+					err = &model.Error{Reason: model.Broken, Detail: "the model sent something that is too long for one chunk (-chunk-max)"}
 				}
 			}
 			if size > a.cfg.AnswerMax {
@@ -421,7 +421,7 @@ func (a *API) cancel(c echo.Context) error {
 		var given bool
 		if message, given = members["message_id"]; given && (message == "" || len(message) > store.MaxMessageID) {
 			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "/message_id", Limit: store.MaxMessageID,
-				Detail: fmt.Sprintf("message_id is text of 1 to %d bytes: leave it out to cancel every unfinished message", store.MaxMessageID)}
+				Detail: fmt.Sprintf("message_id must be text of 1 to %d bytes; leave it out to cancel every unfinished message", store.MaxMessageID)}
 		}
 	}
 	begun := time.Now()

@@ -103,12 +103,12 @@ func problemOf(err error) *Problem {
 		return p
 	}
 	if e, ok := errors.AsType[*store.FullError](err); ok {
-		return &Problem{Status: http.StatusConflict, Code: "session_full", Limit: e.Most, Detail: e.Error() + " (-session-names): go on in another session"}
+		return &Problem{Status: http.StatusConflict, Code: "session_full", Limit: e.Most, Detail: e.Error()}
 	}
 	if e, ok := errors.AsType[*store.MessageEndedError](err); ok {
 		p := &Problem{Status: http.StatusConflict, Code: "message_ended", Member: "/message_id", Message: e.MessageID, Detail: e.Error() + ": begin a message with another id"}
 		if e.How == store.Stopped {
-			p.Code, p.Detail = "message_cancelled", fmt.Sprintf("message %q was cancelled: stop, nothing more of it is wanted", e.MessageID)
+			p.Code, p.Detail = "message_cancelled", fmt.Sprintf("message %q was cancelled: stop sending it", e.MessageID)
 		}
 		return p
 	}
@@ -118,14 +118,14 @@ func problemOf(err error) *Problem {
 	}
 	if e, ok := errors.AsType[*store.GapError](err); ok {
 		return &Problem{Status: http.StatusConflict, Code: "producer_gap", Member: headerProducerChunk, ExpectedChunk: &e.Expected,
-			Detail: e.Error() + ": send from there on"}
+			Detail: e.Error() + ": continue from there"}
 	}
 	if e, ok := errors.AsType[*echo.HTTPError](err); ok {
 		switch e.Code {
 		case http.StatusNotFound:
-			return &Problem{Status: e.Code, Code: "not_found", Detail: "there is no such path: /openapi.yaml names all that there are"}
+			return &Problem{Status: e.Code, Code: "not_found", Detail: "unknown path: /openapi.yaml lists all paths"}
 		case http.StatusMethodNotAllowed:
-			return &Problem{Status: e.Code, Code: "method_not_allowed", Detail: "this path has no such method: the Allow header names those that it has"}
+			return &Problem{Status: e.Code, Code: "method_not_allowed", Detail: "this path does not support the method: the Allow header lists those that it supports"}
 		}
 	}
 	if e, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -140,22 +140,22 @@ func problemOf(err error) *Problem {
 		err error
 		p   Problem
 	}{
-		{errDraining, Problem{Status: http.StatusServiceUnavailable, Code: "draining", Detail: "this node is shutting down: ask another, or again soon", retryAfter: 1}},
-		{auth.ErrAway, Problem{Status: http.StatusServiceUnavailable, Code: "keys_away", Detail: "the keys by which tokens are verified cannot be fetched from their issuer now: try again", retryAfter: 1}},
-		{store.ErrNotFound, Problem{Status: http.StatusNotFound, Code: "session_not_found", Detail: "there is no such session"}},
-		{store.ErrSessionEnded, Problem{Status: http.StatusConflict, Code: "session_ended", Detail: "the session has ended: nothing can be appended to it"}},
-		{store.ErrSessionDeleted, Problem{Status: http.StatusConflict, Code: "session_deleted", Detail: "the session was deleted while this upload was under way"}},
-		{store.ErrProducerConflict, Problem{Status: http.StatusConflict, Code: "producer_conflict", Member: headerProducerChunk, Detail: "under this number the producer has posted something else: count on, or begin another epoch"}},
-		{store.ErrMessageUnknown, Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "/message_id", Detail: "the session has no such message that could be cancelled"}},
-		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not answer: it may or may not have been stored. With producer numbers (Producer-Id, ...) repeat it as it was; without, read the log first"}},
-		{store.ErrWrongType, Problem{Status: http.StatusInternalServerError, Code: "redis_wrong_type", Detail: "another program has written a key of this session in Redis, with a type that a session does not have: rename or delete that key; nothing was stored"}},
+		{errDraining, Problem{Status: http.StatusServiceUnavailable, Code: "draining", Detail: "this node is shutting down: retry, or use another node", retryAfter: 1}},
+		{auth.ErrAway, Problem{Status: http.StatusServiceUnavailable, Code: "keys_away", Detail: "the keys that verify tokens cannot be fetched from their issuer at the moment: retry", retryAfter: 1}},
+		{store.ErrNotFound, Problem{Status: http.StatusNotFound, Code: "session_not_found", Detail: "unknown session: it was never created, or it was deleted or has expired"}},
+		{store.ErrSessionEnded, Problem{Status: http.StatusConflict, Code: "session_ended", Detail: "the session has ended: nothing can be appended"}},
+		{store.ErrSessionDeleted, Problem{Status: http.StatusConflict, Code: "session_deleted", Detail: "the session was deleted during this upload"}},
+		{store.ErrProducerConflict, Problem{Status: http.StatusConflict, Code: "producer_conflict", Member: headerProducerChunk, Detail: "the producer has already posted something else under this number: continue counting, or begin another epoch"}},
+		{store.ErrMessageUnknown, Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "/message_id", Detail: "unknown message: the session has no such message to cancel"}},
+		{store.ErrOutcomeUnknown, Problem{Status: http.StatusGatewayTimeout, Code: "outcome_unknown", Detail: "Redis did not respond: the request may or may not have been stored. With producer numbers (Producer-Id, ...) repeat it unchanged; without them, read the log first"}},
+		{store.ErrWrongType, Problem{Status: http.StatusInternalServerError, Code: "redis_wrong_type", Detail: "a key of this session in Redis has the wrong type, because another program has written it: rename or delete the key. Nothing was stored"}},
 		{context.Canceled, Problem{Status: 499, Code: "client_gone", Detail: "the client went away"}},
 	} {
 		if errors.Is(err, row.err) {
 			return &row.p
 		}
 	}
-	return &Problem{Status: http.StatusInternalServerError, Code: "internal", Detail: "something went wrong that should not: the server's log says what"}
+	return &Problem{Status: http.StatusInternalServerError, Code: "internal", Detail: "unexpected error: the server's log has the details"}
 }
 
 // refusals are what clients are told of each reason why Redis executes nothing. What takes an operator to end it need not be asked
@@ -164,12 +164,12 @@ var refusals = map[string]struct {
 	detail string
 	after  int // seconds
 }{
-	store.RedisAway: {"Redis cannot be reached: nothing was stored, try again", 1},
-	store.RedisFull: {"Redis is full (maxmemory): nothing was stored. Viewers are served; try again, it goes on when logs have expired " +
-		"or an operator gives Redis more memory", 5},
-	store.RedisReadOnly: {"Redis takes no writes now (it is a replica, lacks its replicas, or cannot save to its disk): nothing was stored. " +
-		"Viewers are served; try again", 1},
-	store.RedisDenied: {"Redis does not accept this server's user, password or rights (-redis): nothing was stored. Try again; an operator has to mend it", 5},
+	store.RedisAway: {"Redis cannot be reached. Nothing was stored: retry", 1},
+	store.RedisFull: {"Redis is full (maxmemory). Nothing was stored; viewers are still served. " +
+		"Retry when logs have expired, or when the operator has given Redis more memory", 5},
+	store.RedisReadOnly: {"Redis takes no writes at the moment (it is a replica, lacks its replicas, or cannot save to its disk). " +
+		"Nothing was stored; viewers are still served. Retry", 1},
+	store.RedisDenied: {"Redis rejects the user, password or rights of this server (-redis). Nothing was stored. The operator must fix it; then retry", 5},
 }
 
 // problem answers an error. It implements echo.HTTPErrorHandler.

@@ -18,14 +18,14 @@ import (
 func calls() []request {
 	const s = "/v1/sessions/s"
 	return []request{
-		{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{"id":"s"}`},
+		{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{"id":"s"}`}, {method: "GET", path: "/v1/sessions"},
 		{method: "GET", path: s}, {method: "POST", path: s}, {method: "DELETE", path: s},
 		{method: "POST", path: s + "/chunks", kind: typeJSON, body: `{"content":"sesame"}`},
 		{method: "POST", path: s + "/chunks", kind: typeNDJSON, body: line("sesame")},
 		{method: "POST", path: s + "/chunks", kind: typeText, body: "sesame"},
 		{method: "POST", path: s + "/chunks", kind: typeEvents, body: "data: sesame\n\n"},
 		{method: "POST", path: s + "/cancel", kind: typeJSON, body: `{}`},
-		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/messages"}, {method: "GET", path: s + "/messages/m"}, {method: "GET", path: s + "/stream?until=done"},
+		{method: "GET", path: s + "/chunks"}, {method: "GET", path: s + "/digest"}, {method: "GET", path: s + "/messages"}, {method: "GET", path: s + "/messages/m"}, {method: "GET", path: s + "/stream?until=done"},
 		{method: "POST", path: s + "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/demo", kind: typeJSON, body: `{"connection":"sesame","do":"cut"}`},

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -129,9 +130,9 @@ func (a *API) bodyError(err error) error {
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return &Problem{Status: http.StatusRequestTimeout, Code: "body_too_slow",
-			Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not come within %v (-body-timeout): send it faster, or as %s, which may take its time", a.cfg.BodyTimeout, typeNDJSON)}
+			Detail: fmt.Sprintf("64 KiB of the body, or all of it, did not arrive within %v (-body-timeout): send it faster, or as %s, which has no such limit", a.cfg.BodyTimeout, typeNDJSON)}
 	}
-	detail := "the body broke off"
+	detail := "the body ended early"
 	if errors.Is(err, errGzip) {
 		detail = errGzip.Error()
 	}
@@ -161,7 +162,7 @@ func readAll(from io.Reader, length int64) ([]byte, error) {
 func readStrings(body []byte, names ...string) (map[string]string, error) {
 	object := jsontext.Value(body)
 	if !object.IsValid() || object.Kind() != '{' {
-		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be one JSON object, in UTF-8, with no name twice"}
+		return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the body must be one JSON object in UTF-8 without duplicate members"}
 	}
 	members, dec := map[string]string{}, jsontext.NewDecoder(newReader(body))
 	for {
@@ -178,7 +179,7 @@ func readStrings(body []byte, names ...string) (map[string]string, error) {
 			known = known || n == name
 		}
 		if !known {
-			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "there is no member " + name + " in this call"}
+			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "unknown member " + name}
 		}
 		if dec.PeekKind() != '"' {
 			return nil, &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: "/" + name, Detail: "member " + name + " must be a string"}
@@ -189,4 +190,49 @@ func readStrings(body []byte, names ...string) (map[string]string, error) {
 		}
 		members[name] = value.String()
 	}
+}
+
+// sessionsJSON is a page of the sessions.
+type sessionsJSON struct {
+	Sessions []sessionJSON `json:"sessions"`
+	Next     string        `json:"next_after,omitempty"`
+}
+
+// listSessions answers a page of all sessions, for administrators of all of them. Redis has no index of
+// sessions, so few of these calls run at a time.
+func (a *API) listSessions(c echo.Context) error {
+	if err := a.may(c, auth.Admin, auth.All); err != nil {
+		return err
+	}
+	limit, err := parseLimit(c)
+	if err != nil {
+		return err
+	}
+	prefix, after := c.QueryParam("prefix"), c.QueryParam("after")
+	for _, id := range [][2]string{{"prefix", prefix}, {"after", after}} {
+		if id[1] != "" && strings.Trim(id[1], ".") != "" && !validID(id[1]) { // dots alone begin ids, and are none
+			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: id[0], Limit: 128,
+				Detail: id[0] + " must be up to 128 of the characters A-Z a-z 0-9 . _ ~ -"}
+		}
+	}
+	give, err := a.fold(c.Request().Context())
+	if err != nil {
+		return err
+	}
+	defer give()
+	listed, err := a.logs.Sessions(c.Request().Context(), prefix, after, limit+1)
+	if err != nil {
+		return err
+	}
+	page := sessionsJSON{Sessions: []sessionJSON{}}
+	for i, l := range listed {
+		if i == limit {
+			page.Next = listed[i-1].ID
+			linkNext(c, page.Next)
+			break
+		}
+		page.Sessions = append(page.Sessions, a.sessionJSON(l.ID, l.Bounds))
+	}
+	c.Response().Header().Set("Cache-Control", "no-store")
+	return c.JSON(http.StatusOK, page)
 }

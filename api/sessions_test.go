@@ -216,3 +216,62 @@ func TestSession_isMadeByItsPathToo(t *testing.T) {
 		t.Errorf("%+v, then %+v", made, again)
 	}
 }
+
+// Pages of all sessions hold each of them once, in order, without those that were deleted.
+func TestSessions_areListedInPages(t *testing.T) {
+	t.Parallel()
+	for name, configure := range map[string]func(*setup){
+		"embedded": nil,
+		"redis":    func(s *setup) { s.store.Redis = storetest.Redis(t).URL() },
+		"cluster":  func(s *setup) { s.store.Redis = storetest.Cluster(t).URL() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := serve(t, configure)
+			var want []string
+			for i := range 45 {
+				id := fmt.Sprintf("tea-%02d", i)
+				n.append(id, `{"content":"sesame"}`)
+				if i%9 == 4 {
+					n.do(request{method: "DELETE", path: "/v1/sessions/" + id})
+				} else {
+					want = append(want, id)
+				}
+			}
+			into[sessionJSON](t, n.post("/v1/sessions", typeJSON, `{"id":"coffee"}`), 201)
+			for query, want := range map[string][]string{
+				"prefix=tea-": want, "prefix=tea-0&limit=1": want[:9], "limit=7": append([]string{"coffee"}, want...), "after=tea-2&limit=5": want[18:],
+				"after=tea-44": nil, "prefix=none": nil, "prefix=..": nil, "after=" + strings.Repeat("x", 128): nil, "prefix=coffee&limit=1": {"coffee"},
+			} {
+				var got []string
+				for after, pages := "", 0; ; pages++ {
+					path := "/v1/sessions?" + query
+					if after != "" {
+						u, _ := url.ParseQuery(query)
+						u.Set("after", after)
+						path = "/v1/sessions?" + u.Encode()
+					}
+					a := n.get(path)
+					p := into[sessionsJSON](t, a, 200)
+					for _, s := range p.Sessions {
+						got = append(got, s.ID)
+						if one := into[sessionJSON](t, n.get("/v1/sessions/"+s.ID), 200); one != s {
+							t.Errorf("%+v is listed as %+v", one, s)
+						}
+					}
+					if (p.Next != "") != (a.header.Get("Link") != "") || pages > 100 {
+						t.Fatalf("%+v, %q", p, a.header.Get("Link"))
+					}
+					if after = p.Next; after == "" {
+						break
+					}
+				}
+				if !slices.Equal(got, want) {
+					t.Errorf("%s: %q, not %q", query, got, want)
+				}
+			}
+			for _, query := range []string{"limit=0", "limit=1001", "limit=x", "prefix=a*", "prefix=a%20b", "after=%5B", "prefix=" + strings.Repeat("x", 129)} {
+				n.do(request{method: "GET", path: "/v1/sessions?" + query, bad: true}).refused(t, 400, "invalid_parameter")
+			}
+		})
+	}
+}

@@ -118,7 +118,7 @@ func (a *API) stream(c echo.Context) error {
 	case sse.Outside:
 		answered(http.StatusGone)
 		return &Problem{Status: http.StatusGone, Code: "cursor_outside", Member: "Last-Event-ID",
-			Detail: "the log has not what follows this cursor: it was trimmed, or it is another log. Begin again without a cursor, or view it without format=raw, which tells what happened"}
+			Detail: "the chunks after this cursor are gone: the log was trimmed or replaced. Start again without a cursor, or without format=raw, where a reset event says what happened"}
 	}
 	if head {
 		answered(http.StatusOK)
@@ -185,7 +185,7 @@ func parseView(c echo.Context, view *sse.Ask) error {
 	} else {
 		n, err := parseNumber(after)
 		if err != nil {
-			return invalid("after", "after is a chunk's number, 0 or up to 16 digits, or latest")
+			return invalid("after", "after must be a chunk number (0, or up to 16 digits) or latest")
 		}
 		view.Cursor = n
 	}
@@ -194,21 +194,21 @@ func parseView(c echo.Context, view *sse.Ask) error {
 	case "done":
 		view.UntilDone = true
 	default:
-		return invalid("until", "until is done, or left out")
+		return invalid("until", "until must be done, or be left out")
 	}
 	switch format := c.QueryParam("format"); format {
 	case "":
 	case "raw":
 		view.Raw = true
 	default:
-		return invalid("format", "format is raw, or left out")
+		return invalid("format", "format must be raw, or be left out")
 	}
 	switch snapshot := c.QueryParam("snapshot"); {
 	case snapshot == "":
 	case snapshot != "1":
-		return invalid("snapshot", "snapshot is 1, or left out")
+		return invalid("snapshot", "snapshot must be 1, or be left out")
 	case view.Raw:
-		return invalid("snapshot", "snapshot is an event of this server's, and format=raw has none: leave one of them out")
+		return invalid("snapshot", "snapshot cannot be combined with format=raw: leave one of them out")
 	default:
 		view.Snapshot = true
 	}

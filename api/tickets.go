@@ -51,7 +51,7 @@ func (a *API) enter(ctx context.Context, ticket, id, connection string) (auth.Gr
 	until, err := a.logs.EnterTicket(ctx, m.name, id, connection)
 	if errors.Is(err, store.ErrTicketSpent) {
 		err = &Problem{Status: http.StatusUnauthorized, Code: "ticket_spent", Member: "ticket", challenge: `Bearer realm="gapless"`,
-			Detail: "the ticket was used before, was not used in time, or is for another session: get a new one by POST /v1/sessions/{id}/tickets"}
+			Detail: "the ticket was used before, has expired, or is for another session: get a new one with POST /v1/sessions/{id}/tickets"}
 	}
 	if err != nil {
 		m.end()

@@ -106,18 +106,18 @@ func uiQuestion(body io.Reader) (content, member string, err error) {
 	}
 	if _, syntax := errors.AsType[*jsontext.SyntacticError](err); syntax || other || errors.Is(err, errTwice) {
 		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Member: member,
-			Detail: "the body must be JSON as useChat sends it: messages, each with its role and its parts"}
+			Detail: "the body must be JSON as useChat sends it: messages, each with a role and parts"}
 	}
 	if err != nil {
 		return "", "", err
 	}
 	if count == 0 || last.role != roleUser {
-		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/messages", Detail: "the last of messages, the question, is to be the user's"}
+		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: "/messages", Detail: "the last message must have the role user: it is the question"}
 	}
 	member = fmt.Sprintf("/messages/%d/parts", count-1)
 	if last.other >= 0 {
 		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: fmt.Sprintf("%s/%d", member, last.other),
-			Detail: "a question is text: leave out parts of other types"}
+			Detail: "a question must be text: leave out parts of other types"}
 	}
 	if strings.TrimSpace(last.text) == "" {
 		return "", "", &Problem{Status: http.StatusBadRequest, Code: "invalid_content", Member: member, Detail: "the question has no text"}
@@ -387,7 +387,7 @@ func messageID(c echo.Context) (string, error) {
 	id := param(c, "message_id")
 	if id == "" || len(id) > store.MaxMessageID || !utf8.ValidString(id) {
 		return "", &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "message_id", Limit: store.MaxMessageID,
-			Detail: fmt.Sprintf("message_id is text in UTF-8, of 1 to %d bytes", store.MaxMessageID)}
+			Detail: fmt.Sprintf("message_id must be UTF-8 text of 1 to %d bytes", store.MaxMessageID)}
 	}
 	return id, nil
 }

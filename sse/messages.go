@@ -27,7 +27,7 @@ type Messages struct {
 // MessagesAsk says which messages are wanted.
 type MessagesAsk struct {
 	After int64                // those that began after this chunk
-	Only  func(id string) bool // of these names; nil: of any, or of none
+	Only  func(id string) bool // of these names, "" for none; nil: all
 	Heads bool                 // nothing of what they say
 	Count int                  // at most; 0: as many as there are
 	Bytes int                  // about, at most
@@ -44,17 +44,29 @@ func (m *Messages) Take(p store.Page) {
 		m.fold.keep = m.keep
 	}
 	for i, element := range p.Elements {
-		seq := p.From + int64(i)
-		m.event, _ = store.AppendElement(m.event[:0], seq, element)
-		m.fold.add(seq, m.event)
-		m.fold.last = seq
-		m.shrink()
+		m.Add(p.From+int64(i), element)
 	}
+}
+
+// Add folds an element in: number seq of the log, after those that were folded. Where chunks between them are left out,
+// those that have no message_id are not one message.
+func (m *Messages) Add(seq int64, element string) {
+	if m.fold == nil {
+		m.fold = newFold("", seq-1)
+		m.fold.keep = m.keep
+	}
+	if seq != m.fold.last+1 {
+		m.fold.unnamed = nil
+	}
+	m.event, _ = store.AppendElement(m.event[:0], seq, element)
+	m.fold.add(seq, m.event)
+	m.fold.last = seq
+	m.shrink()
 }
 
 func (m *Messages) keep(seq int64, id string) kept {
 	switch {
-	case seq <= m.ask.After, m.ask.Only != nil && (id == "" || !m.ask.Only(id)):
+	case seq <= m.ask.After, m.ask.Only != nil && !m.ask.Only(id):
 		return keptOut
 	case m.first > 0, m.ask.Count > 0 && len(m.fold.messages) == m.ask.Count:
 		if m.first == 0 {
@@ -98,7 +110,12 @@ func (m *Messages) Last() int64 { return m.fold.last }
 func (m *Messages) Next() (after int64, ok bool) { return m.first - 1, m.first > 0 }
 
 // Len is how many there are.
-func (m *Messages) Len() int { return len(m.fold.messages) }
+func (m *Messages) Len() int {
+	if m.fold == nil {
+		return 0
+	}
+	return len(m.fold.messages)
+}
 
 // MessageHead is what a message is, beside what it says.
 type MessageHead struct {
@@ -109,11 +126,15 @@ type MessageHead struct {
 
 // Heads are those of the messages, in the order in which they began.
 func (m *Messages) Heads() (all []MessageHead) {
-	for _, one := range m.fold.messages {
+	for i := range m.Len() {
+		one := m.fold.messages[i]
 		all = append(all, MessageHead{plain(one.id), plain(one.role), one.status == streaming, one.first, one.last})
 	}
 	return all
 }
+
+// Content is the text of message i.
+func (m *Messages) Content(i int) string { return plain(m.fold.messages[i].content) }
 
 // AppendJSON appends message i as a snapshot has it.
 func (m *Messages) AppendJSON(b []byte, i int) []byte {

@@ -73,7 +73,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	}
 	text = bytes.TrimSpace(text)
 	if deep(text) {
-		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk has more than %d arrays and objects in one another", MaxDepth)}
+		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk is nested deeper than %d arrays and objects", MaxDepth)}
 	}
 	if len(text) > limit { // the names of a large object are not kept for nothing
 		line := jsontext.Value(bytes.Clone(text))
@@ -94,7 +94,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		if _, err := dec.ReadValue(); err != nil {
 			return c, syntaxError(err)
 		}
-		return c, &ChunkError{Code: "invalid_chunk", Detail: "a chunk is a JSON object"}
+		return c, &ChunkError{Code: "invalid_chunk", Detail: "a chunk must be a JSON object"}
 	}
 	if _, err := dec.ReadToken(); err != nil {
 		return c, syntaxError(err)
@@ -114,11 +114,11 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		}
 		members++
 		if number := unreadable(value); number != "" {
-			return c, &ChunkError{Code: "invalid_chunk", Member: "/" + member, Detail: fmt.Sprintf("member %q has a number that is out of the range of others' readers, %s: send it as a string", member, number)}
+			return c, &ChunkError{Code: "invalid_chunk", Member: "/" + member, Detail: fmt.Sprintf("member %q contains a number that many JSON readers cannot represent, %s: send it as a string", member, number)}
 		}
 		switch member {
 		case "seq", "ts":
-			return c, &ChunkError{Code: "reserved_member", Member: "/" + member, Detail: fmt.Sprintf("member %q is the server's to set: leave it out", member)}
+			return c, &ChunkError{Code: "reserved_member", Member: "/" + member, Detail: fmt.Sprintf("member %q is set by the server: leave it out", member)}
 		case "type", "message_id", "role", "content", "event", "raw":
 			if value.Kind() != '"' {
 				return c, &ChunkError{Code: "invalid_chunk", Member: "/" + member, Detail: fmt.Sprintf("member %q must be a string", member)}
@@ -143,7 +143,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 			c.messageID, hasMessage = unquote(value), true
 			if len(c.messageID) > MaxMessageID {
 				return c, &ChunkError{Code: "invalid_chunk", Member: "/message_id", Limit: MaxMessageID,
-					Detail: fmt.Sprintf("member \"message_id\" has %d bytes: at most %d are allowed", len(c.messageID), MaxMessageID)}
+					Detail: fmt.Sprintf("member \"message_id\" has %d bytes: the limit is %d", len(c.messageID), MaxMessageID)}
 			}
 		case "role":
 			hasRole = true
@@ -158,7 +158,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 		return c, syntaxError(err)
 	}
 	if rest := text[dec.InputOffset():]; len(bytes.TrimSpace(rest)) > 0 {
-		return c, &ChunkError{Code: "invalid_json", Detail: fmt.Sprintf("there is text after the object, from byte %d on", dec.InputOffset())}
+		return c, &ChunkError{Code: "invalid_json", Detail: fmt.Sprintf("unexpected text after the object, at byte %d", dec.InputOffset())}
 	}
 	if bytes.ContainsAny(text, "\n\r") { // a chunk is one line
 		line := jsontext.Value(bytes.Clone(text))
@@ -233,7 +233,7 @@ func (c Chunk) check(limit int) error {
 
 func tooLarge(got, limit int) error {
 	return &ChunkError{Code: "chunk_too_large", Limit: limit,
-		Detail: fmt.Sprintf("the chunk makes an event of up to %d bytes in a stream: at most %d are allowed (-chunk-max)", got, limit)}
+		Detail: fmt.Sprintf("the chunk becomes an event of up to %d bytes: the limit is %d (-chunk-max)", got, limit)}
 }
 
 // mostDigits is how long a number may be as it is written: a double has fewer, and Python stops at 4,300.
@@ -353,10 +353,10 @@ func (c Chunk) With(name, text string) Chunk { return c.with(name, quote(text)) 
 func (c Chunk) WithJSON(name string, value []byte) (Chunk, error) {
 	line := jsontext.Value(bytes.Clone(value))
 	if deep(append([]byte{'{'}, line...)) || !line.IsValid() {
-		return c, &ChunkError{Code: "invalid_json", Detail: fmt.Sprintf("member %q is no JSON that a chunk may have", name)}
+		return c, &ChunkError{Code: "invalid_json", Detail: fmt.Sprintf("member %q is not valid JSON for a chunk", name)}
 	}
 	if number := unreadable(line); number != "" {
-		return c, &ChunkError{Code: "invalid_chunk", Member: "/" + name, Detail: fmt.Sprintf("member %q has a number that is out of the range of others' readers, %s", name, number)}
+		return c, &ChunkError{Code: "invalid_chunk", Member: "/" + name, Detail: fmt.Sprintf("member %q contains a number that many JSON readers cannot represent, %s", name, number)}
 	}
 	_ = line.Compact() // a chunk is one line
 	return c.with(name, string(line)), nil
@@ -452,7 +452,7 @@ func syntaxError(err error) *ChunkError {
 	}
 	if errors.Is(err, jsontext.ErrDuplicateName) {
 		e.Code = "duplicate_member"
-		e.Detail = fmt.Sprintf("member %q stands twice", strings.TrimPrefix(e.Member, "/"))
+		e.Detail = fmt.Sprintf("duplicate member %q", strings.TrimPrefix(e.Member, "/"))
 	}
 	return e
 }

@@ -36,10 +36,10 @@ const escapes = "in a user name or password escape / as %2F, # as %23, ? as %3F,
 func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	u, err := url.Parse(c.Redis)
 	if err != nil {
-		return nil, fmt.Errorf("-redis: the URL is malformed: it is %s; %s", urlForms, escapes)
+		return nil, fmt.Errorf("-redis: malformed URL: use %s; %s", urlForms, escapes)
 	}
 	if u.Fragment != "" || strings.HasSuffix(c.Redis, "#") || strings.Contains(u.Path, "@") {
-		return nil, fmt.Errorf("-redis: the URL is malformed: its password seems to hold a character that must be escaped: it is %s; %s", urlForms, escapes)
+		return nil, fmt.Errorf("-redis: malformed URL: its password seems to contain a character that must be escaped: use %s; %s", urlForms, escapes)
 	}
 	o := &redis.UniversalOptions{Addrs: strings.Split(u.Host, ",")}
 	scheme, secure := u.Scheme, strings.HasPrefix(u.Scheme, "rediss")
@@ -49,20 +49,20 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 			return nil, err
 		}
 	} else if c.RedisCA != "" || c.RedisCert != "" {
-		return nil, errors.New("-redis-ca and -redis-cert are for rediss:// URLs")
+		return nil, errors.New("-redis-ca and -redis-cert need a rediss:// URL")
 	}
 	if scheme != schemeSingle && scheme != schemeSentinel && scheme != schemeCluster {
 		if !strings.HasPrefix(strings.ToLower(c.Redis), u.Scheme+"://") || u.Scheme == "" {
-			return nil, fmt.Errorf("-redis: the URL has no scheme: it is %s", urlForms)
+			return nil, fmt.Errorf("-redis: the URL has no scheme: use %s", urlForms)
 		}
-		return nil, fmt.Errorf("-redis: unknown scheme %q: it is %s", u.Scheme, urlForms)
+		return nil, fmt.Errorf("-redis: unknown scheme %q: use %s", u.Scheme, urlForms)
 	}
 	if u.Host == "" {
-		return nil, fmt.Errorf("-redis: there is no host in it: it is %s", urlForms)
+		return nil, fmt.Errorf("-redis: the host is missing: use %s", urlForms)
 	}
 	for i, addr := range o.Addrs {
 		if addr == "" || addr[0] == ':' {
-			return nil, fmt.Errorf("-redis: a host has no name: the URL is %s; %s", urlForms, escapes)
+			return nil, fmt.Errorf("-redis: a host name is missing: use %s; %s", urlForms, escapes)
 		}
 		if host, port, _ := strings.Cut(addr, ":"); port == "" && !strings.Contains(addr, "]") {
 			o.Addrs[i] = host + ":" + map[bool]string{true: "26379", false: "6379"}[scheme == schemeSentinel]
@@ -78,11 +78,11 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	switch scheme {
 	case schemeSingle:
 		if len(o.Addrs) > 1 {
-			return nil, fmt.Errorf("-redis: %s:// has one host: several are of redis+sentinel:// or redis+cluster://", u.Scheme)
+			return nil, fmt.Errorf("-redis: %s:// takes one host: use redis+sentinel:// or redis+cluster:// for several", u.Scheme)
 		}
 	case schemeSentinel:
 		if len(path) == 0 {
-			return nil, fmt.Errorf("-redis: %s:// names the master in its path: it is %s", u.Scheme, urlForms)
+			return nil, fmt.Errorf("-redis: %s:// needs the name of the master as its path: use %s", u.Scheme, urlForms)
 		}
 		o.MasterName, path = path[0], path[1:]
 		o.SentinelUsername, o.SentinelPassword = query.Get("sentinel_username"), query.Get("sentinel_password")
@@ -97,17 +97,17 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	}
 	if len(path) > 0 {
 		if o.DB, err = strconv.Atoi(path[0]); err != nil || o.DB < 0 || len(path) > 1 || o.IsClusterMode {
-			return nil, fmt.Errorf("-redis: the path is not the number of a database: it is %s; %s", urlForms, escapes)
+			return nil, fmt.Errorf("-redis: the path must be the number of a database: use %s; %s", urlForms, escapes)
 		}
 	}
 	if text := query.Get("pool_size"); text != "" {
 		if o.PoolSize, err = strconv.Atoi(text); err != nil || o.PoolSize < 1 {
-			return nil, errors.New("-redis: pool_size must be a number of connections, 1 or more")
+			return nil, errors.New("-redis: pool_size must be at least 1")
 		}
 		query.Del("pool_size")
 	}
 	if len(query) > 0 {
-		return nil, fmt.Errorf("-redis: unknown parameter after the ?: there are db, pool_size and, for redis+sentinel://, sentinel_username and sentinel_password; %s", escapes)
+		return nil, fmt.Errorf("-redis: unknown parameter after the ?: the parameters are db, pool_size and, for redis+sentinel://, sentinel_username and sentinel_password; %s", escapes)
 	}
 	return o, nil
 }
@@ -121,7 +121,7 @@ func (c Config) tls() (*tls.Config, error) {
 			return nil, fmt.Errorf("-redis-ca: %w", err)
 		}
 		if t.RootCAs = x509.NewCertPool(); !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("-redis-ca: %s holds no certificate in PEM form", c.RedisCA)
+			return nil, fmt.Errorf("-redis-ca: %s contains no certificate in PEM format", c.RedisCA)
 		}
 	}
 	if c.RedisCert != "" || c.RedisKey != "" {

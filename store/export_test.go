@@ -129,3 +129,13 @@ func Served(count int) (order []string) {
 	all.Wait()
 	return order
 }
+
+// ReadOnlyFor has the store find that its Redis has been read-only for so long.
+func (s *Store) ReadOnlyFor(d time.Duration) {
+	s.refusals.mu.Lock()
+	defer s.refusals.mu.Unlock()
+	if s.refusals.elsewhereSince.IsZero() {
+		panic("it has not been read-only")
+	}
+	s.refusals.elsewhereSince = time.Now().Add(-d)
+}

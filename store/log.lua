@@ -530,7 +530,9 @@ local function open(id)
   elseif length == 0 then
     log.base = log.last_seen -- expired: the same log, with nothing of it left
   elseif log.last_seen > log.base and not (tip and matches(log.last_seen - log.base, log.mark, tip)) then
-    begin(next_base(top())) -- another list stands where the known one stood
+    -- Another list stands where the known one stood. A read that could not write that down may have begun its epoch.
+    if memory.last > 0 and derived(block_of(memory.last)) == memory.epoch then begin(block_of(memory.last), memory.epoch)
+    else begin(next_base(top())) end
   end
   log.last = log.base + length
   if not log.deleted then compare_memory() end

@@ -29,7 +29,7 @@ var otherNames = map[string]string{
 
 // nothingSaid is the error of a chunk of type kind whose members, all unknown or none, say nothing.
 func nothingSaid(kind string, unknown []string) *ChunkError {
-	e := &ChunkError{Code: "invalid_chunk", Detail: fmt.Sprintf(`a chunk of type %q with neither "content" nor "data" says nothing`, kind)}
+	e := &ChunkError{Code: "invalid_chunk", Detail: fmt.Sprintf(`a chunk of type %q needs "content" or "data"`, kind)}
 	if len(unknown) == 0 {
 		e.Detail += ": give it one of them"
 		return e

@@ -133,8 +133,8 @@ func TestConfig_printsNothingOfAPassword(t *testing.T) {
 
 func TestConfig_saysWhatIsWrongWithRedis(t *testing.T) {
 	for text, want := range map[string]string{
-		"localhost:6379": "scheme", "http://x": `scheme "http"`, "redis://": "no host", "redis://a,b": "one host",
-		"redis+sentinel://a:1,b:2": "names the master", "redis+sentinel://a/main/x": "database", "redis+cluster://a/1": "database",
+		"localhost:6379": "scheme", "http://x": `scheme "http"`, "redis://": "host is missing", "redis://a,b": "one host",
+		"redis+sentinel://a:1,b:2": "name of the master", "redis+sentinel://a/main/x": "database", "redis+cluster://a/1": "database",
 		"redis://a/x": "database", "redis://a/-1": "database", "redis://a?nope=1": "unknown parameter", "redis://a?pool_size=x": "pool_size",
 		"redis://u:secret@[::1": "redis://[user:password@]", "redis+sentinel://a/main?db=x": "database",
 	} {

@@ -555,3 +555,51 @@ func (u unless) Write(p []byte) (int, error) {
 	}
 	return u.to.Write(p)
 }
+
+// A log that needs another epoch, as one that another program has replaced, is not read from a replica at once: what the
+// replica lacks its master may have. After half a minute there is no master to wait for.
+func TestReadOnly_aLogThatNeedsAnotherEpochIsReadAfterAWhile(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(cfg *store.Config) { cfg.Redis = r.URL() })
+	for range 3 {
+		mustAppend(t, s, "s", delta("word"))
+	}
+	ctx := t.Context()
+	if r.Del(ctx, "chat:history:s").Err() != nil || r.RPush(ctx, "chat:history:s", `{"content":"x"}`, `{"content":"y"}`).Err() != nil {
+		t.Fatal("redis")
+	}
+	if err := r.Do(ctx, "REPLICAOF", "127.0.0.1", "1").Err(); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		if p, err := s.Read(ctx, "s", 1, 1<<20, 100); store.Why(err) != store.RedisReadOnly {
+			t.Fatalf("%+v, %v", p, err)
+		}
+	}
+	s.ReadOnlyFor(29 * time.Second)
+	if p, err := s.Read(ctx, "s", 1, 1<<20, 100); store.Why(err) != store.RedisReadOnly {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	s.ReadOnlyFor(31 * time.Second)
+	first, err := s.Read(ctx, "s", 1, 1<<20, 100)
+	if err != nil || len(first.Elements) != 2 || first.From != 1_000_001 {
+		t.Fatalf("%+v, %v", first, err)
+	}
+	// Every read derives the same epoch. It lasts until Redis takes writes, and then the log has one that is written down.
+	if again, err := s.Read(ctx, "s", 1, 1<<20, 100); err != nil || again.Epoch != first.Epoch {
+		t.Errorf("%+v, %v", again, err)
+	}
+	if _, err := s.Append(ctx, "s", store.Batch{Chunks: []store.Chunk{delta("z")}}); store.Why(err) != store.RedisReadOnly {
+		t.Errorf("an append: %v", err)
+	}
+	if err := r.Do(ctx, "REPLICAOF", "NO", "ONE").Err(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it takes chunks again", func() bool {
+		_, err := s.Append(ctx, "s", store.Batch{Chunks: []store.Chunk{delta("z")}})
+		return err == nil
+	})
+	if p, err := s.Read(ctx, "s", 1, 1<<20, 100); err != nil || len(p.Elements) != 3 || p.First <= 1_000_000 {
+		t.Errorf("%+v, %v", p, err)
+	}
+}

@@ -128,36 +128,36 @@ func (c Config) Validate() error {
 	if c.Redis != Embedded {
 		opt, err := parseRedis(c)
 		if err == nil && opt.DB != 0 && c.Prefix == DefaultPrefix {
-			err = fmt.Errorf("-redis, -prefix: database %d needs a -prefix other than %s: the databases of a Redis share their channels, "+
-				"so that deployments with equal prefixes hear each other", opt.DB, DefaultPrefix)
+			err = fmt.Errorf("-redis, -prefix: database %d needs a -prefix other than %s: the databases of a Redis server share their channels, "+
+				"so deployments with the same prefix would receive each other's messages", opt.DB, DefaultPrefix)
 		}
 		errs = append(errs, err)
 	} else if c.WaitReplicas > 0 {
-		errs = append(errs, errors.New("-wait-replicas: the embedded Redis has none"))
+		errs = append(errs, errors.New("-wait-replicas: the embedded Redis has no replicas"))
 	}
 	if c.WaitReplicas < 0 {
-		errs = append(errs, fmt.Errorf("-wait-replicas: %d is less than none", c.WaitReplicas))
+		errs = append(errs, fmt.Errorf("-wait-replicas: must not be negative (%d)", c.WaitReplicas))
 	}
 	if c.WaitReplicas > 0 && (c.WaitTimeout < 10*time.Millisecond || c.WaitTimeout >= c.Timeout) {
-		errs = append(errs, fmt.Errorf("-wait-timeout: %v is not between 10ms and %v", c.WaitTimeout, c.Timeout))
+		errs = append(errs, fmt.Errorf("-wait-timeout: must be at least 10ms and less than %v (%v)", c.Timeout, c.WaitTimeout))
 	}
 	if c.HistoryTTL < time.Second || c.HistoryTTL > mostTTL {
-		errs = append(errs, fmt.Errorf("-history-ttl: %v is not between a second and a hundred years", c.HistoryTTL))
+		errs = append(errs, fmt.Errorf("-history-ttl: must be between a second and a hundred years (%v)", c.HistoryTTL))
 	}
 	if c.HistoryMax < 1 {
-		errs = append(errs, fmt.Errorf("-history-max: %d is less than one chunk", c.HistoryMax))
+		errs = append(errs, fmt.Errorf("-history-max: must be at least 1 (%d)", c.HistoryMax))
 	}
 	if c.HistoryBytes != 0 && c.HistoryBytes < leastBytes {
-		errs = append(errs, fmt.Errorf("-history-bytes: %d is less than %d: 0 is no limit", c.HistoryBytes, leastBytes))
+		errs = append(errs, fmt.Errorf("-history-bytes: must be at least %d, or 0 for no limit (%d)", leastBytes, c.HistoryBytes))
 	}
 	if c.NamesMax < 1 {
-		errs = append(errs, fmt.Errorf("-session-names: %d is less than one", c.NamesMax))
+		errs = append(errs, fmt.Errorf("-session-names: must be at least 1 (%d)", c.NamesMax))
 	}
 	if c.Grace < 100*time.Millisecond {
-		errs = append(errs, fmt.Errorf("-grace: %v is less than 100ms", c.Grace))
+		errs = append(errs, fmt.Errorf("-grace: must be at least 100ms (%v)", c.Grace))
 	}
 	if c.HistoryOrder != OldestFirst && c.HistoryOrder != NewestFirst {
-		errs = append(errs, fmt.Errorf("-history-order: %q is neither %s nor %s", c.HistoryOrder, OldestFirst, NewestFirst))
+		errs = append(errs, fmt.Errorf("-history-order: must be %s or %s (%q)", OldestFirst, NewestFirst, c.HistoryOrder))
 	}
 	return errors.Join(errs...)
 }
@@ -176,7 +176,7 @@ func validatePrefix(prefix string) error {
 	}
 	for _, r := range prefix {
 		if r <= ' ' || r > '~' || strings.ContainsRune(`{}*?[]\`, r) {
-			return fmt.Errorf("-prefix: must be printable ASCII without spaces and without { } * ? [ ] \\, and has %q", r)
+			return fmt.Errorf("-prefix: must be printable ASCII without spaces and without { } * ? [ ] \\ (it has %q)", r)
 		}
 	}
 	return nil
@@ -235,7 +235,7 @@ func (e *MessageEndedError) Error() string {
 type FullError struct{ Most int }
 
 func (e *FullError) Error() string {
-	return fmt.Sprintf("the session has %d messages and producers, or some more, and no other may begin", e.Most)
+	return fmt.Sprintf("limit of %d messages and producers per session reached (-session-names): continue in another session", e.Most)
 }
 
 // FencedError refuses a producer of an older epoch than the session knows.
@@ -249,7 +249,7 @@ func (e *FencedError) Error() string {
 type GapError struct{ Expected int64 }
 
 func (e *GapError) Error() string {
-	return fmt.Sprintf("chunks of the producer are missing: the next one is number %d", e.Expected)
+	return fmt.Sprintf("chunks of the producer are missing: the next number is %d", e.Expected)
 }
 
 // Store is the logs of one Redis. Its methods may be called from many goroutines.

@@ -50,6 +50,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+	storetest.Standstill()
 	code := m.Run()
 	_ = os.RemoveAll(dir)
 	os.Exit(code)

@@ -73,7 +73,7 @@ func (c Config) Validate() error {
 	if c.Source == "" {
 		for flag, value := range map[string]string{"-auth-issuer": c.Issuer, "-auth-audience": c.Audience, "-auth-cookie": c.Cookie} {
 			if value != "" {
-				errs = append(errs, fmt.Errorf("%s is of no use without -auth, which says whose tokens are taken", flag))
+				errs = append(errs, fmt.Errorf("%s needs -auth", flag))
 			}
 		}
 		return errors.Join(errs...)
@@ -85,7 +85,7 @@ func (c Config) Validate() error {
 		errs = append(errs, checkURL(c.Source))
 	}
 	if c.Claim == "" {
-		errs = append(errs, errors.New("-auth-claim: the claim has no name: leave it out for gapless"))
+		errs = append(errs, errors.New("-auth-claim: must not be empty; leave it out for gapless"))
 	}
 	if c.Cookie != "" && (&http.Cookie{Name: c.Cookie, Value: "v"}).Valid() != nil { // #nosec G124 -- none is set: its name is looked at
 		errs = append(errs, fmt.Errorf("-auth-cookie: %q is no name of a cookie", c.Cookie))
@@ -215,14 +215,14 @@ func (a *Auth) Read(token string) (Grant, error) {
 	}
 	expires, err := claims.GetExpirationTime()
 	if err != nil || expires.Unix() > farthest {
-		return Grant{}, invalid("the token's exp is no time: it is a number of seconds since 1970")
+		return Grant{}, invalid("the token's exp is not a time: it must be a number of seconds since 1970")
 	}
 	if !time.Now().Before(expires.Time) { // the leeway is for clocks that are ahead, not for tokens that live on
 		return Grant{}, expired(expires.Time)
 	}
 	g := Grant{Expires: expires.Time}
 	if g.Subject, err = claims.GetSubject(); err != nil {
-		return Grant{}, invalid("the token's sub is no text")
+		return Grant{}, invalid("the token's sub is not text")
 	}
 	if g.may, err = readClaim(a.cfg.Claim, claims[a.cfg.Claim]); err != nil {
 		return Grant{}, err
@@ -267,7 +267,7 @@ func checkHeader(text []byte) error {
 			return invalid("the token's header has crit: there is nothing that could be critical here")
 		}
 		if member == "kid" && kind != '"' {
-			return invalid("the token's kid is no text")
+			return invalid("the token's kid is not text")
 		}
 		if err := dec.SkipValue(); err != nil {
 			return err

@@ -154,7 +154,7 @@ func TestRead_refusesWhatIsNoTokenOfIts(t *testing.T) {
 		"exp 0":                      {i.Sign(claims(jwt.MapClaims{"exp": 0})), "exp"},
 		"exp below 0":                {i.Sign(claims(jwt.MapClaims{"exp": -5})), "expired"},
 		"exp text":                   {i.Sign(claims(jwt.MapClaims{"exp": fmt.Sprint(now + 60)})), "RFC 7519"},
-		"exp in milliseconds":        {i.Sign(claims(jwt.MapClaims{"exp": (now + 60) * 1000})), "exp is no time"},
+		"exp in milliseconds":        {i.Sign(claims(jwt.MapClaims{"exp": (now + 60) * 1000})), "exp is not a time"},
 		"exp 1e300":                  {raw(t, i, `{"alg":"HS256"}`, strings.Replace(body, "9999999999", "1e300", 1)), "exp"},
 		"not yet":                    {i.Sign(claims(jwt.MapClaims{"nbf": now + 60})), "not valid before"},
 		"from the future":            {i.Sign(claims(jwt.MapClaims{"iat": now + 60})), "from the future"},
@@ -174,8 +174,8 @@ func TestRead_refusesWhatIsNoTokenOfIts(t *testing.T) {
 		"crit":                       {raw(t, i, `{"alg":"HS256","crit":["exp"]}`, body), "crit"},
 		"crit null":                  {raw(t, i, `{"alg":"HS256","crit":null}`, body), "crit"},
 		"crit, escaped":              {raw(t, i, `{"alg":"HS256","\u0063rit":["b64"],"b64":false}`, body), "crit"},
-		"kid is a number":            {raw(t, i, `{"alg":"HS256","kid":5}`, body), "kid is no text"},
-		"kid is an object":           {raw(t, i, `{"alg":"HS256","kid":{"a":["b"]}}`, body), "kid is no text"},
+		"kid is a number":            {raw(t, i, `{"alg":"HS256","kid":5}`, body), "kid is not text"},
+		"kid is an object":           {raw(t, i, `{"alg":"HS256","kid":{"a":["b"]}}`, body), "kid is not text"},
 		"header is an array":         {raw(t, i, `["HS256"]`, body), "header"},
 		"claims are text":            {raw(t, i, `{"alg":"HS256"}`, `"exp"`), "claims"},
 		"text behind the claims":     {raw(t, i, `{"alg":"HS256"}`, body+"{}"), "claims"},
@@ -189,7 +189,7 @@ func TestRead_refusesWhatIsNoTokenOfIts(t *testing.T) {
 		"an action without a name":   {i.Sign(claims(jwt.MapClaims{"gapless": authtest.May{"": {"*"}}})), `the member ""`},
 		"an action in other letters": {i.Sign(claims(jwt.MapClaims{"gapless": authtest.May{"Read": {"*"}}})), `the member "Read"`},
 		"an action that is text":     {i.Sign(claims(jwt.MapClaims{"gapless": map[string]string{"read": "*"}})), "no array"},
-		"a pattern that is none":     {i.Sign(claims(jwt.MapClaims{"gapless": map[string]any{"read": []any{"a", 5}}})), "no text"},
+		"a pattern that is none":     {i.Sign(claims(jwt.MapClaims{"gapless": map[string]any{"read": []any{"a", 5}}})), "other than text"},
 	} {
 		t.Run(name, func(t *testing.T) { refused(t, a, c.token, c.why) })
 	}

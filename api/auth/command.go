@@ -90,17 +90,17 @@ func token(args []string, out, problems io.Writer) int {
 		if *text != "" {
 			may[a.String()] = strings.Split(*text, ",")
 			if slices.ContainsFunc(may[a.String()], func(p string) bool { return p == "" || strings.ContainsAny(p, " \t/") }) {
-				errs = append(errs, fmt.Errorf("-%s: %q has a pattern that fits no session id", a, *text))
+				errs = append(errs, fmt.Errorf("-%s: %q contains a pattern that matches no session id", a, *text))
 			}
 		}
 	}
 	switch {
 	case *check == "" && *life <= 0:
-		errs = append(errs, errors.New("-ttl: say how long the token is valid, such as -ttl 15m"))
+		errs = append(errs, errors.New("-ttl: missing; it is how long the token is valid, such as -ttl 15m"))
 	case *check == "" && len(may) == 0:
-		errs = append(errs, errors.New("-read, -write, -ask, -cancel, -admin: name the sessions of at least one of them; a token without them allows nothing"))
+		errs = append(errs, errors.New("-read, -write, -ask, -cancel, -admin: at least one is needed; a token without them allows nothing"))
 	case *check != "" && (*life != 0 || len(may) > 0 || *subject != ""):
-		errs = append(errs, errors.New("-check: needs -secret only"))
+		errs = append(errs, errors.New("-check: accepts only -secret"))
 	}
 	if err := errors.Join(errs...); err != nil {
 		fmt.Fprintln(problems, err)

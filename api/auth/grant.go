@@ -100,7 +100,7 @@ func readClaim(claim string, value any) (may [actions][]string, err error) {
 		for _, p := range patterns {
 			pattern, ok := p.(string)
 			if !ok {
-				return bad("has a member " + name + " with something in it that is no text")
+				return bad("has a member " + name + " that contains something other than text")
 			}
 			may[action] = append(may[action], pattern)
 		}

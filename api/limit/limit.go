@@ -127,7 +127,7 @@ func (c Config) Validate() error {
 		{"caller-stored", c.CallerStored}, {"caller-sessions", c.CallerSessions}, {"caller-tickets", c.CallerTickets},
 	} {
 		if n.value < 0 {
-			errs = append(errs, fmt.Errorf("-%s: %d is less than none: 0 is no limit", n.flag, n.value))
+			errs = append(errs, fmt.Errorf("-%s: must not be negative (%d); 0 is no limit", n.flag, n.value))
 		}
 	}
 	return errors.Join(errs...)
@@ -144,9 +144,9 @@ func ParseProxies(text string) (all []netip.Prefix, err error) {
 		}
 		switch {
 		case err != nil:
-			errs = append(errs, fmt.Errorf("-trusted-proxies: %q is neither an address nor a range such as 10.0.0.0/8", one))
+			errs = append(errs, fmt.Errorf("-trusted-proxies: %q is not an address, or a range such as 10.0.0.0/8", one))
 		case p.Bits() == 0:
-			errs = append(errs, fmt.Errorf("-trusted-proxies: %s is everybody: anyone could say to be anyone. Name the proxies", one))
+			errs = append(errs, fmt.Errorf("-trusted-proxies: %s would trust everybody: list the addresses of your proxies", one))
 		default:
 			all = append(all, p.Masked())
 		}
@@ -176,13 +176,13 @@ type Error struct {
 func (e *Error) Error() string {
 	switch after := fmt.Sprintf("%d s", e.Seconds()); {
 	case e.Day:
-		return fmt.Sprintf("one caller has used up its %d %s a day (-%s): send this one again in %s, or let an operator raise the limit", e.Most, e.What, e.Limit, after)
+		return fmt.Sprintf("limit of %d %s per caller and day reached (-%s): retry in %s, or ask the operator to raise the limit", e.Most, e.What, e.Limit, after)
 	case e.Rate:
-		return fmt.Sprintf("more than %d %s a second come from one caller (-%s): send fewer, and this one again in %s", e.Most, e.What, e.Limit, after)
+		return fmt.Sprintf("limit of %d %s per second and caller reached (-%s): retry in %s", e.Most, e.What, e.Limit, after)
 	case e.Caller:
-		return fmt.Sprintf("one caller has %d %s at most (-%s): end one, or try again in %s", e.Most, e.What, e.Limit, after)
+		return fmt.Sprintf("limit of %d %s per caller reached (-%s): close one, or retry in %s", e.Most, e.What, e.Limit, after)
 	default:
-		return fmt.Sprintf("this node has %d %s at most (-%s): ask another, or again in %s", e.Most, e.What, e.Limit, after)
+		return fmt.Sprintf("limit of %d %s of this node reached (-%s): use another node, or retry in %s", e.Most, e.What, e.Limit, after)
 	}
 }
 
@@ -233,11 +233,11 @@ func New(cfg Config) *Limits {
 	l.connections = places("connections", "connections", cfg.Connections, cfg.CallerConnections)
 	l.strangers = places("connections without a token", "strangers", cfg.Strangers, cfg.CallerStrangers)
 	l.Viewers = places("viewers", "viewers", cfg.Viewers, cfg.CallerViewers)
-	l.Uploads = places("uploads under way", "uploads", cfg.Uploads, cfg.CallerUploads)
-	l.Answers = places("answers of the model under way", "answers", cfg.Answers, cfg.CallerAnswers)
-	l.Bodies = places("bytes of bodies under way", "bodies", cfg.Bodies, cfg.CallerBodies)
-	l.Responses = places("bytes of responses under way", "responses", cfg.Responses, cfg.CallerResponses)
-	l.StrangerResponses = places("bytes of responses to callers without a token", "responses", cfg.Responses/2, 0)
+	l.Uploads = places("concurrent uploads", "uploads", cfg.Uploads, cfg.CallerUploads)
+	l.Answers = places("concurrent model answers", "answers", cfg.Answers, cfg.CallerAnswers)
+	l.Bodies = places("bytes of bodies in progress", "bodies", cfg.Bodies, cfg.CallerBodies)
+	l.Responses = places("bytes of responses in progress", "responses", cfg.Responses, cfg.CallerResponses)
+	l.StrangerResponses = places("bytes of responses in progress for callers without a token", "responses", cfg.Responses/2, 0)
 	l.Naive = places("naive viewers", "naive", cfg.Naive, cfg.CallerNaive)
 	l.refused.WithLabelValues("feeds")
 	for _, p := range []*Places{l.connections, l.strangers, l.Viewers, l.Uploads, l.Answers, l.Bodies, l.Responses, l.Naive} {

@@ -422,7 +422,7 @@ func refusals(t *testing.T, l *Limits, limit string) float64 {
 
 func TestConfig_reportsEveryMistake(t *testing.T) {
 	err := Config{Viewers: -1, CallerTickets: -2}.Validate()
-	if err == nil || !strings.Contains(err.Error(), "-viewers: -1") || !strings.Contains(err.Error(), "-caller-tickets: -2") || DefaultConfig().Validate() != nil {
+	if err == nil || !strings.Contains(err.Error(), "-viewers: must not be negative (-1)") || !strings.Contains(err.Error(), "-caller-tickets: must not be negative (-2)") || DefaultConfig().Validate() != nil {
 		t.Errorf("%v", err)
 	}
 }

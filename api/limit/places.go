@@ -90,5 +90,5 @@ func (p *Places) nodeError() *Error {
 
 // Feeds is the error of a viewer whose log would be one more than the node may watch.
 func Feeds(most int) *Error {
-	return &Error{Limit: "feeds", Most: most, What: "logs that are watched", After: placeAfter}
+	return &Error{Limit: "feeds", Most: most, What: "watched logs", After: placeAfter}
 }

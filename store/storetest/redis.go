@@ -60,6 +60,7 @@ func redisAt(t testing.TB, port int, security *tls.Config, args ...string) *Serv
 			opt.Password = args[i+1]
 		}
 	}
+	opt.ReadTimeout, opt.WriteTimeout = Patience, Patience // a machine may be busy
 	s.Client = redis.NewClient(opt)
 	s.ping = func(ctx context.Context) error { return s.Client.Ping(ctx).Err() }
 	t.Cleanup(func() {
@@ -184,7 +185,7 @@ func Sentinel(t testing.TB, args ...string) *Watched {
 			t.Fatal(err)
 		}
 		s := &Server{t: t, addr: fmt.Sprintf("127.0.0.1:%d", at), args: []string{file, "--sentinel"}}
-		s.Client = redis.NewClient(&redis.Options{Addr: s.addr, MaxRetries: -1})
+		s.Client = redis.NewClient(&redis.Options{Addr: s.addr, MaxRetries: -1, ReadTimeout: Patience, WriteTimeout: Patience})
 		s.ping = func(ctx context.Context) error { return s.Client.Ping(ctx).Err() }
 		t.Cleanup(func() { _ = s.Client.Close(); s.Kill() })
 		s.Start()
