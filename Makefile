@@ -74,7 +74,7 @@ bench: setup ## what a chunk and an append cost, and how fast the whole is: a ta
 	$(if $(ONLY),,go test -run xxx -bench . -benchmem ./sse ./store)
 	go test -count=1 -timeout 0 -run xxx -bench 'Scenarios$$/$(ONLY)' -benchtime 1x . -scenarios.runs $(RUNS)
 
-# What one caller can do to the others: main_siege_test.go. FOR is how long each attack lasts, ONLY a part of their names.
+# What one caller can do to the others: main_siege_test.go. FOR is how long each attack lasts, ONLY a regular expression of their names.
 siege: FOR := 20s
 siege: setup ## every attack next to a neighbour, and the table: memory, Redis, the neighbour's times, refusals
 	go test -count=1 -timeout 0 -run xxx -bench 'Siege$$' -benchtime 1x . -siege.for $(FOR) -siege.only '$(ONLY)'

@@ -70,6 +70,7 @@ func init() {
 		a.ctx, cancel = context.WithCancel(context.Background())
 		told := make(chan os.Signal, 1)
 		signal.Notify(told, syscall.SIGTERM)
+		fmt.Println("begun")
 		go func() { // ends with the process
 			<-told
 			for waited := 0; waited < 600 && !a.heard(); waited++ {
@@ -881,7 +882,7 @@ var siegeAttacks = []siegeAttack{
 			return a.say(evil, a.request(id+"/stream"))
 		}, nil)
 	}},
-	{name: "a writer that never stops", most: writer, least: 150 * time.Second, long: true, refused: []string{"caller-stored"}, run: func(a *attacker) {
+	{name: "a writer that never stops", most: writer, least: 75 * time.Second, long: true, refused: []string{"caller-stored"}, run: func(a *attacker) {
 		var n atomic.Int64
 		big := `[` + strings.TrimSuffix(strings.Repeat(`{"content":"`+strings.Repeat("x", 60_000)+`"},`, 8), ",") + `]`
 		a.many(8, func(int) {

@@ -44,6 +44,7 @@ func neighbourRole([]string) {
 	if err := json.NewDecoder(os.Stdin).Decode(&order); err != nil {
 		panic(err)
 	}
+	fmt.Println("begun")
 	d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.99")}, Timeout: 10 * time.Second}
 	scheme := "http://"
 	if order.TLS {
@@ -59,11 +60,14 @@ func neighbourRole([]string) {
 	ends := time.Now().Add(order.For)
 	for due := time.Now(); due.Before(ends); due = due.Add(neighbourPace) {
 		time.Sleep(time.Until(due))
-		for !n.call("POST", n.url+"log/chunks", fmt.Sprintf(`{"message_id":"m","content":"due %d;"}`, due.UnixNano())) {
+		for !n.call("POST", n.url+"log/chunks", fmt.Sprintf(`{"message_id":"m","content":"due %d;"}`, due.UnixNano())) && !n.lost(ends) {
 		}
 		n.found.Stored++
 		if n.found.Stored%20 == 0 {
 			for !n.call("POST", n.url+fmt.Sprint(n.found.Stored), "") || !n.call("GET", n.url+"log/chunks?limit=10", "") {
+				if n.lost(ends) {
+					break
+				}
 			}
 		}
 	}
@@ -90,6 +94,9 @@ type neighbour struct {
 	got   atomic.Int64
 	took  []time.Duration // of the one who follows
 }
+
+// lost reports whether it is refused for so long that it gives up.
+func (n *neighbour) lost(ends time.Time) bool { return time.Since(ends) > time.Minute }
 
 // call makes a call, and reports whether it was executed. One that the node could not take for want of Redis is made again.
 func (n *neighbour) call(method, url, body string) bool {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -36,12 +37,12 @@ import (
 // Attackers and the neighbour are processes of their own; the attackers yield to all others, as other machines would.
 //
 //	make siege                          every attack, and the table
-//	make siege FOR=2m ONLY=window       the attacks whose name contains "window", two minutes each
+//	make siege FOR=2m ONLY='window|files'       the attacks whose names match, two minutes each
 //
 // TestSiege_short gives each attack a moment. It judges memory and refusals. Times are for a machine that does nothing else.
 var (
 	siegeFor  = flag.Duration("siege.for", 20*time.Second, "how long each attack of BenchmarkSiege lasts")
-	siegeOnly = flag.String("siege.only", "", "a part of the names of the attacks; empty: all")
+	siegeOnly = flag.String("siege.only", "", "a regular expression that the names of the attacks match; empty: all")
 )
 
 // The most memory that an attack may cost a node, in MiB: of callers without a token, with one that may read, and with
@@ -133,7 +134,7 @@ func besiege(t testing.TB, a siegeAttack, long time.Duration, small bool) *besie
 	return b
 }
 
-// launchRole starts a role of this program. wait ends it, if that is wanted, and reads what it found out.
+// launchRole starts a role of this program, and waits until it says that it has begun. wait ends it, if that is wanted, and reads what it found out.
 func launchRole(ctx context.Context, role string, nice int, order any) (wait func(stop bool, found any) error, err error) {
 	what, err := json.Marshal(order)
 	if err != nil {
@@ -143,22 +144,31 @@ func launchRole(ctx context.Context, role string, nice int, order any) (wait fun
 	if err != nil {
 		return nil, err
 	}
-	var said, wrong bytes.Buffer
+	var wrong bytes.Buffer
 	cmd := exec.CommandContext(ctx, self, role)
 	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(what), &said, &wrong
+	cmd.Stdin, cmd.Stderr = bytes.NewReader(what), &wrong
+	said, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
 	_ = syscall.Setpriority(syscall.PRIO_PROCESS, cmd.Process.Pid, nice) // its threads are still to come
+	from := bufio.NewReader(said)
+	if _, err := from.ReadString('\n'); err != nil {
+		return nil, fmt.Errorf("%s: %w, %w: %s", role, err, cmd.Wait(), &wrong)
+	}
 	return func(stop bool, found any) error {
 		if stop {
 			_ = cmd.Process.Signal(syscall.SIGTERM)
 		}
+		read := json.NewDecoder(from).Decode(found)
 		if err := cmd.Wait(); err != nil {
 			return fmt.Errorf("%s: %w: %s", role, err, wrong.Bytes()[:min(wrong.Len(), 4<<10)])
 		}
-		return json.Unmarshal(said.Bytes(), found)
+		return read
 	}, nil
 }
 
@@ -309,7 +319,8 @@ func (f assault) why() string {
 
 // chosen are the attacks that -siege.only names.
 func chosen() []siegeAttack {
-	return slices.DeleteFunc(slices.Clone(siegeAttacks), func(a siegeAttack) bool { return !strings.Contains(a.name, *siegeOnly) })
+	only := regexp.MustCompile(*siegeOnly)
+	return slices.DeleteFunc(slices.Clone(siegeAttacks), func(a siegeAttack) bool { return !only.MatchString(a.name) })
 }
 
 // BenchmarkSiege runs all attacks for long, and prints the table.

@@ -71,7 +71,7 @@ type Config struct {
 	// CallerAppends is how many chunks a caller may append in a second, of up to a KiB; a larger one
 	// counts for each KiB. 10,000: a thousand answers, ten words a second each.
 	CallerAppends int
-	// CallerStored is how many bytes of chunks a caller may store in a day. 1 GiB is thousands of long answers, piece by piece;
+	// CallerStored is how many bytes of chunks a caller may store in a day. 256 MiB is a thousand long answers, piece by piece, and a quarter of a Redis of 1 GB;
 	// what is stored is kept for -history-ttl, a day.
 	CallerStored int
 	// CallerSessions is how many sessions a caller may make in a second: they are kept for a day,
@@ -108,7 +108,7 @@ func DefaultConfig() Config {
 		Bodies: 128 << 20, CallerBodies: 64 << 20,
 		Responses: 64 << 20, CallerResponses: 16 << 20,
 		Naive: 64, CallerNaive: 16,
-		CallerCalls: 1_000, CallerAppends: 10_000, CallerStored: 1 << 30, CallerSessions: 50, CallerTickets: 100,
+		CallerCalls: 1_000, CallerAppends: 10_000, CallerStored: 256 << 20, CallerSessions: 50, CallerTickets: 100,
 		Addresses: true,
 		Logger:    slog.New(slog.DiscardHandler),
 	}
