@@ -369,7 +369,8 @@ const (
 // siegeAttack is one attack.
 type siegeAttack struct {
 	name    string
-	most    int // MiB of memory, and so who attacks: stranger, reader or writer
+	most    int    // MiB of memory, and so who attacks: stranger, reader or writer
+	who     string // attacks, if most does not say it
 	tls     bool
 	node    []string // further flags of the node,
 	redis   []string // and of its Redis
@@ -528,7 +529,7 @@ var siegeAttacks = []siegeAttack{
 	// Callers without a token.
 	{name: "files that nobody reads", most: stranger, refused: []string{"caller-strangers"}, run: unread(1000, bundle)},
 	{name: "HTTP/2 with window 0", most: stranger, tls: true, refused: []string{"caller-responses"}, run: windowZero(1)},
-	{name: "HTTP/2 with window 0 from ten addresses", most: writer, tls: true, long: true, run: windowZero(10)},
+	{name: "HTTP/2 with window 0 from ten addresses", most: writer, who: "no token", tls: true, long: true, run: windowZero(10)},
 	{name: "HTTP/2 windows of one byte", most: stranger, tls: true, run: func(a *attacker) {
 		a.hold(a.few(250), func(int) (net.Conn, error) {
 			h, err := a.two(evil, noWindow)

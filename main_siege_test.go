@@ -354,6 +354,9 @@ func BenchmarkSiege(b *testing.B) {
 func (f assault) row() string {
 	ms := func(d time.Duration) string { return strconv.FormatFloat(float64(d.Microseconds())/1000, 'f', 1, 64) }
 	who := map[int]string{stranger: "no token", reader: "reads", writer: "writes"}[f.attack.most]
+	if f.attack.who != "" {
+		who = f.attack.who
+	}
 	redis := ms(f.slowest) + " " + f.script
 	if f.over > 1 {
 		redis += fmt.Sprintf(" (%d over 10)", f.over)
