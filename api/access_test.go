@@ -26,7 +26,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// locked is a node that wants tokens of an issuer.
+// locked returns a node that requires tokens of an issuer.
 func locked(t *testing.T, change func(*setup, *auth.Config)) (*node, *authtest.Issuer) {
 	t.Helper()
 	issuer := authtest.New(t)
@@ -46,7 +46,7 @@ func locked(t *testing.T, change func(*setup, *auth.Config)) (*node, *authtest.I
 	}), issuer
 }
 
-// bearing is a request with a token.
+// bearing returns a request with a token.
 func bearing(q request, token string) request {
 	all := map[string]string{"Authorization": "Bearer " + token}
 	maps.Copy(all, q.header)
@@ -54,7 +54,7 @@ func bearing(q request, token string) request {
 	return q
 }
 
-// needs is what a call of the contract does, as DESIGN's table says.
+// needs returns the action that a call of the contract needs, as in the contract's table.
 func needs(q request) string {
 	path, _, _ := strings.Cut(q.path, "?")
 	switch {
@@ -62,7 +62,7 @@ func needs(q request) string {
 		return "read"
 	case q.method == "DELETE":
 		return "admin"
-	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // which is read as well
+	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // it reads as well
 		return "ask"
 	case strings.HasSuffix(path, "/cancel"), strings.HasSuffix(path, "/stop"):
 		return "cancel"
@@ -72,10 +72,10 @@ func needs(q request) string {
 
 var everyAction = []string{"read", "write", "ask", "cancel", "admin"}
 
-// guardedCalls are the calls that somebody has to be allowed to make.
+// guardedCalls returns the calls that need a permission.
 func guardedCalls() (all []request) {
 	for _, q := range calls() {
-		if strings.HasPrefix(q.path, "/v1/") && (q.method != "GET" || q.path != "/v1/sessions") { // which is of no session
+		if strings.HasPrefix(q.path, "/v1/") && (q.method != "GET" || q.path != "/v1/sessions") { // the list belongs to no session
 			all = append(all, q)
 		}
 	}
@@ -90,12 +90,12 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 		if !strings.HasPrefix(r.Path, "/v1") {
 			continue
 		}
-		if r.Method != http.MethodHead { // which is GET, once more
+		if r.Method != http.MethodHead { // HEAD repeats GET
 			found++
 		}
 		for _, id := range []string{"s", "a%20b"} {
 			a := n.do(request{method: r.Method, path: strings.ReplaceAll(r.Path, ":id", id), bad: true})
-			if r.Method == http.MethodHead && a.status == 401 { // which says why in a body that it has not
+			if r.Method == http.MethodHead && a.status == 401 { // the body, which HEAD does not have, says why
 				continue
 			}
 			a.refused(t, 401, "unauthorized")
@@ -119,7 +119,7 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	}
 }
 
-// counted counts what is asked of the store.
+// counted counts the calls of the store.
 type counted struct {
 	Logs
 	asked atomic.Int64
@@ -158,11 +158,11 @@ func (l *counted) MakeTicket(ctx context.Context, name, id string, until time.Ti
 	return l.Logs.MakeTicket(ctx, name, id, until)
 }
 
-// ago differs from moment to moment.
+// ago matches text that changes over time.
 var ago = regexp.MustCompile(`[0-9hms]+ ago`)
 
-// Each call with each kind of credential, on a session that is there and on one that is not:
-// who may not is answered the same, and Redis is not asked.
+// Each call with each kind of credential, on a session that exists and on one that does not: without permission the
+// response is the same, and Redis is not asked.
 func TestAccess_whoMayNotLearnsNothing(t *testing.T) {
 	t.Parallel()
 	var logs *counted
@@ -246,7 +246,7 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 		for _, q := range guardedCalls() {
 			if isStream(q) || isNaive(q) {
 				s := n.open(bearing(q, issuer.Token(time.Hour, may(needs(q)))))
-				s.stop() // cut off: a connection that a stream has ended on takes no POST
+				s.stop() // cut off: a connection on which a stream has ended accepts no POST
 				if s.status != 200 {
 					t.Errorf("%s: %d", q.path, s.status)
 				}
@@ -257,12 +257,12 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 			}
 		}
 	}
-	// Who may ask, and not read, is not answered with the answer.
+	// A caller that may ask, but not read, does not get the answer.
 	ask := request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")}
 	if p := n.do(bearing(ask, issuer.Token(time.Hour, authtest.May{"ask": {"s"}}))).refused(t, 403, "forbidden"); !strings.Contains(p.Detail, "read") {
 		t.Errorf("%+v", p)
 	}
-	// The server's own ids are of sessions that a token has to name as well.
+	// A token must also allow the ids that the server makes.
 	q := request{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{}`}
 	n.do(bearing(q, issuer.Token(time.Hour, authtest.May{"write": {"s"}}))).refused(t, 403, "forbidden")
 	if a := n.do(bearing(q, issuer.Token(time.Hour, authtest.May{"write": {"*"}}))); a.status != 201 {
@@ -270,7 +270,7 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 	}
 }
 
-// A cursor is a number, and none of another session's leads there.
+// A cursor is a number. A cursor of another session reveals nothing.
 func TestAccess_lastEventIDOfAnotherSessionIsOnlyANumber(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -318,7 +318,7 @@ func TestAccess_headersThatCanBeReadInTwoWaysAreRefused(t *testing.T) {
 	}
 	for _, bad := range []string{"Basic " + token, token, "Bearer", "Bearer ", "Bearer " + token + " " + token, "Bearer\t" + token, "Bearer " + token + ",", "Token " + token} {
 		expect(401, func(h http.Header) { h.Set("Authorization", bad) })
-		expect(401, func(h http.Header) { // one that is wrong is not made good by another
+		expect(401, func(h http.Header) { // a good token does not make up for a bad one
 			h.Set("Authorization", bad)
 			h.Set("Cookie", "login="+token)
 		})
@@ -330,7 +330,7 @@ func TestAccess_headersThatCanBeReadInTwoWaysAreRefused(t *testing.T) {
 	expect(401, func(h http.Header) { h.Set("X-Authorization", "Bearer "+token) })
 }
 
-// No JWT in a URL, under no name: URLs are written down everywhere.
+// A URL must not contain a JWT, under any name, because URLs are recorded everywhere.
 func TestAccess_noTokenInAURL(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -367,7 +367,7 @@ func TestAccess_whatIsOfAllSessionsIsForTheirAdministrators(t *testing.T) {
 	}
 }
 
-// While nobody's token can be judged, nobody is refused for good.
+// While no token can be checked, no caller is refused for good.
 func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	t.Parallel()
 	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", http.StatusServiceUnavailable) }))
@@ -394,7 +394,7 @@ func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	}
 }
 
-// A stream whose token expires says so, and breaks off.
+// A stream says when its token expires, and breaks off.
 func TestAccess_streamEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	for _, plain := range []bool{false, true} {
@@ -422,13 +422,13 @@ func TestAccess_streamEndsWithItsToken(t *testing.T) {
 	}
 }
 
-// An upload ends with its token, and what came until then is stored, and said.
+// An upload ends with its token. The chunks stored until then stay, and the response says so.
 func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
 	token := issuer.Token(5*time.Second, authtest.May{"write": {"s"}})
 	body, w := io.Pipe()
-	late := time.AfterFunc(patience/2, func() { _ = w.Close() }) // it does not end by itself in time
+	late := time.AfterFunc(patience/2, func() { _ = w.Close() }) // a safety net: the body does not end by itself
 	go func() { _, _ = io.WriteString(w, line("sesame 1")+line("sesame 2")) }()
 	p := n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeNDJSON, from: body}, token)).refused(t, 401, "unauthorized")
 	late.Stop()
@@ -436,7 +436,7 @@ func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	if p.Stored == nil || p.Stored.Count != 2 || !strings.Contains(p.Detail, "expired") {
 		t.Errorf("%+v", p)
 	}
-	// What is read whole, and comes too slowly, is not taken at all.
+	// A body that is read whole, but arrives too slowly, is not stored at all.
 	token = issuer.Token(time.Second, authtest.May{"write": {"s"}})
 	slow, w2 := io.Pipe()
 	go func() {
@@ -452,7 +452,7 @@ func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	}
 }
 
-// ticket makes one.
+// ticket makes a ticket.
 func (n *node) ticket(t *testing.T, session, token string) ticketJSON {
 	t.Helper()
 	q := request{method: "POST", path: "/v1/sessions/" + session + "/tickets"}
@@ -492,7 +492,7 @@ func TestTicket_letsAnEventSourceInAndNobodyElse(t *testing.T) {
 		}
 		n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"content":"sesame 2"}`}, all))
 		second.take(1, 1)
-		// A token is the better word for who is there.
+		// A token takes precedence over a ticket.
 		n.do(bearing(request{method: "GET", path: "/v1/sessions/s/stream?ticket=" + made.Ticket}, issuer.Token(time.Hour, nil))).refused(t, 403, "forbidden")
 	}
 }
@@ -512,7 +512,7 @@ func TestTicket_endsWithTheTokenThatItWasMadeBy(t *testing.T) {
 	n.do(request{method: "GET", path: made.URL}).refused(t, 401, "ticket_spent")
 }
 
-// Without authentication tickets are the same, so that a page need not know.
+// Without authentication tickets work the same, so that a page need not know.
 func TestTicket_withoutAuthentication(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -522,8 +522,8 @@ func TestTicket_withoutAuthentication(t *testing.T) {
 	n.do(request{method: "GET", path: "/v1/sessions/other/stream?ticket=" + made.Ticket}).refused(t, 401, "ticket_spent")
 }
 
-// However many come with one ticket at two nodes, one of them stays. Once nobody has been there
-// for a minute, it is spent.
+// However many connections enter with one ticket on two nodes, one of them stays. A minute after it has gone, the
+// ticket is spent.
 func TestTicket_raceAtTwoNodes(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -551,7 +551,7 @@ func TestTicket_raceAtTwoNodes(t *testing.T) {
 	wg.Wait()
 	begun := time.Now()
 	eventually(t, "one stays", func() bool { return nodes[0].hub.Viewers("s")+nodes[1].hub.Viewers("s") == 1 })
-	if took := time.Since(begun); took > renewEvery/2 { // they hear of it; a renewal would show it, too, but later
+	if took := time.Since(begun); took > renewEvery/2 { // a notification is faster than a renewal
 		t.Errorf("the former connections went only after %v", took)
 	}
 	key := "chat:ticket:" + store.TicketName(made.Ticket)
@@ -576,14 +576,14 @@ func TestTicket_raceAtTwoNodes(t *testing.T) {
 		t.Errorf("%d have the chunk, and not the one whose the grant is", given)
 	}
 	eventually(t, "nobody is there", func() bool { return nodes[0].hub.Viewers("s")+nodes[1].hub.Viewers("s") == 0 })
-	redis.PExpire(t.Context(), key, time.Millisecond) // a minute
+	redis.PExpire(t.Context(), key, time.Millisecond) // instead of a minute
 	eventually(t, "the ticket is spent", func() bool { return redis.Exists(t.Context(), key).Val() == 0 })
 	for _, n := range nodes {
 		n.do(request{method: "GET", path: made.URL}).refused(t, 401, "ticket_spent")
 	}
 }
 
-// A Redis that is away is transient trouble: who comes with a ticket comes again.
+// A Redis that is away is transient trouble: a client with a ticket reconnects.
 func TestTicket_redisAwayEndsNoEventSource(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -604,8 +604,8 @@ const (
 	evil   = "https://evil.example"
 )
 
-// A cookie is sent by whatever page asks for it: what changes something has to come from our
-// own pages, or from those that are named.
+// Any page can cause a request with a cookie. So a call that changes something must come from our own pages, or from
+// listed origins.
 func TestCookie_otherOriginsPagesChangeNothing(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, c *auth.Config) { c.Cookie, s.api.Origins = "login", []string{friend} })
@@ -680,7 +680,7 @@ func TestCORS_pagesOfNamedOriginsMayCall(t *testing.T) {
 				t.Error("no Max-Age")
 			}
 		}
-		// Errors are to be read as well, a 204 as well, and the stream, whoever writes it.
+		// Errors must be readable, too, and a 204, and every kind of stream.
 		shared("401", n.do(request{method: "GET", path: "/v1/sessions/s", header: map[string]string{"Origin": origin}}).header, allowed)
 		shared("404", n.do(bearing(request{method: "GET", path: "/v1/sessions/s", header: map[string]string{"Origin": origin}}, token)).header, allowed)
 	}
@@ -736,8 +736,7 @@ func TestConfig_originsAreExact(t *testing.T) {
 	}
 }
 
-// Whatever is answered: browsers take it for what it says it is, and other sites' pages cannot
-// make a part of theirs of it.
+// For every response: browsers respect its Content-Type, and pages of other sites cannot embed it.
 func TestHeaders_ofEveryAnswer(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -766,7 +765,7 @@ func TestHeaders_ofEveryAnswer(t *testing.T) {
 	}
 }
 
-// Line breaks in whatever can be said: none becomes a line of a header or of a stream.
+// Line breaks in any input never become a line of a header or of a stream.
 func TestAccess_lineBreaksAreNoLines(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, c *auth.Config) { c.Cookie, s.api.Origins, c.Audience = "login", []string{friend}, "us" })
@@ -809,7 +808,7 @@ func TestAccess_lineBreaksAreNoLines(t *testing.T) {
 	}
 }
 
-// Nothing by which somebody could get in is in a log, whatever went wrong with it.
+// No log contains a credential, whatever went wrong with it.
 func TestAccess_logsHaveNoTokens(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
@@ -838,7 +837,7 @@ func TestAccess_logsHaveNoTokens(t *testing.T) {
 	}
 }
 
-// A bad token uses up its address's calls, and nobody's who has a good one.
+// A bad token uses up the calls of its address, but not those of a caller with a good token.
 func TestAccess_badTokensArePaced(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, _ *auth.Config) { proxied(func(s *setup) { s.api.Limits.CallerCalls = 1 })(s) })

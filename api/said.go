@@ -6,8 +6,8 @@ import (
 	"gapless/store"
 )
 
-// said is what a chunk says, as far as it says it: those of foreign producers have what types
-// they like, and what is none of ours is empty.
+// said holds the known members of a chunk. Chunks of other programs may have any types, and a member of an unexpected
+// type is empty.
 type said struct {
 	kind, message, role, content string
 	reason, detail, finish       string

@@ -192,7 +192,7 @@ func TestSession_deletedIsGoneAndBeginsAnewWithNumbersThatGoOn(t *testing.T) {
 	}
 }
 
-// Every character of an id is one that paths and keys hold as it is.
+// Every character of an id is valid in paths and keys without escaping.
 func TestValidID_takesNoOtherByte(t *testing.T) {
 	for b := range 256 {
 		if got, want := validID(string([]byte{byte(b)})), slices.Contains([]byte(every), byte(b)) && b != '.'; got != want {
@@ -217,7 +217,7 @@ func TestSession_isMadeByItsPathToo(t *testing.T) {
 	}
 }
 
-// Pages of all sessions hold each of them once, in order, without those that were deleted.
+// The pages of all sessions contain each session once, in order, without deleted ones.
 func TestSessions_areListedInPages(t *testing.T) {
 	t.Parallel()
 	for name, configure := range map[string]func(*setup){

@@ -1,4 +1,5 @@
-// Package cli is the command line around the server's flags: its subcommands, its help, and what it says about mistakes.
+// Package cli is the command line around the server's flags: subcommands, help, and messages about
+// mistakes.
 package cli
 
 import (
@@ -9,6 +10,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+
+	"github.com/agext/levenshtein"
 
 	"gapless/api/auth"
 	"gapless/api/doctor"
@@ -38,7 +41,8 @@ usage:
 GAPLESS_HISTORY_TTL. A flag wins over its variable.
 `
 
-// Welcome is what a server prints on a terminal when it has started. page is its address with a slash at the end.
+// Welcome returns what a server prints on a terminal when it has started. page is its address, with
+// a slash at the end.
 func Welcome(page string, inMemory bool) string {
 	data := "in Redis"
 	if inMemory {
@@ -53,7 +57,7 @@ func Welcome(page string, inMemory bool) string {
 `, page, data)
 }
 
-// A group is a part of the help.
+// group is a part of the help.
 type group struct {
 	title string
 	flags []string
@@ -100,46 +104,21 @@ func Help(w io.Writer, fs *flag.FlagSet) {
 	}
 }
 
-// Nearest returns the one of names that was probably meant by name, or "".
+// Nearest returns the one of names that is most similar to name, or "" if none is similar.
 func Nearest(name string, names []string) string {
 	best, least := "", len(name)/3+2
 	for _, other := range names {
-		if d := distance(name, other); d < least {
+		if d := levenshtein.Distance(name, other, nil); d < least {
 			best, least = other, d
 		}
 	}
 	return best
 }
 
-// Names are the names of the flags of fs.
+// Names returns the names of the flags of fs.
 func Names(fs *flag.FlagSet) (names []string) {
 	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
 	return names
-}
-
-// distance is how many bytes have to be inserted, left out, replaced, or exchanged with their neighbour to turn a into b.
-func distance(a, b string) int {
-	var before []int
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		next := make([]int, len(b)+1)
-		next[0] = i + 1
-		for j := range len(b) {
-			changed := row[j]
-			if a[i] != b[j] {
-				changed++
-			}
-			next[j+1] = min(changed, row[j+1]+1, next[j]+1)
-			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
-				next[j+1] = min(next[j+1], before[j-1]+1)
-			}
-		}
-		before, row = row, next
-	}
-	return row[len(b)]
 }
 
 // Variable is the environment variable of a flag.
@@ -147,7 +126,8 @@ func Variable(flag string) string {
 	return "GAPLESS_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// Unknown returns a line for each variable in environ (as os.Environ returns it) that begins with GAPLESS_ and is neither a flag's nor one of others.
+// Unknown returns a line for each variable in environ, which is in the form of os.Environ, that
+// begins with GAPLESS_ and is neither a flag's variable nor one of others.
 func Unknown(environ []string, fs *flag.FlagSet, others ...string) (lines []string) {
 	var known []string
 	for _, name := range Names(fs) {
