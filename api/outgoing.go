@@ -154,6 +154,9 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	}
 	o.give()
 	limit.Overdone(conn)
+	if r.ProtoMajor == 1 && limit.IsStranger(conn) {
+		o.Header().Set("Connection", "close") // it may read nothing of this, and would stay for the idle timeout
+	}
 	o.Header().Set("X-Content-Type-Options", "nosniff") // as guard does for all others
 	o.Header().Set("Cross-Origin-Resource-Policy", "same-origin")
 	isView := r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/sessions/") && strings.HasSuffix(r.URL.Path, "/stream")
