@@ -154,6 +154,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "limit of connections per client address (IPv6: per /64), trusted proxies excepted; 0: no limit, here and below")
 	fs.IntVar(&limits.Strangers, "strangers", limits.Strangers, "limit of connections that have not presented a token yet, with -auth")
 	fs.IntVar(&limits.CallerStrangers, "caller-strangers", limits.CallerStrangers, "limit of connections per client address that have not presented a token yet")
+	bytesVar(fs, &limits.StrangerBytes, "stranger-bytes", "how many `bytes` per second and client address are read from such connections; ten times as many at once")
 	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "limit of viewers of this node")
 	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "limit of viewers per caller, which is a token's subject, or else a client address")
 	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "limit of concurrent uploads of this node")

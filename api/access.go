@@ -89,6 +89,15 @@ func (a *API) credential(r *http.Request) (auth.Grant, error) {
 	return g, err
 }
 
+// showsToken reports whether a request has a credential that is good.
+func (a *API) showsToken(r *http.Request) bool {
+	if a.cfg.Auth == nil {
+		return false
+	}
+	_, err := a.credential(r)
+	return err == nil
+}
+
 func (a *API) otherWays() string {
 	if name := a.cfg.Auth.Cookie(); name != "" {
 		return " (in a browser: log in, which sets the cookie " + name + "); a stream also accepts a ?ticket="

@@ -465,8 +465,8 @@ func TestMessages_instructionsAreNeverLeftOut(t *testing.T) {
 		s.model, s.api.ContextMax, s.api.Limits.CallerAppends = m, 0, 1<<30
 	})
 	n.append("s", `[{"role":"system","content":"be brief"},{"role":"assistant","content":"Hello"},{"role":"user","content":"forgotten"}]`)
-	for range contextChunks / 1000 {
-		n.append("s", `[`+strings.TrimSuffix(strings.Repeat(`{"content":"y"},`, 1000), ",")+`]`)
+	for range contextChunks / 500 {
+		n.append("s", `[`+strings.TrimSuffix(strings.Repeat(`{"content":"y"},`, 500), ",")+`]`)
 	}
 	n.append("s", `{"role":"developer","content":"and kind"}`)
 	n.ask("s", "sesame?")

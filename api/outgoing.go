@@ -30,6 +30,7 @@ type outgoing struct {
 
 // taken is bytes that count for a caller.
 type taken struct {
+	places *limit.Places
 	caller limit.Caller
 	bytes  int
 }
@@ -71,10 +72,12 @@ func (o *outgoing) extend() {
 }
 
 // take takes memory for the response.
-func (o *outgoing) take(c limit.Caller, bytes int) error {
-	err := o.places.Take(c, bytes)
+func (o *outgoing) take(c limit.Caller, bytes int) error { return o.takeOf(o.places, c, bytes) }
+
+func (o *outgoing) takeOf(places *limit.Places, c limit.Caller, bytes int) error {
+	err := places.Take(c, bytes)
 	if err == nil {
-		o.taken = append(o.taken, taken{c, bytes})
+		o.taken = append(o.taken, taken{places, c, bytes})
 	}
 	return err
 }
@@ -82,7 +85,7 @@ func (o *outgoing) take(c limit.Caller, bytes int) error {
 // give gives back what was taken.
 func (o *outgoing) give() {
 	for _, t := range o.taken {
-		o.places.Give(t.caller, t.bytes)
+		t.places.Give(t.caller, t.bytes)
 	}
 	o.taken = nil
 }
@@ -134,12 +137,25 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	if r.ProtoMajor == 1 && (r.URL.Path == "/healthz" || r.URL.Path == "/readyz") {
 		return o // a node that is busy is not to be taken for one that is dead
 	}
+	conn := sse.Conn(r.Context())
 	err := a.limits.Responses.Full()
+	if err == nil && limit.IsStranger(conn) {
+		// Half of the memory is for those who have shown a token, whoever fills the other half. This may be the request that shows it.
+		if err = o.takeOf(a.limits.StrangerResponses, limit.Caller{}, CallCost); err != nil && a.showsToken(r) {
+			limit.Known(conn)
+			err = nil
+		}
+	}
 	if err == nil {
 		err = o.take(a.limits.Caller(r), CallCost)
 	}
 	if err == nil {
 		return o
+	}
+	o.give()
+	limit.Overdone(conn)
+	if r.ProtoMajor == 1 && limit.IsStranger(conn) {
+		o.Header().Set("Connection", "close") // it may read nothing of this, and would stay for the idle timeout
 	}
 	o.Header().Set("X-Content-Type-Options", "nosniff") // as guard does for all others
 	o.Header().Set("Cross-Origin-Resource-Policy", "same-origin")
@@ -147,7 +163,7 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	refusing := a.refusing.Add(1)
 	defer a.refusing.Add(-1)
 	if refusing > mostRefusing && r.ProtoMajor > 1 { // on a connection of many streams one that is refused must cost nothing
-		defer limit.Shed(sse.Conn(r.Context()))
+		defer limit.Shed(conn)
 		if refusing > mostShedding || isView { // an EventSource comes back from a broken stream, and never from a status
 			panic(http.ErrAbortHandler)
 		}

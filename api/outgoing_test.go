@@ -7,6 +7,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"gapless/api/auth"
+	"gapless/api/auth/authtest"
+	"gapless/api/limit"
 )
 
 // unread requests something large on its own connection, and reads nothing of it.
@@ -146,4 +150,29 @@ func TestResponse_toAClientThatLeavesIsNoError(t *testing.T) {
 		}
 	}
 	eventually(t, "nothing is under way", func() bool { return n.api.limits.Responses.Taken() == 0 && n.api.limits.Viewers.Taken() == 0 })
+}
+
+// Callers without a token fill half of the memory. The other half is for those who show one, also on a new connection.
+func TestResponse_strangersLeaveHalfToOthers(t *testing.T) {
+	t.Parallel()
+	const all = 8 * CallCost
+	n, issuer := locked(t, func(s *setup, _ *auth.Config) {
+		s.api.Limits.Addresses, s.api.Limits.Tokens, s.api.Limits.Responses, s.api.Limits.CallerResponses = true, true, all, 0
+	})
+	strangers := n.api.limits.StrangerResponses
+	if err := strangers.Take(limit.Caller{}, all/2-CallCost+1); err != nil {
+		t.Fatal(err)
+	}
+	token := issuer.Token(time.Hour, authtest.May{"read": {"s"}})
+	q := request{method: "GET", path: "/v1/sessions/s", header: map[string]string{"Connection": "close"}}
+	for range 2 {
+		n.do(q).refused(t, 503, "node_limit")
+		n.do(bearing(q, "x.y.z")).refused(t, 503, "node_limit")
+		if a := n.do(bearing(q, token)); a.status != 404 {
+			t.Errorf("with a token: %d %s", a.status, a.body)
+		}
+	}
+	strangers.Give(limit.Caller{}, all/2-CallCost+1)
+	n.do(q).refused(t, 401, "unauthorized")
+	eventually(t, "all is given back", func() bool { return strangers.Taken() == 0 && n.api.limits.Responses.Taken() == 0 })
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -307,19 +308,23 @@ func (a *API) running(ctx context.Context, session string, open []string) (messa
 	if len(open) == 0 {
 		return "", 0, "", nil
 	}
-	m, p, err := a.foldLog(ctx, session, sse.MessagesAsk{Only: func(id string) bool { return slices.Contains(open, id) }, Heads: true})
+	mute := make(map[string]bool, len(open)) // a session may have thousands
+	for _, id := range open {
+		mute[id] = true
+	}
+	isOpen := maps.Clone(mute)
+	m, p, err := a.foldLog(ctx, session, sse.MessagesAsk{Only: func(id string) bool { return isOpen[id] }, Heads: true})
 	if err != nil {
 		return "", 0, "", err
 	}
 	var last sse.MessageHead
-	mute := slices.Clone(open)
 	for _, one := range m.Heads() {
-		mute = slices.DeleteFunc(mute, func(id string) bool { return id == one.ID })
+		delete(mute, one.ID)
 		if one.Role == roleAssistant && one.Streaming {
 			last = one
 		}
 	}
-	silent, made := newest(mute)
+	silent, made := newest(maps.Keys(mute))
 	switch {
 	case silent != "" && (made || last.ID == ""):
 		return silent, m.Last(), m.Epoch(), nil
@@ -331,9 +336,9 @@ func (a *API) running(ctx context.Context, session string, open []string) (messa
 
 // newest is the newest of messages of which nothing is in the log: of those whose ids this server made, and which tell the
 // time, or, if there are none, of others.
-func newest(open []string) (message string, made bool) {
+func newest(open iter.Seq[string]) (message string, made bool) {
 	var ours, others string
-	for _, id := range open {
+	for id := range open {
 		if u, err := uuid.Parse(id); err == nil && u.Version() == 7 && u.String() == id {
 			ours = max(ours, id)
 		} else {

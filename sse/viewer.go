@@ -81,6 +81,9 @@ func (v *Viewer) bare() bool { return v.Raw || v.Fold != nil }
 const (
 	leastPage = segmentSize
 	mostPage  = 64 * segmentSize
+	// Of a bare viewer, each event of a page is taken apart, and there may be nothing to send, by which it would notice that its
+	// client has left: it looks more often.
+	mostBare  = 4 * segmentSize
 	quickPage = 250 * time.Millisecond
 )
 
@@ -447,6 +450,9 @@ func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	}
 	if time.Since(v.pageAt) < quickPage {
 		v.pageBytes = min(2*v.pageBytes, mostPage)
+		if v.bare() {
+			v.pageBytes = min(v.pageBytes, mostBare)
+		}
 	} else {
 		v.pageBytes = leastPage
 	}

@@ -112,6 +112,7 @@ local function advance(head)
     position.seq, number = seq, number + tonumber(field(i, 4))
   end
   write_many('ZADD', index, runs)
+  spent = spent + 12 * chunks
   if chunks > 0 then position.next = number end
   write('HSET', session, 'p:' .. producer, int(position.epoch) .. ' ' .. int(position.next) .. ' ' ..
     int(position.seq) .. ' ' .. int(position.first) .. ' ' .. position.form .. ' ' .. position.filled)

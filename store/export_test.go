@@ -3,7 +3,9 @@ package store
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -133,6 +135,32 @@ func (s *Store) WithClock() {
 		text = flags + clock + text
 		s.scripts[i] = newScript(text)
 	}
+}
+
+// Served is in what order calls are served that came one after another, when each run has the time for one of them only.
+func Served(count int) (order []string) {
+	begun := make(chan struct{})
+	p := pipe{calls: 64, bytes: 1 << 20, patience: time.Hour}
+	p.run = func(_ context.Context, calls []*call) {
+		<-begun
+		order = append(order, calls[0].session)
+		calls[0].err = nil
+		for _, c := range calls[1:] {
+			c.again = true
+		}
+	}
+	var all sync.WaitGroup
+	for i := range count {
+		all.Go(func() { _, _ = p.do(context.Background(), &call{session: fmt.Sprint(i)}) })
+		for came := false; !came; runtime.Gosched() {
+			p.mu.Lock()
+			came = i == 0 && p.under == 1 && len(p.waiting) == 0 || i > 0 && len(p.waiting) == i
+			p.mu.Unlock()
+		}
+	}
+	close(begun)
+	all.Wait()
+	return order
 }
 
 // ReadOnlyFor makes the store believe that its Redis has been read-only for a duration.

@@ -371,7 +371,7 @@ local function add(members)
   for i = 1, #elements, 1000 do -- unpack is limited
     write(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
-  spent = spent + 12 * #elements
+  spent = spent + 20 * #elements
   log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
 end
 

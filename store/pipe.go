@@ -44,6 +44,7 @@ type call struct {
 
 	reply []any
 	err   error
+	again bool // its run was over before its turn
 	done  chan struct{}
 }
 
@@ -118,6 +119,10 @@ func (p *pipe) lead() {
 	p.mu.Unlock()
 	defer func() { // also if the run panics
 		p.mu.Lock()
+		// Those that had no turn are first in the next run: in a crowd somebody would have none for long.
+		had := func(c *call) bool { return !c.again }
+		p.waiting = append(slices.DeleteFunc(slices.Clone(calls), had), p.waiting...)
+		calls = slices.DeleteFunc(calls, func(c *call) bool { return c.again })
 		if len(p.waiting) > 0 {
 			go p.lead()
 		} else {
@@ -130,7 +135,7 @@ func (p *pipe) lead() {
 	}()
 	if n > 0 { // nobody may have had the patience
 		for _, c := range calls {
-			c.err = errBroken // unless the run says something else
+			c.err, c.again = errBroken, false // unless the run says something else
 		}
 		p.run(context.WithoutCancel(calls[0].ctx), calls)
 	}

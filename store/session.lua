@@ -77,6 +77,7 @@ local function work()
     local some, ids = {}, {}
     for i = 1, #found[2], 2 do some[#some + 1] = found[2][i] end
     read_messages(some)
+    spent = spent + 13 * #some
     for _, one in ipairs(some) do
       if message(one).open then ids[#ids + 1] = one end
     end

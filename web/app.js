@@ -235,6 +235,7 @@ const whyFailed = {
 
 let frame = 0;
 let timer = 0;
+const longestDraw = 30; // ms. The rest is drawn in the next frames, so that the page stays usable
 let rest = 0; // until when the page should do other work than drawing
 
 function draw() {
@@ -255,11 +256,13 @@ function flush() {
   clearTimeout(timer);
   timer = 0;
   const begun = performance.now();
+  const until = begun + longestDraw;
 
   for (const m of dirty) {
+    let drawn = true;
     if (m.markdown) {
       m.markdown.append(m.undrawn);
-      m.markdown.draw();
+      drawn = m.markdown.draw(until);
     } else {
       m.words.appendData(m.undrawn);
     }
@@ -278,13 +281,14 @@ function flush() {
     const label = { failed: 'Failed', cancelled: 'Stopped', unfinished: 'Unfinished' }[m.status];
     m.label.hidden = !label;
     if (label) set(m.label, m.reason ? `${label}: ${whyFailed[m.reason] ?? m.reason}` : label);
+    if (!drawn) continue;
+    dirty.delete(m);
     if (m.aloud) {
       m.aloud = false;
       set($('said'), `${nameOf(m.role)}${label ? `, ${m.label.textContent}` : ''}: ${m.article.querySelector('.text').innerText}`);
     }
   }
-  dirty.clear();
-  drawNaive();
+  drawNaive(until);
 
   const { state } = follower;
   document.body.dataset.state = state;
@@ -310,6 +314,7 @@ function flush() {
   $('latest').hidden = pinned;
   const end = performance.now();
   rest = end + 3 * (end - begun);
+  if (dirty.size + naiveDirty.size > 0) draw(); // what was left
 }
 
 // Writing the same text again would still be announced, and laid out.
@@ -513,10 +518,10 @@ function sayNaively(words, how, text) {
   draw();
 }
 
-function drawNaive() {
-  for (const { markdown } of naiveDirty) markdown?.draw();
-  if (naiveDirty.size > 0) $('naive').scrollTop = $('naive').scrollHeight;
-  naiveDirty.clear();
+function drawNaive(until) {
+  if (naiveDirty.size === 0) return;
+  for (const words of naiveDirty) if (words.markdown?.draw(until) ?? true) naiveDirty.delete(words);
+  $('naive').scrollTop = $('naive').scrollHeight;
 }
 const naiveDirty = new Set();
 

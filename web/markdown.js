@@ -71,11 +71,20 @@ export class Markdown {
     this.#source += text.slice(0, text.length - this.#held.length).replace(/\r\n?/g, '\n');
   }
 
-  /** Draws new text. */
-  draw() {
-    const blocks = split(this.#source);
+  /**
+   * Draws new text. After the time `until` (of performance.now()) it leaves the rest for the next call.
+   * @returns {boolean} whether everything is drawn
+   */
+  draw(until = Infinity) {
+    let blocks = split(this.#source);
+    let left = []; // for the next call
     for (const [i, block] of blocks.entries()) {
       const old = this.#open[i];
+      if (i > 2 && performance.now() > until) { // the two that were open, and another one
+        left = blocks.slice(i);
+        blocks = blocks.slice(0, i);
+        break;
+      }
       block.element = old?.element ?? this.#root.appendChild(newBlock());
       if (old?.raw === block.raw) continue;
       if (old?.type === 'code' && block.type === 'code' && old.token.lang === block.token.lang && !block.raw.includes(hole)) {
@@ -86,7 +95,8 @@ export class Markdown {
     }
     for (const old of this.#open.slice(blocks.length)) old.element.remove();
     this.#open = blocks.slice(-2);
-    if (blocks.length > 0) this.#source = this.#open.map((block) => block.raw).join('');
+    if (blocks.length > 0) this.#source = [...this.#open, ...left].map((block) => block.raw).join('');
+    return left.length === 0;
   }
 }
 

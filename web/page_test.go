@@ -857,6 +857,7 @@ func TestPage(t *testing.T) {
 		{"text of any kind is shown as it is", testText},
 		{"Markdown that grows is drawn as if it had come at once, and what is done is not drawn again", testMarkdown},
 		{"what a hostile answer says is shown, and does nothing", testHostile},
+		{"what a hostile answer costs the page", testHostileIsDrawnSoon},
 		{"a connection that is cut comes back by itself, and the inspector shows it", testCut},
 		{"a throttled connection is late, and catches up", testThrottle},
 		{"the naive viewer loses chunks where the page says so, and ours does not", testNaive},

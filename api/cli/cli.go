@@ -67,7 +67,7 @@ var groups = []group{
 	{"Logs of sessions", []string{"history-ttl", "history-max", "history-bytes", "history-order", "chunk-max", "grace"}},
 	{"Delivery", []string{"heartbeat", "reconcile", "linger", "write-timeout", "window", "window-total", "snapshot-max", "drain", "plain"}},
 	{"Models", []string{"model", "model-url", "model-name", "model-options", "model-timeout", "model-stall", "model-context", "model-answer-max", "demo"}},
-	{"Limits (0: none)", []string{"connections", "caller-connections", "strangers", "caller-strangers", "responses", "caller-responses", "viewers", "caller-viewers", "feeds", "uploads", "caller-uploads", "answers", "caller-answers",
+	{"Limits (0: none)", []string{"connections", "caller-connections", "strangers", "caller-strangers", "stranger-bytes", "responses", "caller-responses", "viewers", "caller-viewers", "feeds", "uploads", "caller-uploads", "answers", "caller-answers",
 		"bodies", "caller-bodies", "naive", "caller-naive", "caller-calls", "caller-appends", "caller-stored", "caller-sessions", "caller-tickets", "session-names", "body-max", "batch-max", "batch-bytes", "url-max", "header-max",
 		"header-timeout", "body-timeout", "idle-timeout"}},
 	{"Logging", []string{"log-level", "log-format", "version"}},

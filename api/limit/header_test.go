@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -114,4 +115,65 @@ func TestListener_boundsConnectionsWithoutAToken(t *testing.T) {
 		_ = c.Close()
 	}
 	eventually(t, "all places are free", func() bool { return l.connections.Taken() == 0 && l.strangers.Taken() == 0 })
+}
+
+// What strangers of an address send is read at a pace. Who shows a token is read at once, and so is another address.
+func TestListener_readsStrangersAtAPace(t *testing.T) {
+	var now atomic.Int64
+	l := with(func(c *Config) {
+		c.StrangerBytes, c.Tokens = 1<<10, true
+		c.Now = func() time.Time { return time.Unix(now.Load(), 0) }
+	})
+	address := serve(t, l)
+	for _, path := range []string{"/", "/"} { // each counts as 4 KiB and a little: the bucket has 10
+		c := ask(t, address, path)
+		if c == nil {
+			t.Fatal("it is not heard at once")
+		}
+		defer c.Close()
+	}
+	heard := make(chan net.Conn)
+	go func() { heard <- ask(t, address, "/known") }()
+	select {
+	case <-heard:
+		t.Error("a third connection is heard at once")
+	case <-time.After(300 * time.Millisecond):
+	}
+	now.Add(10)
+	c := <-heard
+	if c == nil {
+		t.Fatal("it is not heard at all")
+	}
+	defer c.Close()
+	for range 20 { // it has shown a token
+		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: localhost\r\nX: "+strings.Repeat("x", 2<<10)+"\r\n\r\n")
+	}
+	answers, got := make([]byte, 4<<10), ""
+	for strings.Count(got, "HTTP/1.1 200") < 20 {
+		n, err := c.Read(answers)
+		if err != nil {
+			t.Fatalf("%v after %q", err, got)
+		}
+		got += string(answers[:n])
+	}
+	if n := refusals(t, l, "stranger-bytes"); n != 0 {
+		t.Errorf("%v refusals", n)
+	}
+}
+
+// What comes while its address has had too much for long is not heard.
+func TestListener_doesNotWaitForEverToHearStrangers(t *testing.T) {
+	l := with(func(c *Config) {
+		c.StrangerBytes, c.Tokens = 100, true // it takes 40 s until a connection may be heard
+	})
+	address := serve(t, l)
+	if ask(t, address, "/") == nil {
+		t.Fatal("the first one is not heard")
+	}
+	if ask(t, address, "/") != nil {
+		t.Error("the second one is heard")
+	}
+	if n := refusals(t, l, "stranger-bytes"); n != 1 {
+		t.Errorf("%v refusals", n)
+	}
 }

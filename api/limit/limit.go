@@ -40,6 +40,9 @@ type Config struct {
 	// (Tokens). Such a connection costs up to 50 KB. CallerStrangers is half of CallerConnections:
 	// a few hundred people whose pages are loading.
 	Strangers, CallerStrangers int
+	// StrangerBytes limits the bytes per second that are read from an address's connections without a token. What
+	// they send can cost the node a hundred times what it costs them. Loading a page sends 20 KB.
+	StrangerBytes int
 	// Viewers limits the node's viewers. 100,000 take 600 MB while they are idle.
 	Viewers int
 	// CallerViewers is like CallerConnections, and also for a service that views for its users.
@@ -69,8 +72,8 @@ type Config struct {
 	// CallerAppends is how many chunks of up to 1 KiB a caller may append per second. A larger
 	// chunk counts once per KiB. 10,000 is a thousand answers of ten words per second.
 	CallerAppends int
-	// CallerStored is how many bytes of chunks a caller may store per day. 1 GiB is thousands of
-	// long answers, piece by piece. Chunks are kept for -history-ttl, a day.
+	// CallerStored is how many bytes of chunks a caller may store per day. 256 MiB is a thousand
+	// long answers, piece by piece, and a quarter of a Redis of 1 GB. Chunks are kept for -history-ttl, a day.
 	CallerStored int
 	// CallerSessions is how many sessions a caller may make per second. They are kept for a day,
 	// and their names for a month. 50 suffices for a service with four million questions per day.
@@ -99,14 +102,14 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		CallerConnections: 1_000,
-		Strangers:         5_000, CallerStrangers: 500,
+		Strangers:         5_000, CallerStrangers: 500, StrangerBytes: 256 << 10,
 		Viewers: 100_000, CallerViewers: 1_000,
 		Uploads: 5_000, CallerUploads: 500,
 		Answers: 256, CallerAnswers: 64,
 		Bodies: 128 << 20, CallerBodies: 64 << 20,
 		Responses: 64 << 20, CallerResponses: 16 << 20,
 		Naive: 64, CallerNaive: 16,
-		CallerCalls: 1_000, CallerAppends: 10_000, CallerStored: 1 << 30, CallerSessions: 50, CallerTickets: 100,
+		CallerCalls: 1_000, CallerAppends: 10_000, CallerStored: 256 << 20, CallerSessions: 50, CallerTickets: 100,
 		Addresses: true,
 		Logger:    slog.New(slog.DiscardHandler),
 	}
@@ -119,7 +122,7 @@ func (c Config) Validate() error {
 		flag  string
 		value int
 	}{
-		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"strangers", c.Strangers}, {"caller-strangers", c.CallerStrangers}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
+		{"connections", c.Connections}, {"caller-connections", c.CallerConnections}, {"strangers", c.Strangers}, {"caller-strangers", c.CallerStrangers}, {"stranger-bytes", c.StrangerBytes}, {"viewers", c.Viewers}, {"caller-viewers", c.CallerViewers},
 		{"uploads", c.Uploads}, {"caller-uploads", c.CallerUploads}, {"answers", c.Answers}, {"caller-answers", c.CallerAnswers},
 		{"bodies", c.Bodies}, {"caller-bodies", c.CallerBodies}, {"responses", c.Responses}, {"caller-responses", c.CallerResponses}, {"naive", c.Naive}, {"caller-naive", c.CallerNaive}, {"caller-calls", c.CallerCalls}, {"caller-appends", c.CallerAppends},
 		{"caller-stored", c.CallerStored}, {"caller-sessions", c.CallerSessions}, {"caller-tickets", c.CallerTickets},
@@ -195,8 +198,10 @@ type Limits struct {
 
 	connections, strangers                              *Places
 	Viewers, Uploads, Answers, Bodies, Responses, Naive *Places
-	Calls, Appends, Sessions, Tickets                   *Rates
-	Stored                                              *Rates // bytes
+	// StrangerResponses are those of the responses that are for callers without a token: a half.
+	StrangerResponses                 *Places
+	Calls, Appends, Sessions, Tickets *Rates
+	Stored, heard                     *Rates // bytes
 
 	mu   sync.Mutex
 	said map[string]time.Time // when the log last said that a limit was reached
@@ -233,6 +238,7 @@ func New(cfg Config) *Limits {
 	l.Answers = places("concurrent model answers", "answers", cfg.Answers, cfg.CallerAnswers)
 	l.Bodies = places("bytes of bodies in progress", "bodies", cfg.Bodies, cfg.CallerBodies)
 	l.Responses = places("bytes of responses in progress", "responses", cfg.Responses, cfg.CallerResponses)
+	l.StrangerResponses = places("bytes of responses in progress for callers without a token", "responses", cfg.Responses/2, 0)
 	l.Naive = places("naive viewers", "naive", cfg.Naive, cfg.CallerNaive)
 	l.refused.WithLabelValues("feeds")
 	for _, p := range []*Places{l.connections, l.strangers, l.Viewers, l.Uploads, l.Answers, l.Bodies, l.Responses, l.Naive} {
@@ -243,6 +249,7 @@ func New(cfg Config) *Limits {
 	l.Appends = rates("chunks of up to a KiB", "caller-appends", cfg.CallerAppends)
 	l.Stored = rates("bytes of chunks", "caller-stored", cfg.CallerStored)
 	l.Stored.per, l.Stored.holds = day, 1
+	l.heard = rates("bytes without a token", "stranger-bytes", cfg.StrangerBytes)
 	l.Sessions = rates("new sessions", "caller-sessions", cfg.CallerSessions)
 	l.Tickets = rates("tickets", "caller-tickets", cfg.CallerTickets)
 	return l

@@ -27,6 +27,9 @@ type listener struct {
 // ms.
 const sendBuffer = 64 << 10
 
+// receiveBuffer is the same of what clients send: a body that is not read would wait there by megabytes.
+const receiveBuffer = 128 << 10
+
 // Accept implements net.Listener.
 func (l *listener) Accept() (net.Conn, error) {
 	for {
@@ -50,10 +53,11 @@ func (l *listener) Accept() (net.Conn, error) {
 			continue
 		}
 		_ = tcp.SetWriteBuffer(sendBuffer)
+		_ = tcp.SetReadBuffer(receiveBuffer)
 		if long := l.limits.cfg.WriteTimeout; long > 0 {
 			setUnsent(tcp, long+10*time.Second) // later than a handler's own deadline for the write
 		}
-		return &conn{TCPConn: tcp, limits: l.limits, caller: caller, stranger: stranger, header: header{counts: true}}, nil
+		return &conn{TCPConn: tcp, limits: l.limits, caller: caller, stranger: stranger, owes: helloCost, header: header{counts: true}}, nil
 	}
 }
 
@@ -79,6 +83,7 @@ type conn struct {
 
 	mu       sync.Mutex
 	stranger bool // it holds a place among the connections without a token
+	owes     int  // bytes that the next read counts as well
 	header   header
 	answered time.Time // since when the last handler that returned had waited only for its client
 }
@@ -87,6 +92,10 @@ type conn struct {
 // parsing a line costs many times as much as sending it.
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.TCPConn.Read(p)
+	if n > 0 && !c.heed(n) {
+		Reset(c.TCPConn)
+		return 0, errUnheard
+	}
 	c.mu.Lock()
 	long := c.header.read(p[:n])
 	c.mu.Unlock()
@@ -98,6 +107,58 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// A connection without a token counts as helloCost bytes when it is new, and a request on it that is refused for want of memory as
+// refusedCost: so much more than reading does that cost.
+const (
+	helloCost   = 4 << 10
+	refusedCost = 4 << 10
+	heedMost    = 5 * time.Second // how long it waits for its turn to be read
+)
+
+// heed waits until n bytes more may be heard of a connection on which no token was shown, and reports whether they may.
+func (c *conn) heed(n int) bool {
+	const step = 100 * time.Millisecond
+	c.mu.Lock()
+	n += c.owes
+	c.owes = 0
+	c.mu.Unlock()
+	for waited := time.Duration(0); ; {
+		if !c.isStranger() {
+			return true
+		}
+		after := c.limits.heard.after(c.caller, n)
+		switch {
+		case after == 0:
+			return true
+		case waited+after > heedMost || c.closed.Load():
+			_ = c.limits.Refuse(c.limits.heard.error(after))
+			return false
+		}
+		after = min(after, step)
+		time.Sleep(after)
+		waited += after
+	}
+}
+
+// Overdone says that a request was refused for want of memory. On a connection without a token that slows down what comes next.
+func Overdone(c net.Conn) {
+	if c := of(c); c != nil && c.isStranger() {
+		c.limits.heard.penalize(c.caller, refusedCost, heedMost)
+	}
+}
+
+// IsStranger reports whether a token is wanted on a connection and was not shown yet.
+func IsStranger(c net.Conn) bool {
+	of := of(c)
+	return of != nil && of.isStranger()
+}
+
+func (c *conn) isStranger() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stranger
+}
+
 // Write implements net.Conn. After a write timeout, Close resets the connection: unsent data would
 // keep it open for the peer, and in the kernel's memory.
 func (c *conn) Write(p []byte) (int, error) {
@@ -107,6 +168,8 @@ func (c *conn) Write(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+var errUnheard = errors.New("more comes from its address without a token than is read")
 
 var errLines = errors.New("the header has too many lines")
 

@@ -66,6 +66,33 @@ func (r *Rates) Owe(c Caller, n int) time.Duration {
 	return b.ReserveN(now, min(n, b.Burst())).DelayFrom(now)
 }
 
+// after uses n up, or says how long it takes until they are there. It is no refusal.
+func (r *Rates) after(c Caller, n int) time.Duration {
+	b := r.bucket(c)
+	if b == nil {
+		return 0
+	}
+	now := r.limits.cfg.Now()
+	taken := b.ReserveN(now, min(n, b.Burst()))
+	after := taken.DelayFrom(now)
+	if after > 0 {
+		taken.CancelAt(now)
+	}
+	return after
+}
+
+// penalize uses n up also if they are not there yet, unless more than most is to be waited for already.
+func (r *Rates) penalize(c Caller, n int, most time.Duration) {
+	b := r.bucket(c)
+	if b == nil {
+		return
+	}
+	now := r.limits.cfg.Now()
+	if taken := b.ReserveN(now, min(n, b.Burst())); taken.DelayFrom(now) > most {
+		taken.CancelAt(now)
+	}
+}
+
 // Over returns an error if nothing is left. It uses up nothing.
 func (r *Rates) Over(c Caller) *Error {
 	b := r.bucket(c)
