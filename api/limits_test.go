@@ -570,7 +570,7 @@ func TestLimit_ofBytesStored(t *testing.T) {
 	for kind, body := range map[string]string{typeJSON: `{"content":"x"}`, typeNDJSON: `{"content":"x"}`, "text/plain": "x", "text/event-stream": "data: x\n\n"} {
 		a := post(me, kind, body)
 		p := a.refused(t, 429, "storage_limited")
-		if p.Limit != 150<<10 || !strings.Contains(p.Detail, "-caller-stored") || !strings.Contains(p.Detail, "a day") {
+		if p.Limit != 150<<10 || !strings.Contains(p.Detail, "-caller-stored") || !strings.Contains(p.Detail, "per caller and day") {
 			t.Errorf("%s: %+v", kind, p)
 		}
 		if after, _ := strconv.Atoi(a.header.Get("Retry-After")); after < 1 || after > 24*3600 {
