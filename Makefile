@@ -83,5 +83,6 @@ fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseNumber -fuzztime 30s ./api
 	go test -run xxx -fuzz FuzzText -fuzztime 30s ./api
 	go test -run xxx -fuzz FuzzLines -fuzztime 30s ./api
+	go test -run xxx -fuzz FuzzOpenAIAccess -fuzztime 30s ./api
 	go test -run xxx -fuzz FuzzMay -fuzztime 30s ./api/auth
 	go test -run xxx -fuzz FuzzRead -fuzztime 30s ./api/auth

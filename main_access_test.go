@@ -16,14 +16,14 @@ import (
 	"gapless/store/storetest"
 )
 
-// token makes a token that no log may have.
+// token returns a token that no log may contain.
 func token(i *authtest.Issuer, life time.Duration, may authtest.May) string {
 	text := i.Token(life, may)
 	plant(text, text[strings.LastIndex(text, ".")+1:])
 	return text
 }
 
-// ticket makes a ticket that no log may have, and answers the query of its URL.
+// ticket makes a ticket that no log may contain, and returns the query of its URL.
 func (n *node) ticket(t *testing.T, session string) (query string) {
 	t.Helper()
 	var made struct{ Ticket, URL string }
@@ -48,7 +48,7 @@ func TestAccess_withoutAuthOnlyLoopbackIsListenedOn(t *testing.T) {
 		}
 	}
 	issuer := authtest.New(t)
-	for _, args := range [][]string{{"-insecure-open"}, {"-auth", issuer.Source()}} { // the address is nobody's: they get as far as that
+	for _, args := range [][]string{{"-insecure-open"}, {"-auth", issuer.Source()}} { // they fail only because nobody has this address
 		code, out := program(t, nil, append(args, "-listen", "192.0.2.1:0")...)
 		if code != 1 || !strings.Contains(out, "listen on 192.0.2.1:0") {
 			t.Errorf("%v: exit code %d: %s", args, code, out)
@@ -59,7 +59,7 @@ func TestAccess_withoutAuthOnlyLoopbackIsListenedOn(t *testing.T) {
 	}
 }
 
-// The keys come from files, from the environment, and are as good as what is behind them.
+// Bad keys in files or in the environment are refused at the start.
 func TestAccess_badKeysAreRefusedAtTheStart(t *testing.T) {
 	t.Parallel()
 	short := filepath.Join(t.TempDir(), "short")
@@ -72,8 +72,7 @@ func TestAccess_badKeysAreRefusedAtTheStart(t *testing.T) {
 	}
 }
 
-// All that is promised is promised with tokens, too, and with tickets: viewers cut themselves
-// and come back to whatever node.
+// All promises hold with tokens and tickets, too: viewers cut their connections and reconnect to any node.
 func TestGapcheck_withTokensAndTicketsAtTwoNodes(t *testing.T) {
 	t.Parallel()
 	redis, issuer := storetest.Redis(t), authtest.New(t)
@@ -91,8 +90,8 @@ func TestGapcheck_withTokensAndTicketsAtTwoNodes(t *testing.T) {
 	g.run(t)
 }
 
-// Of two connections with one ticket, at two nodes, the newer one stays; what the former page
-// has, it has once and in order when it comes back.
+// Of two connections with one ticket, at two nodes, the newer one stays. When the displaced page reconnects, it has
+// every chunk once and in order.
 func TestAccess_theNewestConnectionOfATicketStays(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
 		redis, issuer := storetest.Redis(t), authtest.New(t)
@@ -118,7 +117,7 @@ func TestAccess_theNewestConnectionOfATicketStays(t *testing.T) {
 		want := all[0].pages(t, session)
 		v.check(t, want)
 		other.check(t, want)
-		redis.Del(deadline(t), keys(t, redis, "chat:ticket:*")...) // nobody was there for a minute
+		redis.Del(deadline(t), keys(t, redis, "chat:ticket:*")...) // as if nobody had been connected for a minute
 		all[0].token = ""
 		late := all[0].do(deadline(t), "GET", "/v1/sessions/"+session+"/stream"+v.query, "", nil)
 		if late.status != http.StatusUnauthorized || !strings.Contains(late.body, "ticket_spent") {
@@ -127,8 +126,8 @@ func TestAccess_theNewestConnectionOfATicketStays(t *testing.T) {
 	})
 }
 
-// A token that expires in the middle of a stream ends it by an event that a page can read, and
-// a break that is no end; whoever comes back with it is told what to do.
+// If a token expires during a stream, an event that a page can read says so, and the stream breaks off without a clean
+// end. A client that reconnects with the token learns what to do.
 func TestAccess_aStreamEndsWithItsToken(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
 		issuer := authtest.New(t)
@@ -155,8 +154,8 @@ func TestAccess_aStreamEndsWithItsToken(t *testing.T) {
 	})
 }
 
-// Words are planted wherever somebody can say something; the end of each node looks for them in
-// its log, at its most talkative.
+// Secret words are planted wherever a client can send text. At the end of each node its log, at debug level, must not
+// contain them.
 func TestAccess_logsHaveNothingThatPeopleSay(t *testing.T) {
 	t.Parallel()
 	issuer := authtest.New(t)
@@ -189,7 +188,7 @@ func TestAccess_logsHaveNothingThatPeopleSay(t *testing.T) {
 	eventually(t, "the viewer's end is in the log", func() bool { return strings.Contains(n.log.String(), "viewer ends") })
 }
 
-// Prometheus needs no token at an address of its own, at which there is nothing else.
+// Prometheus needs no token at the separate address for metrics, which serves nothing else.
 func TestAccess_metricsAtAnAddressOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-auth", authtest.New(t).Source(), "-metrics", "127.0.0.1:0")

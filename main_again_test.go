@@ -15,7 +15,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// A stream that has ended leaves its connection to the next request: Node's client sends one at once, and Go's.
+// A connection whose stream has ended serves the next request. Node's client and Go's send one at once.
 func TestAgain_aConnectionWhoseStreamHasEndedIsGoodForMore(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, args...)
@@ -48,8 +48,8 @@ func TestAgain_aConnectionWhoseStreamHasEndedIsGoodForMore(t *testing.T) {
 	})
 }
 
-// A viewer that was given the end of a log and asks again at once is answered 204: by the node that gave it the end, which
-// may not have read the log since, and by another one.
+// A viewer that reached the end of a log and asks again at once gets 204. It gets that from another node, and from the
+// node that sent the end, which may not have read the log since.
 func TestAgain_aThousandViewersAskAgainAtTheEndAndAreTold204(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -97,8 +97,8 @@ func TestAgain_aThousandViewersAskAgainAtTheEndAndAreTold204(t *testing.T) {
 	}
 }
 
-// What a client has sent behind its stream's request, on the same connection, is answered: once, and in order. What is
-// the body of that request is not taken for another one.
+// Requests that a client sends after its stream's request, on the same connection, get their responses once, and in
+// order. The body of that request is not taken for another one.
 func TestAgain_requestsInARow(t *testing.T) {
 	t.Parallel()
 	n := start(t)
@@ -151,7 +151,7 @@ func TestAgain_requestsInARow(t *testing.T) {
 	}
 }
 
-// Nobody waits for the next request of a connection when the node stops.
+// A node that stops does not wait for the next request of a connection.
 func TestAgain_connectionsThatAreQuietDoNotHoldUpTheEnd(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-drain", "1m")

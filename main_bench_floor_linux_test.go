@@ -21,12 +21,12 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// The floor is the least that a Go server of this kind on Redis has to do, for comparison: it
-// takes connections over and writes our wire to them, with one script call an append and one
-// subscription a session. It keeps all messages in memory, and checks nothing: it does not look
-// at what is posted, believes what Pub/Sub says, and dies with its Redis. It is no model.
+// The floor is the least that a Go server of this kind on Redis must do, for comparison. It takes connections over and
+// writes our wire format to them, with one script call per append and one subscription per session. It keeps all
+// messages in memory, and checks nothing: it ignores the contents of posts, believes Pub/Sub, and dies with its Redis.
+// It is no model.
 //
-// One goroutine receives, and writes to all viewers of a session what it received.
+// One goroutine receives messages, and writes them to all viewers of a session.
 
 func init() { roles["floor"] = floorRole }
 
@@ -43,28 +43,28 @@ type floor struct {
 	sessions map[string]*floorSession
 }
 
-// floorSession is one session's messages, framed as they are sent, and who gets them.
+// floorSession holds one session's messages, framed for sending, and its viewers.
 type floorSession struct {
-	heard   chan struct{} // closed when the subscription stands
+	heard   chan struct{} // closed when Redis acknowledges the subscription
 	mu      sync.Mutex
 	log     []byte
 	viewers []*floorViewer
-	behind  bool // what was received last has not been written
+	behind  bool // the last message received was not written yet
 }
 
 type floorViewer struct {
 	conn net.Conn
-	at   int // in the log
+	at   int // position in the log
 	gone atomic.Bool
 }
 
-// floorAppend is a message on its way to Redis.
+// floorAppend is a message under way to Redis.
 type floorAppend struct {
 	session, body string
 	done          chan struct{}
 }
 
-// floorRole is the process: it takes -listen and -redis as the server does.
+// floorRole is the process. It takes -listen and -redis like the server.
 func floorRole(args []string) {
 	cfg, err := parse(args, os.LookupEnv)
 	if err != nil {
@@ -106,7 +106,7 @@ func (f *floor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path, isSession := strings.CutPrefix(r.URL.Path, "/v1/sessions/")
 	session, call, _ := strings.Cut(path, "/")
 	switch {
-	case !isSession: // whether it is ready
+	case !isSession: // a readiness check
 	case call == "chunks":
 		f.append(w, r, session)
 	case call == "stream":
@@ -114,7 +114,7 @@ func (f *floor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// append answers when Redis has every line of the body.
+// append responds when Redis has every line of the body.
 func (f *floor) append(w http.ResponseWriter, r *http.Request, session string) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -131,7 +131,7 @@ func (f *floor) append(w http.ResponseWriter, r *http.Request, session string) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// write sends what waits in one write, and acknowledge reads the answers in the same order.
+// write sends all waiting commands in one write, and acknowledge reads the replies in the same order.
 func (f *floor) write(to net.Conn, sent chan<- []floorAppend) {
 	var out []byte
 	for a := range f.appends {
@@ -166,7 +166,7 @@ func (f *floor) acknowledge(from *bufio.Reader, sent <-chan []floorAppend) {
 	}
 }
 
-// command is one of Redis, as https://redis.io/docs/latest/develop/reference/protocol-spec says.
+// command appends a command in the format of https://redis.io/docs/latest/develop/reference/protocol-spec.
 func command(b []byte, args ...string) []byte {
 	b = append(strconv.AppendInt(append(b, '*'), int64(len(args)), 10), "\r\n"...)
 	for _, arg := range args {
@@ -178,7 +178,7 @@ func command(b []byte, args ...string) []byte {
 
 const floorHead = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-// stream takes the connection over, and leaves it to receive when it has what there is.
+// stream takes the connection over, sends the existing messages, and leaves the rest to receive.
 func (f *floor) stream(w http.ResponseWriter, session string) {
 	f.mu.Lock()
 	s := f.sessions[session]
@@ -196,7 +196,7 @@ func (f *floor) stream(w http.ResponseWriter, session string) {
 		return
 	}
 	v := &floorViewer{conn: conn}
-	go func() { // ends with the connection: nothing else sees its end
+	go func() { // ends with the connection: nothing else notices its end
 		_, _ = conn.Read(make([]byte, 1))
 		v.gone.Store(true)
 		_ = conn.Close()
@@ -216,7 +216,7 @@ func (f *floor) stream(w http.ResponseWriter, session string) {
 	}
 }
 
-// receive takes what is published; when nothing more is there, it goes out.
+// receive reads published messages, and delivers them when no more are waiting.
 func (f *floor) receive(from *bufio.Reader) {
 	var kind, name, body []byte
 	var behind []*floorSession

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// http2 is live with one message in flight, by Go's own client over HTTP/2: as many streams a connection as the
-// server allows. What the client costs does not count; its watchers are looked at by run.
+// http2 is live with one message in flight, through Go's client over HTTP/2, with as many streams per connection as the
+// server allows. The client's cost does not count. run checks its watchers.
 func (g *generator) http2() (o outcome, err error) {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP2(g.TLS)
@@ -24,7 +24,7 @@ func (g *generator) http2() (o outcome, err error) {
 		scheme = "https"
 	}
 	client := &http.Client{Transport: &http.Transport{
-		Protocols: protocols, DialContext: (&net.Dialer{}).DialContext, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // the test's own
+		Protocols: protocols, DialContext: (&net.Dialer{}).DialContext, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // the test's own certificate
 	}}
 	url := scheme + "://" + g.Addr + "/v1/sessions/" + g.name(0)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -33,7 +33,7 @@ func (g *generator) http2() (o outcome, err error) {
 	defer cancel()
 
 	var got atomic.Int64
-	all := make(chan struct{}, 1) // everybody has the newest message
+	all := make(chan struct{}, 1) // every viewer has the newest message
 	answered := make(chan error, g.Viewers)
 	for i := range g.Viewers {
 		w := &watcher{}

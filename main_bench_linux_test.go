@@ -22,16 +22,16 @@ import (
 	"gapless/store/storetest"
 )
 
-// The scenarios: how fast the built program is, beside a floor that does nothing but what cannot
-// be avoided (main_bench_floor_linux_test.go). Machines differ, and so do their hours: what counts is
-// the ratio of the two, which are measured in turn. Server and Redis run on one core, the load
-// generator (main_bench_load_linux_test.go) on another; each figure is a median of a few runs. Every
-// message is looked for by every viewer: one that is lost, doubled or out of order fails the run.
+// The scenarios measure how fast the built program is, next to a floor that does only the unavoidable work
+// (main_bench_floor_linux_test.go). Machines differ, and so do their hours, so what counts is the ratio of the two,
+// which are measured in turn. Server and Redis run on one core, the load generator (main_bench_load_linux_test.go) on
+// another. Each figure is a median of a few runs. Every viewer checks every message: a message that is lost, doubled or
+// out of order fails the run.
 //
 //	make bench                         the benchmarks of the packages, all scenarios, and the table
-//	make bench RUNS=1 ONLY=fanout      the scenarios whose name has this in it, once
+//	make bench RUNS=1 ONLY=fanout      the scenarios whose name contains fanout, once
 //
-// Connections over HTTP/2 and TLS cannot be taken over: their figures stand beside the others, and are held to nothing.
+// Connections over HTTP/2 and TLS cannot be taken over. Their figures are next to the others, without a goal.
 var scenarioRuns = flag.Int("scenarios.runs", 3, "how often each scenario is measured; its figure is the median")
 
 // scenariosOn is where ours keeps its logs in the scenarios. The floor is on a redis-server, always.
@@ -41,9 +41,9 @@ var scenariosOn = flag.String("scenarios.on", "redis", "where ours keeps its log
 type scenario struct {
 	name     string
 	args     []string // of the server
-	oursOnly bool     // the floor has no part in it
+	oursOnly bool     // the floor does not take part
 	run      func(r *rig) []float64
-	rows     []row // what run answers, in this order
+	rows     []row // the rows of run's result, in this order
 }
 
 // row is a line of the table.
@@ -52,7 +52,7 @@ type row struct {
 	goal        goal
 }
 
-// goal is what a figure should be. It is told, and fails nothing: only lost messages do.
+// goal is the target of a figure. It is printed, and fails nothing: only lost messages do.
 type goal struct {
 	text    string
 	met     func(floor, ours float64) bool
@@ -160,15 +160,15 @@ func sessionsWithin(r *rig) []float64 {
 	return []float64{posts, r.mostSessions(true)}
 }
 
-// mostSessions looks for the most sessions whose p99 is below 100 ms: it doubles them until that fails, and
+// mostSessions searches for the most sessions whose p99 is below 100 ms. It doubles their number until that fails, and
 // then halves the step until it is below a twentieth.
 func (r *rig) mostSessions(uploads bool) float64 {
 	once := func(n int) (enough, disturbed bool) {
-		r.restart() // former sessions cost something for a while
+		r.restart() // former sessions have a cost for a while
 		o, err := r.try(load{Do: "live", Sessions: n, Viewers: 1, Rate: 20, Uploads: uploads, Warm: r.long(time.Second), For: r.long(2 * time.Second)})
 		if err != nil {
 			r.progress("%d sessions: %v", n, err)
-			if r.small { // of so few, each must be served
+			if r.small { // each of so few must be served
 				r.t.Fail()
 			}
 			return false, false
@@ -184,7 +184,7 @@ func (r *rig) mostSessions(uploads bool) float64 {
 		}
 		return enough
 	}
-	good, bad, most := 0, r.few(500), 8000 // an upload and a viewer a session are two descriptors, here and there
+	good, bad, most := 0, r.few(500), 8000 // an upload and a viewer per session are two descriptors on each side
 	if r.small {
 		most = bad
 	}
@@ -282,7 +282,7 @@ func ratio(a, b float64) float64 {
 	return a / b
 }
 
-// median is 0 of none.
+// median returns the median, or 0 if all is empty.
 func median(all []float64) float64 {
 	if len(all) == 0 {
 		return 0
@@ -291,13 +291,13 @@ func median(all []float64) float64 {
 	return (all[(len(all)-1)/2] + all[len(all)/2]) / 2
 }
 
-// rig is a server with its Redis, of which something is measured.
+// rig is a server with its Redis, for measurements.
 type rig struct {
 	t     testing.TB
 	floor bool
-	small bool // a test that all of this works: few viewers, for a moment, wherever there is a core
+	small bool // a short test that everything works: with few viewers, on any core
 	args  []string
-	cores [2]int // of the server and its Redis; of the generator
+	cores [2]int // of the server and its Redis, and of the generator
 
 	redis *storetest.Server
 	node  *node
@@ -305,7 +305,7 @@ type rig struct {
 
 	faults  // of all loads
 	checked int
-	others  float64 // the most that others took of a core, where that disturbed
+	others  float64 // the most of a core that other processes took, where that disturbed
 	limited bool    // by the generator
 }
 
@@ -354,7 +354,7 @@ func (r *rig) launch() {
 	r.pinned(0, func() { r.node = startProgram(r.t, program, args...) })
 }
 
-// restart has the server begin anew, with an empty Redis.
+// restart restarts the server with an empty Redis.
 func (r *rig) restart() {
 	r.t.Helper()
 	r.node.terminate()
@@ -365,7 +365,7 @@ func (r *rig) restart() {
 	r.launch()
 }
 
-// few is so many, or a hundredth for a test.
+// few returns n, or a hundredth of it in a test.
 func (r *rig) few(n int) int {
 	if r.small {
 		return max(2, n/100)
@@ -373,7 +373,7 @@ func (r *rig) few(n int) int {
 	return n
 }
 
-// progress says how far a long scenario is.
+// progress logs the progress of a long scenario.
 func (r *rig) progress(format string, args ...any) {
 	if r.small {
 		r.t.Logf(format, args...)
@@ -382,7 +382,7 @@ func (r *rig) progress(format string, args ...any) {
 	}
 }
 
-// long is so long, or a moment for a test.
+// long returns d, or a moment in a test.
 func (r *rig) long(d time.Duration) time.Duration {
 	if r.small {
 		return d / 30
@@ -390,7 +390,7 @@ func (r *rig) long(d time.Duration) time.Duration {
 	return d
 }
 
-// pinned runs start, which starts a process, on one core: the process inherits that.
+// pinned runs start, which starts a process, on one core. The process inherits the core.
 func (r *rig) pinned(i int, start func()) {
 	if r.small {
 		start()
@@ -427,10 +427,10 @@ func (r *rig) load(l load) outcome {
 	return o
 }
 
-// disturbed says whether others took so much that the figures are not to be trusted.
+// disturbed reports whether other processes took so much that the figures are unreliable.
 func (o outcome) disturbed() bool { return o.Foreign > 0.05*o.Seconds }
 
-// try runs the generator against the server, and keeps what must be known of it.
+// try runs the generator against the server, and records what the table needs.
 func (r *rig) try(l load) (o outcome, err error) {
 	redis, err := r.redis.InfoMap(r.t.Context(), "server").Result()
 	if err != nil {
@@ -471,17 +471,17 @@ func (r *rig) try(l load) (o outcome, err error) {
 	if o.disturbed() {
 		r.others = max(r.others, o.Foreign/o.Seconds)
 	}
-	if own := ratio(o.Own, o.Seconds); own > 0.97 && l.Viewers == 0 { // CPU an event says the same then, appends a second do not
+	if own := ratio(o.Own, o.Seconds); own > 0.97 && l.Viewers == 0 { // CPU per event stays correct then, appends per second do not
 		r.limited = true
 	}
 	return o, nil
 }
 
-// line is what became of a row.
+// line is the result of a row.
 type line struct {
 	row
 	scenario    string
-	floor, ours []float64 // of each run
+	floor, ours []float64 // one figure per run
 	faults
 	notes []string
 }
@@ -504,7 +504,7 @@ func BenchmarkScenarios(b *testing.B) {
 						r := newRig(b, who == "floor", false, s.args...)
 						values := s.run(r)
 						checked += r.checked
-						b.ReportMetric(0, "ns/op") // says nothing here
+						b.ReportMetric(0, "ns/op") // means nothing here
 						for i, value := range values {
 							l := all[i]
 							l.faults.add(r.faults)
@@ -533,7 +533,7 @@ func BenchmarkScenarios(b *testing.B) {
 	printTable(os.Stdout, lines, checked)
 }
 
-// printTable prints it as Markdown.
+// printTable prints the table as Markdown.
 func printTable(w io.Writer, lines []*line, checked int) {
 	fmt.Fprintf(w, "\nMedians of %d; F is the floor. Server and Redis on one core, the load on another; %s, %s/%s.\n", *scenarioRuns, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	fmt.Fprintf(w, "%d events were checked, of both. Lost, doubled and out of order must be 0; absolute goals are for a machine whose F is as in the records.\n\n", checked)
@@ -567,7 +567,7 @@ func printTable(w io.Writer, lines []*line, checked int) {
 	fmt.Fprintln(w)
 }
 
-// short is a figure with three digits that mean something.
+// short formats a figure with three significant digits.
 func short(v float64) string {
 	if v == 0 || math.Abs(v) >= 100 {
 		return fmt.Sprintf("%.0f", v)
@@ -575,7 +575,7 @@ func short(v float64) string {
 	return fmt.Sprintf("%.*f", 2-int(math.Floor(math.Log10(math.Abs(v)))), v)
 }
 
-// The scenarios in small, so that none rots: nothing is lost, and each answers its rows.
+// The scenarios in small, so that none of them rots: nothing is lost, and each returns its rows.
 func TestScenarios_loseNothingInSmall(t *testing.T) {
 	t.Parallel()
 	for _, floor := range []bool{true, false} {
@@ -602,7 +602,7 @@ func TestScenarios_loseNothingInSmall(t *testing.T) {
 	}
 }
 
-// A server that loses, doubles and reorders is found out, wherever its bytes are cut.
+// The generator notices a server that loses, doubles and reorders messages, wherever its bytes are cut.
 func TestScenarios_theGeneratorSeesWhatIsLostDoubledAndReordered(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -21,60 +21,59 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The load generator of the scenarios (main_bench_linux_test.go) is one thread of a process of
-// its own: it owns every socket, viewers' and publishers', behind one epoll, so that an event
-// costs it little beside the kernel's read. It takes what to do as JSON on its standard input and
-// answers what it saw as JSON on its standard output.
+// The load generator of the scenarios (main_bench_linux_test.go) is one thread of a separate process. It owns the
+// sockets of all viewers and publishers, with one epoll, so that an event costs it little besides the kernel's read. It
+// reads its task as JSON from standard input, and writes its observations as JSON to standard output.
 //
-// Each message carries its number in its session, from 0, and when it was due, behind a byte that stands
-// nowhere else in a stream. So what a server numbers does not count, and a viewer that missed
-// one, or saw one twice or late, is found out (tally).
+// Each message contains its number in its session, from 0, and when it was due, after a byte that occurs nowhere else
+// in a stream. So the server's numbers do not count, and tally finds a viewer that missed a message, or saw one twice
+// or late.
 
 func init() { roles["load"] = loadRole }
 
-// load is what the generator is to do.
+// load is the generator's task.
 type load struct {
 	Do       string // live, idle, catchUp or http2
 	TLS      bool   // http2: over TLS
 	Addr     string
-	Session  string // the sessions' names begin with it
+	Session  string // prefix of the sessions' names
 	Sessions int
 	Viewers  int   // of each session
-	History  int   // messages that each session has before its viewers come
+	History  int   // messages of each session before its viewers come
 	Keeper   bool  // catchUp: each session has a viewer from before its first message
-	Servers  []int // the processes whose CPU counts; the first one's memory does, too
+	Servers  []int // the processes whose CPU counts; for the first one memory counts, too
 
-	// live: messages come at Rate a second and session; at 0 as soon as there are fewer than
-	// Flight that some viewer does not have (without viewers: as soon as the one before is answered).
+	// live: each session gets Rate messages a second. At 0 the next message comes as soon as fewer than Flight are
+	// missing from some viewer (without viewers: as soon as the previous one got its response).
 	Rate    float64
 	Flight  int
-	Uploads bool // each session's messages are lines of one upload, not a request each
-	// Warm is how long it runs before it is measured, For how long it is.
+	Uploads bool // each session's messages are lines of one upload, not separate requests
+	// Warm is how long it runs before the measurement, and For how long the measurement takes.
 	Warm, For time.Duration
 }
 
-// outcome is what the generator saw.
+// outcome contains the generator's observations.
 type outcome struct {
-	// What viewers got in the measured time, and publishers were acknowledged.
+	// Messages that viewers got, and acknowledged publishes, during the measurement.
 	Delivered, Published int
-	Seconds              float64 // measured
-	CPU                  float64 // of the servers in it, in seconds
-	Foreign              float64 // the same of processes that have nothing to do with it, and what the machine's host took
-	Own                  float64 // the same of the generator
-	Memory               int     // idle: what the first server has more with all viewers than before, in bytes
+	Seconds              float64 // duration of the measurement
+	CPU                  float64 // used by the servers in it, in seconds
+	Foreign              float64 // used by unrelated processes and by the machine's host
+	Own                  float64 // used by the generator
+	Memory               int     // idle: how much the first server grew with all viewers, in bytes
 
-	// Latency from when a message was due to when a viewer had it, in ms, for a Rate above 0.
+	// Latency from when a message was due until a viewer had it, in ms, for a Rate above 0.
 	P50, P99 float64
 	// Took is how long the viewers of each session needed for its history, in ms (catchUp).
 	Took []float64
 
-	// All that was said and got, in whatever time.
+	// All messages sent and received, at any time.
 	Said, Got int
 	faults
-	Refused int // requests that were answered with 503: too much was asked
+	Refused int // requests with a 503 response: the load was too high
 }
 
-// faults must not be.
+// faults must stay zero.
 type faults struct {
 	Lost, Doubled, Reordered int
 	Broken                   int // connections that ended
@@ -95,10 +94,10 @@ func (f faults) String() string {
 	return text
 }
 
-// tally holds what a viewer got against the numbers 0, 1, 2, …
+// tally compares what a viewer got with the numbers 0, 1, 2, …
 type tally struct {
-	next    int          // the number that is to come
-	missing map[int]bool // those below it that have not
+	next    int          // the next expected number
+	missing map[int]bool // lower numbers that have not come
 	got     int
 	doubled int
 	late    int
@@ -127,13 +126,13 @@ func (t *tally) take(number int) {
 	}
 }
 
-// faults is what is wrong, when so many were said.
+// faults returns what is wrong after said messages.
 func (t *tally) faults(said int) faults {
 	return faults{Lost: max(0, said-t.got), Doubled: t.doubled, Reordered: t.late}
 }
 
-// A message is the mark, its number and when it was due (in ns of the generator's clock), both
-// in hexadecimal, and padding up to 100 bytes.
+// A message is the mark, its number and when it was due (in ns of the generator's clock), both in hexadecimal, and
+// padding up to 100 bytes.
 const (
 	mark        = '~'
 	markBytes   = 1 + 8 + 16
@@ -168,18 +167,17 @@ func parseHex(b []byte) (v uint64) {
 	return v
 }
 
-// marks finds the messages in a response: it takes off what HTTP puts around, in whatever
-// pieces the bytes come.
+// marks finds the messages in a response. It removes the HTTP framing, in whatever pieces the bytes come.
 type marks struct {
 	open  bool // the status was 200
 	ended bool
 	body  bool
-	line  []byte // the part of a header, or of a size, that came
-	left  int    // of the HTTP chunk, with the line end behind it
-	part  []byte // of a mark that came
+	line  []byte // the received part of a header, or of a size
+	left  int    // rest of the HTTP chunk, with the line end after it
+	part  []byte // the received part of a mark
 }
 
-// take answers whether the response goes on.
+// take reports whether the response continues.
 func (m *marks) take(b []byte, message func(number int, due time.Duration)) bool {
 	for len(b) > 0 {
 		if m.left > 0 {
@@ -250,21 +248,21 @@ type watcher struct {
 	marks
 	tally
 	session int
-	counted bool // among those that were answered
+	counted bool // its response has begun, and is counted
 }
 
-// publisher is a connection that messages are sent by, one request behind the other.
+// publisher is a connection for sending messages, one request after the other.
 type publisher struct {
 	fd     int
-	upload bool // it is one request, and a message a line of it
+	upload bool // it is one request, with one message per line
 	open   bool // the request of an upload has begun
 	busy   bool
 	answer []byte
-	asked  int   // the session that the request under way is for
+	asked  int   // the session of the request under way
 	queue  []due // what waits for its turn
 }
 
-// due is a message that is to be sent.
+// due is a message to send.
 type due struct {
 	session int
 	at      time.Duration
@@ -275,7 +273,7 @@ type generator struct {
 	load
 	begun        time.Time
 	epoll, timer int
-	armed        time.Duration // when the timer wakes, if it has not
+	armed        time.Duration // when the timer wakes, if it has not yet
 	events       [512]unix.EpollEvent
 	in           [256 << 10]byte
 	out, body    []byte
@@ -285,12 +283,12 @@ type generator struct {
 	publishers map[int]*publisher
 	all        []*publisher // in their order
 	said       []int        // by session
-	gone       []*watcher   // whose connection is closed
+	gone       []*watcher   // their connections are closed
 
 	publishing, recording bool
 	start                 time.Duration // of the messages at a rate
 	planned               int           // messages at a rate that have been queued
-	opened                int           // viewers that were answered
+	opened                int           // viewers whose response has begun
 	sent, delivered       int
 	acknowledged          int
 	latencies             []time.Duration
@@ -375,13 +373,13 @@ func (g *generator) listen(fd int) error {
 	return unix.EpollCtl(g.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)})
 }
 
-// dial connects and sends the beginning of a request. On loopback neither waits.
+// dial connects and sends the beginning of a request. On loopback neither blocks.
 func (g *generator) dial(head string) (fd int, err error) {
 	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("socket: %w", err)
 	}
-	// Closed by a reset, it leaves no port behind that is waited for.
+	// A reset on close leaves no port in TIME_WAIT.
 	err = errors.Join(
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1),
@@ -407,7 +405,7 @@ func (g *generator) watch(session int) (*watcher, error) {
 	return w, nil
 }
 
-// attach connects every session's viewers, not many more at a time than have been answered.
+// attach connects every session's viewers, only a few ahead of the responses.
 func (g *generator) attach() error {
 	for n := range g.Sessions * g.Viewers {
 		if _, err := g.watch(n % g.Sessions); err != nil {
@@ -423,7 +421,7 @@ func (g *generator) attach() error {
 	return nil
 }
 
-// fill gives a session its history, in requests of a thousand.
+// fill gives a session its history, in requests of a thousand messages.
 func (g *generator) fill(session int) error {
 	for g.said[session] < g.History {
 		var lines []byte
@@ -444,7 +442,7 @@ func (g *generator) fill(session int) error {
 	return nil
 }
 
-// until does what there is to do, until ok or too late.
+// until works until ok returns true, or most has passed.
 func (g *generator) until(most time.Duration, ok func() bool) bool {
 	for end := g.clock() + most; ; {
 		wake := g.publish(end)
@@ -458,7 +456,7 @@ func (g *generator) until(most time.Duration, ok func() bool) bool {
 	}
 }
 
-// calm is until, for as long as something comes: what was asked for too fast comes late.
+// calm is until, for as long as messages come: after an overload they come late.
 func (g *generator) calm(ok func() bool) {
 	for before := -1; !g.until(5*time.Second, ok) && g.delivered > before; {
 		before = g.delivered
@@ -467,10 +465,10 @@ func (g *generator) calm(ok func() bool) {
 
 func (g *generator) pass(d time.Duration) { g.until(d, func() bool { return false }) }
 
-// wait waits for sockets, until it is so late, and serves them.
+// wait waits for sockets until a deadline, and serves them.
 func (g *generator) wait(late time.Duration) {
 	if late != g.armed {
-		rest := max(late-g.clock(), 1) // 0 would be for ever
+		rest := max(late-g.clock(), 1) // 0 would mean for ever
 		if err := unix.TimerfdSettime(g.timer, 0, &unix.ItimerSpec{Value: unix.NsecToTimespec(int64(rest))}, nil); err != nil {
 			g.err = cmp.Or(g.err, err)
 			return
@@ -492,13 +490,13 @@ func (g *generator) serve(timeout int) {
 		} else if p := g.publishers[fd]; p != nil {
 			g.answered(p)
 		} else if fd == g.timer {
-			_, _ = unix.Read(fd, g.in[:8]) // it has only to wake this thread
+			_, _ = unix.Read(fd, g.in[:8]) // it only wakes this thread
 			g.armed = 0
 		}
 	}
 }
 
-// see reads what a viewer was sent.
+// see reads what a viewer received.
 func (g *generator) see(fd int, w *watcher) {
 	for {
 		n, err := unix.Read(fd, g.in[:])
@@ -534,7 +532,7 @@ func (g *generator) leave(fd int, w *watcher) {
 	g.gone = append(g.gone, w)
 }
 
-// publish sends what is due and may be sent, and says when something will be, or the end.
+// publish sends what is due and allowed. It returns when the next message is due, or end.
 func (g *generator) publish(end time.Duration) (wake time.Duration) {
 	if !g.publishing {
 		return end
@@ -585,7 +583,7 @@ func (g *generator) send(p *publisher, d due) {
 	}
 	n, err := unix.Write(p.fd, g.out)
 	switch {
-	case err == unix.EAGAIN && p.upload: // it takes nothing: too much was asked
+	case err == unix.EAGAIN && p.upload: // the socket accepts nothing: the load was too high
 		g.refused++
 	case err != nil || n < len(g.out):
 		g.err = cmp.Or(g.err, fmt.Errorf("publish: %d of %d bytes were sent (%v)", max(n, 0), len(g.out), err))
@@ -595,7 +593,7 @@ func (g *generator) send(p *publisher, d due) {
 	}
 }
 
-// answered reads the answer to a request, and sends the next one that waits.
+// answered reads the response to a request, and sends the next waiting one.
 func (g *generator) answered(p *publisher) {
 	n, err := unix.Read(p.fd, g.in[:])
 	if err == unix.EAGAIN || err == unix.EINTR {
@@ -628,8 +626,7 @@ func (g *generator) answered(p *publisher) {
 	}
 }
 
-// head reads the beginning of an answer, and how many bytes all of it has. It is whole
-// when all headers are there.
+// head reads the beginning of a response, and the size of the whole response. whole is true if all headers are there.
 func head(answer []byte) (status, size int, whole bool) {
 	end := bytes.Index(answer, []byte("\r\n\r\n"))
 	if end < len("HTTP/1.1 200") {
@@ -645,7 +642,7 @@ func head(answer []byte) (status, size int, whole bool) {
 	return status, size, true
 }
 
-// usage is what has been used at a moment, in seconds of CPU.
+// usage is what was used up to a moment, in seconds of CPU.
 type usage struct {
 	at                    time.Duration
 	servers, own, foreign float64
@@ -680,7 +677,7 @@ func (g *generator) usage() (u usage, err error) {
 	return u, errors.Join(err, failed, failed2)
 }
 
-// measure fills in what was used in a time.
+// measure records what was used during d.
 func (g *generator) measure(o *outcome, d time.Duration) error {
 	a, err := g.usage()
 	if err != nil {
@@ -696,7 +693,7 @@ func (g *generator) measure(o *outcome, d time.Duration) error {
 	return err
 }
 
-// live is viewers that are there before the messages come.
+// live measures viewers that are connected before the messages come.
 func (g *generator) live() (o outcome, err error) {
 	for session := range g.Sessions {
 		if err := g.fill(session); err != nil {
@@ -740,7 +737,7 @@ func (g *generator) live() (o outcome, err error) {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// quantile is that of sorted values; 0 of none.
+// quantile returns a quantile of sorted values, or zero if there are none.
 func quantile[T any](sorted []T, q float64) (v T) {
 	if len(sorted) == 0 {
 		return v
@@ -748,7 +745,7 @@ func quantile[T any](sorted []T, q float64) (v T) {
 	return sorted[min(len(sorted)-1, int(math.Floor(q*float64(len(sorted)))))]
 }
 
-// idle is viewers that get nothing.
+// idle measures viewers that receive nothing.
 func (g *generator) idle() (o outcome, err error) {
 	before, err := g.usage()
 	if err != nil {
@@ -765,8 +762,7 @@ func (g *generator) idle() (o outcome, err error) {
 	return o, err
 }
 
-// catchUp is viewers that come all at once, from the start of a history; those of one session
-// after those of the other.
+// catchUp measures viewers that connect all at once, at the start of a history, one session after the other.
 func (g *generator) catchUp() (o outcome, err error) {
 	for session := range g.Sessions {
 		var all []*watcher

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// The command line is as people expect it: words in front of flags, and a hint at what was meant.
+// The command line works as people expect: commands before flags, and a hint at what was meant.
 func TestCommandLine_understandsWordsAndSaysWhatWasMeant(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

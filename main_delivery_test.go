@@ -13,11 +13,11 @@ import (
 	"gapless/store/storetest"
 )
 
-// What viewers are given of logs that are not as they mostly are: trimmed ones, those of a later epoch, chunks that are large,
-// logs that are about to expire, copies of others.
+// What viewers receive from unusual logs: trimmed ones, those of a later epoch, large chunks, logs that are about to
+// expire, copies of other logs.
 
-// format=raw without a cursor is answered from the first chunk on that is kept, also where that is none of the first epoch, or
-// others were before it; a cursor outside the log is refused.
+// format=raw without a cursor starts at the first kept chunk, even if that belongs to a later epoch, or others were
+// before it. A cursor outside the log is refused.
 func TestDelivery_rawBeginsAtTheFirstChunkThatIsKept(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -76,8 +76,8 @@ func TestDelivery_rawBeginsAtTheFirstChunkThatIsKept(t *testing.T) {
 	}
 }
 
-// Chunks that are pushed directly may be of any size. Viewers whose connections are taken over are given them like all others, on
-// one connection.
+// Chunks that are pushed directly may have any size. Viewers whose connections are taken over get them like all others,
+// on one connection.
 func TestDelivery_chunksOfAnySize(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -129,7 +129,8 @@ func TestDelivery_chunksOfAnySize(t *testing.T) {
 	}
 }
 
-// A full log that grows loses its beginning all the time. A viewer that asks for a snapshot is given one, and what follows.
+// A full log that grows loses its beginning all the time. A viewer that requests a snapshot gets one, and the chunks
+// that follow.
 func TestDelivery_snapshotOfAFullLogThatGrows(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -162,8 +163,8 @@ func TestDelivery_snapshotOfAFullLogThatGrows(t *testing.T) {
 	produced()
 }
 
-// A log that is viewed does not expire, also where it would before the node reads it for another reason; one that nobody views
-// does, and then it goes on with its numbers.
+// A log with viewers does not expire, even if it would before the node reads it for another reason. A log without
+// viewers does, and its numbers continue afterwards.
 func TestDelivery_aLogThatIsViewedDoesNotExpire(t *testing.T) {
 	t.Parallel()
 	for name, args := range map[string][]string{"redis": {"-redis", storetest.Redis(t).URL()}, "embedded": nil} {
@@ -183,7 +184,7 @@ func TestDelivery_aLogThatIsViewedDoesNotExpire(t *testing.T) {
 				return page.First
 			}
 			eventually(t, "the log that nobody views expires", func() bool {
-				pause(ctx, 6*time.Second) // to look is a use
+				pause(ctx, 6*time.Second) // every check is a use, which extends its life
 				return pages(alone) == 4
 			})
 			if first := pages(viewed); first != 1 {
@@ -198,8 +199,8 @@ func TestDelivery_aLogThatIsViewedDoesNotExpire(t *testing.T) {
 	}
 }
 
-// A list that was copied from a log which has ended, or a chunk that was forged, ends nothing: the session goes on for all, and
-// ends when it does.
+// A list copied from an ended log, or a forged chunk, ends nothing: the session continues for all viewers, and ends
+// only when it is ended.
 func TestDelivery_aCopiedEndEndsNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -235,7 +236,7 @@ func TestDelivery_aCopiedEndEndsNothing(t *testing.T) {
 			t.Fatal(response, err)
 		}
 		defer response.Body.Close()
-		go func() { // ended by stop, or by the answer's end
+		go func() { // ended by stop, or by the response's end
 			var body strings.Builder
 			b := make([]byte, 4096)
 			for {

@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// guides are the README and the files of docs/.
+// guides returns the README and the files of docs/.
 func guides(t *testing.T) []string {
 	t.Helper()
 	all, err := filepath.Glob("docs/*.md")
@@ -20,7 +20,7 @@ func guides(t *testing.T) []string {
 	return append(all, "README.md")
 }
 
-// blocks are the contents of a file's code blocks of a language.
+// blocks returns the contents of a file's code blocks of a language.
 func blocks(t *testing.T, file, language string) (all []string) {
 	t.Helper()
 	text, err := os.ReadFile(file)
@@ -33,8 +33,8 @@ func blocks(t *testing.T, file, language string) (all []string) {
 	return all
 }
 
-// Each sh block of the documentation runs, in order, as it is copied from there: none fails, and none hangs.
-// (What needs a model's key, or a Redis on its usual port, is a text block.)
+// Each sh block of the documentation runs, in order, exactly as written: none fails, and none hangs. (Commands that
+// need a model's key, or a Redis on its usual port, are text blocks.)
 func TestDocs_everyCommandRuns(t *testing.T) {
 	t.Parallel()
 	for _, file := range guides(t) {
@@ -61,7 +61,7 @@ func TestDocs_everyCommandRuns(t *testing.T) {
 	}
 }
 
-// free is an address on which nobody listens.
+// free returns an address on which nobody listens.
 func free(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -72,7 +72,7 @@ func free(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// The README's back ends upload an answer, in Python and in Node, and all of it is stored.
+// The README's back ends, in Python and in Node, upload an answer, and all of it is stored.
 func TestDocs_backEndsOfTheReadme(t *testing.T) {
 	t.Parallel()
 	n := start(t)
@@ -104,7 +104,7 @@ func TestDocs_backEndsOfTheReadme(t *testing.T) {
 	}
 }
 
-// docs/configuration.md names every flag, with its default, and no other.
+// docs/configuration.md documents every flag, with its default, and no other.
 func TestDocs_everyFlagIsExplained(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("docs/configuration.md")
@@ -132,7 +132,7 @@ func TestDocs_everyFlagIsExplained(t *testing.T) {
 			continue
 		}
 		value := regexp.MustCompile(`\(default "?([^")]*)"?\)`).FindStringSubmatch(f[2])
-		if value == nil || !strings.HasPrefix(said, "`") { // none, or one that is told in words
+		if value == nil || !strings.HasPrefix(said, "`") { // it has no default, or one described in words
 			continue
 		}
 		plain := func(s string) string {

@@ -16,7 +16,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// diagnosis is what gapless doctor says, as JSON.
+// diagnosis is the output of gapless doctor, as JSON.
 type diagnosis struct {
 	OK       bool
 	Findings []doctor.Finding
@@ -33,7 +33,7 @@ func diagnose(t *testing.T, args ...string) (d diagnosis) {
 	return d
 }
 
-// only fails unless a check, and no other, found a problem, and said this about it.
+// only fails unless exactly one check found a problem, with these texts.
 func (d diagnosis) only(t *testing.T, check, found, remedy string) {
 	t.Helper()
 	said := false
@@ -60,7 +60,7 @@ func (d diagnosis) only(t *testing.T, check, found, remedy string) {
 
 func (d diagnosis) well(t *testing.T) { t.Helper(); d.only(t, "", "", "") }
 
-// about is what a check found.
+// about returns what a check found.
 func (d diagnosis) about(t *testing.T, check string) string {
 	t.Helper()
 	for _, f := range d.Findings {
@@ -119,7 +119,7 @@ func TestDoctor_findsNothingWrongBehindNginx(t *testing.T) {
 	}
 }
 
-// Each of these is what somebody's nginx does, and the doctor names it and its remedy, and blames nothing else.
+// Each case is a common nginx configuration. The doctor names the problem and its remedy, and blames nothing else.
 func TestDoctor_namesWhatIsWrongWithAnNginxAndTheRemedy(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-heartbeat", "1500ms")
@@ -188,7 +188,7 @@ func TestDoctor_namesWhatIsWrongWithAnNginxAndTheRemedy(t *testing.T) {
 	}
 }
 
-// What buffers holds back everything: the first bytes, the events, and those behind a cursor.
+// A buffering proxy delays everything: the first bytes, the events, and those after a cursor.
 func TestDoctor_findsABufferAndSaysForHowLongItHolds(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-heartbeat", "300ms")
@@ -207,7 +207,7 @@ func TestDoctor_findsABufferAndSaysForHowLongItHolds(t *testing.T) {
 		if f.Check == "events" && (f.OK || !strings.Contains(f.Remedy, "proxy_buffering off")) {
 			t.Errorf("%+v", f)
 		}
-		if f.Check == "uploads" && !strings.Contains(f.Remedy, "proxy_http_version 1.1") { // by 1.0 nginx holds back bodies, too
+		if f.Check == "uploads" && !strings.Contains(f.Remedy, "proxy_http_version 1.1") { // with 1.0 nginx buffers request bodies, too
 			t.Errorf("%+v", f)
 		}
 	}
@@ -239,12 +239,12 @@ func TestDoctor_findsAClockThatIsWrong(t *testing.T) {
 	diagnose(t, "-idle", "1s", past.URL).only(t, "clock", "differs from this one by -", "NTP")
 }
 
-// older says of all chunks that they are years old.
+// older changes the times of all chunks to many years ago.
 type older struct{ io.ReadCloser }
 
 func (o older) Read(p []byte) (int, error) {
 	n, err := o.ReadCloser.Read(p)
-	copy(p, bytes.ReplaceAll(p[:n], []byte(`"ts":1`), []byte(`"ts": `))) // of thirteen digits, twelve: 1990 or so
+	copy(p, bytes.ReplaceAll(p[:n], []byte(`"ts":1`), []byte(`"ts": `))) // twelve of thirteen digits: about 1990
 	return n, err
 }
 
@@ -307,7 +307,7 @@ func TestReady_andLiveSayWhetherANodeIs(t *testing.T) {
 		t.Errorf("of a ready one: exit code %d: %s", code, out)
 	}
 	redis.Kill()
-	eventually(t, "the node asks Redis again", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable }) // what it says is up to half a second old
+	eventually(t, "the node asks Redis again", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable }) // its result is up to half a second old
 	if code, out := program(t, nil, "ready", "http://"+n.addr); code != 1 || !strings.Contains(out, "503") {
 		t.Errorf("without Redis: exit code %d: %s", code, out)
 	}

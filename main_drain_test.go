@@ -15,11 +15,11 @@ import (
 	"gapless/store/storetest"
 )
 
-// slack is what a slow or busy machine may add to a promised time, with the race detector in
-// the program. What a test has to tell it from takes longer.
+// slack is what a slow or busy machine may add to a promised time, with the race detector in the program. A test must
+// distinguish it only from longer times.
 const slack = 20 * time.Second
 
-// exits waits for the end of a node that drains, and says whether it came in time.
+// exits drains a node, waits for its end, and checks that it came in time.
 func (n *node) exits(t *testing.T, within time.Duration) {
 	t.Helper()
 	begun := time.Now()
@@ -68,7 +68,7 @@ func TestDrain_viewersAreBrokenOffOneByOneWhileTheNodeIsNotReady(t *testing.T) {
 		if left.Load() < count/2 {
 			t.Errorf("the node was not ready only after %d of %d viewers had gone", count-left.Load(), count)
 		}
-		// One that comes now is sent away so that it comes back: 200, and a broken stream.
+		// A viewer that comes now must reconnect: it gets 200, and a broken stream.
 		late := &viewer{session: session}
 		if how := late.connect(ctx, n.addr, nil); how != aborted || late.retry == "" && late.cursor == 0 {
 			t.Errorf("a late viewer ended %s, with retry %q", how, late.retry)
@@ -88,12 +88,12 @@ func TestDrain_viewersAreBrokenOffOneByOneWhileTheNodeIsNotReady(t *testing.T) {
 	})
 }
 
-// upload begins an upload whose lines the test writes, and hands over its answer.
+// upload begins an upload whose lines the test writes, and returns a channel with its response.
 func upload(t *testing.T, n *node, session string) (lines io.Writer, answered <-chan answer) {
 	t.Helper()
 	body, in := io.Pipe()
 	done := make(chan answer, 1)
-	go func() { // ends with the request, which the end of the body ends
+	go func() { // ends with the request, which ends with its body
 		done <- n.do(context.Background(), "POST", "/v1/sessions/"+session+"/chunks", "application/x-ndjson", body)
 	}()
 	t.Cleanup(func() { _ = in.Close() })
@@ -150,7 +150,7 @@ func TestDrain_requestsUnderWayFinish(t *testing.T) {
 	response, err := http.ReadResponse(conn.in, nil)
 	if err != nil || response.StatusCode != http.StatusCreated {
 		t.Errorf("the POST under way: %v %v", response, err)
-	} else if !response.Close { // its client would send the next one on a connection that is about to be closed
+	} else if !response.Close { // its client would send the next request on a connection that is about to close
 		t.Error("the connection of a node that drains is kept")
 	}
 	if a := <-answered; a.status != http.StatusCreated {
@@ -191,7 +191,7 @@ func TestDrain_anAnswerOfTheModelEndsAsDoneOrFailed(t *testing.T) {
 	}
 }
 
-// stalled is a viewer that takes nothing more once its stream has begun.
+// stalled is a viewer that reads nothing after the beginning of its stream.
 func stalled(t *testing.T, n *node, session string) {
 	t.Helper()
 	v := &viewer{session: session, dialer: net.Dialer{Control: smallReceiveBuffer}}
@@ -228,8 +228,7 @@ func TestDrain_aRequestThatNeverEndsHoldsNothingUp(t *testing.T) {
 	n.exits(t, 2*time.Second)
 }
 
-// Waiting viewers do not keep a node from stopping when Redis is away, and are told to
-// come back.
+// Waiting viewers do not keep a node from stopping while Redis is away, and they learn that they must reconnect.
 func TestDrain_worksWhileRedisIsAway(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
 		redis := storetest.Redis(t)

@@ -14,15 +14,15 @@ import (
 	"gapless/store/storetest"
 )
 
-// Each example appends an answer while the node that it talks to is killed, and gapless.py follows it: nothing is lost, and
-// nothing is there twice.
+// Each example appends an answer while the node that it talks to is killed, and gapless.py follows it: nothing is lost
+// or duplicated.
 func TestExamples_surviveANodeThatIsKilled(t *testing.T) {
 	t.Parallel()
 	goExample := filepath.Join(t.TempDir(), "example")
 	if out, err := exec.CommandContext(deadline(t), "go", "build", "-o", goExample, "./examples/go").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	words := func(t *testing.T, format string) *exec.Cmd { // a program that says words, as a model does
+	words := func(t *testing.T, format string) *exec.Cmd { // a program that prints words, as a model does
 		t.Helper()
 		return exec.CommandContext(deadline(t), "bash", "-c", "for i in $(seq 0 59); do printf '"+format+"' $i; sleep 0.03; done")
 	}
@@ -79,7 +79,7 @@ func TestExamples_surviveANodeThatIsKilled(t *testing.T) {
 				t.Error(err)
 			}
 			eventually(t, "the answer is done", func() bool { return strings.Contains(said.String(), `"done"`) })
-			if name == "fastapi" { // its session goes on
+			if name == "fastapi" { // its session continues
 				all[1].append(t, "s", `{"type":"end"}`)
 			}
 			if err := watched(); err != nil {
@@ -111,7 +111,7 @@ func TestExamples_surviveANodeThatIsKilled(t *testing.T) {
 	}
 }
 
-// began starts programs, and returns what waits for them.
+// began starts programs, and returns a function that waits for them.
 func began(t *testing.T, all ...*exec.Cmd) (wait func() error) {
 	t.Helper()
 	for _, cmd := range all {

@@ -17,11 +17,10 @@ import (
 	"gapless/store/storetest"
 )
 
-// Every row of the table of troubles, on the built program: what producers and viewers
-// notice of it, and how soon.
+// These tests run every row of the table of faults on the built program: what producers and viewers notice, and how
+// soon.
 
-// A Pub/Sub connection that stands and says nothing costs a delay, of the reconcile
-// interval at most.
+// A Pub/Sub connection that stands but is silent costs a delay of at most the reconcile interval.
 func TestFault_blackPubSubCostsTheReconcileIntervalAtMost(t *testing.T) {
 	t.Parallel()
 	const reconcile = time.Second
@@ -70,7 +69,7 @@ func TestFault_blackPubSubCostsTheReconcileIntervalAtMost(t *testing.T) {
 		t.Errorf("it was never dark: the longest delay was %v", longest)
 	}
 	w.deaf.Store(false)
-	// Twenty chunks take longer than what they may be late: in the dark, some would be.
+	// Twenty chunks take longer than their allowed delay, so some would be late if the channel were still silent.
 	eventually(t, "chunks are live again", func() bool { return say(20) < 300*time.Millisecond })
 	n.append(t, session, `{"type":"end"}`)
 	wait()
@@ -78,8 +77,8 @@ func TestFault_blackPubSubCostsTheReconcileIntervalAtMost(t *testing.T) {
 	v.unreset(t)
 }
 
-// All at once, and producers that repeat what got no answer: nothing is lost, doubled or
-// out of order, nobody is reset, and all finish.
+// All faults at once, with producers that retry without a response: nothing is lost, doubled or out of order, no viewer
+// is reset, and all finish.
 func TestGapcheck_pubSubPauseNodeAndRedisAtOnce(t *testing.T) {
 	for name, produce := range map[string]producer{"posts": byNumberedPosts, "uploads": byNumberedUploads} {
 		t.Run(name, func(t *testing.T) {
@@ -95,7 +94,7 @@ func TestGapcheck_pubSubPauseNodeAndRedisAtOnce(t *testing.T) {
 					pause(ctx, 300*time.Millisecond)
 					g.recovers(ctx)
 					switch i % 3 {
-					case 0: // about each second: Redis has on its disk what it has acknowledged
+					case 0: // about each second: the disk of Redis has everything that it acknowledged
 						redis.Kill()
 						redis.Start()
 						times["redis killed"]++
@@ -124,9 +123,8 @@ func TestGapcheck_pubSubPauseNodeAndRedisAtOnce(t *testing.T) {
 	}
 }
 
-// A log that is not the one that was delivered: each viewer, of each node, is reset within
-// seconds (a busy machine's are longer), once, and then has the new log from its first chunk. Producers go on all
-// the time.
+// A log is replaced after it was delivered. Each viewer, on each node, is reset once within seconds (more on a busy
+// machine), and then has the new log from its first chunk. Producers continue all the time.
 func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 	for name, lose := range map[string]func(t *testing.T, ctx context.Context, session string, master, replica *storetest.Server, w *balancer){
 		"FLUSHALL": func(t *testing.T, ctx context.Context, session string, master, _ *storetest.Server, _ *balancer) {
@@ -165,7 +163,7 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 			had := replica.LLen(ctx, key).Val()
 			eventually(t, "there is a tail", func() bool { return master.LLen(ctx, key).Val() > had+20 })
 			length := master.LLen(ctx, key).Val()
-			other := start(t, "-redis", replica.URL(), "-node", "other") // it has seen nothing of the old tail
+			other := start(t, "-redis", replica.URL(), "-node", "other") // it has never seen the old tail
 			for replica.LLen(ctx, key).Val() < length+50 {
 				other.append(t, session, words(20_000, 10))
 			}
@@ -207,7 +205,7 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 				}
 			})
 			viewers := make([]*viewer, 6)
-			resets := make([]atomic.Int64, len(viewers)) // when, in ms of the test
+			resets := make([]atomic.Int64, len(viewers)) // time of the reset, in ms of the test
 			begun := time.Now()
 			var wg sync.WaitGroup
 			for i := range viewers {
@@ -235,7 +233,7 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 			}
 			was := last.Load()
 			eventually(t, "the log goes on", func() bool { return last.Load() != was })
-			pause(ctx, 2500*time.Millisecond) // in which a node that lags might find it once more
+			pause(ctx, 2500*time.Millisecond) // time for a node that lags to report it again
 			close(stop)
 			produced()
 			eventually(t, "the end", func() bool {
@@ -268,7 +266,7 @@ func TestFault_lostDataIsToldToEveryViewerWithinSecondsOnce(t *testing.T) {
 	}
 }
 
-// router sends requests to nodes that say that they are ready, as load balancers do.
+// router sends requests to nodes that report that they are ready, as load balancers do.
 type router struct {
 	addrs []string
 	ready []atomic.Bool
@@ -299,7 +297,7 @@ func (r *router) any() string {
 
 // A rolling restart of three nodes: no request fails, no chunk is lost, no viewer is reset.
 func TestDrain_aRollingRestartOfThreeNodesFailsNoRequest(t *testing.T) {
-	for _, each := range []int{3, 0} { // without viewers nothing else keeps a node
+	for _, each := range []int{3, 0} { // without viewers nothing else delays a node
 		t.Run(fmt.Sprintf("%d viewers a session", each), func(t *testing.T) {
 			t.Parallel()
 			rollingRestart(t, each)
@@ -401,8 +399,8 @@ func rollingRestart(t *testing.T, each int) {
 	t.Logf("%d requests, none failed; %d viewers with %d to %d connections", requests.Load(), len(viewers), slices.Min(connections), slices.Max(connections))
 }
 
-// A failover that Sentinels see through, and a Cluster that moves slots and loses a master:
-// with -wait-replicas nothing that was acknowledged is lost, and no viewer is reset.
+// Sentinels do a failover, and a Cluster moves slots and loses a master. With -wait-replicas no acknowledged chunk is
+// lost, and no viewer is reset.
 func TestGapcheck_mastersAreLost(t *testing.T) {
 	for name, c := range map[string]struct {
 		start func(t *testing.T) (url string, lose func())
@@ -420,7 +418,7 @@ func TestGapcheck_mastersAreLost(t *testing.T) {
 			c := storetest.Cluster(t)
 			return c.URL(), func() {
 				newest := sessions.Load()
-				for i := range min(newest, 40) { // this test's, and perhaps some of others
+				for i := range min(newest, 40) { // this test's, and perhaps some of other tests
 					c.Move(fmt.Sprintf("chat:stream:{s%d}", newest-i))
 				}
 				one := fmt.Sprintf("chat:stream:{s%d}", newest)

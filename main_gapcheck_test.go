@@ -17,32 +17,31 @@ import (
 	"gapless/store/storetest"
 )
 
-// gapcheck is many sessions at once, whose viewers cut themselves at random and come back
-// to whatever node.
+// gapcheck runs many sessions at once, whose viewers cut their connections at random and reconnect to any node.
 type gapcheck struct {
 	nodes   []*node
 	redis   *storetest.Server // nil: embedded
 	chunks  int
 	produce producer
-	// ended says whether the producer ends the log; foreign ones cannot.
+	// ended reports whether the producer ends the log. Foreign producers cannot.
 	ended       bool
 	newestFirst bool // the list is in the other order
 	patient     bool // viewers come back after a clean end
-	proxied     bool // and are behind a proxy
-	// admit gives a viewer what lets it in; nil: it needs nothing.
+	proxied     bool // viewers are behind a proxy
+	// admit gives a viewer its credential; nil if it needs none.
 	admit func(v *viewer)
 
-	mu     sync.Mutex // of nodes, where they are restarted
+	mu     sync.Mutex // guards nodes while they are restarted
 	client http.Client
-	calm   func()          // ends what restarts them
-	enough <-chan struct{} // closed when it has restarted enough of them; nil: it restarts none
+	calm   func()          // ends the restarts
+	enough <-chan struct{} // closed after enough restarts; nil if no nodes are restarted
 
-	acked   atomic.Int64 // requests of numbered producers
+	acked   atomic.Int64 // requests of producers with numbers
 	waiting atomic.Int64 // producers that wait for enough
 }
 
-// producer writes count chunks to a session and answers the acknowledged ones by number.
-// A foreign one has no numbers, and answers nothing.
+// producer writes count chunks to a session, and returns the acknowledged ones by number. A foreign producer has no
+// numbers, and returns nothing.
 type producer func(ctx context.Context, g *gapcheck, session string, count int) (acknowledged map[int64]string, err error)
 
 const (
@@ -52,7 +51,7 @@ const (
 	gapPace     = 3 * time.Millisecond
 )
 
-// tempo is the pause in front of the next chunk: 3 ms on average, at random.
+// tempo waits before the next chunk: 3 ms on average, at random.
 func tempo(ctx context.Context) {
 	pause(ctx, min(time.Duration(rand.ExpFloat64()*float64(gapPace)), 20*gapPace))
 }
@@ -65,7 +64,7 @@ func (g *gapcheck) node(i int) *node {
 	return g.nodes[i]
 }
 
-// text is what chunk i of a session says. It is unlike that of any other.
+// text returns the content of chunk i of a session. All contents differ.
 func text(session string, i int) string {
 	return fmt.Sprintf("%s word %d – „ü\\n🍞%s“ ", session, i, strings.Repeat("x", i%40))
 }
@@ -102,7 +101,7 @@ func (g *gapcheck) run(t *testing.T) {
 			if g.admit != nil {
 				g.admit(v)
 			}
-			if k == 0 { // one of them is told at once what was said already
+			if k == 0 { // one of them starts with a snapshot
 				v.query = strings.TrimSuffix("?snapshot=1&"+strings.TrimPrefix(v.query, "?"), "&")
 			}
 			r.viewers[k] = v
@@ -168,7 +167,7 @@ func (g *gapcheck) run(t *testing.T) {
 	}
 }
 
-// byPost appends by a request a chunk, on any node, and ends the log.
+// byPost appends one chunk per request, on any node, and ends the log.
 func byPost(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	acks := map[int64]string{}
 	send := func(chunk any) (s stored, err error) {
@@ -195,8 +194,7 @@ func byPost(ctx context.Context, g *gapcheck, session string, count int) (map[in
 	return acks, err
 }
 
-// byUpload appends as lines of a few uploads, one behind the other; the last one closes
-// the log.
+// byUpload appends the lines of a few consecutive uploads. The last one closes the log.
 func byUpload(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	acks := map[int64]string{}
 	for done := 0; done < count; {
@@ -327,8 +325,8 @@ func TestGapcheck_foreignProducersWhilePubSubConnectionsAreKilled(t *testing.T) 
 	g.run(t)
 }
 
-// The control: a client that asks for the list first and subscribes later, as in RACE.md,
-// loses chunks here. If it does not, these tests show nothing.
+// The control: a client that first reads the list and then subscribes, as in RACE.md, loses chunks here. If it does
+// not, these tests prove nothing.
 func TestGapcheck_controlTheNaiveViewerLosesChunks(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)

@@ -26,8 +26,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// What is special about TLS and HTTP/2. That all promises hold there, too, is shown by the tests that
-// run everyWay.
+// These tests are about the special properties of TLS and HTTP/2. The tests that run everyWay show that all promises
+// hold there, too.
 
 func copyFile(t *testing.T, from, to string) {
 	t.Helper()
@@ -40,8 +40,8 @@ func copyFile(t *testing.T, from, to string) {
 	}
 }
 
-// secret is a directory with a certificate and its key, as Kubernetes mounts one: the files are links
-// into a directory that is itself a link, and that link is swapped.
+// secret is a directory with a certificate and its key, mounted as Kubernetes does: the files are links into a
+// directory that is itself a link, and that link is swapped.
 type secret struct {
 	t    *testing.T
 	dir  string
@@ -193,7 +193,7 @@ func TestTLS_filesThatAreMissingOrDoNotFitAreNamedAtStart(t *testing.T) {
 	}
 }
 
-// counting counts the connections that are made.
+// counting counts the connections that it makes.
 type counting struct {
 	net.Dialer
 	made atomic.Int64
@@ -204,7 +204,7 @@ func (c *counting) dial(ctx context.Context, network, addr string) (net.Conn, er
 	return c.DialContext(ctx, network, addr)
 }
 
-// Six connections are all that a browser makes to a server in HTTP/1.1.
+// In HTTP/1.1 a browser makes at most six connections to a server.
 func TestHTTP2_fiftyStreamsOfOnePageShareAConnectionAndAStalledOneStopsNoOther(t *testing.T) {
 	t.Parallel()
 	cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
@@ -212,15 +212,15 @@ func TestHTTP2_fiftyStreamsOfOnePageShareAConnectionAndAStalledOneStopsNoOther(t
 	ctx := deadline(t)
 	w, _ := ways.Load(n.addr)
 	shared, connections := w.(way), &counting{}
-	transport := shared.transport(&net.Dialer{Control: smallReceiveBuffer}) // a window of 64 KiB for a stream
+	transport := shared.transport(&net.Dialer{Control: smallReceiveBuffer}) // a window of 64 KiB per stream
 	transport.DialContext = connections.dial
 	shared.client = &http.Client{Transport: transport}
-	ways.Store(n.addr, shared) // what a page has is shared by all that follows
+	ways.Store(n.addr, shared) // all requests of a page share its connections
 	t.Cleanup(transport.CloseIdleConnections)
 
 	full := newID()
 	large(t, n, full, "")
-	_, done, err := (&viewer{session: full}).stream(ctx, n.addr) // nothing of it is read
+	_, done, err := (&viewer{session: full}).stream(ctx, n.addr) // none of it is read
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -257,7 +257,7 @@ func TestHTTP2_fiftyStreamsOfOnePageShareAConnectionAndAStalledOneStopsNoOther(t
 	}
 }
 
-// frames is a connection in HTTP/2 without TLS whose every frame the test sees.
+// frames is an HTTP/2 connection without TLS on which the test handles every frame.
 type frames struct {
 	*http2.Framer
 	t    *testing.T
@@ -282,7 +282,7 @@ func dialFrames(t *testing.T, addr string, settings ...http2.Setting) *frames {
 	return f
 }
 
-// more gives what is sent and waited for next its own time.
+// more restarts the deadline for the next frames.
 func (f *frames) more() {
 	_ = f.conn.SetDeadline(time.Now().Add(patience))
 	storetest.Moved(f.t)
@@ -298,7 +298,7 @@ func (f *frames) get(stream uint32, path string) error {
 	return f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: f.head.Bytes(), EndStream: true, EndHeaders: true})
 }
 
-// until reads frames up to one that it is told of, and acknowledges settings and pings.
+// until reads frames up to the first that is wanted, and acknowledges settings and pings.
 func (f *frames) until(what string, is func(http2.Frame) bool) {
 	f.t.Helper()
 	f.more()
@@ -341,7 +341,7 @@ func TestHTTP2_aDrainResetsStreamsAndSaysGoAway(t *testing.T) {
 	})
 	n.terminate()
 	eventually(t, "the node drains", func() bool { return n.get("/readyz").status == http.StatusServiceUnavailable })
-	// One that comes now, on the connection that it has, is sent away, and told to take another.
+	// A new stream on the existing connection is broken off, and the client must use another connection.
 	if err := f.get(3, "/v1/sessions/"+session+"/stream"); err != nil {
 		t.Fatal(err)
 	}
@@ -366,7 +366,7 @@ func TestHTTP2_aDrainResetsStreamsAndSaysGoAway(t *testing.T) {
 	n.exits(t, 10*time.Second)
 }
 
-// CVE-2023-44487: a client that opens streams and resets them at once costs the client more than the node.
+// CVE-2023-44487: a client that opens streams and resets them at once costs itself more than the node.
 func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -387,7 +387,7 @@ func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 				for i := range count / 4 {
 					stream := uint32(2*i + 1)
 					if f.get(stream, "/v1/sessions/"+session+"/stream") != nil || f.WriteRSTStream(stream, http2.ErrCodeCancel) != nil {
-						return // the node has had enough of it
+						return // the node has closed the connection
 					}
 				}
 			})
@@ -416,7 +416,7 @@ func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 		m, _ := n.scrape(t)
 		return m["go_memstats_heap_alloc_bytes"]
 	}
-	storm(4_000) // pools are filled, once
+	storm(4_000) // fills pools, once
 	before, heap := quiet(), live()
 	storm(40_000)
 	n.append(t, session, words(21, 1))
@@ -426,7 +426,7 @@ func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 	if after > before+10 {
 		t.Errorf("%.0f goroutines are left, %.0f were there", after, before)
 	}
-	eventually(t, "what they took is collected", func() bool { return live() < heap+8<<20 }) // a KiB left of each would be 40 MiB
+	eventually(t, "what they took is collected", func() bool { return live() < heap+8<<20 }) // one KiB left of each would be 40 MiB
 	n.append(t, session, `{"type":"end"}`)
 	wait()
 	other.check(t, history(t, redis, session))
@@ -435,7 +435,7 @@ func TestHTTP2_streamsThatAreOpenedAndResetLeaveNothing(t *testing.T) {
 	}
 }
 
-// Its streams want everything, so that none of them waits for its window: it is the connection that stands still.
+// Its streams have open windows, so none of them waits for a window: the connection itself stands still.
 func TestHTTP2_aConnectionThatTakesNothingIsClosed(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-h2c", "-write-timeout", "500ms")
@@ -461,7 +461,7 @@ func TestHTTP2_anUploadIsToldAtOnceWhatIsWrong(t *testing.T) {
 	if _, err := io.WriteString(lines, "{\"data\":0}\n{\"data\":0}\nno JSON\n"); err != nil {
 		t.Fatal(err)
 	}
-	select { // the body goes on
+	select { // the body continues
 	case a := <-answered:
 		if p := a.problem(t); a.status != http.StatusBadRequest || p.Stored == nil || p.Stored.Count != 2 {
 			t.Errorf("%d %s", a.status, a.body)
@@ -471,8 +471,8 @@ func TestHTTP2_anUploadIsToldAtOnceWhatIsWrong(t *testing.T) {
 	}
 }
 
-// A client that makes no room for any response holds no stream for longer than the write timeout, nor then the connection, whatever
-// is refused meanwhile.
+// A client that opens no window for any response keeps each stream no longer than the write timeout, and then loses the
+// connection, even if requests are refused meanwhile.
 func TestHTTP2_aConnectionWhoseResponsesNobodyTakesIsClosed(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-h2c", "-write-timeout", "500ms", "-idle-timeout", "1h", "-responses", "512KiB", "-caller-responses", "512KiB")

@@ -9,8 +9,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// These do not measure speed: machines that run tests are slow now and then. They tell a
-// server that is told of chunks from one that looks for them every eight seconds.
+// These tests do not measure speed, because test machines are sometimes slow. They distinguish a server that receives
+// notifications of chunks from one that polls every eight seconds.
 
 func TestLatency_aViewerHearsOfAnAppendLongBeforeTheNextReconciliation(t *testing.T) {
 	t.Parallel()
@@ -48,7 +48,7 @@ func TestLatency_aViewerHearsOfAForeignPushLongBeforeTheNextReconciliation(t *te
 	})
 }
 
-// delays says 40 chunks, each when the one before has arrived.
+// delays appends 40 chunks, each after the one before has arrived.
 func delays(t *testing.T, n *node, session string, say func() time.Time) {
 	t.Helper()
 	const count = 40
@@ -70,7 +70,7 @@ func delays(t *testing.T, n *node, session string, say func() time.Time) {
 		said := say()
 		select {
 		case at := <-arrived:
-			all = append(all, at.Sub(said)) // below zero where the event was quicker than the answer
+			all = append(all, at.Sub(said)) // negative if the event was faster than the response
 		case <-ctx.Done():
 			t.Fatal("a chunk did not arrive")
 		}

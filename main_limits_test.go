@@ -19,7 +19,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// metric is a number of /metrics.
+// metric returns a value of /metrics.
 func (n *node) metric(t *testing.T, name string) int {
 	t.Helper()
 	_, rest, found := strings.Cut(n.get("/metrics").body, "\n"+name+" ")
@@ -31,12 +31,12 @@ func (n *node) metric(t *testing.T, name string) int {
 	return int(number)
 }
 
-// from is a dialer at one of this machine's addresses on loopback.
+// from returns a dialer at one of this machine's loopback addresses.
 func from(address string) net.Dialer {
 	return net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}, Timeout: patience}
 }
 
-// whole sends text on a connection of its own, as it is, and answers all that comes back.
+// whole sends text unchanged on its own connection, and returns everything that comes back.
 func whole(t *testing.T, n *node, text string) string {
 	t.Helper()
 	conn, err := net.Dial("tcp", n.addr)
@@ -55,7 +55,7 @@ func whole(t *testing.T, n *node, text string) string {
 	return string(all)
 }
 
-// drip sends a byte now and then until the connection is closed, and answers how long that took.
+// drip sends a byte now and then until the connection is closed, and returns how long that took.
 func drip(t *testing.T, conn net.Conn, begin string) time.Duration {
 	t.Helper()
 	defer conn.Close()
@@ -79,8 +79,8 @@ func drip(t *testing.T, conn net.Conn, begin string) time.Duration {
 	return time.Since(begun)
 }
 
-// Slow as they are, they are not waited for: a header that drips, a body that does, a connection
-// that asks for nothing. Meanwhile others are served.
+// Slow senders time out: a header that drips, a body that drips, a connection without a request. Meanwhile others are
+// served.
 func TestLimits_slowSendersAreGivenUp(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-body-timeout", "500ms", "-header-timeout", "500ms", "-idle-timeout", "1h")
@@ -119,7 +119,7 @@ func TestLimits_slowSendersAreGivenUp(t *testing.T) {
 	}
 	wg.Wait()
 	idle := start(t, "-idle-timeout", "500ms")
-	for addr, request := range map[string]string{slow.addr: "", idle.addr: "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"} { // and then nothing at all
+	for addr, request := range map[string]string{slow.addr: "", idle.addr: "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"} { // and then nothing more
 		conn, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
@@ -137,7 +137,7 @@ func TestLimits_slowSendersAreGivenUp(t *testing.T) {
 	eventually(t, "their connections are gone", func() bool { return n.metric(t, "gapless_connections") == 1 })
 }
 
-// A handshake has the header's time.
+// A TLS handshake has the timeout of the header.
 func TestLimits_aHandshakeThatDoesNotEndIsGivenUp(t *testing.T) {
 	t.Parallel()
 	cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
@@ -161,7 +161,7 @@ func TestLimits_aHandshakeThatDoesNotEndIsGivenUp(t *testing.T) {
 	}
 }
 
-// The time of a body is for those that are read whole: uploads and streams may be silent.
+// The body timeout is for bodies that are read whole. Uploads and streams may be silent.
 func TestLimits_uploadsAndStreamsMayBeSilent(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, append(args, "-body-timeout", "300ms", "-header-timeout", "300ms")...)
@@ -187,8 +187,8 @@ func TestLimits_uploadsAndStreamsMayBeSilent(t *testing.T) {
 	})
 }
 
-// Five thousand connections of one address: it has its share, and another address is served. When
-// they are gone, nothing of them is left.
+// One address opens five thousand connections. It gets its share, and another address is served. Nothing remains of
+// them after they have gone.
 func TestLimits_fiveThousandConnectionsOfOneAddress(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-caller-connections", "4000", "-caller-viewers", "0")
@@ -203,7 +203,7 @@ func TestLimits_fiveThousandConnectionsOfOneAddress(t *testing.T) {
 					refused <- struct{}{}
 					continue
 				}
-				_ = conn.SetDeadline(time.Now().Add(10 * patience)) // of all
+				_ = conn.SetDeadline(time.Now().Add(10 * patience)) // for the whole connection
 				_, _ = io.WriteString(conn, "GET /v1/sessions/s/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
 				if _, err := conn.Read(make([]byte, 1)); err != nil {
 					_ = conn.Close()
@@ -239,7 +239,7 @@ func TestLimits_fiveThousandConnectionsOfOneAddress(t *testing.T) {
 	again.check(t, n.pages(t, v.session))
 }
 
-// Who was sent away because a limit was met comes back, as its EventSource does, and loses nothing.
+// A viewer that was refused because of a limit reconnects, as its EventSource does, and loses nothing.
 func TestLimits_aViewerThatWasRefusedComesBack(t *testing.T) {
 	everyWay(t, func(t *testing.T, args ...string) {
 		n := start(t, append(args, "-caller-viewers", "1")...)
@@ -264,8 +264,7 @@ func TestLimits_aViewerThatWasRefusedComesBack(t *testing.T) {
 	})
 }
 
-// A node whose descriptors are nearly used up by strangers still reaches Redis, and serves those
-// whom it has.
+// A node whose descriptors are nearly used up by strangers still reaches Redis, and serves its connected clients.
 func TestLimits_descriptorsAreLeftForRedis(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -287,7 +286,7 @@ func TestLimits_descriptorsAreLeftForRedis(t *testing.T) {
 	eventually(t, "the node is full", func() bool {
 		return n.metric(t, `gapless_refused_total{limit="connections"}`) > 100
 	})
-	redis.Kill() // all connections to it have to be made again; what it had is lost
+	redis.Kill() // all connections to it must be made again; its data is lost
 	redis.Start()
 	n.append(t, session, words(1, 4))
 	if log := n.log.String(); strings.Contains(log, "too many open files") {
@@ -302,7 +301,7 @@ func TestLimits_descriptorsAreLeftForRedis(t *testing.T) {
 	})
 }
 
-// What is sent in too large pieces is answered in words, up to where nobody errs so far.
+// Requests that exceed a size limit get an error that names it, and store nothing.
 func TestLimits_sizesAreSaid(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-body-max", "64KiB", "-batch-max", "10", "-url-max", "1KiB", "-header-max", "4KiB", "-chunk-max", "8KiB", "-bodies", "192KiB", "-caller-bodies", "192KiB")
@@ -351,8 +350,7 @@ func TestLimits_sizesAreSaid(t *testing.T) {
 	}
 }
 
-// Requests whose end can be read in two ways are refused, and their connection with them: what
-// follows on it is nobody's request.
+// Requests whose end is ambiguous are refused, and their connection is closed: nothing after them is served.
 func TestLimits_nothingIsSmuggled(t *testing.T) {
 	t.Parallel()
 	n := start(t)
@@ -399,7 +397,7 @@ func TestLimits_nothingIsSmuggled(t *testing.T) {
 		}
 	}
 
-	// Where both lengths are there, chunked wins (RFC 9112, section 6.3), and a folded line is one line.
+	// If both lengths are present, chunked wins (RFC 9112, section 6.3), and a folded line is one line.
 	answer := func(header, body string) string {
 		return whole(t, n, "POST /v1/sessions/both/chunks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"+header+"\r\n\r\n"+body)
 	}
@@ -411,7 +409,7 @@ func TestLimits_nothingIsSmuggled(t *testing.T) {
 	}
 }
 
-// Line breaks in what people send, in whatever place, end no line of an answer, and none of a stream.
+// Line breaks in any input never end a line of a response or of a stream.
 func TestLimits_lineBreaksEndNoLine(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-trusted-proxies", "127.0.0.1")

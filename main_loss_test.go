@@ -20,7 +20,7 @@ var (
 	lossSeed   = flag.Uint64("loss.seed", 0, "what the losses are drawn from; 0: another one each time")
 )
 
-// losses is one Redis that comes back without its newest chunks, the nodes in front of it, and sessions that it happens to.
+// losses is one Redis that comes back without its newest chunks, with its nodes and affected sessions.
 type losses struct {
 	t     *testing.T
 	rand  *rand.Rand
@@ -29,19 +29,20 @@ type losses struct {
 	alive []*node // after the loss
 }
 
-// loser is one session of them.
+// loser is one of these sessions.
 type loser struct {
 	session    string
-	foreign    bool // its chunks are pushed by another program
+	foreign    bool // another program pushes its chunks
 	live, away *viewer
 	follow     context.CancelFunc
 	followed   func()
 	ends       bool
 }
 
-// Redis fails over to what it was some chunks ago. Viewers that were connected then, and viewers that were away, at one to three
-// nodes of which one may be gone: as long as a node lives that acknowledged or gave out what was lost, every viewer ends with the log,
-// or is reset, once, and has the log then. Chunks come from the API, and from a program that repeats its words.
+// Redis fails over to an older state of the log. Some viewers are connected then, and others are away, at one to three
+// nodes, of which one may be gone. If a node survives that acknowledged or delivered a lost chunk, every viewer ends
+// with the log, or is reset once and then has the log. Chunks come from the API, and from a program that repeats its
+// words.
 func TestLoss_whatWasGivenOutAndLostIsNeverMixedWithWhatFollows(t *testing.T) {
 	seed := *lossSeed
 	if seed == 0 {
@@ -98,7 +99,7 @@ func (l *losses) round() {
 
 func (l *losses) any(of []*node) *node { return of[l.rand.IntN(len(of))] }
 
-// say adds chunks to a session, at any of some nodes, or by hand.
+// say adds chunks to a session, at any of some nodes, or by a direct push.
 func (l *losses) say(s *loser, count int, at []*node) {
 	for range count {
 		word := []string{" the", " cat"}[l.rand.IntN(2)]
@@ -128,8 +129,8 @@ func (l *losses) end(s *loser) {
 	})
 }
 
-// begin has a session say what is going to be lost: one viewer is connected then, at a node that lives on; another one has seen as
-// much, or less, and is away.
+// begin adds the chunks that will be lost. One viewer is connected meanwhile, to a node that survives. Another one has
+// seen as much, or less, and is away.
 func (l *losses) begin(s *loser) {
 	s.live, s.away = &viewer{session: s.session}, &viewer{session: s.session}
 	var ctx context.Context
@@ -149,7 +150,7 @@ func (l *losses) begin(s *loser) {
 	seen()
 }
 
-// finish has both viewers take what there is now.
+// finish makes both viewers read the current log.
 func (l *losses) finish(s *loser, addr string) {
 	n := l.alive[0]
 	last := func() (last int64) {
@@ -173,7 +174,7 @@ func (l *losses) finish(s *loser, addr string) {
 		eventually(l.t, "the viewer has the log", func() bool { return done(v) })
 	}
 	if !s.ends {
-		pause(ctx, 600*time.Millisecond) // three times the reconcile interval: what is there now stays
+		pause(ctx, 600*time.Millisecond) // three times the reconcile interval, after which nothing changes
 		cancel()
 		s.follow()
 	}

@@ -22,16 +22,15 @@ import (
 	"gapless/store/storetest"
 )
 
-// What an operator sees of the program: that its metrics are true, that the dashboard and
-// the alert rules speak of metrics that exist, and that they mean what they say. The
-// referee is Prometheus itself.
+// What an operator sees of the program: its metrics are true, and the dashboard and the alert rules use metrics that
+// exist, correctly. The referee is Prometheus itself.
 
 const (
 	dashboardFile = "deploy/grafana/gapless.json"
 	alertsFile    = "deploy/prometheus/alerts.yml"
 )
 
-// tool is the path of a program of Prometheus.
+// tool returns the path of a program of Prometheus.
 func tool(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -41,10 +40,10 @@ func tool(t *testing.T, name string) string {
 	return path
 }
 
-// metricsOf is what a node says, by series as they are written: name{label="value",…}.
+// metricsOf holds the metrics of a node, by series as written: name{label="value",…}.
 type metricsOf map[string]float64
 
-// scrape reads /metrics, and the names of its families.
+// scrape reads /metrics. It also returns the names of the metric families.
 func (n *node) scrape(t testing.TB) (all metricsOf, families []string) {
 	t.Helper()
 	a := n.get("/metrics")
@@ -70,7 +69,7 @@ func (n *node) scrape(t testing.TB) (all metricsOf, families []string) {
 	return all, families
 }
 
-// labels are the values that each label of a metric has.
+// labels returns the values of each label of a metric.
 func (m metricsOf) labels(name string) map[string][]string {
 	all := map[string][]string{}
 	for series := range m {
@@ -103,7 +102,7 @@ var (
 // prometheusAdds are the labels that a scrape adds.
 var prometheusAdds = []string{"instance", "job"}
 
-// exists says what of an expression does not exist in a scrape.
+// exists returns the parts of an expression that do not exist in a scrape.
 func (m metricsOf) exists(expr string) (missing []string) {
 	bare := quoted.ReplaceAllString(expr, `""`)
 	names := metric.FindAllString(bare, -1)
@@ -144,7 +143,7 @@ func (m metricsOf) exists(expr string) (missing []string) {
 	return missing
 }
 
-// dashboard is what these tests look at of a Grafana dashboard.
+// dashboard holds the parts of a Grafana dashboard that these tests use.
 type dashboard struct {
 	UID, Title    string
 	SchemaVersion int
@@ -187,12 +186,12 @@ func readDashboard(t *testing.T) (d dashboard) {
 	return d
 }
 
-// plain is an expression as Grafana sends it, for all nodes and a short while.
+// plain returns an expression as Grafana sends it, for all nodes and a short range.
 func plain(expr string) string {
 	return strings.NewReplacer("$instance", ".*", "$__rate_interval", "10s", "$__range", "10s").Replace(expr)
 }
 
-// queries are all expressions of the dashboard.
+// queries returns all expressions of the dashboard.
 func (d dashboard) queries() (all []string) {
 	for _, p := range d.Panels {
 		for _, q := range p.Targets {
@@ -274,7 +273,7 @@ func TestMetrics_theDashboardIsWellMade(t *testing.T) {
 	}
 }
 
-// expressions are those of the alert rules, each by its alert's name, as Prometheus reads them.
+// expressions returns the expressions of the alert rules, by alert, as Prometheus parses them.
 func (p *prom) expressions(t *testing.T) map[string]string {
 	t.Helper()
 	var rules struct {
@@ -295,7 +294,7 @@ func (p *prom) expressions(t *testing.T) map[string]string {
 	return all
 }
 
-// promtool runs it and wants it to succeed without a word of complaint.
+// promtool runs promtool, which must succeed without any complaint.
 func promtool(t *testing.T, input string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(tool(t, "promtool"), args...)
@@ -390,7 +389,7 @@ type series struct {
 	Value  [2]any
 }
 
-// value is what a query without a range answers.
+// value returns the result of an instant query.
 func (s series) value() string { return fmt.Sprint(s.Value[1]) }
 
 func (p *prom) try(call string, query url.Values, into any) error {
@@ -419,7 +418,7 @@ func (p *prom) ask(t *testing.T, call string, query url.Values, into any) {
 	}
 }
 
-// A real Prometheus scrapes the program and is asked what the dashboard asks.
+// A real Prometheus scrapes the program, and runs the queries of the dashboard.
 func TestMetrics_dashboardAndAlertsSpeakOfWhatExists(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -505,7 +504,7 @@ func TestMetrics_dashboardAndAlertsSpeakOfWhatExists(t *testing.T) {
 		t.Errorf("all is well, and there are alerts: %v", firing.Alerts)
 	}
 
-	// And with Redis dead the alert comes up by itself, from the rules to the metrics.
+	// If Redis is dead, the alert fires through the whole path, from metrics to rules.
 	redis.Kill()
 	eventually(t, "GaplessRedisAway comes up", func() bool {
 		var up struct {
@@ -524,13 +523,13 @@ func TestMetrics_dashboardAndAlertsSpeakOfWhatExists(t *testing.T) {
 	})
 }
 
-// ledger holds what the metrics of a node must have grown by since it began.
+// ledger holds how much the metrics of a node must have grown since its beginning.
 type ledger struct {
 	t     *testing.T
 	n     *node
 	begun metricsOf
 	want  metricsOf
-	loose []string // series that are not counted exactly any more
+	loose []string // series that are no longer counted exactly
 }
 
 func newLedger(t *testing.T, n *node) *ledger {
@@ -539,15 +538,14 @@ func newLedger(t *testing.T, n *node) *ledger {
 	return l
 }
 
-// add expects growth; a gauge that falls grows by less than nothing.
+// add expects growth. A falling gauge grows by a negative amount.
 func (l *ledger) add(by metricsOf) {
 	for series, n := range by {
 		l.want["gapless_"+series] += n
 	}
 }
 
-// wrong is every counter and gauge that is not what it should be, those too that should
-// not have changed.
+// wrong returns every counter and gauge with an unexpected value, including those that should not have changed.
 func (l *ledger) wrong() (all []string) {
 	now, _ := l.n.scrape(l.t)
 	for series := range l.want {
@@ -559,7 +557,7 @@ func (l *ledger) wrong() (all []string) {
 		name, _, _ := strings.Cut(series, "{")
 		switch {
 		case !strings.HasPrefix(name, "gapless_"), strings.HasSuffix(name, "_bucket"), strings.HasSuffix(name, "_sum"),
-			name == "gapless_connections", // as its client likes it
+			name == "gapless_connections", // the client decides
 			name == "gapless_window_bytes", name == "gapless_build_info", name == "gapless_redis_seconds_count",
 			slices.Contains(l.loose, series), strings.Contains(series, `route="/metrics"`):
 			continue
@@ -572,7 +570,7 @@ func (l *ledger) wrong() (all []string) {
 	return all
 }
 
-// check waits until all is as it should be.
+// check waits until all values are as expected.
 func (l *ledger) check(after string) {
 	l.t.Helper()
 	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
@@ -586,11 +584,11 @@ func (l *ledger) check(after string) {
 	}
 }
 
-// Each thing that happens is counted once, where it belongs, and nothing else is.
+// Each event is counted once, in the right series, and in no other.
 func TestMetrics_tellTheTruth(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	// Without periodic reads every read has its reason.
+	// Without periodic reads every read has a known reason.
 	n := nodes(t, 1, redis, "-reconcile", "1h", "-grace", "3h", "-linger", "5m")[0]
 	ctx := deadline(t)
 	s := newID()
@@ -613,7 +611,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	var waits []func()
 	for i, v := range two {
 		stop := func(event) bool { return false }
-		if i == 0 { // it is cut behind chunk 25, and comes back by itself
+		if i == 0 { // it is cut after chunk 25, and reconnects by itself
 			stop = func(event) bool { return v.cursor == 25 && v.connections == 1 }
 		}
 		waits = append(waits, background(t, func() {
@@ -643,8 +641,8 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 		seen(int64(6 + i))
 	}
 	l.add(metricsOf{"chunks_appended_total": 20, post(201): 20, "live_chunks_total": 20, "chunks_delivered_total": 40,
-		"first_live_seconds_count": 1, "live_write_seconds_count": 2}) // one in sixteen, of each viewer
-	// The one whose stream was cut is gone.
+		"first_live_seconds_count": 1, "live_write_seconds_count": 2}) // one in sixteen, for each viewer
+	// The viewer whose stream was cut is gone.
 	l.add(metricsOf{`streams_ended_total{cause="gone"}`: 1, stream(0): 1, "viewers": -1})
 	l.check("twenty live chunks, and a connection that breaks")
 
@@ -663,7 +661,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 		}
 	}
 	unannounced(27)
-	n.append(t, s, words(28, 1)) // its number shows that one is missing
+	n.append(t, s, words(28, 1)) // its number reveals the missing one
 	seen(28)
 	l.add(metricsOf{"chunks_appended_total": 1, post(201): 1, "gaps_found_total": 1, "gaps_repaired_total": 1, feedReads: 1, "chunks_delivered_total": 4})
 	l.check("a gap")
@@ -706,10 +704,10 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	l.add(short)
 	l.add(metricsOf{"chunks_appended_total": 5, post(201): 1, "streams_resumed_total": 1, `resets_total{reason="trimmed"}`: 1,
 		feedReads: 2, "feeds": 1, "subscriptions": 1})
-	// Its cursor is before the window: the log is read once more before it is reset.
+	// Its cursor is before the window, so the log is read once more before the reset.
 	l.check("a viewer of a list that has expired")
 
-	// A response that says there is nothing more is a stream that ends, too.
+	// A response that says that nothing follows is a stream that ends, too.
 	over := newID()
 	n.append(t, over, words(1, 2, `{"type":"done","message_id":"m1"}`, `{"type":"end"}`))
 	u = &viewer{session: over}
@@ -729,7 +727,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	l.add(metricsOf{"chunks_appended_total": 4, post(201): 1, "streams_begun_total": 4, "streams_resumed_total": 2, "chunks_delivered_total": 4 + 3,
 		`streams_ended_total{cause="ended"}`: 2, `streams_ended_total{cause="done"}`: 1, `streams_ended_total{cause="outside"}`: 1,
 		stream(200): 2, stream(204): 1, stream(410): 1, "feeds": 1, "subscriptions": 1})
-	l.loose = append(l.loose, "gapless_"+feedReads) // an ended log is read once more for each who comes, or for several at once
+	l.loose = append(l.loose, "gapless_"+feedReads) // an ended log is read once more for each viewer, or for several at once
 	l.check("viewers of a log that has ended")
 
 	numbered := func() {
@@ -767,7 +765,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	l.add(metricsOf{"chunks_appended_total": 1, post(201): 1, "uploads": -1, "subscriptions": -1})
 	l.check("its end")
 
-	// What a check refuses before there is a route is an answer as well.
+	// A request that a check refuses before routing counts as well.
 	r, err := http.NewRequestWithContext(ctx, "POST", n.url("/v1/sessions"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -812,12 +810,12 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 		}
 	}
 
-	// Errors, by what they mean.
+	// Errors, by kind.
 	if err := redis.Set(ctx, "chat:history:"+s+"x", "another program's", 0).Err(); err != nil {
 		t.Fatal(err)
 	}
 	const fault = `gapless_redis_errors_total{kind="fault",script="read"}`
-	l.loose = append(l.loose, fault) // asked again and again
+	l.loose = append(l.loose, fault) // retried again and again
 	u = &viewer{session: s + "x"}
 	stuck, cancel := context.WithCancel(ctx)
 	wait := background(t, func() { u.connect(stuck, n.addr, nil) })
@@ -825,7 +823,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	cancel()
 	wait()
 	redis.Del(ctx, "chat:history:"+s+"x")
-	l.add(short) // and its feed goes when it has read that there is no log
+	l.add(short) // its feed ends after a read that finds no log
 	l.check("a key of another type")
 
 	redis.Signal(syscall.SIGSTOP)
@@ -834,7 +832,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	if a.status != http.StatusGatewayTimeout {
 		t.Fatalf("an append to a Redis that is silent: %d %s", a.status, a.body)
 	}
-	l.loose = append(l.loose, `gapless_chunks_appended_total`) // nobody knows
+	l.loose = append(l.loose, `gapless_chunks_appended_total`) // the outcome is unknown
 	l.add(metricsOf{post(504): 1, `redis_errors_total{kind="unknown",script="append"}`: 1})
 	l.check("an append without an answer")
 
@@ -851,7 +849,7 @@ func TestMetrics_tellTheTruth(t *testing.T) {
 	}
 }
 
-// What is alive returns to nothing.
+// Gauges of live objects return to zero.
 func TestMetrics_gaugesReturnToZero(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -885,7 +883,7 @@ func TestMetrics_gaugesReturnToZero(t *testing.T) {
 	}
 }
 
-// A viewer that does not read is behind, and one that is cut is slow.
+// A viewer that does not read counts as behind, and one that is cut as slow.
 func TestMetrics_aSlowViewerShows(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-write-timeout", "3s")

@@ -16,14 +16,14 @@ import (
 	"gapless/store/storetest"
 )
 
-// modelKey is what the program is given by its environment. Nobody may say it.
+// modelKey is the key in the program's environment, which must stay secret.
 const modelKey = "sk-of-the-tests"
 
-// modelService speaks the chat-completions API, word by word as a test says them.
+// modelService implements the chat completions API, with the words that a test sends.
 type modelService struct {
 	*httptest.Server
-	words chan string   // an empty one finishes the answer
-	asked chan []string // what each request said: roles and contents
+	words chan string   // an empty word finishes the answer
+	asked chan []string // roles and contents of each request
 	gone  chan time.Time
 }
 
@@ -77,7 +77,7 @@ func (m *modelService) say(t *testing.T, words ...string) {
 	}
 }
 
-// askModel asks, and answers the message of the reply once the model was asked.
+// ask asks a question. It returns the reply's message and what the model received.
 func (m *modelService) ask(t *testing.T, n *node, session, question string) (reply string, told []string) {
 	t.Helper()
 	a := n.post("/v1/sessions/"+session+"/messages", "application/json", fmt.Sprintf(`{"content":%q}`, question))
@@ -96,7 +96,7 @@ func (m *modelService) ask(t *testing.T, n *node, session, question string) (rep
 	return asked.Reply, told
 }
 
-// ends is the chunks that end a message.
+// ends returns the chunks that end a message.
 func ends(t *testing.T, all []string, message string) (found []string) {
 	t.Helper()
 	for _, element := range all {
@@ -130,7 +130,7 @@ func TestModel_answersAcrossNodesUntilItIsDoneCancelledDrainedOrKilled(t *testin
 		t.Errorf("the model was told %q", told)
 	}
 	ctx, leave := context.WithCancel(deadline(t))
-	v := &viewer{session: session} // whoever views may go
+	v := &viewer{session: session} // any viewer may leave
 	wait := background(t, func() { v.connect(ctx, a.addr, nil) })
 	m.say(t, "one ", "two")
 	until("two words", b, 3)
@@ -142,7 +142,7 @@ func TestModel_answersAcrossNodesUntilItIsDoneCancelledDrainedOrKilled(t *testin
 		t.Errorf("the answer ended %q", got)
 	}
 
-	// Cancelled on another node: the service learns of it at once.
+	// A cancel on another node reaches the service at once.
 	reply, told = m.ask(t, a, session, "second?")
 	if !slices.Equal(told, []string{"user: first?", "assistant: one two three", "user: second?"}) {
 		t.Errorf("the model was told %q", told)
@@ -165,7 +165,7 @@ func TestModel_answersAcrossNodesUntilItIsDoneCancelledDrainedOrKilled(t *testin
 		t.Errorf("the answer ended %q", got)
 	}
 
-	// Drained: it says so.
+	// A drained node says why the answer failed.
 	reply, _ = m.ask(t, all[2], session, "third?")
 	m.say(t, "half")
 	all[2].exits(t, time.Second)
@@ -174,7 +174,7 @@ func TestModel_answersAcrossNodesUntilItIsDoneCancelledDrainedOrKilled(t *testin
 		t.Errorf("the answer ended %q", got)
 	}
 
-	// Killed: another node says it, once.
+	// If a node is killed, another one reports it, once.
 	before := len(b.pages(t, session))
 	reply, _ = m.ask(t, a, session, "fourth?")
 	m.say(t, "half")
@@ -198,7 +198,8 @@ func TestModel_answersAcrossNodesUntilItIsDoneCancelledDrainedOrKilled(t *testin
 	}
 }
 
-// The service says the key wherever it can. Nobody else hears it: not a log, an answer, a metric, another host.
+// The service repeats the key wherever it can. The key appears nowhere else: in no log, response, metric, or request to
+// another host.
 func TestModel_theKeyIsForItsServiceAlone(t *testing.T) {
 	t.Setenv("GAPLESS_MODEL_KEY", modelKey)
 	plant(modelKey)
@@ -242,7 +243,7 @@ func TestModel_theKeyIsForItsServiceAlone(t *testing.T) {
 	}
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		for name, c := range broken { // it is the question
+		for name, c := range broken { // name is the question
 			if strings.Contains(string(body), name) {
 				c.turn(w, r)
 			}
@@ -273,13 +274,13 @@ func TestModel_theKeyIsForItsServiceAlone(t *testing.T) {
 	}
 }
 
-// A stop is heard while the question waits for its next try, and there is none.
+// A stop works while the question waits for its next try, which then does not happen.
 func TestModel_isStoppedBetweenTwoTries(t *testing.T) {
 	t.Parallel()
 	var asked atomic.Int64
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
-		w.Header().Set("Retry-After", "20") // the longest that is waited for
+		w.Header().Set("Retry-After", "20") // the longest supported wait
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}))
 	defer service.Close()
@@ -305,7 +306,7 @@ func TestModel_isStoppedBetweenTwoTries(t *testing.T) {
 	}
 }
 
-// Where the way out is a proxy, the environment says so, as to other programs.
+// If a proxy is needed, the environment names it, as for other programs.
 func TestModel_isReachedThroughTheProxyOfTheEnvironment(t *testing.T) {
 	const password = "pass-of-the-proxy"
 	plant(modelKey, password)
@@ -332,7 +333,7 @@ func TestModel_isReachedThroughTheProxyOfTheEnvironment(t *testing.T) {
 		n.post("/v1/sessions/"+session+"/messages", "application/json", `{"content":"why?"}`)
 		eventually(t, want, func() bool { return strings.Contains(strings.Join(n.pages(t, session), ""), want) })
 		if asked.Load() == 2 {
-			proxy.Close() // and then there is none
+			proxy.Close() // after that no proxy exists
 		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// A log that survives the server's death, each append of it.
+// durable makes every append of a log survive the server's death.
 var durable = []string{"--appendonly", "yes", "--appendfsync", "always"}
 
 func TestOutage_tenThousandMissedChunksComeInOneConnection(t *testing.T) {
@@ -43,8 +43,7 @@ func TestOutage_tenThousandMissedChunksComeInOneConnection(t *testing.T) {
 	}
 }
 
-// held waits until all viewers have been given further signs of life, on the connections
-// that they have.
+// held waits until all viewers have received more signs of life, on their current connections.
 func held(t *testing.T, viewers []*viewer) {
 	t.Helper()
 	for _, v := range viewers {
@@ -71,7 +70,7 @@ func TestOutage_viewersAreHeldWhileRedisIsDeadAndThenGetEverything(t *testing.T)
 				viewers = append(viewers, v)
 				wg.Go(func() { v.follow(ctx, at(both[k].addr), nil) })
 			}
-			wg.Go(func() { // a producer that goes on with its next chunk when one surely failed
+			wg.Go(func() { // a producer that continues with its next chunk after a failed one
 				for i := 1; ; i++ {
 					select {
 					case <-stop:
@@ -116,7 +115,7 @@ func TestOutage_viewersAreHeldWhileRedisIsDeadAndThenGetEverything(t *testing.T)
 			list := history(t, redis, v.session)
 			v.check(t, list)
 			v.unreset(t)
-			if v.connections > 2 { // the one, and the one that is told 204
+			if v.connections > 2 { // the original one, and the one with 204
 				t.Errorf("viewer of %s made %d connections: it was not held", v.session, v.connections)
 			}
 			for seq, content := range acks[v.session] {
@@ -179,7 +178,7 @@ func TestOutage_theFirstConnectionDuringAnOutageIsHeldToo(t *testing.T) {
 	})
 }
 
-// A peer that falls silent without a reset sends no message that anyone could miss.
+// A peer that falls silent without a reset causes no message that a viewer could miss.
 func TestOutage_aRedisThatIsSilentForAWhileCostsOnlyTime(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -192,7 +191,7 @@ func TestOutage_aRedisThatIsSilentForAWhileCostsOnlyTime(t *testing.T) {
 	eventually(t, "the viewer is live", func() bool { return v.seen.Load() == 3 })
 	redis.Signal(syscall.SIGSTOP)
 	held(t, []*viewer{v})
-	a := n.post("/v1/sessions/"+f.session+"/chunks", "application/json", `{"data":0}`) // it may be stored, or not
+	a := n.post("/v1/sessions/"+f.session+"/chunks", "application/json", `{"data":0}`) // it may or may not be stored
 	redis.Signal(syscall.SIGCONT)
 	if a.status != http.StatusGatewayTimeout && a.status != http.StatusServiceUnavailable {
 		t.Errorf("an append to a silent Redis: %d %s", a.status, a.body)
@@ -207,7 +206,7 @@ func TestOutage_aRedisThatIsSilentForAWhileCostsOnlyTime(t *testing.T) {
 	v.unreset(t)
 }
 
-// Subscriptions are let go of when nobody views any more.
+// Subscriptions end when no viewer is left.
 func TestOutage_subscriptionsReturnToNone(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -238,7 +237,7 @@ func TestOutage_subscriptionsReturnToNone(t *testing.T) {
 	eventually(t, "nobody is subscribed", func() bool { return subscriptions() == 0 })
 }
 
-// The embedded Redis has one lock, and a subscriber that does not read would hold it.
+// The embedded Redis has one lock, which a subscriber that does not read would hold.
 func TestEmbedded_appendsDoNotStallWhileViewersCome(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-linger", "0s", "-reconcile", "200ms")

@@ -10,8 +10,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// Promise: every key and every channel begins with the prefix. Redis itself is the judge: its user may touch
-// nothing else, and ACL LOG has each attempt, also one of a script that catches its errors.
+// Promise: every key and every channel begins with the prefix. Redis itself is the judge: its user may access nothing
+// else, and ACL LOG shows each attempt, even of a script that catches its errors.
 func TestPrefix_startsEveryKeyAndEveryChannel(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -38,7 +38,7 @@ func TestPrefix_startsEveryKeyAndEveryChannel(t *testing.T) {
 	v := follow("")
 	follow(n.ticket(t, session))
 	taken := n.ticket(t, session)
-	for range 2 { // the second one takes the place of the first, which a channel says
+	for range 2 { // the second one replaces the first, which a channel announces
 		w := &viewer{session: session, query: taken}
 		w.connect(ctx, n.addr, func(event) bool { return true })
 	}
@@ -54,7 +54,7 @@ func TestPrefix_startsEveryKeyAndEveryChannel(t *testing.T) {
 	if want := []string{"other:stream:" + session, "other:uploads", "other:tickets"}; len(channels) != len(want) {
 		t.Errorf("subscribed to %q, not to %q", channels, want)
 	}
-	must(n.post(stream+"/cancel", "application/json", `{"message_id":"up"}`), http.StatusOK) // another channel says it
+	must(n.post(stream+"/cancel", "application/json", `{"message_id":"up"}`), http.StatusOK) // another channel announces it
 	if a := <-answered; a.problem(t).Code != "message_cancelled" {
 		t.Errorf("the upload: %d %s", a.status, a.body)
 	}
@@ -105,8 +105,8 @@ func numberedPost(n *node, stream string, number int, body string) (a answer) {
 	return answer{response.StatusCode, response.Header, string(b), err}
 }
 
-// Promise: deployments with prefixes of their own share a Redis, in one database or in several, and hear and read
-// nothing of each other, although their sessions have the same ids.
+// Promise: deployments with different prefixes share a Redis, in one database or in several. None hears or reads
+// anything of another, although their sessions have the same ids.
 func TestPrefix_keepsDeploymentsOnOneRedisApart(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -144,7 +144,7 @@ func TestPrefix_keepsDeploymentsOnOneRedisApart(t *testing.T) {
 			}
 		}
 	}
-	// Each one's chunk 5, 6, … says whose it is.
+	// The content of chunk 5, 6, … names its deployment.
 	for i := range 20 {
 		for _, d := range all {
 			d.append(t, session, fmt.Sprintf(`{"content":"%s %d"}`, d.prefix, i))

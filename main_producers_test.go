@@ -21,17 +21,17 @@ import (
 	"gapless/store/storetest"
 )
 
-// numbered makes requests whose chunks have a producer's numbers, and repeats each until
-// it is answered, at whatever node.
+// numbered makes requests whose chunks have a producer's numbers, and repeats each until it gets a response, at any
+// node.
 type numbered struct {
 	addr    func() string
 	client  *http.Client
 	session string
 	next    int64         // the number of the next chunk
-	acked   *atomic.Int64 // counts what is acknowledged, unless it is nil
+	acked   *atomic.Int64 // counts acknowledged requests, unless it is nil
 }
 
-// post appends count chunks, and repeats it until that is acknowledged.
+// post appends count chunks, and retries until they are acknowledged.
 func (p *numbered) post(ctx context.Context, kind string, count int, body func() io.Reader, closes bool) (s stored, err error) {
 	for ctx.Err() == nil {
 		addr := p.addr()
@@ -49,7 +49,7 @@ func (p *numbered) post(ctx context.Context, kind string, count int, body func()
 		}
 		response, err := p.client.Do(r)
 		if err != nil {
-			pause(ctx, rand.N(20*time.Millisecond)) // the node is dead, or the connection
+			pause(ctx, rand.N(20*time.Millisecond)) // the node or the connection is dead
 			continue
 		}
 		b, err := io.ReadAll(response.Body)
@@ -70,8 +70,8 @@ func (p *numbered) post(ctx context.Context, kind string, count int, body func()
 	return s, ctx.Err()
 }
 
-// enoughHappened waits, before the last chunks, until what there is to survive has happened: a busy
-// machine may start nodes again more slowly than it takes chunks.
+// enoughHappened waits, before the last chunks, until enough faults have happened: a busy machine may restart nodes
+// more slowly than it accepts chunks.
 func (g *gapcheck) enoughHappened(ctx context.Context) {
 	if g.enough == nil {
 		return
@@ -84,8 +84,8 @@ func (g *gapcheck) enoughHappened(ctx context.Context) {
 	}
 }
 
-// recovers waits after a fault until something was acknowledged again, or for ten seconds: faults that
-// come faster than a busy machine gets over one would keep everything from ever being over.
+// recovers waits after a fault until something is acknowledged again, or for ten seconds. If faults came faster than a
+// busy machine recovers, the test would never end.
 func (g *gapcheck) recovers(ctx context.Context) {
 	was := g.acked.Load()
 	for end := time.Now().Add(10 * time.Second); g.acked.Load() < was+5 && g.waiting.Load() == 0 && time.Now().Before(end) && ctx.Err() == nil; {
@@ -93,7 +93,7 @@ func (g *gapcheck) recovers(ctx context.Context) {
 	}
 }
 
-// byNumberedPosts appends a chunk a request, each one once or twice.
+// byNumberedPosts appends one chunk per request, each once or twice.
 func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session, acked: &g.acked}, map[int64]string{}
 	for i := 1; i <= count; i++ {
@@ -122,8 +122,8 @@ func byNumberedPosts(ctx context.Context, g *gapcheck, session string, count int
 	return acks, nil
 }
 
-// byNumberedUploads appends as lines of a few uploads. One that breaks is sent again
-// from its first line: what is there already is known by its numbers.
+// byNumberedUploads appends the lines of a few uploads. An upload that breaks is repeated from its first line: its
+// numbers identify the stored part.
 func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session, acked: &g.acked}, map[int64]string{}
 	for done := 0; done < count; {
@@ -133,7 +133,7 @@ func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count i
 		}
 		body := func() io.Reader {
 			r, w := io.Pipe()
-			go func() { // ends with the body, which the request closes, perhaps after its answer
+			go func() { // ends with the body, which the request closes, perhaps after its response
 				for i := first; i < first+part; i++ {
 					b, err := json.Marshal(map[string]string{"content": text(session, i)})
 					if err == nil {
@@ -161,8 +161,7 @@ func byNumberedUploads(ctx context.Context, g *gapcheck, session string, count i
 	return acks, nil
 }
 
-// restarting kills one node after the other, as a power failure does, and starts it again
-// at its address.
+// restarting kills one node after the other, like a power failure, and restarts it at its address.
 func (g *gapcheck) restarting(t *testing.T, args ...string) {
 	ctx, cancel := context.WithCancel(t.Context())
 	const least = 3
@@ -193,8 +192,7 @@ func (g *gapcheck) restarting(t *testing.T, args ...string) {
 	t.Cleanup(cancel)
 }
 
-// Promise: Once, and Durable: producers that repeat what got no answer, with their
-// numbers, while nodes are killed.
+// Promise: Once, and Durable. Producers retry with their numbers if they got no response, while nodes are killed.
 func TestGapcheck_producersRetryWhileNodesAreKilled(t *testing.T) {
 	for name, produce := range map[string]producer{"posts": byNumberedPosts, "uploads": byNumberedUploads} {
 		t.Run(name, func(t *testing.T) {
@@ -207,7 +205,7 @@ func TestGapcheck_producersRetryWhileNodesAreKilled(t *testing.T) {
 	}
 }
 
-// Promise: the others, for producers that LPUSH.
+// The other promises, for producers that use LPUSH.
 func TestGapcheck_foreignProducersThatPushNewestFirst(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -215,7 +213,7 @@ func TestGapcheck_foreignProducersThatPushNewestFirst(t *testing.T) {
 	g.run(t)
 }
 
-// A session that programs push to and post to, in either order of the list: numbers stay put.
+// If programs push to a session and post to it, in either order of the list, numbers stay the same.
 func TestForeign_pushesAndPostsOnOneSession(t *testing.T) {
 	for _, order := range []string{"oldest-first", "newest-first"} {
 		t.Run(order, func(t *testing.T) {
@@ -272,7 +270,7 @@ func uploadWith(t *testing.T, n *node, path string, header map[string]string) (l
 		r.Header.Set(name, value)
 	}
 	done := make(chan answer, 1)
-	go func() { // ends with the request, which the end of the body ends
+	go func() { // ends with the request, which ends with its body
 		response, err := n.http.Do(r)
 		_ = body.CloseWithError(io.ErrClosedPipe)
 		if err != nil {
@@ -287,7 +285,7 @@ func uploadWith(t *testing.T, n *node, path string, header map[string]string) (l
 	return in, done
 }
 
-// ends is what a log says of how its messages ended: "type message_id reason".
+// ends returns how the messages of a log ended: "type message_id reason".
 func (n *node) ends(t *testing.T, session string) (all []string) {
 	t.Helper()
 	for _, element := range n.pages(t, session) {
@@ -306,8 +304,7 @@ func (n *node) ends(t *testing.T, session string) (all []string) {
 
 const lost = "failed m1 producer_lost"
 
-// A producer whose node dies is given the grace, and then its message ends, once,
-// whichever node notices.
+// A producer whose node dies has the grace period, and then its message ends, once, whichever node notices.
 func TestLease_nodeKilledDuringAnUpload(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -342,7 +339,7 @@ func TestLease_nodeKilledDuringAnUpload(t *testing.T) {
 	}
 }
 
-// With its numbers the producer goes on at another node, if it is back in time.
+// With its numbers the producer continues at another node, if it is back in time.
 func TestLease_producerThatComesBackFromAKilledNodeGoesOn(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -373,8 +370,7 @@ func TestLease_producerThatComesBackFromAKilledNodeGoesOn(t *testing.T) {
 	}
 }
 
-// A node that stands still for longer than the grace, and then goes on, finds that its
-// producer's message has ended: once.
+// A node is paused for longer than the grace period. When it resumes, its producer's message has ended, once.
 func TestLease_nodePausedForLongerThanTheGrace(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -391,7 +387,7 @@ func TestLease_nodePausedForLongerThanTheGrace(t *testing.T) {
 	v.follow(ctx, at(all[1].addr), func(e event) bool { return strings.Contains(e.data, "producer_lost") })
 	resume()
 	select {
-	case a := <-answered: // though its producer says nothing
+	case a := <-answered: // though its producer is silent
 		if p := a.problem(t); a.status != http.StatusConflict || p.Code != "message_ended" || p.Stored == nil || p.Stored.Count != 1 {
 			t.Errorf("%d %s", a.status, a.body)
 		}
@@ -424,13 +420,13 @@ func TestLease_nodeKilledWhileTheModelAnswers(t *testing.T) {
 		return strings.Contains(e.data, "producer_lost")
 	})
 	want := []string{"failed " + asked.Reply + " producer_lost"}
-	if got := all[1].ends(t, session); len(got) != 2 || !slices.Equal(got[1:], want) { // behind the question
+	if got := all[1].ends(t, session); len(got) != 2 || !slices.Equal(got[1:], want) { // after the question
 		t.Errorf("%q", got)
 	}
 }
 
-// Stop, from another node, while an upload runs: it is answered at once (a busy machine's at
-// once), and nothing comes behind the cancelled chunk.
+// An upload under way gets its response at once when another node cancels it (later on a busy machine), and nothing
+// follows the cancelled chunk.
 func TestCancel_anUploadUnderWayIsAnsweredAtOnce(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -470,7 +466,7 @@ func TestCancel_anUploadUnderWayIsAnsweredAtOnce(t *testing.T) {
 	}
 }
 
-// A sender that is faster than Redis has to wait: the node does not hoard what it sends.
+// A sender that is faster than Redis must wait: the node does not buffer what it sends.
 func TestUpload_backpressureReachesTheSender(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -497,7 +493,7 @@ func TestUpload_backpressureReachesTheSender(t *testing.T) {
 		select {
 		case n := <-sent:
 			count += n
-		case <-time.After(700 * time.Millisecond): // it has to wait
+		case <-time.After(700 * time.Millisecond): // it must wait
 			waiting = false
 		}
 	}
@@ -518,7 +514,7 @@ func TestUpload_backpressureReachesTheSender(t *testing.T) {
 	}
 }
 
-// rss is how much memory a process has, in bytes.
+// rss returns the memory of a process, in bytes.
 func rss(t *testing.T, pid int) int {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -532,8 +528,8 @@ func rss(t *testing.T, pid int) int {
 	return kib << 10
 }
 
-// A hundred thousand lines, as fast as they are taken, are all stored, and the node has
-// less than 32 MiB more for it. The race detector would count, too: this is the plain program.
+// A hundred thousand lines, sent as fast as they are accepted, are all stored, and the node grows by less than 32 MiB.
+// This is the plain program, because the race detector takes memory, too.
 func TestUpload_aHundredThousandLinesTakeLittleMemory(t *testing.T) {
 	t.Parallel()
 	plain := plainProgram(t)
@@ -571,8 +567,8 @@ func TestUpload_aHundredThousandLinesTakeLittleMemory(t *testing.T) {
 	}
 }
 
-// The producer in Python of docs/redis.md does what it says there: it is announced, it ends its
-// message, and it stops when it was cancelled.
+// The Python producer of docs/redis.md works as described: its chunks are announced, it ends its message, and it stops
+// when the message is cancelled.
 func TestDocs_pythonProducer(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("docs/redis.md")
@@ -616,7 +612,7 @@ func TestDocs_pythonProducer(t *testing.T) {
 		t.Errorf("%d %s", a.status, a.body)
 	}
 	run(strings.ReplaceAll(program, "m9", "m10"))
-	if list := history(t, redis, "demo"); len(list) != 8 { // one word more, until it knew
+	if list := history(t, redis, "demo"); len(list) != 8 { // one more word, until it noticed
 		t.Errorf("%q", list)
 	}
 }

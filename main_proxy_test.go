@@ -20,10 +20,10 @@ import (
 	"gapless/store/storetest"
 )
 
-// The proxies' own programs, with the configurations that deploy/ has: only addresses and the time that a reload may
-// take are others.
+// These tests run the real proxies with the configurations in deploy/. Only the addresses and the time for a reload
+// differ.
 
-// proxy is one that runs, in front of three nodes.
+// proxy is a running proxy in front of three nodes.
 type proxy struct {
 	t      *testing.T
 	addr   string
@@ -31,10 +31,10 @@ type proxy struct {
 	log    buffer
 	exited chan struct{}
 	reload func()
-	ca     string // the file of the authority that vouches for it
+	ca     string // the file of the authority that issued its certificate
 }
 
-// proxies are how to run each of them.
+// proxies contains a function that runs each proxy.
 var proxies = map[string]func(t *testing.T, nodes []string) *proxy{
 	"nginx":                       func(t *testing.T, nodes []string) *proxy { return nginx(t, nodes, false) },
 	"nginx with TLS, over HTTP/2": func(t *testing.T, nodes []string) *proxy { return nginx(t, nodes, true) },
@@ -81,7 +81,7 @@ func nginx(t *testing.T, nodes []string, secure bool, more ...string) *proxy {
 	return p
 }
 
-// nginxPaths has nginx write what it writes into its own directory.
+// nginxPaths makes nginx write into its own directory.
 const nginxPaths = "client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;\n"
 
 func (p *proxy) runNginx(conf string) {
@@ -94,7 +94,7 @@ func freeAddr(t *testing.T) string {
 	return fmt.Sprintf("127.0.0.1:%d", storetest.FreePort(t))
 }
 
-// conf is a file of deploy/ with the addresses of nodes in it, and other changes, of which none may be in vain.
+// conf returns a copy of a file of deploy/ with the nodes' addresses and other changes. Every change must match.
 func (p *proxy) conf(file string, nodes []string, changes ...string) string {
 	p.t.Helper()
 	b, err := os.ReadFile(file)
@@ -124,7 +124,7 @@ func (p *proxy) run(name string, args ...string) {
 	p.cmd = exec.Command(name, args...)
 	dir := p.t.TempDir()
 	p.cmd.Dir, p.cmd.Env = dir, append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin", "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
-	if p.cmd.Err != nil { // Debian has them where only root looks
+	if p.cmd.Err != nil { // Debian installs them in a directory that only root searches
 		if path := "/usr/sbin/" + name; p.cmd.Path != path {
 			p.cmd.Path, p.cmd.Err = path, nil
 		}
@@ -154,7 +154,7 @@ func (p *proxy) run(name string, args ...string) {
 
 func (p *proxy) signal(s os.Signal) { _ = p.cmd.Process.Signal(s) }
 
-// front is the proxy as the tests talk to a node.
+// front returns the proxy as a node for the tests.
 func (p *proxy) front() *node {
 	n := &node{t: p.t, addr: p.addr, scheme: "http", http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}, Timeout: exchange}}
 	if w, ok := ways.Load(p.addr); ok {
@@ -171,7 +171,7 @@ func (p *proxy) front() *node {
 	return n
 }
 
-// Any of them: round robin, no node of one's own, and everything that is promised.
+// Behind each proxy, with round robin and without sticky sessions, all promises hold.
 func TestProxy_viewersBehindARealOneLoseNothing(t *testing.T) {
 	t.Parallel()
 	for name, run := range proxies {
@@ -190,10 +190,10 @@ func TestProxy_viewersBehindARealOneLoseNothing(t *testing.T) {
 			t.Run("nodes are killed and drained, the proxy is reloaded", func(t *testing.T) {
 				g := gapcheck{nodes: []*node{front}, redis: redis, chunks: gapChunks / 2, produce: bySlowPosts, ended: true, proxied: true}
 				g.client.Transport = front.http.Transport
-				// Before Caddy 2.8 (Debian has 2.6), what breaks off behind it ends cleanly in front of it.
+				// Caddy before 2.8 (Debian has 2.6) turns a broken response from a node into a clean end.
 				g.patient = name == "caddy"
 				g.upset(t, p, all, args...)
-				if name != "caddy" { // it answers one or two calls with 502 when it is reloaded just then
+				if name != "caddy" { // it responds to one or two calls with 502 during a reload
 					defer asking(t, front)()
 				}
 				g.run(t)
@@ -217,8 +217,8 @@ func TestProxy_viewersBehindARealOneLoseNothing(t *testing.T) {
 	}
 }
 
-// atOnce holds each way through a proxy: a line of an upload that goes on is seen by a viewer before the next
-// is sent, and heartbeats come where nothing else does.
+// atOnce checks the latency in both directions through a proxy: a viewer sees a line of an upload before the next is
+// sent, and heartbeats come if nothing else does.
 func atOnce(t *testing.T, front *node) {
 	session := newID()
 	v := &viewer{session: session}
@@ -243,7 +243,7 @@ func atOnce(t *testing.T, front *node) {
 	}
 }
 
-// bySlowPosts appends a chunk a request, and repeats it with its numbers, for a few seconds in all.
+// bySlowPosts appends one chunk per request, with retries and numbers, for a few seconds in all.
 func bySlowPosts(ctx context.Context, g *gapcheck, session string, count int) (map[int64]string, error) {
 	p, acks := numbered{addr: func() string { return g.any().addr }, client: &g.client, session: session}, map[int64]string{}
 	for i := 1; i <= count; i++ {
@@ -262,8 +262,8 @@ func bySlowPosts(ctx context.Context, g *gapcheck, session string, count int) (m
 	return acks, nil
 }
 
-// asking makes calls that may be repeated, one after the other: the proxy repeats them at another node when it has
-// to, so that none is answered with an error of the proxy's own. stop says how many were.
+// asking makes repeatable calls, one after the other. The proxy retries them at another node if necessary, so none of
+// them gets an error of the proxy. stop fails the test on an error, or if too few calls were made.
 func asking(t *testing.T, front *node) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	calls, failed := 0, map[int]int{}
@@ -284,7 +284,7 @@ func asking(t *testing.T, front *node) (stop func()) {
 	}
 }
 
-// upset kills a node, drains another, and reloads the proxy, again and again, while there are viewers.
+// upset repeatedly kills a node, drains another, and reloads the proxy, while viewers are connected.
 func (g *gapcheck) upset(t *testing.T, p *proxy, all []*node, args ...string) {
 	ctx, cancel := context.WithCancel(t.Context())
 	rounds := 0
@@ -297,7 +297,7 @@ func (g *gapcheck) upset(t *testing.T, p *proxy, all []*node, args ...string) {
 			pause(ctx, 500*time.Millisecond)
 			all[i].kill()
 			again(i)
-			pause(ctx, 1200*time.Millisecond) // a proxy looks at a node that had failed after a second
+			pause(ctx, 1200*time.Millisecond) // a proxy checks a failed node again after a second
 			drained := (i + 1) % len(all)
 			all[drained].terminate()
 			<-all[drained].exited

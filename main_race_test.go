@@ -12,12 +12,11 @@ import (
 	"gapless/store/storetest"
 )
 
-// The cases of RACE.md, each under its name, against the built program and a real
-// redis-server. The answer comes from a producer like the one there, which publishes
-// first and pushes later, and, where that makes a difference, from appends.
+// The cases of RACE.md, under their names, against the built program and a real redis-server. The answer comes from a
+// producer as described there, which publishes first and pushes later, and, where that makes a difference, from
+// appends.
 
-// producing has an answer of count chunks written, one each pace on average, and then
-// the end of the log.
+// producing writes an answer of count chunks, one each pace on average, and then the end of the log.
 func producing(t *testing.T, ctx context.Context, redis *storetest.Server, end *node, session string, count int, pace time.Duration) (wait func()) {
 	t.Helper()
 	f := foreign{redis: redis, session: session}
@@ -44,7 +43,7 @@ func TestRace_pageReloadInTheMiddleOfAnAnswerShowsTheAnswerSoFarThenTheRest(t *t
 	ctx := deadline(t)
 	session := newID()
 	wait := producing(t, ctx, redis, n, session, 120, 8*time.Millisecond)
-	for reload := range 10 { // a reload has no id: it begins at the start
+	for reload := range 10 { // a reload has no id, so it begins at the start
 		v := &viewer{session: session}
 		v.follow(ctx, at(n.addr), func(event) bool { return v.cursor == int64(10*(reload+1)) })
 		v.check(t, history(t, redis, session)[:10*(reload+1)])
@@ -85,7 +84,7 @@ func TestRace_networkChangeAndReconnectMissesNothing(t *testing.T) {
 	session := newID()
 	wait := producing(t, ctx, redis, n, session, 200, 8*time.Millisecond)
 	v := &viewer{session: session}
-	stop := background(t, func() { // the network changes every 50 ms, whatever is on the way
+	stop := background(t, func() { // the network changes every 50 ms, whatever is under way
 		for networks := []*balancer{wifi, mobile}; ctx.Err() == nil && v.status.Load() != -1; pause(ctx, 50*time.Millisecond) {
 			networks[0].breakAll()
 			networks[0], networks[1] = networks[1], networks[0]
@@ -117,8 +116,7 @@ func TestRace_loadBalancerMovesClientsToAnotherNodeWhenTheirsDrains(t *testing.T
 	moves(t, func(old *node) { old.terminate() })
 }
 
-// moves has viewers of several sessions on one node, which goes away in the middle of
-// their answers.
+// moves connects viewers of several sessions to one node, which goes away in the middle of their answers.
 func moves(t *testing.T, away func(*node)) {
 	redis := storetest.Redis(t)
 	both := nodes(t, 2, redis)
@@ -179,9 +177,8 @@ func TestRace_severalTabsOnDifferentNodesShowTheSameBytesInTheSameOrder(t *testi
 	}
 }
 
-// The race itself: 1..6 are in the list, a client connects, and 7 is published and pushed
-// at some moment around that; then 8..10. In every second repetition 7 is the last chunk,
-// so that nothing that follows reveals the hole.
+// The race itself: 1..6 are in the list, a client connects, and 7 is published and pushed at about that moment, then
+// 8..10. In every second repetition 7 is the last chunk, so that no later chunk reveals the gap.
 func TestRace_deterministicRaceHistory1To6Then7PublishedInTheWindowThen8To10(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -212,7 +209,7 @@ func TestRace_deterministicRaceHistory1To6Then7PublishedInTheWindowThen8To10(t *
 			wait.Go(func() {
 				v.follow(ctx, at(both[repetition%2].addr), func(event) bool { return v.cursor >= int64(last) })
 			})
-			pause(ctx, rand.N(8*time.Millisecond)) // in front of the connection, in it, or behind it
+			pause(ctx, rand.N(8*time.Millisecond)) // before the connection, during it, or after it
 			err := f.publish(ctx, all[6])
 			if repetition%4 >= 2 {
 				pause(ctx, rand.N(10*time.Millisecond))
@@ -281,7 +278,7 @@ func TestRace_concurrency10ClientsConnectAtTheSameMomentDuringAnAnswer(t *testin
 	for round := range 6 {
 		session := newID()
 		wait := producing(t, ctx, redis, both[0], session, 60, 6*time.Millisecond)
-		first := &viewer{session: session} // the answer is under way when it has seen some
+		first := &viewer{session: session} // after its first chunks the answer is under way
 		first.follow(ctx, at(both[1].addr), func(event) bool { return first.cursor >= int64(5*round+1) })
 		clients := make([]*viewer, 10)
 		gun := make(chan struct{})
@@ -310,8 +307,7 @@ func TestRace_concurrency10ClientsConnectAtTheSameMomentDuringAnAnswer(t *testin
 	}
 }
 
-// A hint is only a hint: what nobody announces is found by looking, within the reconcile
-// interval.
+// A hint is only a hint: a read finds chunks that nobody announced, within the reconcile interval.
 func TestRace_chunksThatNobodyAnnouncesComeWithinTheReconcileInterval(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -336,8 +332,7 @@ func TestRace_chunksThatNobodyAnnouncesComeWithinTheReconcileInterval(t *testing
 	v.unreset(t)
 }
 
-// Announcements of chunks that are never pushed, doubled, late or no chunks at all
-// mislead nobody.
+// Announcements of chunks that are never pushed, doubled or late, or of no chunks at all, mislead no viewer.
 func TestRace_announcementsThatAreWrongMisleadNobody(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)

@@ -13,9 +13,9 @@ import (
 	"gapless/store/storetest"
 )
 
-// A Redis that refuses, as producers, viewers and the operator see it.
+// A Redis that refuses commands, as producers, viewers and the operator see it.
 
-// rotated is a Redis with a user whose password can be taken away and given back, and a node that uses it.
+// rotated returns a Redis with a user whose password can be revoked and restored, and a node that uses it.
 func rotated(t *testing.T, args ...string) (redis *storetest.Server, n *node, take, give func()) {
 	t.Helper()
 	redis = storetest.Redis(t)
@@ -36,8 +36,8 @@ func rotated(t *testing.T, args ...string) (redis *storetest.Server, n *node, ta
 	return redis, n, take, give
 }
 
-// A password that is rotated under load: who posts is told that nothing was stored, uploads wait, viewers are held, and all goes on
-// when it is right again.
+// A password is rotated under load: posts get an error that nothing was stored, uploads wait, viewers are held, and
+// everything continues when it is right again.
 func TestRefusal_aRotatedPasswordEndsNoUpload(t *testing.T) {
 	t.Parallel()
 	redis, n, take, give := rotated(t, "-heartbeat", "50ms")
@@ -68,7 +68,7 @@ func TestRefusal_aRotatedPasswordEndsNoUpload(t *testing.T) {
 			}
 			answer, err := io.ReadAll(response.Body)
 			_ = response.Body.Close()
-			// The connection to Redis is killed under appends: without numbers, one of them may be in doubt.
+			// The connection to Redis is killed during appends. Without numbers, the outcome of one may be unknown.
 			if doubt := response.StatusCode == http.StatusGatewayTimeout && u.query == ""; err != nil || response.StatusCode != http.StatusCreated && !doubt {
 				t.Errorf("%s %s: %d %s (%v)", u.kind, u.query, response.StatusCode, answer, err)
 			}
@@ -114,7 +114,7 @@ func TestRefusal_aRotatedPasswordEndsNoUpload(t *testing.T) {
 					t.Fatalf("%d %s", a.status, a.body)
 				}
 				denied++
-			case a.status == http.StatusGatewayTimeout && denied == 0: // the connection was killed under it
+			case a.status == http.StatusGatewayTimeout && denied == 0: // its connection was killed
 			default:
 				t.Fatalf("%d %s (%v)", a.status, a.body, a.err)
 			}
@@ -139,7 +139,7 @@ func TestRefusal_aRotatedPasswordEndsNoUpload(t *testing.T) {
 	}
 }
 
-// Whatever Redis refuses, the log of a node under load says so in a few lines, with what to do.
+// Whatever Redis refuses, the log of a loaded node reports it in a few lines, with the remedy.
 func TestRefusal_theLogOfALoadedNodeSaysItInAFewLines(t *testing.T) {
 	for name, c := range map[string]struct {
 		code        string
@@ -228,7 +228,7 @@ func TestRefusal_theLogOfALoadedNodeSaysItInAFewLines(t *testing.T) {
 	}
 }
 
-// Without Redis at the start, one line says which Redis, and what to do.
+// At a start without Redis, one line names the Redis and the remedy.
 func TestRefusal_aStartWithoutRedisIsSaidOnce(t *testing.T) {
 	t.Parallel()
 	plant("s3same")

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// release runs deploy/release.sh as it stands in a directory, and answers the binary and its SHA256SUMS.
+// release runs deploy/release.sh in a directory. It returns the binary and its SHA256SUMS.
 func release(t *testing.T, source string, env ...string) (binary, sums string) {
 	t.Helper()
 	out := t.TempDir()
@@ -26,9 +26,8 @@ func release(t *testing.T, source string, env ...string) (binary, sums string) {
 	return filepath.Join(out, "gapless-v1.2.3-linux-amd64"), string(text)
 }
 
-// The second one is built at another place, with nothing that was compiled before, and with flags in the
-// environment that would change it. make test runs it by itself: a compiler that begins
-// with nothing takes as long as it takes, and leaves little to others.
+// The second build is at another place, without a compiler cache, and with flags in the environment that would change
+// it. make test runs it separately, because such a build takes long, and leaves little of the machine to other tests.
 func TestRelease_twoBuildsAreEqualAndSayTheirVersion(t *testing.T) {
 	here, err := os.Getwd()
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// SECURITY.md says which tests show what it says: there are those tests, and each row but the one of the linters has one.
+// SECURITY.md names the tests that prove its claims. They exist, and every row names one, except that of the linters.
 func TestSecurity_theTestsThatItNamesExist(t *testing.T) {
 	text, err := os.ReadFile("SECURITY.md")
 	if err != nil {

@@ -20,8 +20,7 @@ import (
 
 const largeCount = 24
 
-// large appends that many chunks of 60 KB, and what ends them: more than all the buffers on the way to
-// a viewer hold.
+// large appends that many chunks of 60 KB, and an end: more than all buffers between the node and a viewer hold.
 func large(t *testing.T, n *node, session string, end string) {
 	t.Helper()
 	for i := range largeCount / 3 {
@@ -45,7 +44,7 @@ func TestSlow_aViewerThatTakesNothingIsCutAndComesBackForTheRest(t *testing.T) {
 		how := v.raw(ctx, n.addr, func(b []byte) bool {
 			if !waited {
 				waited = true
-				other := &viewer{session: session} // whom that costs nothing
+				other := &viewer{session: session} // it is not affected
 				other.follow(ctx, at(n.addr), nil)
 				other.check(t, n.pages(t, session))
 				eventually(t, "the viewer is cut", func() bool { return strings.Contains(n.log.String(), "cause=slow") })
@@ -72,7 +71,7 @@ func TestSlow_aViewerThatIsSlowAndTakesSomethingIsNotCut(t *testing.T) {
 		v.nextConnection(false)
 		begun := time.Now()
 		how := v.raw(ctx, n.addr, func(b []byte) bool {
-			time.Sleep(25 * time.Millisecond) // a slow reader, in portions of at most 8 KB
+			time.Sleep(25 * time.Millisecond) // a slow reader, of at most 8 KB at a time
 			return v.feed(b, func(e event) bool { v.take(e); return true })
 		})
 		if how != clean {
@@ -85,7 +84,7 @@ func TestSlow_aViewerThatIsSlowAndTakesSomethingIsNotCut(t *testing.T) {
 	})
 }
 
-// One that reads a little now and then gets everything, on one connection, and delays nobody.
+// A viewer that reads a little now and then gets everything, on one connection, and delays no other.
 func TestSlow_oneBesideManyFastOnesDelaysNone(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-write-timeout", "1m")
@@ -135,9 +134,9 @@ func TestSlow_oneBesideManyFastOnesDelaysNone(t *testing.T) {
 	}
 }
 
-// A thousand viewers that stop reading, on a session that goes on: the node's memory stays
-// within 64 MiB more, and a viewer beside them has everything. How late its chunks are is said
-// beside how late they were without them: times are for benchmarks to judge.
+// A thousand viewers stop reading, while their session continues. The node grows by less than 64 MiB, and a viewer next
+// to them gets everything. The test only logs how late its chunks are with and without the others: benchmarks judge
+// times.
 func TestSlow_aThousandViewersThatTakeNothingCostLittle(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -191,7 +190,7 @@ func TestSlow_aThousandViewersThatTakeNothingCostLittle(t *testing.T) {
 		stalled(t, n, session)
 	}
 	begun := rss(t, n.cmd.Process.Pid)
-	for range 30 { // what their sockets take
+	for range 30 { // fills their sockets
 		n.append(t, session, "["+strings.Repeat(chunk(time.Now())+",", 9)+chunk(time.Now())+"]")
 	}
 	for given := -1.0; ; time.Sleep(200 * time.Millisecond) {
@@ -213,17 +212,17 @@ func TestSlow_aThousandViewersThatTakeNothingCostLittle(t *testing.T) {
 
 var stalledChunks = flag.Int("stalled.chunks", 8_000, "how many chunks a viewer gets beside a thousand that take nothing")
 
-// Viewers that come and go leave nothing: no goroutine, no subscription, no memory.
+// Viewers that come and go leave no goroutine, no subscription and no memory.
 func TestViewers_tenThousandThatComeAndGoLeaveNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-linger", "100ms", "-heartbeat", "10m") // no write finds out who has gone
+	n := startProgram(t, plainProgram(t), "-redis", redis.URL(), "-linger", "100ms", "-heartbeat", "10m") // no write notices a departure
 	all := make([]string, 100)
 	for i := range all {
 		all[i] = newID()
 		n.append(t, all[i], words(1, 20))
 	}
-	// wave has a number of viewers come, hear a chunk live, and go.
+	// wave connects a number of viewers, waits until each has received a live chunk, and disconnects them.
 	wave := func(count int) {
 		var wg sync.WaitGroup
 		places := make(chan struct{}, 200)
@@ -253,7 +252,7 @@ func TestViewers_tenThousandThatComeAndGoLeaveNothing(t *testing.T) {
 		})
 		return m
 	}
-	wave(1000) // pools are filled, once
+	wave(1000) // fills pools, once
 	before, memory := quiet(), rss(t, n.cmd.Process.Pid)
 	wave(10_000)
 	after, grown := quiet(), rss(t, n.cmd.Process.Pid)-memory
@@ -272,7 +271,7 @@ func TestViewers_tenThousandThatComeAndGoLeaveNothing(t *testing.T) {
 	}
 }
 
-// smallReceiveBuffer has the kernel hold little for a viewer that does not read.
+// smallReceiveBuffer makes the kernel buffer little for a viewer that does not read.
 func smallReceiveBuffer(_, _ string, c syscall.RawConn) error {
 	return c.Control(func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 16<<10) })
 }

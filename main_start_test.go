@@ -39,11 +39,11 @@ func TestStart_theFirstStartIsQuickWritesOnlyItsDataAndListensNowhereElse(t *tes
 	t.Parallel()
 	n := start(t)
 	took := time.Since(n.begun)
-	t.Logf("ready after %v", took) // without the race detector, and alone, under 1 s
+	t.Logf("ready after %v", took) // under 1 s when it runs alone, without the race detector
 	if took > slack {
 		t.Errorf("ready only after %v", took)
 	}
-	session := newID() // everything that could open something has been used
+	session := newID() // use everything that could open something
 	n.append(t, session, words(1, 3, `{"type":"end"}`))
 	v := &viewer{session: session}
 	v.follow(deadline(t), at(n.addr), nil)
@@ -64,7 +64,7 @@ func TestStart_theFirstStartIsQuickWritesOnlyItsDataAndListensNowhereElse(t *tes
 	}
 }
 
-// listening is the sockets on which a process takes connections or packets (proc(5)).
+// listening returns the addresses on which a process accepts connections or packets (proc(5)).
 func listening(t *testing.T, pid int) (addrs []string) {
 	t.Helper()
 	mine := map[string]bool{}
@@ -130,7 +130,7 @@ func TestStart_helpShowsEveryFlagWithItsDefault(t *testing.T) {
 	}
 }
 
-// reported runs the program with mistakes and looks for each of them.
+// reported runs the program with mistakes, and checks that its output names each of them.
 func reported(t *testing.T, env, args, mistakes []string) {
 	t.Helper()
 	code, out := program(t, env, args...)
@@ -172,7 +172,7 @@ func TestStart_environmentVariablesSetWhatFlagsDoNot(t *testing.T) {
 	t.Setenv("GAPLESS_HISTORY_MAX", "3")
 	t.Setenv("GAPLESS_HEARTBEAT", "50ms")
 	t.Setenv("GAPLESS_LOG_FORMAT", "json")
-	n := start(t, "-log-format", "text", "-history-max", "4") // flags win
+	n := start(t, "-log-format", "text", "-history-max", "4") // flags take precedence
 	session := newID()
 	n.append(t, session, words(1, 6))
 	v := &viewer{session: session}
@@ -252,7 +252,7 @@ func TestStart_aSessionIsMadeDescribedAndDeleted(t *testing.T) {
 	}
 }
 
-// A password with a space in it comes as several arguments where the URL was not quoted.
+// If the URL was not quoted, a password that contains a space becomes several arguments.
 func TestStart_noArgumentIsRepeatedThatMayBeAPartOfAPassword(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{
@@ -271,7 +271,7 @@ func TestStart_noArgumentIsRepeatedThatMayBeAPartOfAPassword(t *testing.T) {
 	}
 }
 
-// The demo's calls are where they were asked for, or where nobody else can call.
+// The demo's calls exist where they were requested, or where nobody else can call.
 func TestStart_demoIsServedWhereItWasAskedFor(t *testing.T) {
 	t.Parallel()
 	issuer := authtest.New(t)
@@ -280,8 +280,8 @@ func TestStart_demoIsServedWhereItWasAskedFor(t *testing.T) {
 		served bool
 	}{{nil, true}, {[]string{"-auth", issuer.Source()}, false}, {[]string{"-auth", issuer.Source(), "-demo"}, true}, {[]string{"-demo=false"}, false}} {
 		n := start(t, c.args...)
-		// without a token it is 401 where it exists, and 404 where it does not
-		res, err := http.Get(n.url("/v1/sessions/s/demo/naive?gap=x")) // the contract is that of a server which has it
+		// Without a token the status is 401 if the call exists, and 404 if it does not.
+		res, err := http.Get(n.url("/v1/sessions/s/demo/naive?gap=x")) // the contract is that of a server with the demo
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -26,15 +26,14 @@ import (
 	"gapless/store/storetest"
 )
 
-// The tests of this package run the built program, with the race detector in it, as
-// others meet it: processes, sockets, signals, a real redis-server. Viewers are a client
-// of the tests' own (viewer), which counts what it must never see.
+// The tests of this package run the built program, with the race detector, as users meet it: with processes, sockets,
+// signals, and a real redis-server. The tests have their own client (viewer), which records what it must never see.
 
-// binary is the program, built once.
+// binary is the path of the program, built once.
 var binary string
 
-// roles are other programs that this one is: when its last argument names one, it runs
-// that, with the arguments before it, and no tests.
+// roles are other programs in this test binary. If its last argument names one, it runs that with the other arguments,
+// instead of tests.
 var roles = map[string]func(args []string){}
 
 func TestMain(m *testing.M) {
@@ -62,7 +61,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// plainProgram is the program without the race detector, which costs memory and time.
+// plainProgram returns the program without the race detector, which costs memory and time.
 func plainProgram(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(filepath.Dir(binary), "plain")
@@ -88,11 +87,11 @@ var buildPlain = func() func(path string) error {
 // patience is how long a test waits while nothing happens.
 const patience = storetest.Patience
 
-// exchange bounds a request and its whole answer: an upload is a long one.
+// exchange limits the time of a request and its whole response. An upload may take long.
 const exchange = 5 * patience
 
-// deadline is a context that ends with the test, or when nothing has happened for patience.
-// What happens is that a viewer gets something, that a node answers, that eventually is over.
+// deadline returns a context that ends with the test, or when nothing has happened for patience. Something happens when
+// a viewer receives an event, a node responds, or eventually returns.
 func deadline(t *testing.T) context.Context {
 	t.Helper()
 	ctx, cancel := storetest.Watch(t.Context(), t)
@@ -100,13 +99,13 @@ func deadline(t *testing.T) context.Context {
 	return ctx
 }
 
-// eventually polls until ok, and fails the test when that takes too long.
+// eventually polls until ok returns true, and fails the test if that takes too long.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	storetest.Eventually(t, what, ok)
 }
 
-// buffer collects a process's output while others look at it.
+// buffer collects a process's output while others read it.
 type buffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -132,19 +131,20 @@ type node struct {
 	cmd    *exec.Cmd
 	log    buffer
 	http   *http.Client
-	// token is sent with what http sends, unless it is empty.
+	// token is sent with requests of http, unless it is empty.
 	token string
-	// judged: its answers are held against the contract; others are measured, or are not this program.
+	// judged means that its responses are checked against the contract. Other nodes are measured, or are not this
+	// program.
 	judged bool
 
 	begun  time.Time
 	exited chan struct{} // closed when the process has ended, and state is set
 	state  *os.ProcessState
-	told   sync.Once // to stop: a second signal would not let it
+	told   sync.Once // sends one SIGTERM only: a second signal would stop it at once
 	killed atomic.Bool
 }
 
-// start starts a node on a port of its own choice and waits until it is ready.
+// start starts a node on a free port and waits until it is ready.
 func start(t *testing.T, args ...string) *node {
 	t.Helper()
 	n := launch(t, args...)
@@ -152,14 +152,14 @@ func start(t *testing.T, args ...string) *node {
 	return n
 }
 
-// launch starts a node and waits until it listens. When the test ends it is stopped by
-// SIGTERM, and must exit with 0: with the race detector in it, that says no race either.
+// launch starts a node and waits until it listens. At the end of the test it gets SIGTERM, and must exit with 0, which
+// the race detector prevents if it found a race.
 func launch(t *testing.T, args ...string) *node {
 	t.Helper()
 	return launchProgram(t, binary, args...)
 }
 
-// startProgram is start, of another program than the one with the race detector in it.
+// startProgram is start for a program other than the one with the race detector.
 func startProgram(t testing.TB, program string, args ...string) *node {
 	t.Helper()
 	n := launchProgram(t, program, args...)
@@ -174,7 +174,7 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 	n.http = &http.Client{Transport: &bearer{w.client.Transport.(*http.Transport), n}, Timeout: w.client.Timeout}
 	n.cmd = exec.Command(program, append([]string{"-listen", "127.0.0.1:0", "-drain", "1s", "-log-level", "debug"}, args...)...)
 	n.cmd.Dir = t.TempDir()
-	n.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // it would sleep a second
+	n.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // otherwise it sleeps a second
 	n.cmd.Stdout, n.cmd.Stderr = &n.log, &n.log
 	n.begun = time.Now()
 	if err := n.cmd.Start(); err != nil {
@@ -206,10 +206,10 @@ func launchProgram(t testing.TB, program string, args ...string) *node {
 	return n
 }
 
-// theContract is what every answer to a node's own client is held against.
+// theContract is the contract for every response to a node's own client.
 var theContract = sync.OnceValue(func() *apitest.Contract { return apitest.New(contract) })
 
-// bearer sends a node's token, and holds what it is answered against the contract.
+// bearer sends a node's token, and checks responses against the contract.
 type bearer struct {
 	*http.Transport
 	n *node
@@ -224,14 +224,14 @@ func (b *bearer) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil || !b.n.judged || r.URL.Host != b.n.addr {
 		return response, err
 	}
-	if body, err := apitest.Whole(response); err == nil { // else whoever reads it is told
+	if body, err := apitest.Whole(response); err == nil { // otherwise the reader gets the error
 		theContract().Judge(b.n.t, r.WithContext(apitest.Bad(r.Context())), nil, response, body)
 	}
 	return response, nil
 }
 
-// planted is words that no log may have, at any level: tokens, tickets, and whatever tests
-// have said beside the chunks' text. Every node's log is searched for them when it ends.
+// planted holds words that no log may contain, at any level: tokens, tickets, and what tests send besides the chunks'
+// text. Every node's log is searched for them when it ends.
 var planted struct {
 	sync.Mutex
 	words []string
@@ -243,10 +243,10 @@ func plant(words ...string) {
 	planted.words = append(planted.words, words...)
 }
 
-// chatText is what the chunks of these tests say.
+// chatText matches the contents of the chunks in these tests.
 var chatText = regexp.MustCompile(`word ?[0-9]+|sesame`)
 
-// refusedAtStart is the line by which a node says that there is no Redis for it.
+// refusedAtStart matches the line in which a node reports that it has no Redis.
 var refusedAtStart = regexp.MustCompile(`(?m)^.*level=ERROR msg="redis (cannot be reached|denies access)".*$`)
 
 func (n *node) cleanup() {
@@ -256,14 +256,14 @@ func (n *node) cleanup() {
 	case <-n.exited:
 	case <-time.After(patience):
 		n.t.Errorf("the program does not stop")
-		_ = n.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines go to the log
+		_ = n.cmd.Process.Signal(syscall.SIGQUIT) // writes its goroutines to the log
 		<-n.exited
 	}
 	if !n.killed.Load() && n.state.ExitCode() != 0 {
 		n.t.Errorf("the program ended with %v", n.state)
 	}
 	log := n.log.String()
-	expected := refusedAtStart.ReplaceAllString(log, "") // by tests that start a node without its Redis
+	expected := refusedAtStart.ReplaceAllString(log, "") // tests may start a node without its Redis
 	for _, bad := range []string{"DATA RACE", "panic", "level=ERROR"} {
 		if strings.Contains(expected, bad) {
 			n.t.Errorf("%q in the program's log", bad)
@@ -288,14 +288,14 @@ func (n *node) cleanup() {
 	}
 }
 
-// kill ends the node as a power failure does.
+// kill ends the node like a power failure.
 func (n *node) kill() {
 	n.killed.Store(true)
 	_ = n.cmd.Process.Kill()
 	<-n.exited
 }
 
-// terminate asks it to drain.
+// terminate makes the node drain.
 func (n *node) terminate() {
 	n.told.Do(func() { _ = n.cmd.Process.Signal(syscall.SIGTERM) })
 }
@@ -320,10 +320,10 @@ func nodes(t *testing.T, n int, redis *storetest.Server, args ...string) []*node
 
 var sessions atomic.Int64
 
-// newID is a session that no other test uses.
+// newID returns a session id that no other test uses.
 func newID() string { return fmt.Sprint("s", sessions.Add(1)) }
 
-// answer is a whole HTTP answer.
+// answer is a whole HTTP response.
 type answer struct {
 	status int
 	header http.Header
@@ -357,7 +357,7 @@ func (n *node) post(path, contentType, body string) answer {
 	return n.do(context.Background(), "POST", path, contentType, strings.NewReader(body))
 }
 
-// stored is the answer to an append.
+// stored is the response to an append.
 type stored struct {
 	Epoch string `json:"epoch"`
 	First int64  `json:"first_seq"`
@@ -365,8 +365,8 @@ type stored struct {
 	Count int    `json:"count"`
 }
 
-// append posts a chunk, or an array of them, that must be stored. What was not because a busy
-// machine's Redis was slow is said again, as producers do.
+// append posts a chunk, or an array of chunks, that must be stored. If a slow Redis on a busy machine refused it,
+// append retries, as producers do.
 func (n *node) append(t *testing.T, session, body string) (s stored) {
 	t.Helper()
 	var a answer
@@ -381,7 +381,7 @@ func (n *node) append(t *testing.T, session, body string) (s stored) {
 	return s
 }
 
-// words is an array of count deltas, and what follows.
+// words returns an array of count deltas, followed by more.
 func words(from, count int, more ...string) string {
 	var all []string
 	for i := range count {
@@ -397,7 +397,7 @@ func decode(t *testing.T, text string, into any) {
 	}
 }
 
-// history is the list in Redis.
+// history returns the list in Redis.
 func history(t *testing.T, redis *storetest.Server, session string) []string {
 	t.Helper()
 	all, err := redis.LRange(deadline(t), "chat:history:"+session, 0, -1).Result()
@@ -407,8 +407,8 @@ func history(t *testing.T, redis *storetest.Server, session string) []string {
 	return all
 }
 
-// renumbered is a list, whose newest element is number last, as viewers are given it: what was written in an earlier epoch
-// says its number in this one.
+// renumbered returns a list, whose newest element is number last, as viewers receive it: elements of an earlier epoch
+// get their current numbers.
 func renumbered(last int64, list []string) []string {
 	ours := regexp.MustCompile(`^\{"seq":[0-9]+,"ts":`)
 	all := slices.Clone(list)
@@ -421,7 +421,7 @@ func renumbered(last int64, list []string) []string {
 	return all
 }
 
-// keys is what there is in Redis.
+// keys returns the keys in Redis that match a pattern.
 func keys(t *testing.T, redis *storetest.Server, pattern string) []string {
 	t.Helper()
 	all, err := redis.Keys(deadline(t), pattern).Result()
@@ -431,7 +431,7 @@ func keys(t *testing.T, redis *storetest.Server, pattern string) []string {
 	return all
 }
 
-// pages is the log as the API pages it.
+// pages returns the log as the API pages it.
 func (n *node) pages(t *testing.T, session string) (all []string) {
 	t.Helper()
 	for {
@@ -453,22 +453,21 @@ func (n *node) pages(t *testing.T, session string) (all []string) {
 	}
 }
 
-// event is what an EventSource hands out.
+// event is an event of an EventSource.
 type event struct{ name, data, id string }
 
-// parser reads a stream as https://html.spec.whatwg.org/multipage/server-sent-events.html
-// says. It outlives a connection, as EventSource does: nextConnection is called in between.
+// parser reads a stream according to https://html.spec.whatwg.org/multipage/server-sent-events.html. It outlives a
+// connection, as EventSource does, with a call of nextConnection in between.
 type parser struct {
 	line           []byte
-	name, data, id string // of the event that is being read
+	name, data, id string // of the event being read
 	hasData        bool
 	lastID         string // of the last whole event
 	retry          string
 	comments       int
 }
 
-// nextConnection forgets what was received of an event; with glue it does not, which is
-// what WebKit makes of a connection that was reset.
+// nextConnection forgets the received part of an event. With glue it keeps it, as WebKit does after a reset connection.
 func (p *parser) nextConnection(glue bool) {
 	if glue {
 		return
@@ -476,7 +475,7 @@ func (p *parser) nextConnection(glue bool) {
 	p.line, p.name, p.data, p.hasData, p.id = p.line[:0], "", "", false, p.lastID
 }
 
-// feed takes bytes and hands out the events that they complete, until one stops it.
+// feed parses bytes and passes on the events that they complete, until out returns false.
 func (p *parser) feed(b []byte, out func(event) bool) bool {
 	for _, c := range b {
 		if c == '\r' {
@@ -527,18 +526,18 @@ type notice struct {
 	Cursor                                         int64
 }
 
-// viewer is a client that reconnects with its last id, checks that numbers are
-// consecutive, and writes down what it must not see.
+// viewer is a client that reconnects with its last id, checks that numbers are consecutive, and records what it must
+// not see.
 type viewer struct {
 	session string
 	query   string // of the URL
 	parser
 	glue bool // keep torn events, as WebKit does
-	// patient: it comes back after a clean end, too, as an EventSource does, until 204.
+	// patient means that it reconnects even after a clean end, as an EventSource does, until 204.
 	patient bool
-	// proxied: in front of it is a proxy, which says Connection: close while it is reloaded.
+	// proxied means that it is behind a proxy, which sends Connection: close while it is reloaded.
 	proxied bool
-	token   string // is sent, unless it is empty
+	token   string // sent unless it is empty
 	dialer  net.Dialer
 
 	cursor   int64
@@ -550,16 +549,16 @@ type viewer struct {
 	over     bool // 204, or a clean end
 
 	connections int
-	beats       atomic.Int64 // comments seen, for those who watch it run
-	seen        atomic.Int64 // the cursor, for those who watch it run
-	status      atomic.Int64 // of the connection under way, for those who watch it run
+	beats       atomic.Int64 // comments seen, for tests that watch it run
+	seen        atomic.Int64 // the cursor, for tests that watch it run
+	status      atomic.Int64 // of the current connection, for tests that watch it run
 }
 
 func (v *viewer) fault(format string, args ...any) {
 	v.faults = append(v.faults, fmt.Sprintf(format, args...))
 }
 
-// take is what the page's code does with an event.
+// take does what the page's code does with an event.
 func (v *viewer) take(e event) {
 	id, err := strconv.ParseInt(e.id, 10, 64)
 	if err != nil {
@@ -568,7 +567,7 @@ func (v *viewer) take(e event) {
 	}
 	var n notice
 	if e.name != "" {
-		// A torn event that WebKit kept stands before the data of welcome.
+		// A torn event that WebKit kept precedes the data of welcome.
 		text := e.data
 		if v.glue {
 			text = text[strings.LastIndexByte(text, '\n')+1:]
@@ -621,13 +620,13 @@ type ending string
 
 const (
 	clean   ending = "clean"   // as HTTP ends a response
-	aborted ending = "aborted" // broken off in its middle
+	aborted ending = "aborted" // broken off in the middle
 	cut     ending = "cut"     // by the viewer itself
-	refused ending = "refused" // no connection, or none that answered
+	refused ending = "refused" // no connection, or no response on it
 	nothing ending = "204"
 )
 
-// request is what a viewer sends.
+// request returns the viewer's request.
 func (v *viewer) request(addr string) string {
 	r := "GET /v1/sessions/" + v.session + "/stream" + v.query + " HTTP/1.1\r\nHost: " + addr + "\r\nAccept: text/event-stream\r\n"
 	if v.token != "" {
@@ -639,8 +638,8 @@ func (v *viewer) request(addr string) string {
 	return r + "\r\n"
 }
 
-// connect makes one connection and takes events until it ends, or until stop says, behind
-// an event, that the viewer cuts it. A nil stop never does.
+// connect makes one connection and takes events until it ends, or until stop returns true after an event and the viewer
+// cuts it. A nil stop never does.
 func (v *viewer) connect(ctx context.Context, addr string, stop func(event) bool) ending {
 	v.connections++
 	v.nextConnection(v.glue)
@@ -655,7 +654,7 @@ func (v *viewer) connect(ctx context.Context, addr string, stop func(event) bool
 			return stop == nil || !stop(e)
 		})
 	})
-	if how == clean && first && v.proxied { // no node is there, says the proxy
+	if how == clean && first && v.proxied { // the proxy says that it has no node
 		return refused
 	}
 	if how == nothing || how == clean && !v.patient {
@@ -664,14 +663,13 @@ func (v *viewer) connect(ctx context.Context, addr string, stop func(event) bool
 	return how
 }
 
-// raw makes one connection and hands out the bytes of its body, until it ends or they
-// are not wanted any more.
+// raw makes one connection and passes on the bytes of its body, until it ends or out returns false.
 func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) ending {
 	response, done, err := v.stream(ctx, addr)
 	if err != nil {
 		return refused
 	}
-	hard := false // cut as a network does it, or as a page does it
+	hard := false // cut as a network does it, not as a page does
 	defer func() { done(hard) }()
 	v.status.Store(int64(response.StatusCode))
 	defer v.status.Store(0)
@@ -688,7 +686,7 @@ func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) en
 	b := make([]byte, 8<<10)
 	for {
 		n, err := response.Body.Read(b)
-		if len(bytes.Trim(b[:n], ":\n")) > 0 && !bytes.Contains(b[:n], []byte("event: welcome\n")) { // who only comes back gets nowhere
+		if len(bytes.Trim(b[:n], ":\n")) > 0 && !bytes.Contains(b[:n], []byte("event: welcome\n")) { // a reconnection alone is no progress
 			storetest.MovedIn(ctx)
 		}
 		wanted := out(b[:n])
@@ -705,8 +703,8 @@ func (v *viewer) raw(ctx context.Context, addr string, out func([]byte) bool) en
 	}
 }
 
-// follow is an EventSource: it connects, to whatever address next says, until the log has
-// ended, or until stop says so behind an event.
+// follow is an EventSource: it connects to the addresses that next returns, until the log has ended, or until stop
+// returns true after an event.
 func (v *viewer) follow(ctx context.Context, next func() string, stop func(event) bool) {
 	for stopped := false; !v.over && !stopped && ctx.Err() == nil; {
 		how := v.connect(ctx, next(), func(e event) bool {
@@ -738,8 +736,7 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// check says what the viewer should not have seen, and compares what it got with what it
-// should have got, element by element.
+// check reports the faults that the viewer recorded, and compares what it received with want, element by element.
 func (v *viewer) check(t *testing.T, want []string) {
 	t.Helper()
 	for _, f := range v.faults {
@@ -782,14 +779,14 @@ func (s *said) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// check compares what a snapshot says with the chunks up to its number, and answers the rest of them.
+// check compares a snapshot with the chunks up to its number, and returns the rest of the chunks.
 func (s *said) check(t *testing.T, session string, all []string) (rest []string) {
 	t.Helper()
 	if s.Last > int64(len(all)) {
 		t.Errorf("the snapshot of %s says %d chunks, the log has %d", session, s.Last, len(all))
 		return nil
 	}
-	texts := func(of func(add func(id, content string))) string { // by message, in the order of their beginnings
+	texts := func(of func(add func(id, content string))) string { // by message, in the order of their first chunks
 		var ids []string
 		by := map[string]string{}
 		of(func(id, content string) {
@@ -832,7 +829,7 @@ func (s *said) check(t *testing.T, session string, all []string) (rest []string)
 	return all[s.Last:]
 }
 
-// unreset fails when the viewer was reset.
+// unreset fails if the viewer was reset.
 func (v *viewer) unreset(t *testing.T) {
 	t.Helper()
 	if len(v.resets) > 0 {
@@ -840,8 +837,8 @@ func (v *viewer) unreset(t *testing.T) {
 	}
 }
 
-// foreign is a producer that knows nothing of this server, like the one of RACE.md: it
-// publishes first and pushes later.
+// foreign is a producer that knows nothing of this server, like the one of RACE.md: it publishes first and pushes
+// later.
 type foreign struct {
 	redis       *storetest.Server
 	session     string
@@ -878,12 +875,12 @@ func foreignChunk(i int) string {
 	return fmt.Sprintf(`{"content":"word%d ","is_complete":false,"message_id":"m1"}`, i)
 }
 
-// balancer is one address in front of several nodes: a TCP proxy whose target changes,
-// and whose connections can be broken.
+// balancer is one address in front of several nodes: a TCP proxy with a changeable target, whose connections can be
+// broken.
 type balancer struct {
 	addr   string
 	target atomic.Pointer[string]
-	// deaf has what Redis says on Pub/Sub connections vanish, while they stand.
+	// deaf drops everything that Redis sends on Pub/Sub connections, while they stand.
 	deaf atomic.Bool
 
 	mu    sync.Mutex
@@ -950,7 +947,7 @@ func (b *balancer) forward(in net.Conn) {
 	b.mu.Unlock()
 }
 
-// ear is one end of a connection, which may be one that subscribes.
+// ear is one end of a connection, which may have subscriptions.
 type ear struct {
 	net.Conn
 	balancer   *balancer
@@ -979,7 +976,7 @@ func reset(c net.Conn) {
 	_ = c.Close()
 }
 
-// breakAll resets the connections that are there, as a network that changes does.
+// breakAll resets the existing connections, like a changing network.
 func (b *balancer) breakAll() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -988,5 +985,5 @@ func (b *balancer) breakAll() {
 	}
 }
 
-// retarget sends later connections elsewhere.
+// retarget sends later connections to another address.
 func (b *balancer) retarget(to string) { b.target.Store(&to) }

@@ -26,15 +26,14 @@ import (
 	"gapless/store/storetest"
 )
 
-// The fault test: nodes and a Redis, producers and viewers, and whatever can happen to them,
-// from a seed. Every viewer's history and every acknowledged append is written down, and
-// held against the promises under their names.
+// The fault test runs nodes and a Redis, producers and viewers, with random faults from a seed. It records every
+// viewer's history and every acknowledged append, and checks them against the promises, by name.
 //
 //	make torture                          some minutes of faults, and the table
 //	make soak                             ten minutes of a few hundred sessions, no faults, memory
 //	go test -run TestTorture -v -count=1 . -torture.for 3m -torture.seed 7 -torture.tls -torture.auth
 //
-// A seed decides which faults come when; what they meet is up to the machine.
+// A seed determines the faults and their order. The machine determines what they hit.
 var (
 	tortureFor      = flag.Duration("torture.for", 12*time.Second, "how long the fault test lasts")
 	tortureSeed     = flag.Uint64("torture.seed", 0, "what its faults follow from; 0: any")
@@ -49,8 +48,7 @@ var (
 // toxiproxyServer is compiled by .ci/setup, which reads this line.
 const toxiproxyServer = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0"
 
-// toxiproxies starts the program that stands between all others, and does to connections
-// what networks do.
+// toxiproxies starts the proxy between all other programs, which does to connections what networks do.
 func toxiproxies(t *testing.T) *toxiproxy.Client {
 	t.Helper()
 	dir := t.TempDir()
@@ -75,13 +73,13 @@ func toxiproxies(t *testing.T) *toxiproxy.Client {
 type torture struct {
 	*gapcheck
 	t     *testing.T
-	rand  *rand.Rand // of the faults
+	rand  *rand.Rand // for the faults
 	seed  uint64
 	flags []string           // of each node
-	token string             // lets everybody in; empty: they need none
+	token string             // admits every client; empty if none is needed
 	links []*toxiproxy.Proxy // between each node and Redis
-	doors []*toxiproxy.Proxy // between its viewers and producers and each node
-	addrs []string           // of the doors
+	doors []*toxiproxy.Proxy // between its clients and each node
+	addrs []string           // addresses of the doors
 
 	faults map[string]int
 	mu     sync.Mutex
@@ -89,14 +87,14 @@ type torture struct {
 	memory []int // of all nodes, in bytes, every ten seconds
 }
 
-// tale is what became of one session.
+// tale records what happened to one session.
 type tale struct {
 	session  string
-	said     []string         // what the producer said, in order
-	acks     map[int64]string // what was acknowledged under which number
+	said     []string         // the producer's contents, in order
+	acks     map[int64]string // acknowledged contents by number
 	viewers  []*viewer
 	finished bool
-	slowest  time.Duration // from the producer's end until the last viewer had all of it
+	slowest  time.Duration // from the producer's end until the last viewer had everything
 }
 
 func TestTorture(t *testing.T) {
@@ -104,10 +102,10 @@ func TestTorture(t *testing.T) {
 	if seed == 0 {
 		seed = rand.Uint64N(1_000_000) + 1
 	}
-	// Its replies are kept by itself: each one is on the disk before it is answered.
+	// Redis keeps what it acknowledged without help: everything is on disk before it replies.
 	redis := storetest.Redis(t, "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0")
 	tt := &torture{
-		// Where a fault swallows what was said, nothing is ever answered.
+		// A fault may swallow a request, which then never gets a response.
 		gapcheck: &gapcheck{redis: redis, client: http.Client{Timeout: 10*time.Second + 50**torturePace}},
 		t:        t, seed: seed, rand: rand.New(rand.NewPCG(seed, 1)), faults: map[string]int{},
 	}
@@ -171,7 +169,7 @@ func TestTorture(t *testing.T) {
 		}
 		close(calm)
 	})
-	for at := time.NewTicker(10 * time.Second); ; { // a long run shows how far it is
+	for at := time.NewTicker(10 * time.Second); ; { // a long run shows its progress
 		select {
 		case <-at.C:
 			tt.mu.Lock()
@@ -198,7 +196,7 @@ func (tt *torture) args(i int, link *toxiproxy.Proxy, more ...string) []string {
 	return append([]string{"-redis", "redis://" + link.Listen, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, append(slices.Clone(tt.flags), more...)...)
 }
 
-// count is how many faults there were. mu is held.
+// count returns the number of faults. mu must be held.
 func (tt *torture) count() (n int) {
 	for _, times := range tt.faults {
 		n += times
@@ -208,7 +206,7 @@ func (tt *torture) count() (n int) {
 
 func (tt *torture) door() string { return tt.addrs[rand.IntN(len(tt.addrs))] }
 
-// session is one log from its first chunk to its end.
+// session runs one log from its first chunk to its end.
 func (tt *torture) session(ctx context.Context) {
 	s := &tale{session: newID(), acks: map[int64]string{}}
 	var wg sync.WaitGroup
@@ -220,7 +218,7 @@ func (tt *torture) session(ctx context.Context) {
 			v.follow(ctx, tt.door, func(event) bool { return false })
 		})
 	}
-	// Some viewers cut themselves as well.
+	// Some viewers also cut their own connections.
 	restless := &viewer{session: s.session, token: tt.token}
 	s.viewers = append(s.viewers, restless)
 	wg.Go(func() {
@@ -246,8 +244,8 @@ func (tt *torture) session(ctx context.Context) {
 	tt.mu.Unlock()
 }
 
-// produce says count chunks, by posts and uploads with numbers, and ends the log. What is
-// not acknowledged is said again, at whatever node.
+// produce appends count chunks, by posts and uploads with numbers, and ends the log. It retries what is not
+// acknowledged, at any node.
 func (tt *torture) produce(ctx context.Context, s *tale, count int) error {
 	p := numbered{addr: tt.door, client: &tt.client, session: s.session}
 	for i := 1; i <= count; {
@@ -294,8 +292,8 @@ func (tt *torture) produce(ctx context.Context, s *tale, count int) error {
 	return nil
 }
 
-// plague does one thing after the other to nodes, Redis and the network, until the time is
-// over; then everything is well again.
+// plague causes one fault after the other in nodes, Redis and the network, until the time is over. Then it repairs
+// everything.
 func (tt *torture) plague(ctx context.Context, over time.Time) {
 	all := map[string]func(){
 		"node killed":  func() { tt.restart(func(n *node) { n.kill() }) },
@@ -325,7 +323,7 @@ func (tt *torture) plague(ctx context.Context, over time.Time) {
 	}
 	names := slices.Sorted(maps.Keys(all))
 	for order := []string(nil); time.Now().Before(over) && ctx.Err() == nil; {
-		if len(order) == 0 { // each of them, in any order, before one comes again
+		if len(order) == 0 { // every fault once, in random order, before any comes again
 			order = slices.Clone(names)
 			tt.rand.Shuffle(len(order), func(i, k int) { order[i], order[k] = order[k], order[i] })
 		}
@@ -339,7 +337,7 @@ func (tt *torture) plague(ctx context.Context, over time.Time) {
 	}
 }
 
-// time is some of so many ms, by the seed.
+// time returns a random time of at most most ms, from the seed.
 func (tt *torture) time(most int) time.Duration {
 	return time.Duration(1+tt.rand.IntN(most)) * time.Millisecond
 }
@@ -364,7 +362,7 @@ func (tt *torture) freeze(n *node) {
 	_ = n.cmd.Process.Signal(syscall.SIGCONT)
 }
 
-// toxic does something to a proxy's connections for a while, in both directions.
+// toxic adds a toxic to a proxy's connections for a while, in both directions.
 func (tt *torture) toxic(p *toxiproxy.Proxy, kind string, attributes toxiproxy.Attributes, d time.Duration) {
 	for _, stream := range []string{"upstream", "downstream"} {
 		if _, err := p.AddToxic(stream, kind, stream, 1, attributes); err != nil {
@@ -372,7 +370,7 @@ func (tt *torture) toxic(p *toxiproxy.Proxy, kind string, attributes toxiproxy.A
 		}
 	}
 	pause(tt.t.Context(), d)
-	if kind == black { // what was sent into the dark is lost: no connection goes on without it
+	if kind == black { // what was sent meanwhile is lost, so no connection may continue
 		tt.cut(p)
 	}
 	for _, stream := range []string{"upstream", "downstream"} {
@@ -382,10 +380,10 @@ func (tt *torture) toxic(p *toxiproxy.Proxy, kind string, attributes toxiproxy.A
 	}
 }
 
-// black lets connections stand, and nothing through.
+// black keeps connections open, but lets nothing through.
 const black = "timeout"
 
-// cut breaks a proxy's connections. New ones are taken.
+// cut breaks a proxy's connections. It accepts new ones.
 func (tt *torture) cut(p *toxiproxy.Proxy) {
 	if err := p.Disable(); err != nil {
 		tt.t.Errorf("disable %s: %v", p.Name, err)
@@ -399,7 +397,7 @@ func (tt *torture) cut(p *toxiproxy.Proxy) {
 	tt.t.Errorf("the proxy of %s does not start", p.Name)
 }
 
-// judge holds what was written down against the promises.
+// judge checks the records against the promises.
 func (tt *torture) judge() {
 	t := tt.t
 	type verdict struct {

@@ -24,17 +24,17 @@ import (
 	"gapless/store/storetest"
 )
 
-// collector is an OpenTelemetry collector that keeps what it is sent.
+// collector is an OpenTelemetry collector that stores what it receives.
 type collector struct {
 	*httptest.Server
 	calls atomic.Int64
 
 	mu    sync.Mutex
 	spans []span
-	raw   bytes.Buffer // all that came, uncompressed
+	raw   bytes.Buffer // everything received, uncompressed
 }
 
-// span is one that came, and whose.
+// span is a received span, with its sender.
 type span struct {
 	*otlp.Span
 	node, service string
@@ -60,7 +60,7 @@ func (s span) number(key string) int64 {
 
 func (s span) trace() string { return hex.EncodeToString(s.TraceId) }
 
-// linked says whether s has a link to other.
+// linked reports whether s has a link to other.
 func (s span) linked(other span) bool {
 	for _, l := range s.Links {
 		if bytes.Equal(l.TraceId, other.TraceId) && bytes.Equal(l.SpanId, other.SpanId) {
@@ -115,7 +115,7 @@ func collect(t *testing.T) *collector {
 	return c
 }
 
-// find is the spans that have a name, of one node or of all.
+// find returns the spans with a name, of one node or of all nodes.
 func (c *collector) find(node, name string) (all []span) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -127,15 +127,15 @@ func (c *collector) find(node, name string) (all []span) {
 	return all
 }
 
-// traced has the nodes that this test starts send their traces, at once. It is no parallel test.
+// traced makes the nodes that this test starts send their traces, at once. The test must not be parallel.
 func (c *collector) traced(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", c.URL)
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
 }
 
-// A chunk that is posted on one node is found in one trace with its arrival at another, and with
-// the write to a viewer there; the request that brought it is linked. Anybody can name the trace
-// who knows the chunk. Nothing of the session's id, of the text, of the caller, is told.
+// A chunk is posted on one node. One trace contains that append, its arrival at another node, and the write to a viewer
+// there. The trace links to the request that posted the chunk. Anyone who knows the chunk can compute the trace's id.
+// The trace does not reveal the session's id, the text, or the caller.
 func TestTraces_followAChunkAcrossNodes(t *testing.T) {
 	c := collect(t)
 	c.traced(t)
@@ -235,7 +235,7 @@ func TestTraces_followAChunkAcrossNodes(t *testing.T) {
 	}
 }
 
-// What a program pushes without this server is followed from its arrival on.
+// A chunk that another program pushes is traced from its arrival.
 func TestTraces_followForeignChunks(t *testing.T) {
 	c := collect(t)
 	c.traced(t)
@@ -256,7 +256,7 @@ func TestTraces_followForeignChunks(t *testing.T) {
 	}
 }
 
-// By a ratio, a chunk is followed on all nodes or on none.
+// With a sampling ratio, a chunk is traced on all nodes or on none.
 func TestTraces_areSampledAlikeOnAllNodes(t *testing.T) {
 	c := collect(t)
 	c.traced(t)
@@ -273,7 +273,7 @@ func TestTraces_areSampledAlikeOnAllNodes(t *testing.T) {
 		n[0].append(t, session, words(20*i, 20))
 	}
 	gone()
-	for _, one := range n { // what they have not sent yet, they send when they stop
+	for _, one := range n { // they send the rest when they stop
 		one.terminate()
 		<-one.exited
 	}
@@ -293,7 +293,7 @@ func TestTraces_areSampledAlikeOnAllNodes(t *testing.T) {
 	}
 }
 
-// With traces, connections are taken over as they are without.
+// With traces, connections are taken over as without.
 func TestTraces_leaveStreamsTakenOver(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		c := collect(t)
@@ -320,7 +320,7 @@ func TestTraces_leaveStreamsTakenOver(t *testing.T) {
 	}
 }
 
-// goroutines is what all of them do now.
+// goroutines returns the stacks of all goroutines.
 func (n *node) goroutines(t *testing.T) string {
 	t.Helper()
 	at := regexp.MustCompile(`flag=-pprof at=(\S+)`).FindStringSubmatch(n.log.String())
@@ -339,7 +339,7 @@ func (n *node) goroutines(t *testing.T) string {
 	return string(b)
 }
 
-// Nobody who has not asked for traces has a connection, or a goroutine, for them.
+// Without traces, a node has no connection and no goroutine for them.
 func TestTraces_areOffUnlessAskedFor(t *testing.T) {
 	c := collect(t)
 	for _, env := range []map[string]string{
@@ -361,7 +361,7 @@ func TestTraces_areOffUnlessAskedFor(t *testing.T) {
 				t.Errorf("a goroutine of traces runs: %t", runs)
 			}
 			n.terminate()
-			<-n.exited // by then all would be sent
+			<-n.exited // by then everything would have been sent
 			if sent := c.calls.Load() > calls; sent != on {
 				t.Errorf("something was sent: %t", sent)
 			}
@@ -369,8 +369,7 @@ func TestTraces_areOffUnlessAskedFor(t *testing.T) {
 	}
 }
 
-// A collector that is away is said in the log, and costs nobody else anything; nor does it hold
-// up the end.
+// A collector that is away is logged. It affects nothing else, and does not delay the end.
 func TestTraces_areNoMatterOfLife(t *testing.T) {
 	c := collect(t)
 	c.traced(t)
@@ -384,7 +383,7 @@ func TestTraces_areNoMatterOfLife(t *testing.T) {
 	}
 }
 
-// Variables that mean nothing here are refused, all at once, and with what is possible instead.
+// Unsupported variables are refused, all at once, and the error names the supported values.
 func TestTraces_mistakesAreSaid(t *testing.T) {
 	env := map[string]string{"OTEL_TRACES_EXPORTER": "zipkin", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
 		"OTEL_TRACES_SAMPLER": "often", "OTEL_TRACES_SAMPLER_ARG": "2"}

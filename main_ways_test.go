@@ -16,22 +16,22 @@ import (
 	"gapless/store/storetest"
 )
 
-// way is how the tests talk to a node: over HTTP/1.1 or HTTP/2, with TLS or without.
+// way is how the tests connect to a node: over HTTP/1.1 or HTTP/2, with TLS or without.
 type way struct {
 	tls *tls.Config // nil: without
 	h2  bool
-	// client has one connection for all, where the protocol allows it.
+	// client uses one connection for all requests, if the protocol allows it.
 	client *http.Client
 }
 
-// ways are those of the nodes that are not talked to in plain HTTP/1.1, by their address.
+// ways holds the way of each node that does not use plain HTTP/1.1, by address.
 var ways sync.Map
 
-// overHTTP1 is an argument for launch, and not for the program: talk HTTP/1.1 to it, although it has TLS.
+// overHTTP1 is an argument for launch, not for the program: use HTTP/1.1, although the node has TLS.
 const overHTTP1 = "over HTTP/1.1"
 
-// everyWay runs a test over connections that are taken over, over those that are not, and over
-// TLS and HTTP/2. What is promised is the same.
+// everyWay runs a test over connections that are taken over, over those that are not, and over TLS and HTTP/2. The
+// promises are the same.
 func everyWay(t *testing.T, run func(t *testing.T, args ...string)) {
 	t.Helper()
 	t.Parallel()
@@ -50,7 +50,7 @@ func everyWay(t *testing.T, run func(t *testing.T, args ...string)) {
 	}
 }
 
-// wayOf is the way to a node with these arguments, and those that the program is to be given.
+// wayOf returns the way to a node with these arguments, and the arguments for the program.
 func wayOf(t testing.TB, args []string) (way, []string) {
 	t.Helper()
 	w := way{h2: slices.Contains(args, "-h2c")}
@@ -60,7 +60,7 @@ func wayOf(t testing.TB, args []string) (way, []string) {
 			t.Fatal(err)
 		}
 		pool := x509.NewCertPool()
-		pool.AppendCertsFromPEM(text) // who trusts the very certificate needs no authority
+		pool.AppendCertsFromPEM(text) // trusting the certificate itself needs no authority
 		w.tls = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 		w.h2 = !slices.Contains(args, overHTTP1)
 	}
@@ -82,8 +82,8 @@ func schemeAt(addr string) string {
 	return "http"
 }
 
-// transport has connections of its own. Where its dialer sees to it that the kernel holds little for a viewer
-// that does not read, it holds little itself.
+// transport returns a transport with its own connections. If the dialer limits the kernel's buffer for a viewer that
+// does not read, the transport buffers little, too.
 func (w way) transport(dialer *net.Dialer) *http.Transport {
 	p := &http.Protocols{}
 	p.SetHTTP1(!w.h2)
@@ -96,7 +96,7 @@ func (w way) transport(dialer *net.Dialer) *http.Transport {
 	return t
 }
 
-// ask makes a viewer's request, on a connection of its own unless that is shared in HTTP/2. done lets go of it.
+// ask makes a viewer's request, on its own connection unless HTTP/2 shares it. done releases it.
 func (w way) ask(ctx context.Context, v *viewer, addr string) (response *http.Response, done func(), err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	transport := w.client.Transport.(*http.Transport)
@@ -130,7 +130,7 @@ func (w way) ask(ctx context.Context, v *viewer, addr string) (response *http.Re
 	return response, done, nil
 }
 
-// askPlainly is ask in plain HTTP/1.1, to the byte.
+// askPlainly is ask in plain HTTP/1.1, byte for byte.
 func (v *viewer) askPlainly(ctx context.Context, addr string) (response *http.Response, done func(cut bool), err error) {
 	conn, err := v.dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
@@ -154,7 +154,7 @@ func (v *viewer) askPlainly(ctx context.Context, addr string) (response *http.Re
 	return response, done, nil
 }
 
-// stream begins the response, however this node is talked to.
+// stream begins the response, over the node's way.
 func (v *viewer) stream(ctx context.Context, addr string) (response *http.Response, done func(cut bool), err error) {
 	w, ok := ways.Load(addr)
 	if !ok {

@@ -22,15 +22,14 @@ import (
 	"gapless/store/storetest"
 )
 
-// socket is a TCP connection on which a test speaks HTTP by hand.
+// socket is a TCP connection on which a test writes HTTP by hand.
 type socket struct {
 	t *testing.T
 	net.Conn
 	in *bufio.Reader
 }
 
-// unhurried is a connection whose reads and writes fail when nothing has come or gone for
-// patience. Heartbeats are nothing.
+// unhurried is a connection whose reads and writes fail after patience without progress. Heartbeats are no progress.
 type unhurried struct{ net.Conn }
 
 func (u unhurried) Read(b []byte) (int, error) {
@@ -62,7 +61,7 @@ func dial(t *testing.T, addr, request string) *socket {
 	return &socket{t, conn, bufio.NewReader(conn)}
 }
 
-// line reads a line of the head, or of chunked framing.
+// line reads a line of the header, or of chunked framing.
 func (s *socket) line() string {
 	s.t.Helper()
 	line, err := s.in.ReadString('\n')
@@ -83,7 +82,7 @@ func (s *socket) head() (status string, h http.Header) {
 	return status, h
 }
 
-// piece reads one HTTP chunk; "" is the last one.
+// piece reads one HTTP chunk; the last one is empty.
 func (s *socket) piece() string {
 	s.t.Helper()
 	var size int
@@ -126,7 +125,7 @@ func matches(t *testing.T, got, pattern string) {
 	}
 }
 
-// asEvents is what elements of the list are on the wire.
+// asEvents returns elements of the list as they are on the wire.
 func asEvents(list []string, from int) string {
 	var b strings.Builder
 	for i, element := range list {
@@ -150,7 +149,7 @@ func TestWire_aWholeStreamIsAsTheDesignSaysToTheByte(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Incremental": "?1",
-		"Transfer-Encoding": "chunked", "Content-Length": "", "Content-Encoding": "", "Connection": "", // close would make a clean end of a break
+		"Transfer-Encoding": "chunked", "Content-Length": "", "Content-Encoding": "", "Connection": "", // close would turn a break into a clean end
 	} {
 		if got := h.Get(name); got != want {
 			t.Errorf("header %s is %q, not %q", name, got, want)
@@ -167,7 +166,7 @@ func TestWire_aWholeStreamIsAsTheDesignSaysToTheByte(t *testing.T) {
 	s.head()
 	matches(t, s.until(1<<20), ":\n"+fmt.Sprintf(welcomeBlock, session, 1, 4, 2, 2)+regexp.QuoteMeta(asEvents(list[2:], 3)))
 
-	// Behind the end there is nothing, and never will be.
+	// Nothing follows the end, and nothing ever will.
 	for _, r := range []string{
 		streamRequest(session, "", "1.1", "Last-Event-ID: 4\r\n"), streamRequest(session, "?after=4", "1.1"),
 		streamRequest(session, "?after=latest", "1.1"), streamRequest(session, "?lastEventId=4", "1.1"),
@@ -259,7 +258,7 @@ func TestWire_terminationAbortsAndDoesNotEnd(t *testing.T) {
 	n := start(t, "-node", "n1")
 	session := newID()
 	n.append(t, session, words(1, 2))
-	chunked := []*socket{ // the second as a proxy asks that wants no connection to be kept
+	chunked := []*socket{ // the second as from a proxy that keeps no connection
 		dial(t, n.addr, streamRequest(session, "", "1.1")), dial(t, n.addr, streamRequest(session, "", "1.1", "Connection: close\r\n")),
 	}
 	for _, s := range chunked {
@@ -317,7 +316,7 @@ func TestWire_untilDoneEndsBehindTheNextEndOfAMessage(t *testing.T) {
 			t.Errorf("until %s:\n got %q\nwant %q", ending, body, want)
 		}
 	}
-	session := newID() // live, and from behind a former end
+	session := newID() // live, and from after an earlier end
 	n.append(t, session, words(1, 1, `{"type":"done","message_id":"m1"}`))
 	s := dial(t, n.addr, streamRequest(session, "?until=done&after=2", "1.1"))
 	s.head()
@@ -341,7 +340,7 @@ func TestWire_afterLatestBeginsWithTheNextChunk(t *testing.T) {
 		return v.cursor == 7
 	})
 	v.chunks = slices.Insert(v.chunks, 0, n.pages(t, session)[:5]...)
-	for i, f := range v.faults { // the jump that was asked for
+	for i, f := range v.faults { // the requested jump
 		if f == "lost: 6 came after 0" {
 			v.faults = slices.Delete(v.faults, i, i+1)
 			break
@@ -363,7 +362,7 @@ func TestWire_aSessionThatDoesNotExistIsWaitedForAndMakesNoKeys(t *testing.T) {
 	for _, v := range []*viewer{byPost, byPush} {
 		wg.Go(func() { v.follow(ctx, at(n.addr), func(event) bool { return v.cursor == 3 }) })
 	}
-	for _, v := range []*viewer{byPost, byPush} { // several reads by now
+	for _, v := range []*viewer{byPost, byPush} { // after several reads
 		eventually(t, "the viewer is held", func() bool { return v.beats.Load() >= 10 })
 	}
 	if made := keys(t, redis, "*"); len(made) > 0 {
@@ -389,7 +388,7 @@ func TestWire_aSessionThatDoesNotExistIsWaitedForAndMakesNoKeys(t *testing.T) {
 	}
 }
 
-// tricky is a log whose bytes are hard on a parser, in the language of the wire itself.
+// tricky is a log whose bytes are hard to parse, because they look like the wire format.
 var tricky = `[{"content":"data: {}\n\nid: 99\n\nevent: reset\n"},{"content":":"},{"content":""},{"content":"id: 1"},{"content":"\ud83c\udf5e 🍞 é"},` +
 	`{"type":"reset","content":"not one of ours"},{"content":"\\n\\n\r\n"},{"content":"retry: 0\n"},{"type":"end"}]`
 
@@ -418,7 +417,7 @@ func TestWire_cutsAtEveryByteNeverYieldATornEvent(t *testing.T) {
 	}
 }
 
-// cutAt makes a connection that ends behind so many bytes of the body.
+// cutAt makes a connection that ends after a number of bytes of the body.
 func (v *viewer) cutAt(ctx context.Context, addr string, at int) ending {
 	v.nextConnection(v.glue)
 	return v.raw(ctx, addr, func(b []byte) bool {
@@ -454,7 +453,7 @@ func TestWire_manyCutsInARowNeverYieldATornEvent(t *testing.T) {
 	})
 }
 
-// resetBlock is a reset on the wire: from a cursor, to another.
+// resetBlock is a reset on the wire, from one cursor to another.
 func resetBlock(reason string, from, to, first, last int) string {
 	return fmt.Sprintf(`event: reset\ndata: \{"type":"reset","reason":"%s","epoch":"[0-9a-f-]{36}","cursor":%d,"first_seq":%d,"last_seq":%d\}\nid: %d\n\n`, reason, from, first, last, to)
 }
@@ -468,10 +467,10 @@ func TestWire_aCursorThatTheLogDoesNotHaveIsReset(t *testing.T) {
 	n.append(t, long, words(1, 9, `{"type":"end"}`)) // 5..10 are kept
 	for _, c := range []struct {
 		name, session, id string
-		cursor            int // of welcome
+		cursor            int // in welcome
 		reset             string
 		first, last       int
-		from              int // of the chunks that follow
+		from              int // first of the chunks that follow
 	}{
 		{"ahead", short, "99", 99, resetBlock("ahead", 99, 0, 1, 5), 1, 5, 1},
 		{"ahead by one", short, "6", 6, resetBlock("ahead", 6, 0, 1, 5), 1, 5, 1},
@@ -516,8 +515,8 @@ func TestWire_aCursorThatTheLogDoesNotHaveIsReset(t *testing.T) {
 	})
 }
 
-// upset has something happen to a log of five chunks that a live viewer has all of. The
-// viewer leaves when done says so, behind a later event.
+// upset lets something happen to a log of five chunks after a live viewer has received all of it. The viewer leaves
+// when done returns true after a later event.
 func upset(t *testing.T, n *node, v *viewer, happens func(), done func() bool) ending {
 	t.Helper()
 	happened := false
@@ -562,8 +561,7 @@ func TestWire_aDeletedSessionResetsItsViewersAndEndsThem(t *testing.T) {
 	}
 }
 
-// A node that still remembers the tombstone must not send a viewer of the new log away
-// for good.
+// A node that still remembers the tombstone must not turn a viewer of the new log away for good.
 func TestWire_aDeletedSessionThatBeginsAnewOnAnotherNodeIsViewedFromThere(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -694,8 +692,7 @@ func TestWire_anExpiredListKeepsItsNumbers(t *testing.T) {
 	}
 }
 
-// A page of another origin must reach nothing, and neither must a name that an attacker
-// has made to point to loopback.
+// A page of another origin must reach nothing. Neither must a name that an attacker points to loopback.
 func TestWire_otherOriginsAndOtherHostsAreRefused(t *testing.T) {
 	t.Parallel()
 	n := start(t)
@@ -722,7 +719,7 @@ func TestWire_otherOriginsAndOtherHostsAreRefused(t *testing.T) {
 	}
 }
 
-// A log of 3 MB that comes in writes of at most 16 KiB.
+// A log of 3 MB arrives in writes of at most 16 KiB.
 func TestWire_writesAreAtMost16KiB(t *testing.T) {
 	t.Parallel()
 	n := start(t)

@@ -26,8 +26,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// locked is a node that wants tokens of an issuer.
-func locked(t *testing.T, change func(*setup, *auth.Config)) (*node, *authtest.Issuer) {
+// locked returns a node that requires tokens of an issuer.
+func locked(t testing.TB, change func(*setup, *auth.Config)) (*node, *authtest.Issuer) {
 	t.Helper()
 	issuer := authtest.New(t)
 	cfg := auth.DefaultConfig()
@@ -46,7 +46,7 @@ func locked(t *testing.T, change func(*setup, *auth.Config)) (*node, *authtest.I
 	}), issuer
 }
 
-// bearing is a request with a token.
+// bearing returns a request with a token.
 func bearing(q request, token string) request {
 	all := map[string]string{"Authorization": "Bearer " + token}
 	maps.Copy(all, q.header)
@@ -54,15 +54,17 @@ func bearing(q request, token string) request {
 	return q
 }
 
-// needs is what a call of the contract does, as DESIGN's table says.
+// needs returns the action that a call of the contract needs, as in the contract's table.
 func needs(q request) string {
 	path, _, _ := strings.Cut(q.path, "?")
 	switch {
+	case q.path == "/openai/v1/responses", isCompletion(q): // which are read as well
+		return "ask"
 	case q.method == "GET", isTickets(q), strings.HasSuffix(path, "/demo"):
 		return "read"
 	case q.method == "DELETE":
 		return "admin"
-	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // which is read as well
+	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // it reads as well
 		return "ask"
 	case strings.HasSuffix(path, "/cancel"), strings.HasSuffix(path, "/stop"):
 		return "cancel"
@@ -70,12 +72,15 @@ func needs(q request) string {
 	return "write"
 }
 
+// isCompletion says whether a call is about a session that it makes.
+func isCompletion(q request) bool { return strings.HasSuffix(q.path, "/completions") }
+
 var everyAction = []string{"read", "write", "ask", "cancel", "admin"}
 
-// guardedCalls are the calls that somebody has to be allowed to make.
+// guardedCalls returns the calls that need a permission.
 func guardedCalls() (all []request) {
 	for _, q := range calls() {
-		if strings.HasPrefix(q.path, "/v1/") && (q.method != "GET" || q.path != "/v1/sessions") { // which is of no session
+		if (strings.HasPrefix(q.path, "/v1/") || strings.HasPrefix(q.path, "/openai/")) && (q.method != "GET" || q.path != "/v1/sessions") { // the list belongs to no session
 			all = append(all, q)
 		}
 	}
@@ -87,15 +92,15 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	n, _ := locked(t, nil)
 	found := 0
 	for _, r := range n.api.echo.Routes() {
-		if !strings.HasPrefix(r.Path, "/v1") {
+		if !strings.HasPrefix(r.Path, "/v1") && !strings.HasPrefix(r.Path, "/openai/") {
 			continue
 		}
-		if r.Method != http.MethodHead { // which is GET, once more
+		if r.Method != http.MethodHead { // HEAD repeats GET
 			found++
 		}
 		for _, id := range []string{"s", "a%20b"} {
 			a := n.do(request{method: r.Method, path: strings.ReplaceAll(r.Path, ":id", id), bad: true})
-			if r.Method == http.MethodHead && a.status == 401 { // which says why in a body that it has not
+			if r.Method == http.MethodHead && a.status == 401 { // the body, which HEAD does not have, says why
 				continue
 			}
 			a.refused(t, 401, "unauthorized")
@@ -104,12 +109,12 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	for _, q := range guardedCalls() {
 		path, _, _ := strings.Cut(q.path, "?")
 		if !slices.ContainsFunc(n.api.echo.Routes(), func(r *echo.Route) bool {
-			return r.Method == q.method && strings.ReplaceAll(strings.ReplaceAll(r.Path, ":id", "s"), ":message_id", "m") == path
+			return r.Method == q.method && strings.NewReplacer(":id", "s", ":message_id", "m", responsePath, oneResponse).Replace(r.Path) == path
 		}) {
 			t.Errorf("%s %s is no route", q.method, q.path)
 		}
 	}
-	if found != 20 {
+	if found != 27 {
 		t.Errorf("%d routes: calls() and needs() have to know all of them", found)
 	}
 	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml", "/gapless.js", "/gapless.d.ts", "/docs", "/"} {
@@ -119,7 +124,7 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	}
 }
 
-// counted counts what is asked of the store.
+// counted counts the calls of the store.
 type counted struct {
 	Logs
 	asked atomic.Int64
@@ -158,11 +163,11 @@ func (l *counted) MakeTicket(ctx context.Context, name, id string, until time.Ti
 	return l.Logs.MakeTicket(ctx, name, id, until)
 }
 
-// ago differs from moment to moment.
+// ago matches text that changes over time.
 var ago = regexp.MustCompile(`[0-9hms]+ ago`)
 
-// Each call with each kind of credential, on a session that is there and on one that is not:
-// who may not is answered the same, and Redis is not asked.
+// Each call with each kind of credential, on a session that exists and on one that does not: without permission the
+// response is the same, and Redis is not asked.
 func TestAccess_whoMayNotLearnsNothing(t *testing.T) {
 	t.Parallel()
 	var logs *counted
@@ -200,7 +205,8 @@ func TestAccess_whoMayNotLearnsNothing(t *testing.T) {
 			there := q
 			absent := q
 			absent.path = strings.Replace(absent.path, "/sessions/s", "/sessions/no", 1)
-			absent.body = strings.Replace(absent.body, `"id":"s"`, `"id":"no"`, 1)
+			absent.path = strings.Replace(absent.path, "_1_s", "_1_no", 1)
+			absent.body = strings.NewReplacer(`"id":"s"`, `"id":"no"`, `"conversation":"s"`, `"conversation":"no"`).Replace(absent.body)
 			var answers [2]answer
 			for i, q := range []request{there, absent} {
 				q.bad = true
@@ -213,7 +219,7 @@ func TestAccess_whoMayNotLearnsNothing(t *testing.T) {
 				if a.header.Get("WWW-Authenticate") == "" {
 					t.Errorf("%s %s, %s: no WWW-Authenticate", q.method, q.path, name)
 				}
-				if c.status == 403 && (!strings.Contains(p.Detail, action) || !strings.Contains(p.Detail, map[int]string{0: `"s"`, 1: `"no"`}[i])) {
+				if c.status == 403 && !isCompletion(q) && (!strings.Contains(p.Detail, action) || !strings.Contains(p.Detail, map[int]string{0: `"s"`, 1: `"no"`}[i])) {
 					t.Errorf("%s %s, %s: %s", q.method, q.path, name, p.Detail)
 				}
 				a.header.Del("Date")
@@ -244,9 +250,12 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 		func(string) authtest.May { return authtest.May{"admin": {"s*"}} },
 	} {
 		for _, q := range guardedCalls() {
+			if isCompletion(q) {
+				continue
+			}
 			if isStream(q) || isNaive(q) {
 				s := n.open(bearing(q, issuer.Token(time.Hour, may(needs(q)))))
-				s.stop() // cut off: a connection that a stream has ended on takes no POST
+				s.stop() // cut off: a connection on which a stream has ended accepts no POST
 				if s.status != 200 {
 					t.Errorf("%s: %d", q.path, s.status)
 				}
@@ -257,12 +266,12 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 			}
 		}
 	}
-	// Who may ask, and not read, is not answered with the answer.
+	// A caller that may ask, but not read, does not get the answer.
 	ask := request{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")}
 	if p := n.do(bearing(ask, issuer.Token(time.Hour, authtest.May{"ask": {"s"}}))).refused(t, 403, "forbidden"); !strings.Contains(p.Detail, "read") {
 		t.Errorf("%+v", p)
 	}
-	// The server's own ids are of sessions that a token has to name as well.
+	// A token must also allow the ids that the server makes.
 	q := request{method: "POST", path: "/v1/sessions", kind: typeJSON, body: `{}`}
 	n.do(bearing(q, issuer.Token(time.Hour, authtest.May{"write": {"s"}}))).refused(t, 403, "forbidden")
 	if a := n.do(bearing(q, issuer.Token(time.Hour, authtest.May{"write": {"*"}}))); a.status != 201 {
@@ -270,7 +279,7 @@ func TestAccess_whoMayIsServed(t *testing.T) {
 	}
 }
 
-// A cursor is a number, and none of another session's leads there.
+// A cursor is a number. A cursor of another session reveals nothing.
 func TestAccess_lastEventIDOfAnotherSessionIsOnlyANumber(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -318,7 +327,7 @@ func TestAccess_headersThatCanBeReadInTwoWaysAreRefused(t *testing.T) {
 	}
 	for _, bad := range []string{"Basic " + token, token, "Bearer", "Bearer ", "Bearer " + token + " " + token, "Bearer\t" + token, "Bearer " + token + ",", "Token " + token} {
 		expect(401, func(h http.Header) { h.Set("Authorization", bad) })
-		expect(401, func(h http.Header) { // one that is wrong is not made good by another
+		expect(401, func(h http.Header) { // a good token does not make up for a bad one
 			h.Set("Authorization", bad)
 			h.Set("Cookie", "login="+token)
 		})
@@ -330,7 +339,7 @@ func TestAccess_headersThatCanBeReadInTwoWaysAreRefused(t *testing.T) {
 	expect(401, func(h http.Header) { h.Set("X-Authorization", "Bearer "+token) })
 }
 
-// No JWT in a URL, under no name: URLs are written down everywhere.
+// A URL must not contain a JWT, under any name, because URLs are recorded everywhere.
 func TestAccess_noTokenInAURL(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -367,7 +376,7 @@ func TestAccess_whatIsOfAllSessionsIsForTheirAdministrators(t *testing.T) {
 	}
 }
 
-// While nobody's token can be judged, nobody is refused for good.
+// While no token can be checked, no caller is refused for good.
 func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	t.Parallel()
 	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", http.StatusServiceUnavailable) }))
@@ -394,7 +403,7 @@ func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	}
 }
 
-// A stream whose token expires says so, and breaks off.
+// A stream says when its token expires, and breaks off.
 func TestAccess_streamEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	for _, plain := range []bool{false, true} {
@@ -422,13 +431,13 @@ func TestAccess_streamEndsWithItsToken(t *testing.T) {
 	}
 }
 
-// An upload ends with its token, and what came until then is stored, and said.
+// An upload ends with its token. The chunks stored until then stay, and the response says so.
 func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
 	token := issuer.Token(5*time.Second, authtest.May{"write": {"s"}})
 	body, w := io.Pipe()
-	late := time.AfterFunc(patience/2, func() { _ = w.Close() }) // it does not end by itself in time
+	late := time.AfterFunc(patience/2, func() { _ = w.Close() }) // a safety net: the body does not end by itself
 	go func() { _, _ = io.WriteString(w, line("sesame 1")+line("sesame 2")) }()
 	p := n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeNDJSON, from: body}, token)).refused(t, 401, "unauthorized")
 	late.Stop()
@@ -436,7 +445,7 @@ func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	if p.Stored == nil || p.Stored.Count != 2 || !strings.Contains(p.Detail, "expired") {
 		t.Errorf("%+v", p)
 	}
-	// What is read whole, and comes too slowly, is not taken at all.
+	// A body that is read whole, but arrives too slowly, is not stored at all.
 	token = issuer.Token(time.Second, authtest.May{"write": {"s"}})
 	slow, w2 := io.Pipe()
 	go func() {
@@ -452,7 +461,7 @@ func TestAccess_uploadEndsWithItsToken(t *testing.T) {
 	}
 }
 
-// ticket makes one.
+// ticket makes a ticket.
 func (n *node) ticket(t *testing.T, session, token string) ticketJSON {
 	t.Helper()
 	q := request{method: "POST", path: "/v1/sessions/" + session + "/tickets"}
@@ -492,7 +501,7 @@ func TestTicket_letsAnEventSourceInAndNobodyElse(t *testing.T) {
 		}
 		n.do(bearing(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"content":"sesame 2"}`}, all))
 		second.take(1, 1)
-		// A token is the better word for who is there.
+		// A token takes precedence over a ticket.
 		n.do(bearing(request{method: "GET", path: "/v1/sessions/s/stream?ticket=" + made.Ticket}, issuer.Token(time.Hour, nil))).refused(t, 403, "forbidden")
 	}
 }
@@ -512,7 +521,7 @@ func TestTicket_endsWithTheTokenThatItWasMadeBy(t *testing.T) {
 	n.do(request{method: "GET", path: made.URL}).refused(t, 401, "ticket_spent")
 }
 
-// Without authentication tickets are the same, so that a page need not know.
+// Without authentication tickets work the same, so that a page need not know.
 func TestTicket_withoutAuthentication(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -522,8 +531,8 @@ func TestTicket_withoutAuthentication(t *testing.T) {
 	n.do(request{method: "GET", path: "/v1/sessions/other/stream?ticket=" + made.Ticket}).refused(t, 401, "ticket_spent")
 }
 
-// However many come with one ticket at two nodes, one of them stays. Once nobody has been there
-// for a minute, it is spent.
+// However many connections enter with one ticket on two nodes, one of them stays. A minute after it has gone, the
+// ticket is spent.
 func TestTicket_raceAtTwoNodes(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -551,7 +560,7 @@ func TestTicket_raceAtTwoNodes(t *testing.T) {
 	wg.Wait()
 	begun := time.Now()
 	eventually(t, "one stays", func() bool { return nodes[0].hub.Viewers("s")+nodes[1].hub.Viewers("s") == 1 })
-	if took := time.Since(begun); took > renewEvery/2 { // they hear of it; a renewal would show it, too, but later
+	if took := time.Since(begun); took > renewEvery/2 { // a notification is faster than a renewal
 		t.Errorf("the former connections went only after %v", took)
 	}
 	key := "chat:ticket:" + store.TicketName(made.Ticket)
@@ -576,14 +585,14 @@ func TestTicket_raceAtTwoNodes(t *testing.T) {
 		t.Errorf("%d have the chunk, and not the one whose the grant is", given)
 	}
 	eventually(t, "nobody is there", func() bool { return nodes[0].hub.Viewers("s")+nodes[1].hub.Viewers("s") == 0 })
-	redis.PExpire(t.Context(), key, time.Millisecond) // a minute
+	redis.PExpire(t.Context(), key, time.Millisecond) // instead of a minute
 	eventually(t, "the ticket is spent", func() bool { return redis.Exists(t.Context(), key).Val() == 0 })
 	for _, n := range nodes {
 		n.do(request{method: "GET", path: made.URL}).refused(t, 401, "ticket_spent")
 	}
 }
 
-// A Redis that is away is transient trouble: who comes with a ticket comes again.
+// A Redis that is away is transient trouble: a client with a ticket reconnects.
 func TestTicket_redisAwayEndsNoEventSource(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -604,8 +613,8 @@ const (
 	evil   = "https://evil.example"
 )
 
-// A cookie is sent by whatever page asks for it: what changes something has to come from our
-// own pages, or from those that are named.
+// Any page can cause a request with a cookie. So a call that changes something must come from our own pages, or from
+// listed origins.
 func TestCookie_otherOriginsPagesChangeNothing(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, c *auth.Config) { c.Cookie, s.api.Origins = "login", []string{friend} })
@@ -680,7 +689,7 @@ func TestCORS_pagesOfNamedOriginsMayCall(t *testing.T) {
 				t.Error("no Max-Age")
 			}
 		}
-		// Errors are to be read as well, a 204 as well, and the stream, whoever writes it.
+		// Errors must be readable, too, and a 204, and every kind of stream.
 		shared("401", n.do(request{method: "GET", path: "/v1/sessions/s", header: map[string]string{"Origin": origin}}).header, allowed)
 		shared("404", n.do(bearing(request{method: "GET", path: "/v1/sessions/s", header: map[string]string{"Origin": origin}}, token)).header, allowed)
 	}
@@ -736,8 +745,7 @@ func TestConfig_originsAreExact(t *testing.T) {
 	}
 }
 
-// Whatever is answered: browsers take it for what it says it is, and other sites' pages cannot
-// make a part of theirs of it.
+// For every response: browsers respect its Content-Type, and pages of other sites cannot embed it.
 func TestHeaders_ofEveryAnswer(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -766,7 +774,7 @@ func TestHeaders_ofEveryAnswer(t *testing.T) {
 	}
 }
 
-// Line breaks in whatever can be said: none becomes a line of a header or of a stream.
+// Line breaks in any input never become a line of a header or of a stream.
 func TestAccess_lineBreaksAreNoLines(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, c *auth.Config) { c.Cookie, s.api.Origins, c.Audience = "login", []string{friend}, "us" })
@@ -809,7 +817,7 @@ func TestAccess_lineBreaksAreNoLines(t *testing.T) {
 	}
 }
 
-// Nothing by which somebody could get in is in a log, whatever went wrong with it.
+// No log contains a credential, whatever went wrong with it.
 func TestAccess_logsHaveNoTokens(t *testing.T) {
 	t.Parallel()
 	var log bytes.Buffer
@@ -838,7 +846,7 @@ func TestAccess_logsHaveNoTokens(t *testing.T) {
 	}
 }
 
-// A bad token uses up its address's calls, and nobody's who has a good one.
+// A bad token uses up the calls of its address, but not those of a caller with a good token.
 func TestAccess_badTokensArePaced(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, _ *auth.Config) { proxied(func(s *setup) { s.api.Limits.CallerCalls = 1 })(s) })

@@ -34,8 +34,8 @@ import (
 	"gapless/web"
 )
 
-// TestMain runs the tests, looks for goroutines that they left, and, when all of them
-// ran, for answers that the contract lists and none of them has brought about.
+// TestMain runs the tests and checks for goroutines that they left. If all tests ran, it also checks that they covered
+// every response of the contract.
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
 		if code == 0 && nothingLeftOut() {
@@ -50,7 +50,7 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// nothingLeftOut says whether no test was left out.
+// nothingLeftOut reports whether all tests ran.
 func nothingLeftOut() bool {
 	for _, name := range []string{"test.run", "test.skip", "test.list", "test.fuzz"} {
 		if f := flag.Lookup(name); f != nil && f.Value.String() != "" {
@@ -63,31 +63,31 @@ func nothingLeftOut() bool {
 // patience is how long a test waits while nothing happens.
 const patience = storetest.Patience
 
-// secret is a word that stands in everything that people say in these tests. No log
-// may have it, at any level: every node looks for it when its test ends.
+// secret is a word in every message text of these tests. No log may contain it, at any level: every node checks that
+// when its test ends.
 const secret = "sesame"
 
-// node is the API with all that is behind it, on a socket of loopback.
+// node is the API with everything that it needs, on a loopback socket.
 type node struct {
 	t      testing.TB
 	api    *API
 	hub    *sse.Hub
 	store  *store.Store
 	server *httptest.Server
-	client *http.Client // its requests and answers are held against the contract
+	client *http.Client // its requests and responses are checked against the contract
 	log    *logged
-	active atomic.Int64 // uploads that the handler has not left
-	hushed []string     // more that no log may have
+	active atomic.Int64 // uploads whose handler has not returned
+	hushed []string     // more words that no log may contain
 }
 
-// setup is what a test may change of a node.
+// setup contains what a test may change of a node.
 type setup struct {
 	store store.Config
 	sse   sse.Config
 	api   Config
 	model model.Model
-	logs  func(Logs) Logs // what stands between the calls and the store
-	// errors says that the test is about trouble that a person should look at.
+	logs  func(Logs) Logs // wraps the store
+	// errors means that the test expects errors in the log.
 	errors bool
 }
 
@@ -98,9 +98,9 @@ func serve(t testing.TB, change func(*setup)) *node {
 	s := setup{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: DefaultConfig(), model: says("Yes, ", secret, "."), logs: func(l Logs) Logs { return l }}
 	s.store.Logger, s.sse.Logger, s.api.Logger = logger, logger, logger
 	s.sse.Node, s.api.Demo = "n1", true
-	// A busy machine's Redis is slow to answer, too.
+	// Redis is slow to reply on a busy machine.
 	s.store.Timeout = 30 * time.Second
-	s.api.Limits.Addresses, s.api.Limits.Logger = false, logger // all tests come from one
+	s.api.Limits.Addresses, s.api.Limits.Logger = false, logger // all tests have one address
 	if change != nil {
 		change(&s)
 	}
@@ -112,7 +112,7 @@ func serve(t testing.TB, change func(*setup)) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	returned := sse.NewReturned(listener.Addr()) // as main has it: a client may go on with a stream's connection
+	returned := sse.NewReturned(listener.Addr()) // as in main: a client may reuse a stream's connection
 	s.sse.Back = returned.Back
 	n.hub = sse.NewHub(s.sse, n.store)
 	n.api = New(s.api, s.logs(n.store), n.hub, s.model, web.Files, theContract().Text, prometheus.NewRegistry())
@@ -131,7 +131,7 @@ func serve(t testing.TB, change func(*setup)) *node {
 	n.server.Config.ErrorLog = slog.NewLogLogger(logger.Handler(), slog.LevelDebug)
 	n.server.Start()
 	served := make(chan struct{})
-	go func() { // ended below
+	go func() { // ends below
 		defer close(served)
 		_ = n.server.Config.Serve(returned)
 	}()
@@ -185,17 +185,17 @@ func (l *logged) String() string {
 	return l.b.String()
 }
 
-// request is a request. Its fields beyond the path may be left out.
+// request is a request. All fields but method and path are optional.
 type request struct {
 	method, path string
 	kind, body   string
 	from         io.Reader // the body, instead
 	header       map[string]string
 	host         string
-	bad          bool // the contract does not allow it, and that is what the test is about
+	bad          bool // the contract does not allow it, and the test is about that
 }
 
-// answer is what a request got, read whole.
+// answer is the response to a request, read whole.
 type answer struct {
 	status int
 	header http.Header
@@ -242,7 +242,7 @@ func (n *node) do(q request) answer {
 }
 
 func (n *node) send(r *http.Request) (answer, error) {
-	// A stream that was taken over ends with its connection: who sends a POST on it in that moment gets EOF.
+	// A stream that was taken over ends with its connection. A POST sent on it at that moment gets EOF.
 	r.Close = strings.HasSuffix(r.URL.Path, "/stream")
 	res, err := n.client.Do(r)
 	if err != nil {
@@ -260,13 +260,13 @@ func (n *node) post(path, kind, body string) answer {
 	return n.do(request{method: "POST", path: path, kind: kind, body: body})
 }
 
-// append appends JSON, which must succeed.
+// append appends JSON, and fails the test on an error.
 func (n *node) append(session, body string) Stored {
 	n.t.Helper()
 	return into[Stored](n.t, n.post("/v1/sessions/"+session+"/chunks", typeJSON, body), 201)
 }
 
-// into decodes an answer that must have a status.
+// into decodes a response that must have a status.
 func into[T any](t testing.TB, a answer, status int) (v T) {
 	t.Helper()
 	if a.status != status {
@@ -278,13 +278,23 @@ func into[T any](t testing.TB, a answer, status int) (v T) {
 	return v
 }
 
-// refused is an answer that must be a problem.
+// refused checks that a response is a problem.
 func (a answer) refused(t testing.TB, status int, code string) (p Problem) {
 	t.Helper()
 	if a.status < 400 {
 		t.Fatalf("%d %s, instead of %d %s", a.status, a.body, status, code)
 	}
-	if err := json.Unmarshal(a.body, &p); err != nil || a.status != status || p.Code != code {
+	var openai struct {
+		Error struct {
+			Message, Param, Code string
+			Limit                int
+		}
+	}
+	err := json.Unmarshal(a.body, &openai)
+	if p = (Problem{Code: openai.Error.Code, Detail: openai.Error.Message, Member: openai.Error.Param, Limit: openai.Error.Limit}); p.Code == "" {
+		err = json.Unmarshal(a.body, &p)
+	}
+	if err != nil || a.status != status || p.Code != code {
 		t.Fatalf("%d %s, instead of %d %s", a.status, a.body, status, code)
 	}
 	return p
@@ -305,7 +315,7 @@ func (n *node) page(session, query string) pageJSON {
 	return into[pageJSON](n.t, n.get("/v1/sessions/"+session+"/chunks"+query), 200)
 }
 
-// chunk is what the tests look at in a chunk.
+// chunk holds the members of a chunk that the tests use.
 type chunk struct {
 	Seq     int64  `json:"seq"`
 	Type    string `json:"type"`
@@ -326,7 +336,7 @@ func decoded(t testing.TB, elements []json.RawMessage) []chunk {
 	return chunks
 }
 
-// contents is what a session's chunks say, in order.
+// contents returns the contents of a session's chunks, in order.
 func (n *node) contents(session string) (all []string) {
 	n.t.Helper()
 	for after := int64(0); ; {
@@ -347,7 +357,7 @@ type event struct {
 	chunk
 }
 
-// stream is a stream that is read event by event. Each one is held against the contract.
+// stream is a stream that is read event by event. Each event is checked against the contract.
 type stream struct {
 	t      testing.TB
 	header http.Header
@@ -358,7 +368,7 @@ type stream struct {
 	stop   func()
 }
 
-// open views. The stream is closed when the test ends, or by stop.
+// open begins to view. The stream is closed when the test ends, or by stop.
 func (n *node) open(q request) *stream {
 	n.t.Helper()
 	q.method = "GET"
@@ -388,7 +398,7 @@ func (n *node) watch(session, query string, header ...string) *stream {
 	return s
 }
 
-// read reads the next event. io.EOF: the stream ended cleanly, and not inside an event.
+// read reads the next event. It returns io.EOF if the stream ended cleanly, and not inside an event.
 func (s *stream) read() (event, error) {
 	e, lines := event{id: -1}, 0
 	for {
@@ -421,7 +431,7 @@ func (s *stream) read() (event, error) {
 				return e, fmt.Errorf("retry %q", value)
 			}
 			if e.name == "" {
-				continue // outside an event: a viewer is sent away
+				continue // outside an event: a viewer must reconnect
 			}
 		default:
 			return e, fmt.Errorf("line %q", line)
@@ -430,7 +440,7 @@ func (s *stream) read() (event, error) {
 	}
 }
 
-// check holds an event against the schema that its name has in the contract.
+// check checks an event against the schema that the contract has for its name.
 func (s *stream) check(e event) error {
 	s.t.Helper()
 	schema, ok := map[string]string{"": "Chunk", "welcome": "WelcomeEvent", "reset": "ResetEvent", "snapshot": "SnapshotEvent", "expired": "ExpiredEvent"}[e.name]
@@ -455,7 +465,7 @@ func (s *stream) next() event {
 	return e
 }
 
-// take reads n chunks, whose numbers must follow after, and answers what they say.
+// take reads n chunks, whose numbers must follow after, and returns their contents.
 func (s *stream) take(after int64, n int) (said []string) {
 	s.t.Helper()
 	for i := range n {
@@ -502,7 +512,7 @@ func (s *stream) reset(reason string) (e event, data struct {
 	return e, data
 }
 
-// end reads the stream's end, which must be a clean one, or must not be.
+// end reads the stream's end, and checks whether it is clean.
 func (s *stream) end(clean bool) {
 	s.t.Helper()
 	e, err := s.read()
@@ -531,7 +541,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	storetest.Eventually(t, what, ok)
 }
 
-// faulty is Logs that fail as a test wants.
+// faulty wraps Logs that fail as a test wants.
 type faulty struct {
 	Logs
 	err    atomic.Pointer[error]
@@ -607,6 +617,13 @@ func (f *faulty) Describe(ctx context.Context, session string) (store.Bounds, er
 	return f.Logs.Describe(ctx, session)
 }
 
+func (f *faulty) Sessions(ctx context.Context, prefix, after string, count int) ([]store.Listed, error) {
+	if err := f.failure(); err != nil {
+		return nil, err
+	}
+	return f.Logs.Sessions(ctx, prefix, after, count)
+}
+
 func (f *faulty) Delete(ctx context.Context, session string) error {
 	if err := f.failure(); err != nil {
 		return err
@@ -621,7 +638,7 @@ func (f *faulty) Probe(ctx context.Context) error {
 	return f.Logs.Probe(ctx)
 }
 
-// says is a model that says the same to everybody.
+// says returns a model that says the same to every caller.
 func says(pieces ...string) model.Model {
 	return answers(func(context.Context, []model.Turn) iter.Seq2[model.Piece, error] {
 		return func(yield func(model.Piece, error) bool) {
@@ -634,14 +651,14 @@ func says(pieces ...string) model.Model {
 	})
 }
 
-// answers makes a model of a function.
+// answers makes a model from a function.
 type answers func(context.Context, []model.Turn) iter.Seq2[model.Piece, error]
 
 func (f answers) Answer(ctx context.Context, c []model.Turn) iter.Seq2[model.Piece, error] {
 	return f(ctx, c)
 }
 
-// pageFiles are the parts of the page.
+// pageFiles returns the names of the page's files.
 func pageFiles(t testing.TB) []string {
 	t.Helper()
 	names, err := fs.Glob(web.Files, "*.*")

@@ -67,11 +67,11 @@ func TestCancel_saysWhatItStoppedAndWhatCannotBe(t *testing.T) {
 	n.do(request{method: "POST", path: "/v1/sessions/s/cancel", kind: typeJSON, body: strings.Repeat(" ", 9<<20), bad: true}).refused(t, 413, "body_too_large")
 }
 
-// An upload under way is answered when its message is cancelled, on any node, though it is silent.
+// A silent upload under way gets its response when any node cancels its message.
 func TestCancel_endsAnUploadUnderWayAtOnce(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
-	unasking := func(s *setup) { on(redis)(s); s.api.Look = time.Hour } // it has to be told
+	unasking := func(s *setup) { on(redis)(s); s.api.Look = time.Hour } // only a notification reaches it in time
 	a, b := serve(t, unasking), serve(t, unasking)
 	for name, c := range map[string]struct{ query, line string }{
 		"said by its lines":   {"", `{"message_id":"m","content":"sesame"}` + "\n"},
@@ -94,7 +94,7 @@ func TestCancel_endsAnUploadUnderWayAtOnce(t *testing.T) {
 	}
 }
 
-// A text that has not said anything yet can be stopped as well.
+// A text that has not begun can be stopped, too.
 func TestCancel_ofAnUploadThatHasSaidNothing(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -110,7 +110,7 @@ func TestCancel_ofAnUploadThatHasSaidNothing(t *testing.T) {
 	}
 }
 
-// With every name on the channel of uploads lost, an upload still learns of it, within the time that it looks.
+// If every name on the channel of uploads is lost, an upload still learns of a cancel, by the time of its next look.
 func TestCancel_isNoticedThoughNobodyIsTold(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -124,12 +124,12 @@ func TestCancel_isNoticedThoughNobodyIsTold(t *testing.T) {
 	f.result().refused(t, 409, "message_cancelled")
 }
 
-// deaf are logs whose uploads are told nothing.
+// deaf are logs whose uploads get no notifications.
 type deaf struct{ Logs }
 
 func (d *deaf) ListenUploads(store.Listener) func() { return func() {} }
 
-// An answer is stopped before its first word, too, and a silent model at once.
+// An answer can be stopped before its first word, and a silent model stops at once.
 func TestCancel_stopsTheModel(t *testing.T) {
 	t.Parallel()
 	m := newPaced()
@@ -147,7 +147,7 @@ func TestCancel_stopsTheModel(t *testing.T) {
 	n.cancel("s", a.MessageID).refused(t, 404, "message_not_found") // a question is not under way
 }
 
-// Promise: nothing of a message comes behind its cancelled chunk, whichever nodes append.
+// Promise: no chunk of a message follows its cancelled chunk, whichever nodes append.
 func TestCancel_racesWithAppendsOnTwoNodes(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -209,7 +209,7 @@ func TestCancel_racesWithAppendsOnTwoNodes(t *testing.T) {
 	wg.Wait()
 }
 
-// Promise: no answer is left hanging.
+// Promise: every answer ends.
 func TestDeath_anUploadThatBreaksEndsItsMessages(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 10*time.Second, 200*time.Millisecond })
@@ -249,7 +249,7 @@ func TestDeath_anUploadThatBreaksEndsItsMessages(t *testing.T) {
 	}
 }
 
-// A thinking model is silent for minutes: its open upload counts as alive, for as long as it is open.
+// A model that reasons is silent for minutes. Its upload counts as alive while it is open.
 func TestDeath_aSilentUploadIsAlive(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 4*time.Second, 150*time.Millisecond })
@@ -265,7 +265,7 @@ func TestDeath_aSilentUploadIsAlive(t *testing.T) {
 	f.write(`{"content":"sesame"}` + "\n")
 	f.w.Close()
 	into[Stored](t, f.result(), 201)
-	// From now on its lease counts.
+	// From now on its lease applies.
 	eventually(t, "the end of its lease", func() bool {
 		all := n.chunks("s")
 		return len(all) == 3 && all[2].Type == "failed"
@@ -299,7 +299,7 @@ func TestLease_isOfAMessageAndIsRenewedByAnEmptyArray(t *testing.T) {
 	post("?message_id=m", "{\"data\":0}").refused(t, 409, "message_ended")
 }
 
-// A model that panics has failed; the node has not.
+// A panic of a model is an error of the model, not of the node.
 func TestMessages_modelThatPanicsHasFailed(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) {
@@ -321,7 +321,7 @@ func TestMessages_modelThatPanicsHasFailed(t *testing.T) {
 	}
 }
 
-// An upload is watched while it lasts, and not longer.
+// An upload is watched while it lasts, and no longer.
 func TestUploads_leaveNoSubscription(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -341,7 +341,7 @@ func TestUploads_leaveNoSubscription(t *testing.T) {
 	eventually(t, "no subscription", func() bool { return len(channels()) == 0 })
 }
 
-// A page of a log that has ended is sent once.
+// A client that has the tag of a page of an ended log does not get the page again.
 func TestRead_pageOfAnEndedLogHasATag(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.HistoryMax = 5 })
@@ -377,8 +377,7 @@ func TestRead_pageOfAnEndedLogHasATag(t *testing.T) {
 	get("", "*").refused(t, 404, "session_not_found")
 }
 
-// Pages stay right while the log is trimmed under them: each begins where the last one
-// ended, or says that it does not.
+// Pages stay correct while the log is trimmed: each page begins where the last one ended, or says that it does not.
 func TestRead_pagesOfALogThatIsTrimmedMeanwhile(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.Redis, s.store.HistoryMax = storetest.Redis(t).URL(), 200 })

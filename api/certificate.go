@@ -10,23 +10,23 @@ import (
 	"time"
 )
 
-// Certificate is a certificate and its key in two files that others replace: certbot,
-// cert-manager, a Kubernetes secret (which swaps symbolic links). The files are read again at a
-// handshake, once in a while, and compared by what is in them, so that it does not matter how they
-// were replaced. One that is bad, or half replaced, changes nothing: the former one serves on.
+// Certificate is a certificate and its key in two files that other programs replace: certbot, cert-manager, a
+// Kubernetes secret (which swaps symbolic links). A handshake reads the files again once in a while and compares their
+// contents, so it does not matter how they were replaced. If the new pair is bad or half replaced, the current one
+// stays in use.
 type Certificate struct {
 	certFile, keyFile string
-	Every             time.Duration // between two looks at the files
+	Every             time.Duration // minimum time between two checks of the files
 	log               *slog.Logger
 
 	mu     sync.Mutex
 	looked time.Time
-	text   [2][]byte // of both files, of which pair was made
+	text   [2][]byte // contents of both files, from which pair was made
 	pair   *tls.Certificate
-	failed string // why the last look changed nothing; it is logged once
+	failed string // why the last check changed nothing; it is logged once
 }
 
-// OpenCertificate reads both files, which must be good at start.
+// OpenCertificate reads both files, which must be valid at the start.
 func OpenCertificate(certFile, keyFile string, log *slog.Logger) (*Certificate, error) {
 	c := &Certificate{certFile: certFile, keyFile: keyFile, Every: 5 * time.Second, log: log}
 	if _, err := c.load(); err != nil {
@@ -56,7 +56,7 @@ func (c *Certificate) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.pair, nil
 }
 
-// load takes what the files hold, if that is new. mu is held, or nobody else knows c.
+// load reads the files, and replaces the pair if they have changed. mu must be held, unless c is not shared yet.
 func (c *Certificate) load() (changed bool, err error) {
 	cert, err := os.ReadFile(c.certFile)
 	if err != nil {

@@ -26,17 +26,17 @@ const (
 	typeEvents = "text/event-stream"
 )
 
-// posting is what a request to append says beside its body.
+// posting holds what a request to append says besides its body.
 type posting struct {
 	kind     string // of the body
 	fill     store.Fill
-	ends     bool // done follows the body, of its message
-	closes   bool // end follows the body
+	ends     bool // append done for the body's message after the body
+	closes   bool // append end after the body
 	lease    time.Duration
 	producer store.Producer
 }
 
-// appendChunks appends what a body brings: whole, or as it arrives.
+// appendChunks appends the chunks of a body: all at once, or as they arrive.
 func (a *API) appendChunks(c echo.Context) error {
 	p, err := parsePosting(c)
 	if err != nil {
@@ -53,8 +53,7 @@ func (a *API) appendChunks(c echo.Context) error {
 	return a.appendStream(c, p)
 }
 
-// makeUp is the id of a message that has none: of a request that is repeated with its
-// producer numbers, always the same.
+// makeUp makes an id for a message without one. A request that is repeated with its producer numbers gets the same id.
 func makeUp(session string, p store.Producer) (string, error) {
 	if p.ID != "" {
 		return uuid.NewSHA1(uuid.Nil, fmt.Appendf(nil, "%s %s %d %d", session, p.ID, p.Epoch, p.Number)).String(), nil
@@ -63,7 +62,7 @@ func makeUp(session string, p store.Producer) (string, error) {
 	return id.String(), err
 }
 
-// subject is the message that a body is about: the one that its request names, or else that of its last chunk.
+// subject is the message that a body is about: the one that its request names, or else that of the body's last chunk.
 type subject struct {
 	store.Fill
 	named bool // by its request
@@ -74,7 +73,7 @@ func (p posting) about() subject {
 	return subject{Fill: p.fill, named: p.fill.MessageID != ""}
 }
 
-// see takes notice of chunks of the body.
+// see updates s for chunks of the body.
 func (s *subject) see(chunks []store.Chunk) {
 	for _, c := range chunks {
 		if !s.named && c.MessageID() != s.MessageID {
@@ -86,7 +85,7 @@ func (s *subject) see(chunks []store.Chunk) {
 	}
 }
 
-// endings are the chunks that follow a body.
+// endings returns the chunks to append after a body.
 func (s *subject) endings(p posting) (chunks []store.Chunk) {
 	if p.ends && !s.over || p.kind == typeText || p.kind == typeEvents {
 		chunks = append(chunks, store.NewEnding(store.TypeDone, s.Fill))
@@ -137,7 +136,7 @@ func parsePosting(c echo.Context) (p posting, err error) {
 			typeText + " or " + typeEvents}
 }
 
-// Headers that number what a producer posts.
+// Headers for producer numbers.
 const (
 	headerProducerID    = "Producer-Id"
 	headerProducerEpoch = "Producer-Epoch"
@@ -145,8 +144,7 @@ const (
 	headerExpectedChunk = "Producer-Expected-Chunk"
 )
 
-// maxNumber is the largest number that is the same in every program that reads JSON, and
-// in Redis's scripts.
+// maxNumber is the largest integer that is exact in every program that reads JSON, and in Redis's scripts.
 const maxNumber = 1<<53 - 1
 
 func parseProducer(h http.Header) (p store.Producer, err error) {
@@ -185,7 +183,7 @@ func parseProducer(h http.Header) (p store.Producer, err error) {
 	return p, err
 }
 
-// mediaType is what a request says that its body is; lines of JSON have one name here, whichever theirs is. The error is about a
+// mediaType returns the media type of a request's body. All names for lines of JSON become one. The error is about a
 // charset.
 func mediaType(r *http.Request) (kind string, err error) {
 	kind, parameters, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
@@ -205,7 +203,7 @@ func mediaType(r *http.Request) (kind string, err error) {
 	}
 }
 
-// checkJSON refuses a body that does not say that it is JSON.
+// checkJSON refuses a body whose Content-Type is not JSON.
 func checkJSON(c echo.Context) error {
 	kind, err := mediaType(c.Request())
 	if kind == typeJSON {
@@ -218,7 +216,7 @@ func invalid(parameter, detail string) *Problem {
 	return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: parameter, Detail: detail}
 }
 
-// appendJSON appends an object, or an array of them: all or none.
+// appendJSON appends an object, or an array of objects: all or none.
 func (a *API) appendJSON(c echo.Context, p posting) error {
 	caller := a.caller(c)
 	body, give, err := a.readLarge(c)
@@ -260,7 +258,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	return u.answer(c)
 }
 
-// readLarge is largeBody, read whole.
+// readLarge reads a largeBody whole.
 func (a *API) readLarge(c echo.Context) (body []byte, give func(), err error) {
 	from, give, err := a.largeBody(c)
 	if err != nil {
@@ -272,8 +270,8 @@ func (a *API) readLarge(c echo.Context) (body []byte, give func(), err error) {
 	return body, give, err
 }
 
-// largeBody is a body that may be long, within what long ones may take together in memory. give is to be called when it
-// is not needed any more.
+// largeBody returns a body that may be long. The memory for all long bodies is limited. The caller must call give when
+// it no longer needs the body.
 func (a *API) largeBody(c echo.Context) (body io.Reader, give func(), err error) {
 	give = func() {}
 	caller := a.caller(c)
@@ -281,7 +279,7 @@ func (a *API) largeBody(c echo.Context) (body io.Reader, give func(), err error)
 	if length >= 0 && length < shortBody {
 		return from, give, nil
 	}
-	begin, err := io.ReadAll(io.LimitReader(from, shortBody)) // of one that does not say how long it is
+	begin, err := io.ReadAll(io.LimitReader(from, shortBody)) // the body may not say how long it is
 	if err != nil {
 		return nil, give, a.bodyError(err)
 	}
@@ -298,15 +296,16 @@ func (a *API) largeBody(c echo.Context) (body io.Reader, give func(), err error)
 	return io.MultiReader(bytes.NewReader(begin), from), func() { a.limits.Bodies.Give(caller, cost) }, nil
 }
 
-// BodyCost is how much more memory a large body takes than it is long: itself, the chunks that are made of it, and what
-// of those is on its way to Redis.
+// BodyCost is how many times its length a large body takes in memory: the body, its chunks, and their copies on the way
+// to Redis.
 const BodyCost = 3
 
-// shortBody is as long, in bytes, as a body may be without counting among the large ones: the bound
-// of connections is one for these, too.
+// shortBody is the maximum length of a body, in bytes, that does not count as large. The limit of connections limits
+// these, too.
 const shortBody = 64 << 10
 
-// cost is what chunks count for among appends: each one, and each KiB beyond its first.
+// cost returns how much chunks count towards the limit of appends: one for each chunk, and one for each KiB after its
+// first.
 func cost(chunks []store.Chunk) (n int) {
 	for _, c := range chunks {
 		n += 1 + (c.Size()-store.Overhead)>>10
@@ -319,8 +318,7 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 		chunk, err := store.ParseChunk(body, fill, a.cfg.ChunkMax)
 		return []store.Chunk{chunk}, err
 	}
-	// Split first, and only that: what is wrong inside a chunk is said by its own parser,
-	// with its index.
+	// Only split the array here: the chunk's own parser reports errors inside a chunk, with its index.
 	dec := jsontext.NewDecoder(newReader(body), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	broken := func(err error) error {
 		return &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: "the array is not valid JSON: " + err.Error()}
@@ -361,10 +359,10 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 	return chunks, nil
 }
 
-// newReader is what jsontext reads without a copy.
+// newReader returns a reader of b that jsontext uses without a copy.
 func newReader(b []byte) *bytes.Buffer { return bytes.NewBuffer(b) }
 
-// answer says what was stored: 200 when all of it was there before.
+// answer responds with what was stored: 200 if all of it was there before, otherwise 201.
 func (u *upload) answer(c echo.Context) error {
 	status := http.StatusCreated
 	if u.stored.Count > 0 && !u.added {
@@ -379,9 +377,8 @@ func (u *upload) answer(c echo.Context) error {
 
 var jsonType = []string{"application/json"}
 
-// appendStream appends what arrives for as long as the connection lasts. What came whole
-// before an error is stored, and the answer to the error comes at once, although the
-// body may go on.
+// appendStream appends chunks as they arrive, for as long as the connection lasts. Chunks that arrived whole before an
+// error are stored. The response to an error comes at once, although the body may continue.
 func (a *API) appendStream(c echo.Context, p posting) error {
 	r, caller := c.Request(), a.caller(c)
 	if err := a.limits.Uploads.Take(caller, 1); err != nil {
@@ -389,7 +386,7 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 	}
 	defer a.limits.Uploads.Give(caller, 1)
 	uncount(c)
-	c.Response().Header().Set("Incremental", "?1") // it may come before the body has ended
+	c.Response().Header().Set("Incremental", "?1") // the response may come before the body has ended
 	ctl := http.NewResponseController(c.Response().Writer)
 	if b, ok := r.Body.(*incoming); ok {
 		b.takeItsTime(ctl)
@@ -411,7 +408,7 @@ func (a *API) appendStream(c echo.Context, p posting) error {
 		c.Response().Header().Set("Connection", "close")
 	}
 	if err == nil {
-		if u.stored.Epoch == "" { // nothing came, and nothing was asked of the log
+		if u.stored.Epoch == "" { // nothing arrived, and Redis was not asked
 			return a.appendNothing(c)
 		}
 		return u.answer(c)
@@ -438,13 +435,13 @@ func (a *API) source(p posting, from io.Reader) source {
 	return &lines{body: b, fill: p.fill, limit: limit}
 }
 
-// copy appends what a source has until it ends, and what the request adds behind it. arrived
-// is called when the whole body has come.
+// copy appends the chunks of a source until it ends, and then the endings of the request. It calls arrived when the
+// whole body has arrived.
 func (u *upload) copy(src source, p posting, length int64, arrived func()) error {
-	const soon = 64 << 10 // a body that is sent in one piece: it is no matter of a while
+	const soon = 64 << 10 // a body sent in one piece does not take long
 	if length < 0 || length > soon {
 		if p.kind != typeNDJSON || p.lease > 0 && p.fill.MessageID != "" {
-			u.held = []string{p.fill.MessageID} // it begins now, though its first chunk may take its time
+			u.held = []string{p.fill.MessageID} // it begins now, though its first chunk may take long
 		}
 		if len(u.held) > 0 || p.producer.ID != "" {
 			u.begin()
@@ -453,7 +450,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			}
 		}
 	}
-	number := 0 // of the body's chunk that comes next; a text has none that its sender knows
+	number := 0 // the index of the next chunk in the body; the sender of a text does not know any
 	blamed := func(err error, now int) error {
 		if refused, ok := errors.AsType[*store.RefusedError](err); ok && p.kind == typeText {
 			return refused.Err
@@ -506,7 +503,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 	}
 }
 
-// slow has an upload wait that is too fast: it is not read meanwhile, so that its sender waits, too.
+// slow makes an upload wait if it exceeds its rate. Meanwhile its body is not read, so its sender waits, too.
 func (u *upload) slow(cost int) {
 	if pause := u.api.limits.Appends.Owe(u.caller, cost); pause > 0 {
 		select {
@@ -516,8 +513,7 @@ func (u *upload) slow(cost int) {
 	}
 }
 
-// appendAll appends what arrived together, as if each chunk had come alone: those before
-// a refused one are taken.
+// appendAll appends chunks that arrived together as if each had come alone: it stores those before a refused one.
 func (u *upload) appendAll(chunks []store.Chunk, hold store.Hold) error {
 	if err := u.mayStore(chunks); err != nil {
 		return err
@@ -531,9 +527,8 @@ func (u *upload) appendAll(chunks []store.Chunk, hold store.Hold) error {
 	return err
 }
 
-// blame says which chunk of the body an error is about, if it is about one: the body had
-// so many before it, and those that were appended now; what the server adds behind is
-// none of it.
+// blame adds to an error the index of the chunk that caused it, if a chunk of the body did. before is the number of
+// earlier chunks of the body, and now is how many of the appended chunks belong to the body. The others are endings.
 func blame(err error, before, now int) error {
 	refused, late := errors.AsType[*store.RefusedError](err)
 	_, bad := errors.AsType[*store.ChunkError](err)
@@ -542,7 +537,7 @@ func blame(err error, before, now int) error {
 	case late && refused.Index < now:
 		at += refused.Index
 	case late:
-		return refused.Err // by what the request adds behind its body
+		return refused.Err // the server added that chunk after the body
 	case !bad:
 		return err
 	}
@@ -551,7 +546,7 @@ func blame(err error, before, now int) error {
 	return &p
 }
 
-// appendNothing answers a body without chunks.
+// appendNothing responds to a body without chunks.
 func (a *API) appendNothing(c echo.Context) error {
 	b, err := a.logs.Describe(c.Request().Context(), session(c))
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -560,8 +555,8 @@ func (a *API) appendNothing(c echo.Context) error {
 	return c.JSON(http.StatusCreated, Stored{Epoch: b.Epoch, First: b.Last + 1, Last: b.Last})
 }
 
-// readChunks answers a page of the log: the elements as they are, and the number of the
-// first, since those of foreign producers do not say theirs.
+// readChunks responds with a page of the log: the unchanged elements, and the number of the first, because elements of
+// other programs do not contain theirs.
 func (a *API) readChunks(c echo.Context) error {
 	const bytesMost = 4 << 20
 	page, err := parsePaging(c)
@@ -571,7 +566,7 @@ func (a *API) readChunks(c echo.Context) error {
 	if done, err := a.unchanged(c, page.tag); done || err != nil {
 		return err
 	}
-	// It is written as it is read: what is in memory is a part of it, and waits for its client.
+	// The page is written while it is read: only a part of it is in memory, waiting for its client.
 	if err := out(c).take(a.caller(c), partCost); err != nil {
 		return err
 	}
@@ -596,7 +591,7 @@ func (a *API) readChunks(c echo.Context) error {
 		for i, element := range p.Elements {
 			seq := p.From + int64(i)
 			size += len(element)
-			if full = seq > last || size > bytesMost && seq > first; full { // after last is what came while the page was written
+			if full = seq > last || size > bytesMost && seq > first; full { // chunks after last were appended while the page was written
 				break
 			}
 			if seq > first {
@@ -614,8 +609,8 @@ func (a *API) readChunks(c echo.Context) error {
 		if full || more <= 0 || next > last || size >= bytesMost {
 			break
 		}
-		// It ends where the next part is not what followed, as a page ends that is full: what comes next is for the next one
-		// to say. Only a page that is known by its tag has to be whole.
+		// If the next part does not continue this one, the page ends, like a full one, and the next page reports what
+		// happened. Only a page with a tag must be complete.
 		p, err = a.logs.Read(ctx, id, next, min(pagePart, bytesMost-size), more)
 		if err != nil || p.Epoch != epoch || p.From != next || len(p.Elements) == 0 {
 			if tagged {
@@ -629,8 +624,8 @@ func (a *API) readChunks(c echo.Context) error {
 }
 
 const (
-	// pagePart is how much of a page is read at once, in bytes, or else one chunk.
+	// pagePart is how much of a page is read at once: so many bytes, but at least one chunk.
 	pagePart = 128 << 10
-	// partCost is what it takes in memory: as Redis sent it, as it is parsed, and what of it is written.
+	// partCost is its size in memory: the reply of Redis, the parsed part, and the bytes to write.
 	partCost = 3 * pagePart
 )

@@ -61,7 +61,7 @@ func TestAppend_fillsInWhatABodyDoesNotSay(t *testing.T) {
 			}
 		}
 	}
-	// What was filled in counts: it ends the message, and is refused for one that has ended.
+	// Filled members count: they end the message, and are refused if it has ended.
 	into[Stored](t, n.post(query, typeJSON, `{"type":"done"}`), 201)
 	if p := n.post(query, typeJSON, `{"content":"sesame"}`).refused(t, 409, "message_ended"); p.Message != "m1" {
 		t.Errorf("%+v", p)
@@ -135,7 +135,7 @@ func TestAppend_toWhatHasEndedIsRefusedAndStoresNothing(t *testing.T) {
 			t.Errorf("%s: %d instead of %d chunks", end, got, last)
 		}
 	}
-	// A message ends nothing by itself, and an end inside an array is followed by nothing.
+	// A chunk of type message ends nothing, and nothing may follow an end inside an array.
 	n.append("s", `[{"type":"message","message_id":"m"},{"message_id":"m"}]`)
 	n.post("/v1/sessions/t/chunks", typeJSON, `[{"type":"end"},{"content":"sesame"}]`).refused(t, 409, "session_ended")
 	n.get("/v1/sessions/t").refused(t, 404, "session_not_found")
@@ -227,13 +227,13 @@ func TestAppend_badInputIsRefusedByNameAndStoresNothing(t *testing.T) {
 	if after := redis.LRange(t.Context(), "chat:history:s", 0, -1).Val(); len(after) != len(before) || after[0] != before[0] {
 		t.Errorf("the list was %q and is %q", before, after)
 	}
-	// What is just small enough is taken.
+	// A chunk that is just small enough is accepted.
 	n.append("s", `{"content":"`+long[:fits]+`"}`)
 	n.append("s", `[{"data":0}`+strings.Repeat(`,{"data":0}`, 9)+`]`)
 	n.append("s", `{"message_id":"`+long[:256]+`"}`)
 }
 
-// With end=done an append ends its message, whatever its body is.
+// With end=done an append ends its message, whatever its content type.
 func TestAppend_endsTheMessageWhereItIsAskedTo(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -281,7 +281,7 @@ func TestAppend_endsTheMessageWhereItIsAskedTo(t *testing.T) {
 	n.post("/v1/sessions/s/chunks?message_id=m&end=done", typeJSON, `[]`).refused(t, 409, "message_ended")
 }
 
-// What is meant by a content type is known by each of its names.
+// Every name of a content type is known.
 func TestAppend_knowsTheNamesOfItsContentTypes(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -308,7 +308,7 @@ func TestAppend_byPutIsRefusedSinceProxiesMayResendIt(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
 	a := n.do(request{method: "PUT", path: "/v1/sessions/s/chunks", kind: typeJSON, body: `{"data":0}`})
-	a.refused(t, 405, "method_not_allowed") // its Allow is held against the contract
+	a.refused(t, 405, "method_not_allowed") // its Allow is checked against the contract
 	if allow := a.header.Get("Allow"); !strings.Contains(allow, "POST") || !strings.Contains(allow, "GET") {
 		t.Errorf("Allow: %s", allow)
 	}

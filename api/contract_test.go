@@ -15,7 +15,7 @@ import (
 	"gapless/api/apitest"
 )
 
-// theContract is openapi.yaml: requests and answers of these tests are held against it.
+// theContract is openapi.yaml. The requests and responses of these tests are checked against it.
 var theContract = sync.OnceValue(func() *apitest.Contract {
 	text, err := os.ReadFile("../openapi.yaml")
 	if err != nil {
@@ -24,9 +24,8 @@ var theContract = sync.OnceValue(func() *apitest.Contract {
 	return apitest.New(text)
 })
 
-// cannotFail are operations for which no test knows how to make a 500 happen: they ask
-// nobody, or answer trouble with something better. The document lists it all the same,
-// as the answer to a fault that nobody has thought of.
+// cannotFail lists operations for which no test can cause a 500: they call nothing else, or handle errors in a better
+// way. The contract lists 500 for them all the same, for unforeseen faults.
 var cannotFail = map[string]bool{"getHealth": true, "getReadiness": true, "getContract": true, "getMetrics": true, "getPage": true, "getClient": true, "getClientTypes": true, "getDocs": true, "disturb": true, "streamChunks": true}
 
 func TestContract_isAValidDocument(t *testing.T) {
@@ -48,7 +47,7 @@ func TestContract_listsEveryRouteAndNoOther(t *testing.T) {
 		}
 		served[r.Method+" "+path] = true
 	}
-	for route := range maps.Clone(served) { // HEAD is the same call, and the contract says so once
+	for route := range maps.Clone(served) { // HEAD is the same call, and the contract lists it once
 		if path, head := strings.CutPrefix(route, "HEAD "); head && served["GET "+path] {
 			delete(served, route)
 		}
@@ -95,9 +94,9 @@ func TestContract_hasEveryCodeInItsTable(t *testing.T) {
 	}
 }
 
-// An example is named by its code, and the enum beside it is for programs: $ref has siblings
-// in OpenAPI 3.1, which validators mind and generators do not, so that they make one type of
-// problem, and not one a status.
+// Each example is named after its code, and an enum next to the $ref lists the codes for programs. OpenAPI 3.1 allows
+// siblings of $ref. Validators respect them, and generators ignore them, so that they make one type of problem, not one
+// per status.
 func TestContract_namesTheCodesOfEachStatus(t *testing.T) {
 	for _, o := range theContract().Responses() {
 		if want := o.Examples; !slices.Equal(o.Codes, want) {
@@ -106,7 +105,7 @@ func TestContract_namesTheCodesOfEachStatus(t *testing.T) {
 	}
 }
 
-// What the document shows is what it says.
+// The document's examples match its schemas.
 func TestContract_examplesAreOfTheirSchemas(t *testing.T) {
 	c := theContract()
 	count := 0
@@ -122,7 +121,7 @@ func TestContract_examplesAreOfTheirSchemas(t *testing.T) {
 	}
 }
 
-// What it shows of requests is taken.
+// The server accepts the document's example requests.
 func TestContract_exampleRequestsAreAnswered(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.model = says("Yes.") })
@@ -136,7 +135,7 @@ func TestContract_exampleRequestsAreAnswered(t *testing.T) {
 				for name, e := range media.Examples.FromOldest() {
 					t.Run(op.OperationId+" "+name, func(t *testing.T) {
 						session := op.OperationId + name
-						n.append(session, `{"message_id":"m1","content":"sesame"}`) // which some go on with, and cancel stops
+						n.append(session, `{"message_id":"m1","content":"sesame"}`) // some requests continue it, and cancel stops it
 						n.api.demo.show("01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10", naiveViewer{session, func() {}})
 						body := apitest.JSON(e.Value)
 						if kind != typeJSON {
@@ -157,7 +156,7 @@ func TestContract_exampleRequestsAreAnswered(t *testing.T) {
 	}
 }
 
-// The checker must be able to fail, or the rest of this package shows nothing.
+// The checker must be able to fail, or the rest of this package proves nothing.
 func TestContract_checkerNoticesWhatIsNotListed(t *testing.T) {
 	problem := func(status int, code string) (int, string, string) {
 		return status, "application/problem+json", fmt.Sprintf(`{"title":"T","status":%d,"detail":"d","code":%q}`, status, code)
@@ -217,7 +216,7 @@ func TestContract_checkerNoticesWhatIsNotListed(t *testing.T) {
 	}
 }
 
-// verdict is a test whose failure is what is wanted.
+// verdict is a test that should fail.
 type verdict struct {
 	testing.TB
 	failed bool

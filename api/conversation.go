@@ -14,29 +14,29 @@ import (
 )
 
 const (
-	// contextChunks is how many chunks of the log are looked at for a conversation, the newest
-	// ones. 20,000 words, a piece each, are about 3 MB, and 20 ms of Redis at each question.
+	// contextChunks is how many of the log's newest chunks are read for a conversation. 20,000 words, one chunk each,
+	// are about 3 MB, and take 20 ms of Redis for each question.
 	contextChunks = 20_000
-	contextPage   = 1 << 20 // bytes that are read at once
-	// contextRead is after how many bytes of chunks no more are looked at: their texts may be a small part of them.
+	contextPage   = 1 << 20 // bytes of one read
+	// contextRead is the maximum size of the chunks that are read, in bytes. Their texts may be a small part of that.
 	contextRead = 16 << 20
-	// contextFirst is how many of its first chunks are looked at for instructions, where the log is longer.
+	// contextFirst is how many of a longer log's first chunks are searched for instructions.
 	contextFirst = 100
-	// instructionsMost bounds instructions, in bytes: they are never left out.
+	// instructionsMost limits the size of instructions in bytes, because they are never left out.
 	instructionsMost = 1 << 20
 )
 
-// conversation is what was said in a log before chunk number before, and then the question, as also a strict
-// service takes it: many refuse, and some models' templates do, what is not in turn.
+// conversation returns what was said in a log before chunk number before, followed by the question. The result suits
+// strict services: many of them, and the templates of some models, refuse turns that do not alternate.
 //
 //   - Instructions come first, in one turn. They are never left out.
-//   - Then user and assistant take turns, from a user's turn to the question. Neighbours of one role, as an answer
-//     leaves them that was stopped before its first word, become one turn.
+//   - Then user and assistant alternate, from a user's turn to the question. Neighbours of one role become one turn. An
+//     answer that was stopped before its first word leaves such neighbours.
 //   - No turn is blank.
-//   - Messages are in the order in which they began, each as far as it got. Of them the newest are sent that fit into
-//     Config.ContextMax bytes, each whole.
+//   - Messages are in the order in which they began, each as far as it got. The newest messages are included, each
+//     whole, as many as fit into Config.ContextMax bytes.
 func (a *API) conversation(ctx context.Context, session string, before int64, question string) ([]model.Turn, error) {
-	said, torn, err := a.saidBefore(ctx, session, before)
+	said, torn, err := a.saidBefore(ctx, session, before, false)
 	if err != nil {
 		return nil, err
 	}
@@ -64,15 +64,17 @@ func (a *API) conversation(ctx context.Context, session string, before int64, qu
 	return inTurn(slices.Concat(instructions, others, []model.Turn{{Role: model.RoleUser, Content: question}})), nil
 }
 
-// saying is an element that says something which is sent along.
+// saying is an element with text for the conversation.
 type saying struct {
 	seq     int64
 	element string
 }
 
-// saidBefore reads a log backwards from a chunk. It returns what is said in the newest chunks, until that is enough for the
-// context, and of the chunks before those only instructions. torn is a message that may have begun before the newest chunks.
-func (a *API) saidBefore(ctx context.Context, session string, before int64) (all []saying, torn string, err error) {
+// saidBefore reads a log backwards from a chunk. It returns the texts of the newest chunks until they fill the context,
+// and only instructions from the chunks before. torn is a message that may have begun before the newest chunks.
+//
+// With tools, it also returns calls of tools and their results.
+func (a *API) saidBefore(ctx context.Context, session string, before int64, tools bool) (all []saying, torn string, err error) {
 	var parts [][]saying
 	lowest := max(before-contextChunks, 1)
 	from, size, read := before, 0, 0
@@ -82,16 +84,16 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64) (all
 			return nil, "", err
 		}
 		full := size >= a.cfg.ContextMax
-		part, said, bytes := sayings(p, full)
+		part, said, bytes := sayings(p, full, tools)
 		parts, size, read = append(parts, part), size+said, read+bytes
 		if !full {
-			if torn = ""; p.From-1 > p.Former && len(p.Elements) > 0 { // what an epoch began with has numbers after those of the former one
+			if torn = ""; p.From-1 > p.Former && len(p.Elements) > 0 { // the first numbers of an epoch follow those of the former one
 				torn = begunBefore(p.Elements[0])
 			}
 		}
 		if asked := max(from-step, lowest); p.From > asked || len(p.Elements) == 0 {
 			from = 1
-			break // the log begins there, or is another one by now
+			break // the log begins there, or was replaced
 		}
 		step = min(2*step, 4096, max(int64(contextRead-read)*step/int64(bytes+1), 16)) // as many as are likely to fit
 		from = p.From
@@ -101,20 +103,21 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64) (all
 		if err != nil {
 			return nil, "", err
 		}
-		part, _, _ := sayings(p, true)
+		part, _, _ := sayings(p, true, tools)
 		parts = append(parts, part)
 	}
 	slices.Reverse(parts)
 	return slices.Concat(parts...), torn, nil
 }
 
-// sayings are those of a page, how many bytes the conversation has in them, and how many the page has.
-func sayings(p store.Page, onlyInstructions bool) (all []saying, said, bytes int) {
+// sayings returns the sayings of a page, their size in the conversation, and the size of the page, both in bytes.
+func sayings(p store.Page, onlyInstructions, tools bool) (all []saying, said, bytes int) {
 	for i, element := range p.Elements {
 		s := parseSaid([]byte(element))
 		bytes += len(element)
 		role := roleOf(s.role)
-		if role == "" || s.content == "" || s.kind == store.TypeReasoning {
+		tool := tools && (s.role == "tool" || s.data != nil && (s.kind == typeToolCalls || s.kind == store.TypeMessage))
+		if !tool && (role == "" || s.content == "" || s.kind == store.TypeReasoning) {
 			continue
 		}
 		if role != model.RoleSystem {
@@ -127,7 +130,7 @@ func sayings(p store.Page, onlyInstructions bool) (all []saying, said, bytes int
 	return all, said, bytes
 }
 
-// begunBefore is the message of a chunk that may not be its first one.
+// begunBefore returns the message of a chunk if the chunk may not be its first, or else an empty string.
 func begunBefore(element string) string {
 	if s := parseSaid([]byte(element)); s.kind != store.TypeMessage {
 		return s.message
@@ -135,7 +138,7 @@ func begunBefore(element string) string {
 	return ""
 }
 
-// readRange reads the chunks of a log from number from on, before another, as far as they are kept.
+// readRange returns the chunks of a log from number from up to, but not including, before, as far as they are kept.
 func (a *API) readRange(ctx context.Context, session string, from, before int64) (all store.Page, err error) {
 	all.From = from
 	for at := from; at < before; {
@@ -144,7 +147,7 @@ func (a *API) readRange(ctx context.Context, session string, from, before int64)
 			return all, err
 		}
 		if len(p.Elements) == 0 || p.From >= before || at > from && p.From != at {
-			break // it was trimmed, or is another log by now
+			break // it was trimmed, or the log was replaced
 		}
 		if at == from {
 			all.Bounds, all.From = p.Bounds, p.From
@@ -155,7 +158,7 @@ func (a *API) readRange(ctx context.Context, session string, from, before int64)
 	return all, nil
 }
 
-// readPatiently reads a page, again while Redis is away: who asks waits anyway.
+// readPatiently reads a page, and retries while Redis is away: the caller waits anyway.
 func (a *API) readPatiently(ctx context.Context, session string, from int64, count int) (store.Page, error) {
 	for begun, pause := time.Now(), 20*time.Millisecond; ; pause = min(2*pause, time.Second) {
 		p, err := a.logs.Read(ctx, session, from, contextPage, count)
@@ -170,7 +173,8 @@ func (a *API) readPatiently(ctx context.Context, session string, from int64, cou
 	}
 }
 
-// roleOf is whose turn a message of a role is; empty: it is not sent along, as the result of a tool.
+// roleOf maps the role of a message to the role of a turn. It is empty if the message is not sent, such as the result
+// of a tool.
 func roleOf(role string) string {
 	switch role {
 	case "tool":
@@ -183,7 +187,7 @@ func roleOf(role string) string {
 	return model.RoleAssistant
 }
 
-// inTurn has the roles take turns, and leaves out what is blank, and an answer to a question that is not there.
+// inTurn makes the roles alternate. It leaves out blank turns, and an answer whose question is missing.
 func inTurn(all []model.Turn) (turns []model.Turn) {
 	for _, t := range all {
 		last := model.RoleSystem

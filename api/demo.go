@@ -18,23 +18,22 @@ import (
 	"gapless/store"
 )
 
-// The demo is what the page needs to show why this server exists: a way to disturb a connection, and the
-// viewer that reads first and subscribes then, to look at beside ours. A server that
-// asks a real model has none of it.
+// The demo is what the page needs to show why this server exists: a way to disturb a connection, and the viewer that
+// first reads and then subscribes, shown next to ours. A server with a real model has none of it.
 
-// demo is the naive viewers of this node, by the names of their connections. The others are the hub's.
+// demo holds the naive viewers of this node, by the names of their connections. The hub holds all other viewers.
 type demo struct {
 	mu    sync.Mutex
 	naive map[string]naiveViewer
 }
 
-// naiveViewer is one of them.
+// naiveViewer is a naive viewer's connection.
 type naiveViewer struct {
 	session string
 	cut     func()
 }
 
-// show has a naive viewer found until hide is called.
+// show makes a naive viewer known until hide is called.
 func (d *demo) show(connection string, n naiveViewer) (hide func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -46,7 +45,7 @@ func (d *demo) show(connection string, n naiveViewer) (hide func()) {
 	}
 }
 
-// find finds the naive viewer of a session that has a connection; nil: there is none.
+// find returns a function that cuts a naive viewer of a session, or nil if no such connection exists.
 func (d *demo) find(session, connection string) (cut func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -56,12 +55,12 @@ func (d *demo) find(session, connection string) (cut func()) {
 	return nil
 }
 
-// slowPause is behind each chunk of a connection that is slowed down: four a second, where the demo's
-// model says twenty words.
+// slowPause is the pause after each chunk of a slowed connection: four chunks a second, while the demo's model says
+// twenty words.
 const slowPause = 250 * time.Millisecond
 
-// disturb cuts a connection, or slows it down. Who names one may read its session, and has been told
-// its name: by welcome, or by the answer's header.
+// disturb cuts a connection, or slows it down. Its caller may read the session, and knows the connection's name from
+// welcome or from the response header.
 func (a *API) disturb(c echo.Context) error {
 	if err := checkJSON(c); err != nil {
 		return err
@@ -90,7 +89,7 @@ func (a *API) disturb(c echo.Context) error {
 		pause = slowPause
 		fallthrough
 	case "quick":
-		if v != nil { // a naive one is always as it is
+		if v != nil { // a naive viewer always has the same speed
 			v.Slow(pause)
 		}
 	default:
@@ -99,20 +98,20 @@ func (a *API) disturb(c echo.Context) error {
 	return c.NoContent(http.StatusNoContent)
 }
 
-// naivePart is how much of the history is read and sent at once, in bytes, and naiveCost what a naive viewer takes in memory: that,
-// as it is read and as it is sent, and what it has heard and not sent (naiveHeard).
+// naivePart is how much of the history is read and sent at once, in bytes. naiveCost is a naive viewer's size in
+// memory: the part as it is read and as it is sent, and the messages received but not sent (naiveHeard).
 const (
 	naivePart  = 32 << 10
 	naiveHeard = 64 << 10
 	naiveCost  = 3*naivePart + naiveHeard
 )
 
-// maxGap bounds the time between the two steps of a naive viewer, in ms.
+// maxGap is the maximum time between the two steps of a naive viewer, in ms.
 const maxGap = 2000
 
-// readFirst is the viewer that this server exists to end: it reads the history, sends it, and subscribes
-// then. What is published between the two is lost, and nothing tells. The time between them, some
-// milliseconds by nature, can be stretched, so that one need not wait for bad luck.
+// readFirst is the kind of viewer that this server replaces: it reads the history, sends it, and then subscribes.
+// Messages published in between are lost without notice. The time in between is normally some milliseconds. The caller
+// can stretch it, to show the loss without waiting for bad luck.
 func (a *API) readFirst(c echo.Context) error {
 	gap := 0
 	if text := c.QueryParam("gap"); text != "" {
@@ -157,19 +156,19 @@ func (a *API) readFirst(c echo.Context) error {
 	to := c.Response().Writer
 	ctl := http.NewResponseController(to)
 	say := func(text string) error {
-		if _, err := io.WriteString(to, text); err != nil { // in pieces, each with its deadline
+		if _, err := io.WriteString(to, text); err != nil { // in pieces, each with its own deadline
 			return err
 		}
 		if err := ctl.Flush(); err != nil {
 			return err
 		}
-		return ctl.SetWriteDeadline(time.Time{}) // HTTP/2 ends a stream by one that passes in silence
+		return ctl.SetWriteDeadline(time.Time{}) // a deadline that passes in silence ends an HTTP/2 stream
 	}
 	err = say(fmt.Sprintf(":\nevent: welcome\ndata: {\"type\":\"welcome\",\"connection\":%q,\"last_seq\":%d}\n\n", connection, page.Last))
 	for last := page.Last; err == nil && len(page.Elements) > 0; {
 		var history strings.Builder
 		for i, element := range page.Elements {
-			if seq := page.From + int64(i); seq <= last { // what it is by then, LRANGE 0 -1 would not have said
+			if seq := page.From + int64(i); seq <= last { // LRANGE 0 -1 would not have returned later chunks
 				event, _ := store.AppendElement([]byte("data: "), seq, element)
 				history.Write(append(event, "\n\n"...))
 			}
@@ -192,7 +191,7 @@ func (a *API) readFirst(c echo.Context) error {
 		go func() {            // ended by cut; only it sends on the channel
 			defer close(heard)
 			tell := func(text string) {
-				if waits.Load()+int64(len(text)) > naiveHeard { // what is over that is lost as well
+				if waits.Load()+int64(len(text)) > naiveHeard { // messages beyond that are lost, too
 					return
 				}
 				select {
@@ -219,5 +218,5 @@ func (a *API) readFirst(c echo.Context) error {
 		}
 	}
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "naive viewer ends", slog.String("session", id), slog.String("connection", connection))
-	panic(http.ErrAbortHandler) // like ours: to come back is the client's
+	panic(http.ErrAbortHandler) // like our streams: the client must reconnect
 }

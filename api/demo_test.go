@@ -14,7 +14,7 @@ import (
 	"gapless/sse"
 )
 
-// greeted views, and has been welcomed.
+// greeted views a session, and reads the welcome.
 func (n *node) greeted(session string, header ...string) *stream {
 	n.t.Helper()
 	s := n.watch(session, "", header...)
@@ -27,7 +27,7 @@ func (n *node) disturb(session, connection, do string) answer {
 	return n.post("/v1/sessions/"+session+"/demo", typeJSON, fmt.Sprintf(`{"connection":%q,"do":%q}`, connection, do))
 }
 
-// naively views as those do that lose chunks.
+// naively views a session with a naive viewer.
 func (n *node) naively(session, query string) *naive {
 	n.t.Helper()
 	return &naive{n.open(request{path: "/v1/sessions/" + session + "/demo/naive" + query})}
@@ -35,7 +35,7 @@ func (n *node) naively(session, query string) *naive {
 
 type naive struct{ *stream }
 
-// line is the next line that says something.
+// line returns the next line that is not empty.
 func (s *naive) line() string {
 	s.t.Helper()
 	for {
@@ -49,7 +49,7 @@ func (s *naive) line() string {
 	}
 }
 
-// until reads to a line, and answers what the chunks in front of it say.
+// until reads up to a line, and returns the contents of the chunks before it.
 func (s *naive) until(end string) (said []string) {
 	s.t.Helper()
 	for {
@@ -87,7 +87,7 @@ func TestDemo_isNoPartOfAnotherServer(t *testing.T) {
 	s.take(0, 1)
 }
 
-// However a viewer's connection is served.
+// A cut connection resumes where it was, however it is served.
 func TestDemo_cutConnectionComesBackToWhereItWas(t *testing.T) {
 	t.Parallel()
 	for name, plain := range map[string]bool{"taken over": false, "the server's": true} {
@@ -100,7 +100,7 @@ func TestDemo_cutConnectionComesBackToWhereItWas(t *testing.T) {
 			s.take(0, 2)
 			other.take(0, 2)
 			connection := s.header.Get("Gapless-Connection")
-			n.disturb("another", connection, "cut").refused(t, 404, "connection_not_found") // who may read that one may not cut this one
+			n.disturb("another", connection, "cut").refused(t, 404, "connection_not_found") // a caller that may read another session may not cut this connection
 			if a := n.disturb("s", connection, "cut"); a.status != 204 {
 				t.Fatalf("%d %s", a.status, a.body)
 			}
@@ -122,7 +122,7 @@ func TestDemo_cutConnectionComesBackToWhereItWas(t *testing.T) {
 	}
 }
 
-// Late, and nothing else; and then as quick as the others.
+// Its chunks are late, but complete. Afterwards it is as fast as the others.
 func TestDemo_connectionThatIsSlowedDownLosesNothing(t *testing.T) {
 	t.Parallel()
 	for name, plain := range map[string]bool{"taken over": false, "the server's": true} {
@@ -158,13 +158,13 @@ func TestDemo_connectionThatIsSlowedDownLosesNothing(t *testing.T) {
 			if took := time.Since(begun); took > 100*slowPause {
 				t.Errorf("it was slow for another %v", took)
 			}
-			n.append("s", `{"content":"7"}`) // it sits again
+			n.append("s", `{"content":"7"}`) // it is synced again
 			s.take(221, 1)
 		})
 	}
 }
 
-// The race, as RACE.md tells it: read, published, subscribed.
+// The race, as RACE.md tells it: read, publish, subscribe.
 func TestDemo_naiveViewerLosesWhatIsPublishedBeforeItSubscribes(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

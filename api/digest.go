@@ -12,8 +12,8 @@ import (
 	"gapless/store"
 )
 
-// digestJSON says what chunks first_seq to last_seq of a log are, without their text: SHA-256
-// over the data of their events, each followed by a line feed.
+// digestJSON identifies chunks first_seq to last_seq of a log without their text. The digest is SHA-256 over the data
+// of their events, each followed by a line feed.
 type digestJSON struct {
 	Epoch  string `json:"epoch"`
 	First  int64  `json:"first_seq"`
@@ -22,7 +22,7 @@ type digestJSON struct {
 	SHA256 string `json:"sha256"`
 }
 
-// readDigest answers the digest of a part of the log, so that a client can compare what it was given.
+// readDigest responds with the digest of a part of the log, so that a client can check what it received.
 func (a *API) readDigest(c echo.Context) error {
 	first, err := parseNumber(c.QueryParam("first"))
 	if err != nil {
@@ -57,7 +57,7 @@ func (a *API) readDigest(c echo.Context) error {
 	return c.JSON(http.StatusOK, d)
 }
 
-// digest begins again if the log is replaced, or trimmed past where it has got to, while it is read.
+// digest starts again if the log is replaced while it is read, or trimmed beyond the current position.
 func (a *API) digest(ctx context.Context, session string, first, last int64) (d digestJSON, b store.Bounds, err error) {
 	for {
 		hash, text, whole, upto := sha256.New(), []byte(nil), true, last

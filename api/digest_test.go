@@ -9,7 +9,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// The digest is of what a stream and a page say, also of elements that other programs have pushed.
+// The digest matches a stream and a page, also for elements that other programs pushed.
 func TestDigest_isOfWhatViewersAreGiven(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -48,7 +48,7 @@ func TestDigest_isOfWhatViewersAreGiven(t *testing.T) {
 	for _, query := range []string{"first=x", "last=-1", "first=8&last=7", "first=01"} {
 		n.do(request{method: "GET", path: "/v1/sessions/s/digest?" + query, bad: true}).refused(t, 400, "invalid_parameter")
 	}
-	for range 20 { // more than one part, and what is older is trimmed
+	for range 20 { // more than one part, and older chunks are trimmed
 		n.append("s", manyChunks(100))
 	}
 	if d := check(""); d.Last != 2100 || d.First != 601 {

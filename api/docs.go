@@ -16,11 +16,11 @@ import (
 	"github.com/labstack/echo/v4"
 )
 
-// docsPolicy is the strictest that lets Swagger UI work.
+// docsPolicy is the strictest policy with which Swagger UI works.
 const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " +
 	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// docs serves the API reference, which lies in the folder of that name, and its parts.
+// docs serves the API reference from the folder docs, with its parts.
 func (a *API) docs(files fs.FS) {
 	names, err := fs.Glob(files, "docs/*.*")
 	if err != nil {
@@ -39,7 +39,7 @@ func (a *API) docs(files fs.FS) {
 	}
 }
 
-// doc serves one of them. A large one is kept compressed (.gz), and sent so to who takes it, as
+// doc serves one file. A large file is stored compressed (.gz), and sent compressed to clients that accept it, as
 // browsers do.
 func doc(name string, text []byte) echo.HandlerFunc {
 	name, packed := strings.CutSuffix(path.Base(name), ".gz")
@@ -66,7 +66,7 @@ func doc(name string, text []byte) echo.HandlerFunc {
 	}
 }
 
-// takesGzip reads an Accept-Encoding (RFC 9110, section 12.5.3).
+// takesGzip reports whether an Accept-Encoding accepts gzip (RFC 9110, section 12.5.3).
 func takesGzip(accepted string) bool {
 	for one := range strings.SplitSeq(accepted, ",") {
 		coding, weight, _ := strings.Cut(strings.TrimSpace(one), ";")
@@ -78,7 +78,7 @@ func takesGzip(accepted string) bool {
 	return false
 }
 
-// unpack is what a part of the binary's own is, uncompressed.
+// unpack uncompresses a file of the binary.
 func unpack(packed []byte) []byte {
 	r, err := gzip.NewReader(bytes.NewReader(packed))
 	if err != nil {

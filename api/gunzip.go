@@ -11,20 +11,20 @@ import (
 	"github.com/labstack/echo/v4"
 )
 
-// errGzip says that a body is not what its Content-Encoding says.
+// errGzip means that a body does not match its Content-Encoding.
 var errGzip = errors.New("the body is not valid gzip, although its Content-Encoding says so")
 
-// decode gives a call its body decoded (RFC 9110, section 8.4). The limits of bodies count what is decoded, so a
-// small body that becomes a huge one is refused like the huge one.
+// decode decodes the body of a call (RFC 9110, section 8.4). The limits of bodies apply to the decoded body, so a small
+// body that becomes a huge one is refused like a huge one.
 func decode(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		r := c.Request()
 		switch coding := strings.Join(r.Header.Values("Content-Encoding"), ","); strings.ToLower(coding) {
 		case "", "identity":
 		case "gzip", "x-gzip":
-			if b, ok := r.Body.(*incoming); ok { // else there is none
+			if b, ok := r.Body.(*incoming); ok { // otherwise the request has no body
 				b.plain = &gunzip{from: arriving{b: b}}
-				r.ContentLength = -1 // that of what was sent
+				r.ContentLength = -1 // the length was that of the encoded body
 			}
 		default:
 			c.Response().Header().Set("Accept-Encoding", "gzip")
@@ -39,13 +39,13 @@ func decode(next echo.HandlerFunc) echo.HandlerFunc {
 type gunzip struct {
 	from   arriving
 	reader *gzip.Reader
-	// slow, if not nil, is told of each paceBytes that were decoded. Blank lines and comments make no chunk, so else nothing
-	// would slow down an upload of them, of which a few KiB are many MB.
+	// slow, if not nil, is called for each paceBytes of decoded bytes. Blank lines and comments make no chunk, so
+	// otherwise nothing would slow down an upload of them, and a few KiB of it are many MB.
 	slow  func(cost int)
-	since int // bytes that slow was not told of
+	since int // decoded bytes since the last call of slow
 }
 
-// paceBytes are decoded at the price of one chunk.
+// paceBytes is how many decoded bytes cost as much as one chunk.
 const paceBytes = 1 << 10
 
 func (g *gunzip) Read(p []byte) (n int, err error) {
@@ -63,7 +63,7 @@ func (g *gunzip) Read(p []byte) (n int, err error) {
 	return n, g.fault(err)
 }
 
-// fault tells a body that cannot be decoded, or ends too early, from one whose connection broke.
+// fault distinguishes a body that cannot be decoded, or ends too early, from a broken connection.
 func (g *gunzip) fault(err error) error {
 	switch {
 	case err == nil, err == io.EOF:

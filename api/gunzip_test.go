@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// gzipped is a text as a client sends it that compresses.
+// gzipped returns a compressed text.
 func gzipped(text string) string {
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
@@ -18,7 +18,7 @@ func gzipped(text string) string {
 	return b.String()
 }
 
-// coded is a request whose body has a Content-Encoding, which the contract's validator does not read.
+// coded returns a request whose body has a Content-Encoding, which the contract's validator does not read.
 func coded(path, kind, coding, body string) request {
 	return request{method: "POST", path: path, kind: kind, body: body, bad: true, header: map[string]string{"Content-Encoding": coding}}
 }
@@ -41,7 +41,7 @@ func TestBody_inGzipIsDecoded(t *testing.T) {
 			t.Errorf("%s %s: %d %s", c.path, c.kind, a.status, a.body)
 		}
 	}
-	// Two members are one body, as gzip has it; identity is no coding; and nothing is nothing.
+	// Two gzip members are one body, identity is no coding, and an empty body is empty.
 	for _, q := range []request{
 		coded(chunks, typeJSON, "gzip", gzipped(`[{"content":`)+gzipped(`"sesame 9"}]`)), coded(chunks, typeJSON, "identity", `{"content":"sesame 10"}`),
 		coded("/v1/sessions", typeJSON, "gzip", gzipped("")), coded("/v1/sessions", typeJSON, "gzip", ""),
@@ -59,7 +59,7 @@ func TestBody_inGzipIsDecoded(t *testing.T) {
 	}
 }
 
-// The limits count what is decoded.
+// The limits apply to the decoded body.
 func TestBody_inGzipIsAsLimitedAsWithout(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BodyMax, s.api.ChunkMax = 100<<10, 2<<10 })
@@ -86,7 +86,7 @@ func TestBody_inGzipIsAsLimitedAsWithout(t *testing.T) {
 	}
 }
 
-// What it says of its coding is believed, and what is not so is refused: none of it is taken for text.
+// The Content-Encoding is trusted, and a body that does not match it is refused: none of it is taken for text.
 func TestBody_inAnotherCodingIsRefused(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -121,7 +121,7 @@ func TestBody_inAnotherCodingIsRefused(t *testing.T) {
 	n.do(coded("/v1/sessions", typeJSON, "gzip", `{}`)).refused(t, 400, "invalid_json")
 }
 
-// A line is stored when its sender has flushed it, not when its body ends.
+// A line is stored when its sender flushes it, not when the body ends.
 func TestBody_inGzipIsStoredAsItArrives(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -13,15 +13,15 @@ import (
 	"gapless/store"
 )
 
-// What a log says as messages: the fold that snapshots are, for those who want no stream. It is made anew for each
-// request, from the log's start, so that each message is whole; foldsMost bounds how many are made at a time.
+// A log's text as messages: the same fold as in snapshots, for clients that want no stream. Each request folds the log
+// again from its start, so that each message is whole. foldsMost limits how many folds run at a time.
 const (
 	foldsMost = 2
-	foldBytes = 4 << 20 // of messages, in one answer
+	foldBytes = 4 << 20 // of messages, in one response
 	foldPage  = 1 << 20 // of the log, in one read
 )
 
-// fold takes a place among those that read whole logs, or wait for one.
+// fold waits for one of the places for calls that read whole logs.
 func (a *API) fold(ctx context.Context) (give func(), err error) {
 	select {
 	case a.folds <- struct{}{}:
@@ -31,7 +31,7 @@ func (a *API) fold(ctx context.Context) (give func(), err error) {
 	}
 }
 
-// foldLog reads a log and folds it. ErrNotFound: there is no such session.
+// foldLog reads a log and folds it. The error is ErrNotFound if the session does not exist.
 func (a *API) foldLog(ctx context.Context, session string, ask sse.MessagesAsk) (*sse.Messages, store.Page, error) {
 	give, err := a.fold(ctx)
 	if err != nil {
@@ -50,7 +50,7 @@ func (a *API) foldLog(ctx context.Context, session string, ask sse.MessagesAsk) 
 	return m, last, nil
 }
 
-// readMessages answers what a log says as messages.
+// readMessages responds with the text of a log as messages.
 func (a *API) readMessages(c echo.Context) error {
 	page, err := parsePaging(c)
 	if err != nil {
@@ -87,7 +87,7 @@ func (a *API) readMessages(c echo.Context) error {
 			}
 		}
 		body, err := json.Marshal(all)
-		if err != nil { // what a foreign producer takes for JSON, and this library does not
+		if err != nil { // another program's JSON, which this library rejects
 			return err
 		}
 		return c.Blob(http.StatusOK, typeJSON, body)
@@ -105,7 +105,7 @@ func (a *API) readMessages(c echo.Context) error {
 	return c.Blob(http.StatusOK, typeJSON, append(b, '}'))
 }
 
-// readMessage answers one message.
+// readMessage responds with one message.
 func (a *API) readMessage(c echo.Context) error {
 	id, err := messageID(c)
 	if err != nil {
@@ -116,7 +116,7 @@ func (a *API) readMessage(c echo.Context) error {
 		return err
 	}
 	if m.Len() == 0 {
-		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "unknown message: the session does not have it, or no longer keeps it"}
+		return errNoMessage
 	}
 	h, one := c.Response().Header(), m.Heads()[0]
 	h.Set("Cache-Control", "no-cache")

@@ -18,7 +18,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// messagesJSON is the conversation as clients see it, and what is the same in a snapshot.
+// messagesJSON is the conversation as clients see it, with the members that it shares with a snapshot.
 type messagesJSON struct {
 	Epoch    string           `json:"epoch"`
 	First    int64            `json:"first_seq"`
@@ -33,7 +33,7 @@ func (n *node) messages(session, query string) messagesJSON {
 	return into[messagesJSON](n.t, n.get("/v1/sessions/"+session+"/messages"+query), 200)
 }
 
-// snapshot is what a stream says at its start.
+// snapshot returns the snapshot at the start of a stream.
 func (n *node) snapshot(session string) (m messagesJSON) {
 	n.t.Helper()
 	s := n.watch(session, "?snapshot=1")
@@ -46,7 +46,7 @@ func (n *node) snapshot(session string) (m messagesJSON) {
 	return m
 }
 
-// Whatever is in a log, its messages are those of a snapshot, and the pages of them are, too.
+// Whatever a log contains, its messages, and its pages of messages, equal those of a snapshot.
 func TestMessages_areThoseOfASnapshotInPagesOfAnySize(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -119,7 +119,7 @@ func TestMessages_forTheAISDK(t *testing.T) {
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v", got)
 	}
-	// Everything that is under way, and nothing else, is what resume brings.
+	// resume returns everything that is under way, and nothing else.
 	u := n.ui(t, request{method: "GET", path: "/v1/sessions/s/ui-stream"})
 	if p, _ := u.next(); p.MessageID != "run" {
 		t.Errorf("%+v", p)
@@ -180,7 +180,8 @@ func TestMessages_saysWhatIsWrongAndWhatHasNotChanged(t *testing.T) {
 	n.get(path).refused(t, 404, "session_not_found")
 }
 
-// Memory is bounded: what is more than fits is on the next page, and one message that does not fit is cut, and says so.
+// Memory is limited: messages that do not fit are on the next page, and a single message that does not fit is cut, and
+// marked as cut.
 func TestMessages_areBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -12,28 +12,27 @@ import (
 	"gapless/store"
 )
 
-// batchMost is how many chunks that are there already are appended in one script call.
+// batchMost is the maximum number of chunks in one script call.
 const batchMost = 256
 
 // source makes chunks of a body while it arrives.
 type source interface {
-	// next waits until there is a chunk, and answers all that are there. An error comes
-	// behind them: io.EOF at the body's end, errBroken when it broke off, or what is wrong
-	// with what follows.
+	// next waits for a chunk, and returns all chunks that have arrived. An error follows them: io.EOF at the body's
+	// end, errBroken if it ended early, or what is wrong with the next chunk.
 	next() ([]store.Chunk, error)
 }
 
 var errBroken = errors.New("the body ended early")
 
-// body is what has arrived of a body and was not taken yet. It has a buffer that grows
-// up to what one chunk may need, and no further: while nobody takes, nothing is read.
+// body holds what has arrived of a body and was not taken yet. Its buffer grows up to the size that one chunk may need.
+// While it is full, nothing is read.
 type body struct {
 	from       io.Reader
 	most       int
 	buf        []byte
 	start, end int
-	eager      bool  // the last read took all that there was room for
-	err        error // what comes behind the bytes: io.EOF, errBroken
+	eager      bool  // the last read filled the buffer
+	err        error // what follows the bytes: io.EOF or errBroken
 }
 
 var errFull = errors.New("the buffer is full")
@@ -42,7 +41,7 @@ func (b *body) arrived() []byte { return b.buf[b.start:b.end] }
 
 func (b *body) take(n int) { b.start += n }
 
-// more waits for more bytes, or for the body's end. errFull: most bytes are there already.
+// more waits for more bytes, or for the body's end. The error is errFull if the buffer already holds b.most bytes.
 func (b *body) more() error {
 	if b.start > 0 && (b.start == b.end || b.end == len(b.buf)) {
 		b.end = copy(b.buf, b.arrived())
@@ -52,7 +51,7 @@ func (b *body) more() error {
 		return errFull
 	}
 	if (b.end == len(b.buf) || b.eager) && len(b.buf) < b.most {
-		// Twice as much: for a long line, or for one who sends faster than we read.
+		// Double the buffer, for a long line, or for a sender that is faster than we read.
 		grown := make([]byte, min(max(4<<10, 2*len(b.buf)), b.most))
 		copy(grown, b.buf[:b.end])
 		b.buf = grown
@@ -74,7 +73,7 @@ type lines struct {
 	body
 	fill    store.Fill
 	limit   int
-	scanned int // bytes that are known to have no end of a line in them
+	scanned int // bytes that are known to contain no end of a line
 }
 
 func (s *lines) next() (chunks []store.Chunk, err error) {
@@ -99,7 +98,7 @@ func (s *lines) next() (chunks []store.Chunk, err error) {
 		case s.err != nil:
 			return chunks, s.err
 		case len(chunks) > 0:
-			return chunks, nil // the next line is not whole yet: what is here goes out now
+			return chunks, nil // the next line is incomplete: append what is here now
 		}
 		if s.more() == errFull {
 			return nil, &store.ChunkError{Code: "chunk_too_large", Limit: s.limit, Detail: fmt.Sprintf("a line has more than %d bytes (-chunk-max)", s.limit)}
@@ -107,7 +106,7 @@ func (s *lines) next() (chunks []store.Chunk, err error) {
 	}
 }
 
-// line takes a line. The last one may lack its end, unless the body ended early.
+// line takes a line. The last line may lack its end, unless the body ended early.
 func (s *lines) line() (line []byte, ok bool) {
 	arrived := s.arrived()
 	if i := bytes.IndexByte(arrived[s.scanned:], '\n'); i >= 0 {
@@ -156,11 +155,11 @@ func (s *text) next() (chunks []store.Chunk, err error) {
 		case len(chunks) > 0:
 			return chunks, nil
 		}
-		_ = s.more() // there are three bytes at most: the buffer is not full
+		_ = s.more() // at most three bytes are left, so the buffer is not full
 	}
 }
 
-// wholeRunes is how many bytes of b there are before a character that has only begun.
+// wholeRunes returns how many bytes of b precede an incomplete last character.
 func wholeRunes(b []byte) int {
 	for i := len(b) - 1; i >= max(0, len(b)-utf8.UTFMax+1); i-- {
 		if utf8.RuneStart(b[i]) {
@@ -190,7 +189,7 @@ type events struct {
 	parser sse.Parser
 	fill   store.Fill
 	limit  int
-	some   bool // there was an event, in this body or in one that it goes on with
+	some   bool // this body, or one that it continues, has contained an event
 }
 
 func (s *events) next() (chunks []store.Chunk, err error) {
@@ -235,7 +234,7 @@ func (s *events) next() (chunks []store.Chunk, err error) {
 	}
 }
 
-// begun says whether the body has ended inside its first event.
+// begun reports whether the body has ended inside its first event.
 func (s *events) begun() bool {
 	rest := s.arrived()
 	return s.parser.Torn(nil) || bytes.HasPrefix(rest, []byte("data")) || bytes.HasPrefix(rest, []byte("event"))

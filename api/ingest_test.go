@@ -18,7 +18,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// pieces hands out text in pieces of the given sizes, over and over.
+// pieces returns text in pieces of the given sizes, which repeat.
 type pieces struct {
 	text  []byte
 	sizes []byte
@@ -40,7 +40,7 @@ func (p *pieces) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// drained is all that a source makes.
+// drained returns all chunks that a source makes.
 func drained(src source) (all []store.Chunk, err error) {
 	for {
 		chunks, err := src.next()
@@ -51,7 +51,7 @@ func drained(src source) (all []store.Chunk, err error) {
 	}
 }
 
-// saidBy is what chunks say, one behind the other.
+// saidBy returns the joined contents of chunks.
 func saidBy(t testing.TB, chunks []store.Chunk) (all string) {
 	t.Helper()
 	for _, c := range chunks {
@@ -68,7 +68,7 @@ func newTextSource(from io.Reader, limit int) *text {
 	return &text{body: body{from: from, most: limit + 1024}, fill: store.Fill{MessageID: "m"}, limit: limit}
 }
 
-// A text is the concatenation of its chunks, however it comes.
+// A text equals its joined chunks, however it arrives.
 func FuzzText(f *testing.F) {
 	for _, s := range []string{"a", "Grüße, 世界 🍞!", "\xff", "a\xc3", "a\xc3\xc3", "\xf0\x9f\x8d\x9e", "\xf0\x9f\x8d", "\xed\xa0\x80", "\xc0\x80x", "\x00\x01\"\\"} {
 		f.Add([]byte(s), []byte{0})
@@ -107,7 +107,7 @@ func TestText_isCutAtEveryByteAndNeverInACharacter(t *testing.T) {
 	}
 }
 
-// A body that broke off leaves what came whole, and half a character does not blame the text.
+// The part of a broken body that arrived whole is stored, and half a character is not an error of the text.
 func TestText_thatBreaksOffKeepsWhatCameWhole(t *testing.T) {
 	chunks, err := drained(newTextSource(&pieces{text: []byte("ab\xc3"), end: io.ErrUnexpectedEOF}, 64<<10))
 	if got := saidBy(t, chunks); got != "ab" || !errors.Is(err, errBroken) {
@@ -115,7 +115,7 @@ func TestText_thatBreaksOffKeepsWhatCameWhole(t *testing.T) {
 	}
 }
 
-// Lines are lines, however they come.
+// Lines are recognised however they arrive.
 func FuzzLines(f *testing.F) {
 	for _, s := range []string{"{}\n{}\n", "{}\r\n\n\n{\"a\":1}", "{}\nnope\n{}", "\n", "{", "{}\n\n{}"} {
 		f.Add([]byte(s), []byte{0})
@@ -146,7 +146,7 @@ func FuzzLines(f *testing.F) {
 	})
 }
 
-// A body without an end takes no more memory than a chunk may.
+// An endless body takes no more memory than a chunk may.
 func TestBody_withoutAnEndIsBounded(t *testing.T) {
 	endless := readerFunc(func(p []byte) (int, error) {
 		for i := range p {
@@ -216,7 +216,7 @@ func TestText_becomesAMessageThatItsCleanEndEnds(t *testing.T) {
 	}
 }
 
-// babel is about n bytes in many scripts.
+// babel returns about n bytes in many scripts.
 func babel(n int) string {
 	var b strings.Builder
 	for words := []string{"Xin chào thế giới, ", "đường phố Hà Nội ", "你好，世界。", "繁體字 ", "🍞👩‍👩‍👧‍👦🇻🇳 ", "line\nbreak\r\n", "\"quoted\\\" ", "\u2028\u0000\u001f"}; b.Len() < n; {
@@ -325,13 +325,13 @@ func TestEvents_areKeptToTheByte(t *testing.T) {
 			t.Errorf("%q", got)
 		}
 	}
-	// What cannot have come in a stream is no event.
+	// A chunk that cannot come from a stream is no event.
 	for _, body := range []string{`{"event":"a\nb","raw":"x"}`, `{"raw":"a\rb"}`, `{"event":"\r"}`} {
 		n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: body, bad: true}).refused(t, 400, "invalid_chunk")
 	}
 }
 
-// What a service says that fails is often no event stream, and is not to be taken for an answer that is done.
+// The error message of a service is often no event stream. It must not count as a complete answer.
 func TestEvents_bodyWithoutAnEventIsRefused(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -341,7 +341,7 @@ func TestEvents_bodyWithoutAnEventIsRefused(t *testing.T) {
 	} {
 		for _, q := range []request{
 			{path: "?message_id=m", body: body}, {body: body},
-			{path: "?message_id=m", from: struct{ io.Reader }{strings.NewReader(body)}}, // of which nobody knows how long it is
+			{path: "?message_id=m", from: struct{ io.Reader }{strings.NewReader(body)}}, // its length is unknown
 		} {
 			s := fmt.Sprint("none", i)
 			q.method, q.path, q.kind, q.bad = "POST", "/v1/sessions/"+s+"/chunks"+q.path, typeEvents, true
@@ -359,7 +359,7 @@ func TestEvents_bodyWithoutAnEventIsRefused(t *testing.T) {
 			t.Errorf("%q: %d %s", body, a.status, a.body)
 		}
 	}
-	// A producer that has sent all of its events only has to say that they are all.
+	// A producer that has sent all of its events may send only the end.
 	post := func(body string, number int64) answer {
 		return n.do(request{method: "POST", path: "/v1/sessions/s/chunks?message_id=m", kind: typeEvents, body: body, bad: true, header: numbers("p", 0, number)})
 	}
@@ -419,7 +419,7 @@ func TestRaw_givesWhatWasIngestedAndNothingElse(t *testing.T) {
 	n.do(request{method: "GET", path: "/v1/sessions/none/stream?format=raw&after=3"}).refused(t, 410, "cursor_outside")
 }
 
-// A long log without events is over for a raw viewer, too; one with an event at its end is not.
+// A long log without events has ended for a raw viewer, too. A log with an event at its end has not.
 func TestRaw_ofALongLogThatHasEnded(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.sse.Window = 4000 })
@@ -436,7 +436,7 @@ func TestRaw_ofALongLogThatHasEnded(t *testing.T) {
 	}
 }
 
-// A cursor that was trimmed away is told before the first event, and breaks off a viewer under way.
+// A trimmed cursor is reported before the first event, and breaks off a viewer under way.
 func TestRaw_cursorThatIsTrimmedIs410(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.HistoryMax, s.sse.Window = 5, 0 })
@@ -454,7 +454,7 @@ func TestRaw_cursorThatIsTrimmedIs410(t *testing.T) {
 		t.Fatal(a.status)
 	}
 	if rest, err := io.ReadAll(v.body); err != nil || strings.Contains(string(rest), "reset") {
-		t.Errorf("%q %v", rest, err) // a clean end: it was deleted
+		t.Errorf("%q %v", rest, err) // a clean end: the session was deleted
 	}
 	if a := n.get("/v1/sessions/s/stream?format=raw"); a.status != http.StatusNoContent {
 		t.Error(a.status)

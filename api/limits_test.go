@@ -23,13 +23,13 @@ import (
 	"gapless/store"
 )
 
-// as is a call as it comes from an address, through the proxy that the tests are.
+// as returns a call from an address, through the proxy that the tests are.
 func as(q request, address string) request {
 	q.header = map[string]string{"X-Forwarded-For": address}
 	return q
 }
 
-// proxied has callers told apart by what the tests say that they are.
+// proxied makes a node trust the addresses that the tests claim.
 func proxied(change func(*setup)) func(*setup) {
 	return func(s *setup) {
 		l := &s.api.Limits
@@ -39,7 +39,7 @@ func proxied(change func(*setup)) func(*setup) {
 	}
 }
 
-// refusals is what the metrics count of a limit.
+// refusals returns the metric of a limit's refusals.
 func (n *node) refusals(limit string) int {
 	n.t.Helper()
 	line := `gapless_refused_total{limit="` + limit + `"} `
@@ -53,10 +53,10 @@ func (n *node) refusals(limit string) int {
 }
 
 func paced429(q request) bool {
-	return strings.HasPrefix(q.path, "/v1/") || q.path == "/metrics"
+	return strings.HasPrefix(q.path, "/v1/") || strings.HasPrefix(q.path, "/openai/") || q.path == "/metrics"
 }
 
-func isStream(q request) bool { return strings.Contains(q.path, "/stream") }
+func isStream(q request) bool { return strings.Contains(q.path, "s/stream") }
 
 func TestLimit_ofURLAndHeaderIsSaidEverywhere(t *testing.T) {
 	t.Parallel()
@@ -82,7 +82,7 @@ func TestLimit_ofURLAndHeaderIsSaidEverywhere(t *testing.T) {
 	}
 }
 
-// clock is a time that goes on when it is told to, for rates.
+// clock is a clock for rates that only advance moves.
 type clock struct{ at atomic.Int64 }
 
 func stopped() *clock {
@@ -95,8 +95,7 @@ func (c *clock) now() time.Time { return time.Unix(0, c.at.Load()) }
 
 func (c *clock) advance(d time.Duration) { c.at.Add(int64(d)) }
 
-// One caller has used up its calls: each of them says when to come again, and another caller
-// notices nothing.
+// One caller has used up its calls. Each further response says when to retry, and no other caller is affected.
 func TestLimit_ofCallsIsSaidEverywhereAndIsEachCallersOwn(t *testing.T) {
 	t.Parallel()
 	clock := stopped()
@@ -119,7 +118,7 @@ func TestLimit_ofCallsIsSaidEverywhereAndIsEachCallersOwn(t *testing.T) {
 		}
 	}
 	n.do(as(request{method: "GET", path: "/v1/sessions/s"}, "198.51.100.2")).refused(t, 404, "session_not_found")
-	for _, path := range []string{"/healthz", "/readyz"} { // a balancer may come from the same address
+	for _, path := range []string{"/healthz", "/readyz"} { // a load balancer may have the same address
 		if a := n.do(as(request{method: "GET", path: path}, "198.51.100.1")); a.status != 200 {
 			t.Errorf("%s: %d", path, a.status)
 		}
@@ -134,8 +133,7 @@ func TestLimit_ofCallsIsSaidEverywhereAndIsEachCallersOwn(t *testing.T) {
 	}
 }
 
-// sentAway asks for a stream that must be refused as EventSource needs it: 200, a time to come back
-// later, and no clean end.
+// sentAway requests a stream that must be refused as EventSource needs it: with 200, a retry time, and no clean end.
 func (n *node) sentAway(q request, limit string) {
 	n.t.Helper()
 	s := n.open(q)
@@ -149,7 +147,7 @@ func (n *node) sentAway(q request, limit string) {
 	}
 }
 
-// Where a token says who it is, that counts, from whatever address; where it does not, the address.
+// If a token names a subject, the limit applies to the subject, from any address; otherwise to the address.
 func TestLimit_ofASubject(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, _ *auth.Config) { proxied(func(s *setup) { s.api.Limits.CallerCalls = 1 })(s) })
@@ -182,8 +180,8 @@ func TestLimit_ofASubject(t *testing.T) {
 	}
 }
 
-// The operator's own service brings everybody's words: it is held to none of a caller's limits, and is told by
-// what its token allows. To read everything, or to write much, is not enough.
+// The operator's own service acts for all users, so no caller's limit applies to it. Its token identifies it. A token
+// to read everything, or to write much, is not enough.
 func TestLimit_notOfTheOperatorsOwnService(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, func(s *setup, _ *auth.Config) {
@@ -209,8 +207,7 @@ func TestLimit_notOfTheOperatorsOwnService(t *testing.T) {
 	}
 }
 
-// Viewers are given places, are sent away when there is none, come back, and give their places
-// back however they end.
+// Viewers take places. If none is free, they are refused and reconnect. They free their places however they end.
 func TestLimit_ofViewers(t *testing.T) {
 	t.Parallel()
 	for _, plain := range []bool{false, true} {
@@ -249,7 +246,7 @@ func TestLimit_ofViewers(t *testing.T) {
 	}
 }
 
-// A view of one message is a view: it counts as one, and is refused in words.
+// A view of one message counts as a view, and its refusal is a problem in JSON.
 func TestLimit_ofViewersOfMessages(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) {
@@ -259,7 +256,7 @@ func TestLimit_ofViewersOfMessages(t *testing.T) {
 	n.append("s", `{"message_id":"m","content":"sesame"}`)
 	n.append("t", `{"message_id":"m","content":"sesame"}`)
 	all := []request{
-		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"},
+		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"}, {method: "GET", path: "/v1/sessions/s/ui-stream/m/stream"},
 		{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 	}
 	one := n.open(as(request{path: "/v1/sessions/s/stream"}, "198.51.100.1"))
@@ -283,11 +280,11 @@ func TestLimit_ofViewersOfMessages(t *testing.T) {
 		t.Errorf("%d places are taken", n.api.limits.Viewers.Taken())
 	}
 	defer n.open(as(request{path: "/v1/sessions/t/stream"}, "198.51.100.2")).stop()
-	n.append("u", `{"message_id":"m","content":"sesame"}`) // of which there is no room for the log, since both that are there are viewed
+	n.append("u", `{"message_id":"m","content":"sesame"}`) // its log cannot be watched, because both watched logs have viewers
 	n.do(as(request{method: "GET", path: "/v1/sessions/u/ui-stream"}, "198.51.100.3")).refused(t, 503, "node_limit")
 }
 
-// However many logs strangers ask for, so many are watched; those that are have room for all.
+// However many logs strangers request, only a limited number is watched. Each watched log has room for all viewers.
 func TestLimit_ofLogsThatAreWatched(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.sse.Feeds, s.sse.Linger = 2, 0 })
@@ -338,7 +335,7 @@ func TestLimit_ofUploads(t *testing.T) {
 	}
 }
 
-// until waits for a log to have so many chunks.
+// until waits for a log to have a number of chunks.
 func (n *node) until(session string, last int64) {
 	n.t.Helper()
 	eventually(n.t, fmt.Sprint(last, " chunks are there"), func() bool {
@@ -347,7 +344,7 @@ func (n *node) until(session string, last int64) {
 	})
 }
 
-// Large bodies that wait for their rest take memory: so many bytes of them, and no more.
+// Large bodies that wait for their rest take memory, which is limited.
 func TestLimit_ofBodies(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) {
@@ -372,7 +369,7 @@ func TestLimit_ofBodies(t *testing.T) {
 		}
 		return w, answered
 	}
-	all := request{method: "POST", path: path, kind: typeJSON, body: body, bad: true} // answered before it was sent
+	all := request{method: "POST", path: path, kind: typeJSON, body: body, bad: true} // the response comes before it was sent
 	one, first := begin("198.51.100.1")
 	eventually(t, "one body is under way", func() bool { return n.api.limits.Bodies.Taken() == 3*len(body) })
 	a := n.do(as(all, "198.51.100.1"))
@@ -397,14 +394,14 @@ func TestLimit_ofBodies(t *testing.T) {
 	}
 }
 
-// A body that drips is given up; one that goes on, and an upload, are not.
+// A body that drips times out. A body that progresses, and an upload, do not.
 func TestLimit_ofABodysTime(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BodyTimeout = 2 * time.Second })
-	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON, "/v1/sessions/s/demo": typeJSON} {
+	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON, "/v1/sessions/s/demo": typeJSON, "/openai/v1/responses": typeJSON, "/openai/v1/chat/completions": typeJSON} {
 		r, w := io.Pipe()
 		stop := make(chan struct{})
-		go func() { // ends with the answer
+		go func() { // ends with the response
 			for err := error(nil); err == nil; {
 				_, err = w.Write([]byte(" "))
 				select {
@@ -425,7 +422,7 @@ func TestLimit_ofABodysTime(t *testing.T) {
 		}
 	}
 
-	// 64 KiB in each time are enough, however long it takes.
+	// 64 KiB in each period are enough, however long the body takes.
 	r, w := io.Pipe()
 	go func() { // ends with the body
 		piece := bytes.Repeat([]byte(" "), 16<<10)
@@ -460,7 +457,7 @@ func TestLimit_ofABodysTime(t *testing.T) {
 	}
 }
 
-// A request whose handler does not read its body is not held by it either.
+// A body that no handler reads has the same timeout.
 func TestLimit_ofTheTimeOfABodyThatNobodyReads(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BodyTimeout = 300 * time.Millisecond })
@@ -474,8 +471,7 @@ func TestLimit_ofTheTimeOfABodyThatNobodyReads(t *testing.T) {
 	}
 }
 
-// New sessions are counted by whoever makes them, in whatever way; those that are there take what
-// comes.
+// New sessions count for the caller that creates them, in whatever way. Existing sessions accept every append.
 func TestLimit_ofNewSessions(t *testing.T) {
 	t.Parallel()
 	clock := stopped()
@@ -511,7 +507,7 @@ func TestLimit_ofNewSessions(t *testing.T) {
 	into[Stored](t, appendTo("newer", me, typeJSON, `{"data":0}`), 201)
 }
 
-// Chunks that come too fast are refused where nothing of them was read, and else read slowly.
+// Chunks that arrive too fast are refused if nothing of them was read, and otherwise read slowly.
 func TestLimit_ofAppends(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerAppends = 20 }))
@@ -521,7 +517,7 @@ func TestLimit_ofAppends(t *testing.T) {
 		return n.do(as(request{method: "POST", path: "/v1/sessions/s/chunks", kind: kind, body: body}, me))
 	}
 	large := `{"content":"` + strings.Repeat("x", 50<<10) + `"}`
-	for range 3 { // 51 each
+	for range 3 { // each costs 51
 		into[Stored](t, post(typeJSON, large), 201)
 	}
 	into[Stored](t, post(typeJSON, "["+strings.Repeat("{\"data\":0},", 39)+"{\"data\":0}]"), 201)
@@ -539,7 +535,8 @@ func TestLimit_ofAppends(t *testing.T) {
 	into[Stored](t, n.do(as(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: large}, "198.51.100.2")), 201)
 }
 
-// What a compressed upload is decoded to counts as well where it makes no chunks: blank lines are a thousand times smaller in gzip.
+// The decoded size of a compressed upload counts even if it makes no chunks: gzip makes blank lines a thousand times
+// smaller.
 func TestLimit_ofWhatIsDecoded(t *testing.T) {
 	t.Parallel()
 	for kind, silent := range map[string]string{typeNDJSON: "\n", typeEvents: ":\n"} {
@@ -557,8 +554,8 @@ func TestLimit_ofWhatIsDecoded(t *testing.T) {
 	}
 }
 
-// A caller that has stored as many bytes as it may in a day is refused what would store more, by all ways, and told when it may go on.
-// What ends a message is still taken, as are other callers.
+// A caller that has reached its daily limit of stored bytes cannot store more in any way, and learns when it may
+// continue. Chunks that end a message are still accepted, and so are other callers.
 func TestLimit_ofBytesStored(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerStored = 150 << 10 }))
@@ -590,7 +587,7 @@ func TestLimit_ofBytesStored(t *testing.T) {
 	}
 }
 
-// An array is stored whole by one script, so its chunks may have so many bytes together; one chunk alone may have more.
+// One script stores an array whole, so the size of its chunks is limited. A single chunk may be larger.
 func TestLimit_ofABatchsBytes(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BatchBytes = 2000 })
@@ -621,7 +618,7 @@ func TestLimit_ofTickets(t *testing.T) {
 	}
 }
 
-// The places for answers are those of all callers, and one leaves some to others.
+// All callers share the places for answers, and one caller leaves some to others.
 func TestLimit_ofAnswers(t *testing.T) {
 	t.Parallel()
 	going := make(chan struct{})
@@ -645,7 +642,7 @@ func TestLimit_ofAnswers(t *testing.T) {
 	eventually(t, "all places are free", func() bool { return n.api.limits.Answers.Taken() == 0 })
 }
 
-// A session has so many messages and producers: those that it knows go on, and no other begins.
+// The number of messages and producers of a session is limited. Known ones continue, and no other begins.
 func TestLimit_ofASessionsNames(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.NamesMax = 3 })
@@ -656,7 +653,7 @@ func TestLimit_ofASessionsNames(t *testing.T) {
 	for more < 20 && n.post(path, typeJSON, fmt.Sprintf(`{"message_id":"n%d","type":"done"}`, more)).status == 201 {
 		more++
 	}
-	if more < 1 || more > 12 { // beside m1 and p; the dozen is the hash's own
+	if more < 1 || more > 12 { // besides m1 and p; the dozen is for the hash itself
 		t.Errorf("%d more messages were begun", more)
 	}
 	for _, c := range []struct {
@@ -713,7 +710,7 @@ func TestLimit_ofDepth(t *testing.T) {
 		}
 	}
 	n.append("s", nested(store.MaxDepth))
-	n.append("s", `{"content":"`+strings.Repeat("[{", 200)+`\"","data":[`+strings.Repeat("[],", 200)+"1]}") // many, and not deep
+	n.append("s", `{"content":"`+strings.Repeat("[{", 200)+`\"","data":[`+strings.Repeat("[],", 200)+"1]}") // many brackets, but not deep
 	for _, body := range []string{strings.Repeat("[", 10_000), strings.Repeat(`{"a":`, 3000)} {
 		for _, path := range []string{"/v1/sessions", "/v1/sessions/s/messages", "/v1/sessions/s/cancel"} {
 			if a := n.do(request{method: "POST", path: path, kind: typeJSON, body: body, bad: true}); a.status != http.StatusBadRequest {

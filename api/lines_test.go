@@ -81,7 +81,7 @@ func (n *node) uploadWith(t *testing.T, session, query string, header map[string
 	q := n.new(request{method: "POST", path: "/v1/sessions/" + session + "/chunks" + query, kind: typeNDJSON, from: r, header: header})
 	ctx, cancel := storetest.Watch(q.Context(), t)
 	t.Cleanup(cancel)
-	go func() { // ends with the answer, or by its context
+	go func() { // ends with the response, or by its context
 		a, err := n.send(q.WithContext(ctx))
 		_ = r.CloseWithError(io.ErrClosedPipe)
 		if err != nil {
@@ -136,7 +136,7 @@ func TestLines_areStoredAndAnnouncedAsTheyArrive(t *testing.T) {
 	v.end(true)
 }
 
-// A body that breaks off has no last line without an end: what is there may be half of one.
+// The last line of a broken body is not stored without its line end: it may be incomplete.
 func TestLines_tornByABrokenConnectionAreNotStoredAndEarlierOnesAre(t *testing.T) {
 	t.Parallel()
 	for name, breakOff := range map[string]func(*net.TCPConn){
@@ -169,7 +169,7 @@ func TestLines_tornByABrokenConnectionAreNotStoredAndEarlierOnesAre(t *testing.T
 					q := n.new(request{method: "POST", path: "/v1/sessions/" + s + "/chunks", kind: typeNDJSON})
 					theContract().Judge(t, q, []byte("{}"), &http.Response{StatusCode: res.StatusCode, Header: res.Header, Request: q}, body)
 				}
-				// The node has noticed when it takes connections no more than it has.
+				// The node has noticed when no upload is left in a handler.
 				eventually(t, "the request's end", func() bool { return n.active.Load() == 0 })
 				if got := n.contents(s); !slices.Equal(got, []string{"sesame 1", "sesame 2"}) {
 					t.Errorf("torn %q: %q", torn, got)
@@ -179,7 +179,7 @@ func TestLines_tornByABrokenConnectionAreNotStoredAndEarlierOnesAre(t *testing.T
 	}
 }
 
-// conn is a connection that the test speaks HTTP on by hand.
+// conn is a connection on which the test writes HTTP by hand.
 type conn struct {
 	net.Conn
 	*bufio.Reader
@@ -220,7 +220,7 @@ func TestLines_badOneInTheMiddleOfAnUploadThatGoesOnIsAnsweredAtOnce(t *testing.
 				return a.status == 200 && into[sessionJSON](t, a, 200).Last == 2
 			})
 			f.write(c.bad)
-			p := f.result().refused(t, c.status, c.code) // and the upload has not ended
+			p := f.result().refused(t, c.status, c.code) // the upload has not ended
 			if p.Chunk == nil || *p.Chunk != 2 {
 				t.Errorf("chunk %v", p.Chunk)
 			}
@@ -234,8 +234,7 @@ func TestLines_badOneInTheMiddleOfAnUploadThatGoesOnIsAnsweredAtOnce(t *testing.
 	}
 }
 
-// The answer must reach a client that goes on writing: closing a socket that has
-// received what nobody read resets it.
+// The response must reach a client that keeps writing. Closing a socket with unread data resets it.
 func TestLines_refusalReachesAClientThatGoesOnWriting(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -262,7 +261,7 @@ func TestLines_refusalReachesAClientThatGoesOnWriting(t *testing.T) {
 				}
 			}
 		}()
-		time.Sleep(time.Duration(i%5) * time.Millisecond) // a client that is slow to read
+		time.Sleep(time.Duration(i%5) * time.Millisecond) // a client that reads slowly
 		res, err := http.ReadResponse(c.Reader, nil)
 		var body []byte
 		if err == nil {
@@ -288,7 +287,7 @@ func TestLines_refusalReachesAClientThatGoesOnWriting(t *testing.T) {
 	}
 }
 
-// The lines of one packet are appended together, and must end up as if each had come alone.
+// The lines of one packet are appended together, with the same result as if each had come alone.
 func TestLines_beforeARefusedOneStayAlsoWhenAllCameTogether(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -324,7 +323,7 @@ func TestLines_ofAnUploadUnderWayAreRefusedWhenTheSessionIsDeleted(t *testing.T)
 		if a := n.do(request{method: "DELETE", path: "/v1/sessions/" + s}); a.status != 204 {
 			t.Fatal(a.status)
 		}
-		if anew { // what comes after is not the upload's, either
+		if anew { // later chunks are not the upload's, either
 			n.append(s, `{"content":"sesame, anew"}`)
 		}
 		p := f.result().refused(t, 409, "session_deleted") // at once, not at its next line
@@ -345,7 +344,7 @@ func TestLines_ofAnUploadUnderWayEndWithTheNode(t *testing.T) {
 	f := n.upload(t, "s", map[string]string{"Stream-Closed": "true"})
 	f.write(line("sesame 1"))
 	eventually(t, "a chunk", func() bool { return n.get("/v1/sessions/s").status == 200 })
-	n.api.Drain() // that alone lets it go on
+	n.api.Drain() // draining alone lets it continue
 	f.write(line("sesame 2"))
 	eventually(t, "two chunks", func() bool { return n.page("s", "").Last == 2 })
 	n.api.End()
@@ -382,8 +381,8 @@ func TestLines_thatRedisRefusesInTheMiddleSayWhatIsStored(t *testing.T) {
 	}
 }
 
-// An upload cannot be repeated like a request: it waits for a Redis that is away for a while, and so
-// does its sender.
+// An upload cannot be repeated like a request, so it waits for some time for a Redis that is away, and so does its
+// sender.
 func TestLines_waitForARedisThatIsAwayForAWhile(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -405,7 +404,7 @@ func TestLines_waitForARedisThatIsAwayForAWhile(t *testing.T) {
 	}
 }
 
-// What is refused behind the body is no chunk of the body.
+// A refused ending after the body is not an error of any chunk of the body.
 func TestLines_endThatIsRefusedBehindTheBodyBlamesNoneOfItsChunks(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -26,9 +26,9 @@ const (
 	roleAssistant = model.RoleAssistant
 )
 
-// Reasons why an answer fails, beside those of model.Error.
+// Reasons why an answer fails, besides those of model.Error.
 const (
-	modelFailed     = "model_failed" // in a way that it does not say
+	modelFailed     = "model_failed" // the model does not give a reason
 	answerTooLarge  = "answer_too_large"
 	contextTooLarge = "context_too_large"
 	failedShutdown  = "shutdown"
@@ -38,20 +38,31 @@ const (
 // answerPatience is how long an answer waits for a Redis that is away.
 const answerPatience = time.Minute
 
-// exchange is a question that was taken: its message and where it is in the log, and the
-// message of the answer.
+// exchange is an accepted question: its message and its place in the log, and the message of the answer.
 type exchange struct {
 	question, reply string
-	seq             int64  // the question's number,
+	seq             int64  // the number of the question, or of the last chunk of it,
 	epoch           string // in this log
+
+	done chan struct{} // closed when the answer is over
 }
 
-// ask appends the user's message and has the model answer into the same log.
+// asking is what a question consists of.
+type asking struct {
+	session string
+	reply   string // the message of the answer
+	chunks  []store.Chunk
+	member  string // where in the request they stand
+	// turns is what the model is asked, once chunk number seq, the last of them, is in the log.
+	turns func(ctx context.Context, seq int64) (context.Context, []model.Turn, error)
+}
+
+// ask appends the user's message and makes the model answer into the same log.
 func (a *API) ask(c echo.Context) error {
 	if err := checkJSON(c); err != nil {
 		return err
 	}
-	body, err := a.readBody(c, a.atMost(c, 6*a.cfg.ChunkMax+1024)) // JSON may have six bytes for one
+	body, err := a.readBody(c, a.atMost(c, 6*a.cfg.ChunkMax+1024)) // JSON may need six bytes for one
 	if err != nil {
 		return err
 	}
@@ -72,9 +83,31 @@ func (a *API) ask(c echo.Context) error {
 	}{x.question, x.reply})
 }
 
-// begin appends a question, which stands in the request at member, and has the model answer it.
+// begin appends a question and makes the model answer it. Errors name member, which contains the question in the
+// request.
 func (a *API) begin(c echo.Context, content, member string) (x exchange, err error) {
-	a.answers.add() // before it is looked whether all have to end: whoever has them end waits for those that are counted
+	for _, id := range []*string{&x.question, &x.reply} {
+		made, err := uuid.NewV7()
+		if err != nil {
+			return x, err
+		}
+		*id = made.String()
+	}
+	id := session(c)
+	question := x.question
+	x, err = a.put(c, asking{id, x.reply, []store.Chunk{store.NewChunk(store.TypeMessage, question, roleUser, content)}, member,
+		func(ctx context.Context, seq int64) (context.Context, []model.Turn, error) {
+			turns, err := a.conversation(ctx, id, seq, content)
+			return ctx, turns, err
+		}})
+	x.question = question
+	return x, err
+}
+
+// put appends a question, and has the model answer it.
+func (a *API) put(c echo.Context, q asking) (x exchange, err error) {
+	x.reply, x.done = q.reply, make(chan struct{})
+	a.answers.add() // before checking whether all must end: ending waits for the answers that are counted
 	begun := false
 	defer func() {
 		if !begun {
@@ -84,17 +117,11 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	if a.ending.Err() != nil {
 		return x, errDraining
 	}
-	for _, id := range []*string{&x.question, &x.reply} {
-		made, err := uuid.NewV7()
-		if err != nil {
-			return x, err
+	for _, chunk := range q.chunks {
+		if chunk.Size() > a.cfg.ChunkMax {
+			return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: q.member, Limit: a.cfg.ChunkMax,
+				Detail: "the question is too long for one chunk (-chunk-max)"}
 		}
-		*id = made.String()
-	}
-	chunk := store.NewChunk(store.TypeMessage, x.question, roleUser, content)
-	if chunk.Size() > a.cfg.ChunkMax {
-		return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: member, Limit: a.cfg.ChunkMax,
-			Detail: "the question is too long for one chunk (-chunk-max)"}
 	}
 	caller := a.caller(c)
 	if err := a.limits.Answers.Take(caller, 1); err != nil {
@@ -102,16 +129,15 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 		p.Status, p.Code = http.StatusTooManyRequests, "model_busy"
 		return x, &p
 	}
-	// The answer is an upload of this node's own: numbered, so that what may have been
-	// stored can be sent again, and held, so that it ends when the node dies. Its message
-	// begins with the question: it can be cancelled before its first word.
-	u := a.newUpload(c.Request().Context(), session(c), caller, store.Producer{ID: x.reply}, 0, 0)
+	// The answer is an upload of this node. It has numbers, so that a retry is safe if it may have been stored. It is
+	// held, so that it ends if the node dies. Its message begins with the question, so it can be cancelled before its
+	// first word.
+	u := a.newUpload(c.Request().Context(), q.session, caller, store.Producer{ID: x.reply}, 0, 0)
 	u.held = []string{x.reply}
 	u.begin()
-	asked := []store.Chunk{chunk}
-	err = u.mayStore(asked)
+	err = u.mayStore(q.chunks)
 	if err == nil {
-		err = u.append(asked, store.HoldOpen)
+		err = u.append(q.chunks, store.HoldOpen)
 	}
 	if err != nil {
 		u.end()
@@ -121,20 +147,21 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	x.seq, x.epoch = u.stored.Last, u.stored.Epoch
 	u.patience = answerPatience
 	begun = true
-	go func() { // ends with the answer, or by End or a cancel; nobody's disconnect ends it
+	go func() { // ends with the answer, by End or by a cancel; a client that disconnects does not end it
 		defer a.answers.done()
 		defer a.limits.Answers.Give(caller, 1)
 		defer u.end()
-		a.answer(u, x, content)
+		defer close(x.done)
+		a.answer(u, x, q)
 	}()
 	return x, nil
 }
 
-// underway counts answers. A WaitGroup could not be waited for while others begin.
+// underway counts answers. A WaitGroup cannot be waited for while others begin.
 type underway struct {
 	mu   sync.Mutex
 	n    int
-	none chan struct{} // closed when n has become 0
+	none chan struct{} // closed when n becomes 0
 }
 
 func (u *underway) add() {
@@ -153,7 +180,7 @@ func (u *underway) done() {
 	}
 }
 
-// wait waits, until ctx ends, for a moment in which there is none.
+// wait waits until no answer is under way, or ctx ends.
 func (u *underway) wait(ctx context.Context) {
 	u.mu.Lock()
 	n, none := u.n, u.none
@@ -168,10 +195,10 @@ func (u *underway) wait(ctx context.Context) {
 }
 
 // answer appends what the model says, as it comes, and how it ended.
-func (a *API) answer(u *upload, x exchange, question string) {
+func (a *API) answer(u *upload, x exchange, q asking) {
 	log := a.log.With(slog.String("session", u.session), slog.String("message_id", x.reply))
 	log.Info("answer begins")
-	last, err := a.transcribe(u, x, question)
+	last, err := a.transcribe(u, x, q)
 	if cause := context.Cause(u.ctx); err != nil && cause != nil {
 		err = cause
 	}
@@ -183,7 +210,7 @@ func (a *API) answer(u *upload, x exchange, question string) {
 		reason, detail := modelFailed, ""
 		if e, ok := errors.AsType[*model.Error](err); ok {
 			reason, detail = e.Reason, e.Detail
-			log.Warn("model failed", slog.String("reason", reason), slog.Any("err", err)) // an alert tells if it goes on
+			log.Warn("model failed", slog.String("reason", reason), slog.Any("err", err)) // an alert reports it if it persists
 		} else if errors.Is(err, errDraining) {
 			reason = failedShutdown
 		} else if store.Away(err) {
@@ -198,7 +225,7 @@ func (a *API) answer(u *upload, x exchange, question string) {
 	}
 	if err := u.append([]store.Chunk{last}, store.HoldClosed); err != nil && !over(err) {
 		level := slog.LevelError
-		if store.Away(err) { // that Redis is away, or refuses, is said once for all; the message's lease runs out instead
+		if store.Away(err) { // a Redis that is away or refuses is logged once for all; the message's lease ends the message instead
 			level = slog.LevelDebug
 		}
 		log.LogAttrs(context.Background(), level, "answer is left without its end", slog.Any("err", err))
@@ -207,14 +234,13 @@ func (a *API) answer(u *upload, x exchange, question string) {
 	log.Info("answer ends")
 }
 
-// What the model has said while an append was under way shares the next one. When so many
-// pieces wait, the model has to.
+// Pieces of the model that arrive during an append share the next one. When this many pieces wait, the model must wait.
 const piecesMost = 256
 
-// transcribe appends what the model says, and answers the chunk that ends it.
-func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chunk, err error) {
+// transcribe appends what the model says, and returns the chunk that ends it.
+func (a *API) transcribe(u *upload, x exchange, q asking) (done store.Chunk, err error) {
 	done = store.NewChunk(store.TypeDone, x.reply, roleAssistant, "")
-	turns, err := a.conversation(u.ctx, u.session, x.seq, question)
+	asked, turns, err := q.turns(u.ctx, x.seq)
 	if err != nil {
 		return done, err
 	}
@@ -223,9 +249,9 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 		err   error
 	}
 	begun := time.Now()
-	ctx, stop := context.WithCancel(u.ctx)
+	ctx, stop := context.WithCancel(asked)
 	words := make(chan word, piecesMost)
-	var unsaid error // why the rest is not in words, once that is closed
+	var unsaid error // why the rest is not in words, after words is closed
 	var wg sync.WaitGroup
 	wg.Go(func() { // ended by stop, and waited for
 		defer close(words)
@@ -286,8 +312,8 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 	return done, unsaid
 }
 
-// chunks is a piece of an answer as chunks: one, unless it is too long for one, and none for
-// what belongs to the end of it.
+// chunks returns the chunks for a piece of an answer: usually one, more if it is too long, and none if it belongs to
+// the end. It also returns the updated done.
 func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store.Chunk, _ store.Chunk) {
 	kind := store.TypeDelta
 	if p.Reasoning {
@@ -309,20 +335,20 @@ func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store
 		}
 	}
 	if p.Finish != "" {
-		const most = 64 // it is a word
+		const most = 64 // the reason is a word
 		done = done.With("finish_reason", p.Finish[:min(len(p.Finish), most)])
 	}
 	if p.Usage != nil && len(p.Usage) < 4<<10 {
-		done, _ = done.WithJSON("usage", p.Usage) // or goes without
+		done, _ = done.WithJSON("usage", p.Usage) // or is left out
 	}
 	return all, done
 }
 
 const typeToolCalls = "tool_calls"
 
-// splitCalls is calls of tools that do not fit into one chunk, in several, as services stream them too: first
-// a call's id and name, then pieces of its arguments, which whoever executes it joins by index. Members that
-// the API of chat completions does not have are left out.
+// splitCalls splits tool calls that do not fit into one chunk, as services that stream them do. First comes a call's id
+// and name, then pieces of its arguments. The program that executes the call joins them by index. It omits members that
+// the chat completions API does not have.
 func (a *API) splitCalls(reply string, calls []byte) (all []store.Chunk) {
 	type function struct {
 		Name      string `json:"name,omitempty"`
@@ -348,8 +374,7 @@ func (a *API) splitCalls(reply string, calls []byte) (all []store.Chunk) {
 	return all
 }
 
-// cut is a text in pieces that fit into a chunk, however much of them has to be escaped. It
-// cuts no character.
+// cut yields a text in pieces that fit into a chunk even if all of it must be escaped. It cuts no character.
 func cut(text string, limit int) iter.Seq[string] {
 	most := max((limit-store.Overhead-192)/6, utf8.UTFMax)
 	return func(yield func(string) bool) {
@@ -369,10 +394,10 @@ func cut(text string, limit int) iter.Seq[string] {
 	}
 }
 
-// pieces is what the model says. One that panics has failed, and the server has not.
+// pieces yields what the model says. A panic of the model becomes an error, so it does not crash the server.
 func (a *API) pieces(ctx context.Context, conversation []model.Turn) iter.Seq2[model.Piece, error] {
 	return func(yield func(model.Piece, error) bool) {
-		ours := false // what runs is not the model
+		ours := false // the running code is not the model's
 		defer func() {
 			if r := recover(); r != nil && ours {
 				panic(r)
@@ -390,20 +415,20 @@ func (a *API) pieces(ctx context.Context, conversation []model.Turn) iter.Seq2[m
 	}
 }
 
-// over says whether nobody wants the rest of an answer.
+// over reports whether the rest of an answer is no longer wanted.
 func over(err error) bool {
 	_, ended := errors.AsType[*store.MessageEndedError](err)
 	_, fenced := errors.AsType[*store.FencedError](err)
 	return ended || fenced || errors.Is(err, store.ErrSessionEnded) || errors.Is(err, store.ErrSessionDeleted)
 }
 
-// cancelledJSON is what a cancel has ended.
+// cancelledJSON says what a cancel has ended.
 type cancelledJSON struct {
 	Stored
 	Messages []string `json:"message_ids"`
 }
 
-// cancel ends a message, or all that are unfinished.
+// cancel ends a message, or all unfinished messages.
 func (a *API) cancel(c echo.Context) error {
 	body, err := a.readBody(c, a.atMost(c, smallBody))
 	if err != nil {

@@ -31,7 +31,7 @@ func (n *node) ask(session, content string) asked {
 	return into[asked](n.t, n.post("/v1/sessions/"+session+"/messages", typeJSON, fmt.Sprintf(`{"content":%q}`, content)), 202)
 }
 
-// talk reads a message's chunks from a stream up to the one that ends it.
+// talk reads a message's chunks from a stream, up to the one that ends it.
 func (s *stream) talk(after int64) (all []chunk) {
 	s.t.Helper()
 	for {
@@ -86,16 +86,16 @@ func TestMessages_questionThenAnswerWordByWordThenDone(t *testing.T) {
 	if last := all[len(all)-1]; last.Type != "done" || last.Message != a.ReplyID || last.Role != "assistant" {
 		t.Errorf("%+v", last)
 	}
-	// The answer has ended: nobody adds to it. The session goes on.
+	// The answer has ended, so nobody can add to it. The session continues.
 	n.post("/v1/sessions/s/chunks", typeJSON, `{"message_id":"`+a.ReplyID+`"}`).refused(t, 409, "message_ended")
 	n.ask("s", secret)
 }
 
-// paced is a model that says a piece for each step, and tells how it was ended.
+// paced is a model that says one piece per step, and reports how it ended.
 type paced struct {
 	steps chan string
 	ended chan string // over: its context ended; said: steps was closed
-	err   error       // said behind the last step
+	err   error       // follows the last step
 }
 
 func newPaced() *paced { return &paced{steps: make(chan string), ended: make(chan string, 10_000)} }
@@ -138,7 +138,7 @@ func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		stop func(n *node, a asked)
-		word bool // it stops at its next word; else at once, while it is silent
+		word bool // it stops at its next word, or else at once, while it is silent
 	}{
 		"the session ends":       {func(n *node, _ asked) { n.append("s", `{"type":"end"}`) }, false},
 		"the session is deleted": {func(n *node, _ asked) { n.do(request{method: "DELETE", path: "/v1/sessions/s"}) }, false},
@@ -170,7 +170,7 @@ func TestMessages_answerStopsWhenNobodyWantsTheRest(t *testing.T) {
 			if c.word {
 				select {
 				case m.steps <- "sesame 2":
-				case how := <-m.ended: // a slow machine has looked at the message before that
+				case how := <-m.ended: // on a slow machine it has ended before that
 					m.ended <- how
 				}
 			}
@@ -241,7 +241,7 @@ func TestMessages_tooManyAnswersAreRefusedAndStoreNothing(t *testing.T) {
 	eventually(t, "a place", func() bool {
 		return n.post("/v1/sessions/u/messages", typeJSON, `{"content":"sesame"}`).status == 202
 	})
-	// A question that is refused gives its place back.
+	// A refused question frees its place.
 	n.append("over", `{"type":"end"}`)
 	for range 3 {
 		n.post("/v1/sessions/over/messages", typeJSON, `{"content":"sesame"}`).refused(t, 409, "session_ended")
@@ -300,7 +300,7 @@ func TestMessages_answerWaitsForARedisThatIsAwayAndSaysNothingTwice(t *testing.T
 	n.ask("s", secret)
 	for i := range int64(3) {
 		m.say(t, fmt.Sprint("sesame ", i+1))
-		eventually(t, "the piece", func() bool { return n.page("s", "").Last == i+2 }) // so that each has an append of its own
+		eventually(t, "the piece", func() bool { return n.page("s", "").Last == i+2 }) // so that each has its own append
 	}
 	close(m.steps)
 	all := v.talk(0)
@@ -316,7 +316,7 @@ func TestMessages_answerWaitsForARedisThatIsAwayAndSaysNothingTwice(t *testing.T
 	}
 }
 
-// spoken records what a model is told.
+// spoken records the conversations that a model gets.
 type spoken struct {
 	mu   sync.Mutex
 	told [][]model.Turn
@@ -331,7 +331,7 @@ func (s *spoken) Answer(_ context.Context, c []model.Turn) iter.Seq2[model.Piece
 	}
 }
 
-// last is what it was told last, once that was so often.
+// last returns the last conversation, after a number of calls.
 func (s *spoken) last(t *testing.T, times int) (c []model.Turn) {
 	t.Helper()
 	eventually(t, "the model is asked", func() bool {
@@ -364,7 +364,7 @@ func TestMessages_conversationIsSentAlongAsFarAsItGot(t *testing.T) {
 	}
 }
 
-// What was said first after a deletion has a high number, and nothing in front of it.
+// The first chunk after a deletion has a high number, and no chunk before it.
 func TestMessages_conversationBeginsWithItsEpoch(t *testing.T) {
 	t.Parallel()
 	m := &spoken{}
@@ -391,7 +391,7 @@ func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 	if got := m.last(t, 1); !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
-	// One whose beginning was trimmed is left out, and one that is too long by itself.
+	// A message whose beginning was trimmed is left out, and so is one that is too long by itself.
 	eventually(t, "an answer", func() bool { return n.page("s", "").Last == 8 })
 	for i, more := range []string{"", `{"message_id":"5","content":"` + text + text + text + `"}`} {
 		for range 25 {
@@ -425,7 +425,7 @@ func (r *reading) Read(ctx context.Context, session string, from int64, bytes, c
 	return p, err
 }
 
-// A question reads the log backwards, and no more of it than it sends along, and than a bound where chunks are large.
+// A question reads the log backwards, only as far as the context needs, and not beyond a limit if chunks are large.
 func TestMessages_aQuestionReadsNoMoreThanItNeeds(t *testing.T) {
 	t.Parallel()
 	m := &spoken{}
@@ -435,7 +435,7 @@ func TestMessages_aQuestionReadsNoMoreThanItNeeds(t *testing.T) {
 		s.logs = func(l Logs) Logs { logs = &reading{Logs: l}; return logs }
 	})
 	large := `{"message_id":"m","data":"` + strings.Repeat("x", 60<<10) + `"}`
-	for range 60 { // 25 MB without a word
+	for range 60 { // 25 MB without text
 		n.append("s", "["+strings.Repeat(large+",", 6)+large+"]")
 	}
 	for i := range 100 {
@@ -455,7 +455,7 @@ func TestMessages_aQuestionReadsNoMoreThanItNeeds(t *testing.T) {
 	}
 }
 
-// Instructions are kept, wherever they stand, and however long the log is.
+// Instructions are kept, wherever they are, and however long the log is.
 func TestMessages_instructionsAreNeverLeftOut(t *testing.T) {
 	t.Parallel()
 	m := &spoken{}
@@ -484,7 +484,7 @@ func TestMessages_instructionsAreNeverLeftOut(t *testing.T) {
 	}
 }
 
-// batches notes how many chunks each append had, and holds one up.
+// batches records the number of chunks of each append, and delays one.
 type batches struct {
 	Logs
 	hold chan struct{}
@@ -513,7 +513,7 @@ func TestMessages_wordsThatComeDuringAnAppendShareTheNext(t *testing.T) {
 	v := n.watch("s", "?until=done")
 	v.welcome()
 	n.ask("s", secret)
-	for i := range 100 { // which the model may say although nothing is stored
+	for i := range 100 { // the model may say them although nothing is stored
 		m.say(t, fmt.Sprint("sesame ", i))
 	}
 	close(b.hold)
@@ -522,7 +522,7 @@ func TestMessages_wordsThatComeDuringAnAppendShareTheNext(t *testing.T) {
 	if len(all) != 102 {
 		t.Fatalf("%d chunks", len(all))
 	}
-	for i, c := range all[1:101] { // and each is a chunk
+	for i, c := range all[1:101] { // each piece is a chunk
 		if c.Content != fmt.Sprint("sesame ", i) {
 			t.Fatalf("%d: %+v", i, c)
 		}
@@ -534,7 +534,7 @@ func TestMessages_wordsThatComeDuringAnAppendShareTheNext(t *testing.T) {
 	}
 }
 
-// failing is a model that says pieces, and then fails, if there is an error.
+// failing is a model that says pieces, and then fails if err is not nil.
 func failing(err error, pieces ...model.Piece) model.Model {
 	return answers(func(context.Context, []model.Turn) iter.Seq2[model.Piece, error] {
 		return func(yield func(model.Piece, error) bool) {
@@ -618,7 +618,7 @@ func TestMessages_thinkingIsOfATypeOfItsOwn(t *testing.T) {
 	}
 }
 
-// Whoever executes a call joins its arguments by index: those of a large one come in several chunks.
+// A program that executes a call joins its arguments by index. Those of a large call come in several chunks.
 func TestMessages_largeCallsOfToolsAreSplit(t *testing.T) {
 	t.Parallel()
 	arguments := map[string]string{"0": `{"text":"` + strings.Repeat("tea 🍵 <\\\" ", 20_000) + `"}`, "1": "{}", "2": `{"n":1}`}
@@ -719,8 +719,7 @@ func TestMessages_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
 	}
 }
 
-// The node stops while people go on asking: nothing of it is a race, every answer that
-// was promised has its end.
+// The node stops while callers keep asking: there is no race, and every accepted question's answer has its end.
 func TestMessages_askedWhileTheNodeStopsHaveTheirEnd(t *testing.T) {
 	t.Parallel()
 	m := newPaced()

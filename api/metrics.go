@@ -14,10 +14,10 @@ import (
 	"gapless/api/model"
 )
 
-// metrics is what the HTTP face says of itself to Prometheus.
+// metrics holds the Prometheus metrics of the HTTP API.
 type metrics struct {
 	requests *prometheus.CounterVec // by method, route and status
-	begun    prometheus.Histogram   // how long models took to their first word
+	begun    prometheus.Histogram   // time that models took to their first word
 	errors   *prometheus.CounterVec // by reason
 }
 
@@ -61,15 +61,15 @@ var failures = []string{
 // failed counts an answer that failed.
 func (m *metrics) failed(reason string) { m.errors.WithLabelValues(reason).Inc() }
 
-// begin counts zero faults for every route: a first one that made its own series would be
-// no increase, and nobody would be called.
+// begin sets the count of faults to zero for every route. If the first fault created its series, it would not be an
+// increase, and no alert would fire.
 func (m *metrics) begin(routes []*echo.Route) {
 	for _, r := range routes {
 		m.requests.WithLabelValues(r.Method, r.Path, strconv.Itoa(http.StatusInternalServerError))
 	}
 }
 
-// observe counts each request when it has been answered.
+// observe counts each request after its response.
 func (m *metrics) observe(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) (err error) {
 		status := 0
@@ -95,7 +95,7 @@ func (m *metrics) count(verb, route string, status int) {
 	m.requests.WithLabelValues(method(verb), route, strconv.Itoa(status)).Inc()
 }
 
-// method is a label that a stranger cannot multiply.
+// method returns a label that a stranger cannot multiply.
 func method(m string) string {
 	switch m {
 	case http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodHead, http.MethodOptions, http.MethodPut, http.MethodPatch:
@@ -104,16 +104,16 @@ func method(m string) string {
 	return "other"
 }
 
-// serveMetrics answers a scrape.
+// serveMetrics responds to a scrape.
 func (a *API) serveMetrics() http.Handler {
 	return promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{
-		// What cannot be read is left out and said in the log: the rest is still wanted.
+		// Metrics that cannot be read are left out and logged. The rest is still wanted.
 		ErrorHandling: promhttp.ContinueOnError,
 		ErrorLog:      scrapeLog{a},
 	})
 }
 
-// Metrics serves them at /metrics, and nothing else, to whoever calls: for an address of their own.
+// Metrics serves only /metrics, to every caller. It is for a separate address.
 func (a *API) Metrics() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", a.serveMetrics())

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// What is answered is counted, by what was asked for and not by what a stranger wrote.
+// Responses are counted by route, not by the path that a stranger wrote.
 func TestMetrics_countRequestsByRoute(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// unread asks for something large on a connection of its own, and reads nothing of it.
+// unread requests something large on its own connection, and reads nothing of it.
 func (n *node) unread(t *testing.T, path string) net.Conn {
 	t.Helper()
 	c := n.raw(t)
@@ -18,7 +18,8 @@ func (n *node) unread(t *testing.T, path string) net.Conn {
 	return c
 }
 
-// However a response is made: what nobody reads is over after the write timeout, and all that it took is given back.
+// However a response is made, if its client does not read it, it ends after the write timeout, and frees everything it
+// took.
 func TestResponse_thatNobodyReadsIsOver(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) {
@@ -37,7 +38,7 @@ func TestResponse_thatNobodyReadsIsOver(t *testing.T) {
 	})
 }
 
-// What is under way counts until its client has it, and others are refused meanwhile, but for health checks.
+// A response counts until its client has it. Meanwhile other calls are refused, except health checks.
 func TestResponse_countsUntilItIsRead(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.Limits.Responses = 2*CallCost + partCost })
@@ -63,7 +64,7 @@ func TestResponse_countsUntilItIsRead(t *testing.T) {
 	eventually(t, "nothing is under way", func() bool { return n.api.limits.Responses.Taken() == 0 })
 }
 
-// Viewers and uploads have bounds of their own, however long they take.
+// Viewers and uploads have their own limits, however long they take.
 func TestResponse_ofAViewerOrAnUploadIsNoneUnderWay(t *testing.T) {
 	t.Parallel()
 	for _, plain := range []bool{false, true} {
@@ -79,7 +80,7 @@ func TestResponse_ofAViewerOrAnUploadIsNoneUnderWay(t *testing.T) {
 	}
 }
 
-// Too many calls are under way: that is said everywhere, and viewers are told to come back.
+// If too many calls are under way, every call says so, and viewers must reconnect.
 func TestResponse_tooManyUnderWayIsSaidEverywhere(t *testing.T) {
 	t.Parallel()
 	node := serve(t, proxied(func(s *setup) { s.api.Limits.Responses = CallCost - 1 }))
@@ -100,7 +101,7 @@ func TestResponse_tooManyUnderWayIsSaidEverywhere(t *testing.T) {
 	}
 }
 
-// One caller's share of pages under way is its own.
+// The limit of pages under way applies to each caller separately.
 func TestResponse_pagesCountForTheirCaller(t *testing.T) {
 	t.Parallel()
 	n := serve(t, proxied(func(s *setup) { s.api.Limits.CallerResponses = CallCost + partCost - 1 }))
@@ -111,7 +112,7 @@ func TestResponse_pagesCountForTheirCaller(t *testing.T) {
 	}
 }
 
-// A body that came in chunks may have had a length as well: its connection is not used again.
+// A body that came in chunks may have had a length as well, so its connection is not reused.
 func TestRequest_inChunksIsItsConnectionsLast(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -126,7 +127,7 @@ func TestRequest_inChunksIsItsConnectionsLast(t *testing.T) {
 	}
 }
 
-// Whatever a client that leaves was being told: that is no error of the server's, and no such line is in its log (serve looks).
+// A client that leaves during any response is no error of the server, and causes no error in its log (serve checks).
 func TestResponse_toAClientThatLeavesIsNoError(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -40,7 +40,7 @@ func TestPage_isServedUnderAPolicyThatAllowsOnlyItsOwnParts(t *testing.T) {
 		if name == "index.html" {
 			continue
 		}
-		res, err := http.Get(n.server.URL + "/" + name) // the contract says that they are the page's own business
+		res, err := http.Get(n.server.URL + "/" + name) // the contract does not include the page's own parts
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -61,7 +61,7 @@ func TestPage_isServedUnderAPolicyThatAllowsOnlyItsOwnParts(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 }
 
-// The client is in the contract, unlike the page's own parts.
+// The contract includes the client, unlike the page's own parts.
 func TestClient_isServedToPagesOfAnyOrigin(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -103,8 +103,8 @@ func TestContract_isServedToTheByte(t *testing.T) {
 	}
 }
 
-// Every node of these tests looks for the word when its test ends; here it stands
-// wherever somebody could say it.
+// Every node of these tests checks its log for the secret when its test ends. Here the secret is wherever a client
+// could put it.
 func TestLog_neverHasWhatPeopleSay(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -20,7 +20,7 @@ type paging struct {
 	limit int
 }
 
-// pageMost is the highest limit of a page, and pageUsual the limit of a request that has none.
+// pageMost is the maximum limit of a page, and pageUsual is the default.
 const pageMost, pageUsual = 1000, 100
 
 func parsePaging(c echo.Context) (p paging, err error) {
@@ -42,13 +42,13 @@ func parseLimit(c echo.Context) (int, error) {
 	return 0, &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: "limit", Limit: pageMost, Detail: fmt.Sprintf("limit must be 1 to %d", pageMost)}
 }
 
-// tag is the entity tag of a page of a log that has ended. Its bytes follow from these numbers until
-// the log is trimmed, expires or is replaced.
+// tag returns the entity tag of a page of a log that has ended. These numbers determine its bytes until the log is
+// trimmed, expires or is replaced.
 func (p paging) tag(b store.Bounds) string {
 	return fmt.Sprintf(`"%s-%d-%d-%d-%d"`, b.Epoch, b.First, b.Last, p.after, p.limit)
 }
 
-// unchanged answers 304 if the log has ended and If-None-Match names the tag that it has now.
+// unchanged responds with 304 if the log has ended and If-None-Match contains its current tag.
 func (a *API) unchanged(c echo.Context, tag func(store.Bounds) string) (done bool, err error) {
 	c.Response().Header().Set("Cache-Control", "no-cache")
 	have := c.Request().Header.Get("If-None-Match")
@@ -66,7 +66,7 @@ func (a *API) unchanged(c echo.Context, tag func(store.Bounds) string) (done boo
 	return false, nil
 }
 
-// matches reports whether If-None-Match names a tag (RFC 9110, section 13.1.2).
+// matches reports whether If-None-Match contains a tag (RFC 9110, section 13.1.2).
 func matches(header, tag string) bool {
 	for one := range strings.SplitSeq(header, ",") {
 		if one = strings.TrimSpace(one); one == "*" || strings.TrimPrefix(one, "W/") == tag {
@@ -76,16 +76,16 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// linkNext says where the page after this one begins (RFC 8288).
+// linkNext sets the link to the next page (RFC 8288).
 func linkNext(c echo.Context, after string) {
 	q := c.Request().URL.Query()
 	q.Set("after", after)
 	c.Response().Header().Set("Link", "<?"+q.Encode()+`>; rel="next"`)
 }
 
-// parts reads a log in parts of so many bytes, from a chunk to the newest one at the time of the first read. The
-// log may be trimmed or replaced meanwhile: then a part does not begin where the one before it ended, or has another epoch,
-// and the end is the newest chunk of the new epoch. ErrNotFound: there is no such session.
+// parts reads a log in parts of a number of bytes, up to the chunk that is the newest at the first read. The log may be
+// trimmed or replaced meanwhile. Then a part does not begin where the one before it ended, or has another epoch, and
+// the end is the newest chunk of the new epoch. The error is ErrNotFound if the session does not exist.
 func (a *API) parts(ctx context.Context, session string, from int64, bytes int) iter.Seq2[store.Page, error] {
 	return func(yield func(store.Page, error) bool) {
 		for epoch, upto := "", int64(0); ; {
@@ -106,7 +106,7 @@ func (a *API) parts(ctx context.Context, session string, from int64, bytes int) 
 	}
 }
 
-// parseNumber reads a cursor: 0|[1-9][0-9]{0,15}. Empty is 0.
+// parseNumber parses a cursor: 0|[1-9][0-9]{0,15}. An empty text is 0.
 func parseNumber(text string) (int64, error) {
 	if text == "" || text == "0" {
 		return 0, nil

@@ -28,16 +28,16 @@ type Problem struct {
 	Status  int     `json:"status"`
 	Detail  string  `json:"detail"`
 	Code    string  `json:"code"`                // stable: programs may rely on it
-	Member  string  `json:"member,omitzero"`     // what of the request is wrong: a JSON pointer, a parameter or a header
-	Limit   int     `json:"limit,omitzero"`      // what was passed
-	Chunk   *int    `json:"chunk,omitempty"`     // which chunk of the body, from 0
-	Message string  `json:"message_id,omitzero"` // which message
-	Stored  *Stored `json:"stored,omitempty"`    // what a body that failed in its middle has stored
+	Member  string  `json:"member,omitzero"`     // the wrong part of the request: a JSON pointer, a parameter or a header
+	Limit   int     `json:"limit,omitzero"`      // the exceeded limit
+	Chunk   *int    `json:"chunk,omitempty"`     // the index of a chunk in the body, from 0
+	Message string  `json:"message_id,omitzero"` // the message
+	Stored  *Stored `json:"stored,omitempty"`    // what a body that failed midway has stored
 
-	ProducerEpoch *int64 `json:"producer_epoch,omitempty"`          // the one that counts
+	ProducerEpoch *int64 `json:"producer_epoch,omitempty"`          // the current epoch
 	ExpectedChunk *int64 `json:"producer_expected_chunk,omitempty"` // the producer's next number
 
-	// Writes is what /readyz says of writes: why Redis refuses them.
+	// Writes is the value that /readyz shows for writes: why Redis refuses them.
 	Writes string `json:"writes,omitzero"`
 
 	retryAfter int    // seconds
@@ -54,14 +54,14 @@ type Stored struct {
 	First int64  `json:"first_seq"`
 	Last  int64  `json:"last_seq"`
 	Count int    `json:"count"`
-	// MessageID is the message that a text body is.
+	// MessageID is the id of the message that a text body is.
 	MessageID string `json:"message_id,omitzero"`
 }
 
-// append adds s to b as JSON, which is what most answers are.
+// append appends s to b as JSON. Most responses are a Stored.
 func (s Stored) append(b []byte) []byte {
 	b = append(b, `{"epoch":`...)
-	b, _ = jsontext.AppendQuote(b, s.Epoch) // of valid UTF-8, like what follows
+	b, _ = jsontext.AppendQuote(b, s.Epoch) // all strings are valid UTF-8
 	b = append(b, `,"first_seq":`...)
 	b = append(strconv.AppendInt(b, s.First, 10), `,"last_seq":`...)
 	b = append(strconv.AppendInt(b, s.Last, 10), `,"count":`...)
@@ -73,7 +73,7 @@ func (s Stored) append(b []byte) []byte {
 	return append(b, "}\n"...)
 }
 
-// problemOf is the one table from errors to what clients are told.
+// problemOf is the one table from errors to responses.
 func problemOf(err error) *Problem {
 	if p, ok := errors.AsType[*Problem](err); ok {
 		return p
@@ -158,8 +158,8 @@ func problemOf(err error) *Problem {
 	return &Problem{Status: http.StatusInternalServerError, Code: "internal", Detail: "unexpected error: the server's log has the details"}
 }
 
-// refusals are what clients are told of each reason why Redis executes nothing. What takes an operator to end it need not be asked
-// again every second.
+// refusals are the responses for each reason why Redis executes nothing. A refusal that only an operator can end need
+// not be retried every second.
 var refusals = map[string]struct {
 	detail string
 	after  int // seconds
@@ -172,11 +172,11 @@ var refusals = map[string]struct {
 	store.RedisDenied: {"Redis rejects the user, password or rights of this server (-redis). Nothing was stored. The operator must fix it; then retry", 5},
 }
 
-// problem answers an error. It implements echo.HTTPErrorHandler.
+// problem responds to an error. It implements echo.HTTPErrorHandler.
 func (a *API) problem(err error, c echo.Context) {
 	p := *problemOf(err)
 	if o := out(c); p.Status == http.StatusInternalServerError && (o.broken || c.Request().Context().Err() != nil) {
-		p = *problemOf(context.Canceled) // whatever failed: nobody waits for it
+		p = *problemOf(context.Canceled) // the client has gone, so the cause does not matter
 	}
 	if p.Title = http.StatusText(p.Status); p.Title == "" {
 		p.Title = "Client Gone"
@@ -188,7 +188,7 @@ func (a *API) problem(err error, c echo.Context) {
 		say := func() {
 			a.log.Error("request failed", slog.String("method", c.Request().Method), slog.String("route", c.Path()), slog.Any("err", err))
 		}
-		if errors.Is(err, store.ErrWrongType) { // one key can be asked for again and again
+		if errors.Is(err, store.ErrWrongType) { // callers can repeat a request for such a key
 			a.wrongTypes.Do(say)
 		} else {
 			say()
@@ -199,7 +199,7 @@ func (a *API) problem(err error, c echo.Context) {
 	}
 	body, err := json.Marshal(&p)
 	if err != nil {
-		panic(err) // a flat struct of text and numbers
+		panic(err) // never fails: it is a flat struct of text and numbers
 	}
 	h := c.Response().Header()
 	if p.retryAfter > 0 {
@@ -214,17 +214,21 @@ func (a *API) problem(err error, c echo.Context) {
 	if p.ExpectedChunk != nil {
 		h.Set(headerExpectedChunk, strconv.FormatInt(*p.ExpectedChunk, 10))
 	}
-	h.Set("Content-Length", strconv.Itoa(len(body))) // whole with its last byte, whatever follows
+	h.Set("Content-Length", strconv.Itoa(len(body))) // complete with its last byte, whatever follows
 	ctl := http.NewResponseController(c.Response().Writer)
 	late := coming(ctl, c.Request())
 	if late {
-		// Else the server would read on to the body's end before it answers. Never on a
-		// connection that is kept: the server panics at its next request, if a body was
-		// not read to its end (golang.org/issue/68560).
+		// Otherwise the server would read to the body's end before it responds. Never do this on a connection that is
+		// kept: the server panics at its next request if a body was not read to its end (golang.org/issue/68560).
 		_ = ctl.EnableFullDuplex()
 		h.Set("Connection", "close")
 	}
-	if err := c.Blob(p.Status, "application/problem+json", body); err != nil {
+	kind := "application/problem+json"
+	if isOpenAI(c.Request()) {
+		body, kind = openaiError(&p), typeJSON
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+	}
+	if err := c.Blob(p.Status, kind, body); err != nil {
 		a.log.Debug("problem not delivered", slog.Any("err", err))
 	}
 	if late {
@@ -233,17 +237,17 @@ func (a *API) problem(err error, c echo.Context) {
 	}
 }
 
-// incoming is a request's body that knows whether all of it has come.
+// incoming is a request's body that knows whether all of it has arrived.
 type incoming struct {
 	io.ReadCloser
 	whole  atomic.Bool
-	length int64   // -1: it does not say
-	plain  *gunzip // nil: it is sent as it is
+	length int64   // -1: unknown
+	plain  *gunzip // nil: the body is not encoded
 
 	to      http.ResponseWriter
-	timeout time.Duration // for each piece; 0: it may take its time
-	write   time.Duration // that the response has behind each piece: HTTP/2 ends a stream whose response is late
-	since   int           // bytes that came since the deadline was set: by the server, at first
+	timeout time.Duration // for each piece; 0: no limit
+	write   time.Duration // the response's time after each piece: HTTP/2 ends a stream whose response is late
+	since   int           // bytes since the deadline was set, at first by the server
 }
 
 func (b *incoming) Read(p []byte) (int, error) {
@@ -253,7 +257,7 @@ func (b *incoming) Read(p []byte) (int, error) {
 	return b.arrive(p)
 }
 
-// arrive reads what was sent.
+// arrive reads the body as it was sent.
 func (b *incoming) arrive(p []byte) (int, error) {
 	const piece = 64 << 10
 	n, err := b.ReadCloser.Read(p)
@@ -271,15 +275,15 @@ func (b *incoming) arrive(p []byte) (int, error) {
 	return n, err
 }
 
-// takeItsTime is for a body that may be silent for as long as its connection lasts.
+// takeItsTime removes the deadlines of a body that may be silent while its connection lasts.
 func (b *incoming) takeItsTime(ctl *http.ResponseController) {
 	b.timeout = 0
 	_ = ctl.SetReadDeadline(time.Time{})
 	_ = ctl.SetWriteDeadline(time.Time{})
 }
 
-// coming says whether a request's body is still on its way, and may be for long. Of a
-// short one, the rest is taken if it is there, so that the connection can be kept.
+// coming reports whether a request's body is still arriving, and may be for long. It reads the rest of a short body if
+// it is there, so that the connection can be kept.
 func coming(ctl *http.ResponseController, r *http.Request) bool {
 	const short, moment = 64 << 10, 100 * time.Millisecond
 	b, ok := r.Body.(*incoming)
@@ -294,8 +298,8 @@ func coming(ctl *http.ResponseController, r *http.Request) bool {
 	return !b.whole.Load()
 }
 
-// linger takes what a client goes on to send behind its answer, for a moment: a connection
-// that is closed with something unread in it is reset, and takes the answer along.
+// linger reads for a moment what a client sends after its response. If a connection is closed with unread data, it is
+// reset, and the response is lost.
 func linger(conn net.Conn) {
 	const moment, most = 500 * time.Millisecond, 16 << 20
 	if conn == nil {

@@ -14,7 +14,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// calls is one good request for each operation of the contract.
+// calls returns one valid request for each operation of the contract.
 func calls() []request {
 	const s = "/v1/sessions/s"
 	return []request{
@@ -30,22 +30,28 @@ func calls() []request {
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/demo", kind: typeJSON, body: `{"connection":"sesame","do":"cut"}`},
 		{method: "GET", path: s + "/demo/naive"},
-		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"},
+		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"}, {method: "GET", path: s + "/ui-stream/m/stream"},
 		{method: "POST", path: s + "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
+		{method: "POST", path: "/openai/v1/responses", kind: typeJSON, body: `{"conversation":"s","input":"sesame","background":true}`},
+		{method: "GET", path: oneResponse}, {method: "GET", path: oneResponse + "/input_items"}, {method: "POST", path: oneResponse + "/cancel"}, {method: "DELETE", path: oneResponse},
+		{method: "POST", path: "/openai/v1/chat/completions", kind: typeJSON, body: `{"messages":[]}`},
 		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
 	}
 }
 
-// asksRedis are the calls above that can fail with Redis.
+// oneResponse is a response of session s.
+const oneResponse = "/openai/v1/responses/resp_01990b6c7d1e7c3a8a515d0f6e2b9a10_1_s"
+
+// asksRedis reports whether a call can fail with Redis.
 func asksRedis(q request) bool {
-	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") && !strings.HasSuffix(q.path, "/demo") || q.path == "/readyz"
+	return strings.HasPrefix(q.path, "/openai/v1/responses") || strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") && !strings.HasSuffix(q.path, "m/stream") && !strings.HasSuffix(q.path, "/demo") || q.path == "/readyz"
 }
 
 func isNaive(q request) bool { return strings.HasSuffix(q.path, "/naive") }
 
 func isTickets(q request) bool { return strings.HasSuffix(q.path, "/tickets") }
 
-// HTTP/1.0 may leave Host out, as the health checks of some balancers do.
+// HTTP/1.0 requests may omit Host, as the health checks of some load balancers do.
 func TestProblem_hostMayBeMissingInHTTP10(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.Hosts = []string{"tea.example"} })
@@ -117,7 +123,7 @@ func refusedBy(code string) error {
 	return fmt.Errorf("append: %w", &store.AwayError{Code: code, Err: errors.New("it says so")})
 }
 
-// A node whose Redis refuses writes serves viewers, and is ready for those who ask for no more.
+// A node whose Redis refuses writes serves viewers, and is ready for clients that only read.
 func TestReady_tellsReadingFromWriting(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -182,7 +188,7 @@ func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
 		f.fail(c.err)
 		for _, q := range calls() {
 			switch {
-			case !asksRedis(q), (q.method == http.MethodGet || isTickets(q)) && c.status == 504: // the store answers what may be repeated so
+			case !asksRedis(q), (q.method == http.MethodGet || isTickets(q)) && c.status == 504: // the store returns ErrAway for calls that are safe to repeat
 				continue
 			case q.path == "/readyz":
 				code := c.code
@@ -205,13 +211,13 @@ func TestProblem_redisAwayAndOutcomeUnknownAndFaultsAreToldApart(t *testing.T) {
 			t.Errorf("healthz: %d", a.status)
 		}
 	}
-	// Each fault is in the log, with what it was.
+	// Each fault is logged with its cause.
 	if !strings.Contains(n.log.String(), `err="a fault"`) {
 		t.Error("the log does not say what the fault was")
 	}
 }
 
-// A fault of an upload is as interesting as any other.
+// A fault of an upload is logged like any other.
 func TestProblem_faultOfAnUploadIsInTheLogWithItsCause(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -232,7 +238,7 @@ func TestProblem_redisThatIsGoneSurelyStoredNothing(t *testing.T) {
 	n := serve(t, on(redis))
 	n.append("s", `{"content":"sesame"}`)
 	redis.Kill()
-	// A connection from before may break under the first command: that is in doubt.
+	// A connection from before may break during the first command, whose outcome is then unknown.
 	eventually(t, "503", func() bool {
 		return n.post("/v1/sessions/s/chunks", typeJSON, `{"content":"sesame"}`).status == 503
 	})
@@ -243,7 +249,7 @@ func TestProblem_redisThatIsGoneSurelyStoredNothing(t *testing.T) {
 	}
 	redis.Start()
 	eventually(t, "ready", func() bool { return n.get("/readyz").status == 200 })
-	if got := n.append("s", `{"content":"sesame"}`); got.First != 1_000_001 { // it kept nothing on disk, and the node remembers that there was something
+	if got := n.append("s", `{"content":"sesame"}`); got.First != 1_000_001 { // Redis kept nothing on disk, and the node remembers the old log
 		t.Errorf("%+v", got)
 	}
 }
@@ -258,16 +264,16 @@ func TestProblem_redisThatIsSilentLeavesWritesInDoubtAndReadsAway(t *testing.T) 
 		{method: "GET", path: "/v1/sessions/s"}, {method: "GET", path: "/v1/sessions/s/chunks"}, {method: "GET", path: "/readyz"},
 		{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: "[]"},
 	} {
-		if q.path == "/readyz" { // which tells for a moment what it was told last
+		if q.path == "/readyz" { // its result is cached for a moment
 			eventually(t, "not ready", func() bool { return n.do(q).status == 503 })
 		}
 		a := n.do(q)
 		a.refused(t, 503, "redis_away")
-		redis.Signal(syscall.SIGCONT) // so that its connection is made anew
+		redis.Signal(syscall.SIGCONT) // so that it dials again
 		eventually(t, "ready", func() bool { return n.get("/readyz").status == 200 })
 		redis.Signal(syscall.SIGSTOP)
 	}
-	// The connections are there: what is sent on one may take effect.
+	// Connections exist: a command sent on one may take effect.
 	redis.Signal(syscall.SIGCONT)
 	eventually(t, "a connection is there", func() bool { return n.get("/v1/sessions/s/chunks").status == 200 })
 	redis.Signal(syscall.SIGSTOP)
@@ -291,7 +297,7 @@ func TestProblem_nodeThatDrainsIsNotReady(t *testing.T) {
 	if got := into[map[string]string](t, n.get("/healthz"), 200); got["status"] != "ok" {
 		t.Errorf("%v", got)
 	}
-	// What is under way, or comes all the same, is served.
+	// Calls under way, and new ones, are still served.
 	n.append("s", `{"content":"sesame"}`)
 	n.ask("s", secret)
 }
@@ -302,7 +308,7 @@ func TestProblem_keyOfAnotherTypeIsAFaultWhoseTextIsNotTold(t *testing.T) {
 	n := serve(t, func(s *setup) { s.store.Redis, s.errors = redis.URL(), true })
 	redis.Set(t.Context(), "chat:history:s", "sesame", 0)
 	for _, q := range calls() {
-		if asksRedis(q) && !isTickets(q) && strings.Contains(q.path, "/s") && q.path != "/readyz" {
+		if asksRedis(q) && !isTickets(q) && strings.HasPrefix(q.path, "/v1/sessions/s") && q.path != "/readyz" {
 			if p := n.do(q).refused(t, 500, "redis_wrong_type"); strings.Contains(p.Detail, "WRONGTYPE") {
 				t.Errorf("%+v", p)
 			}

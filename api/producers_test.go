@@ -42,7 +42,7 @@ func TestProducer_aRetryIsAnswered200WithTheNumbersItHas(t *testing.T) {
 		first := into[Stored](t, n.do(q), 201)
 		for range 3 {
 			again := into[Stored](t, n.do(q), 200)
-			again.MessageID = first.MessageID // made up anew
+			again.MessageID = first.MessageID // the server makes a new one
 			if again != first {
 				t.Errorf("%s: %+v and then %+v", kind, first, again)
 			}
@@ -106,13 +106,12 @@ func TestProducer_whatIsWrongWithItsNumbersIsSaid(t *testing.T) {
 	if got := n.page("s", ""); got.Last != 3 {
 		t.Errorf("%+v", got)
 	}
-	// An epoch is taken without a chunk, too.
+	// A new epoch counts even without a chunk.
 	into[Stored](t, post(typeJSON, `[]`, numbers("p", 3, 0)), 201)
 	post(typeJSON, `[]`, numbers("p", 2, 3)).refused(t, 403, "producer_fenced")
 }
 
-// A body that comes again is known as far as it is, and goes on from there: text at the
-// byte, in other pieces than before.
+// A repeated body continues after its known part: text at the byte, even in other pieces.
 func TestProducer_anUploadThatComesAgainGoesOnWhereItWas(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -144,13 +143,13 @@ func TestProducer_anUploadThatComesAgainGoesOnWhereItWas(t *testing.T) {
 		if p := n.page(s, "?limit=1"); got.First != 1 || got.Last != p.Last || int64(got.Count) != p.Last {
 			t.Errorf("%+v of %+v", got, p)
 		}
-		// And from any number, with the rest.
+		// The rest may follow from any number.
 		into[Stored](t, n.do(request{method: "POST", path: path, kind: typeText, body: text[cut:], header: numbers("p", 0, int64(cut))}), 200)
 		n.do(request{method: "POST", path: path, kind: typeText, body: text[cut:] + "!", header: numbers("p", 0, int64(cut))}).refused(t, 409, "producer_conflict")
 	}
 }
 
-// A new epoch fences the old one in the middle of its upload, which is answered though it is silent.
+// A new epoch fences the old one in the middle of its upload, which gets its response though it is silent.
 func TestProducer_aNewEpochEndsTheUploadUnderWayOfTheOld(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -170,7 +169,7 @@ func TestProducer_aNewEpochEndsTheUploadUnderWayOfTheOld(t *testing.T) {
 	}
 }
 
-// Whatever Redis does not answer is asked again when that is harmless.
+// The server retries if Redis did not reply and a retry is safe.
 func TestProducer_lostAnswersOfRedisAreRepeatedByTheServer(t *testing.T) {
 	t.Parallel()
 	var appends atomic.Int64
@@ -178,7 +177,7 @@ func TestProducer_lostAnswersOfRedisAreRepeatedByTheServer(t *testing.T) {
 		s.logs = func(l Logs) Logs {
 			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
 				a, err := next()
-				if i := appends.Add(1); err == nil && i%3 != 0 { // stored, and nobody hears of it
+				if i := appends.Add(1); err == nil && i%3 != 0 { // stored, but the reply is lost
 					return store.Appended{}, store.ErrOutcomeUnknown
 				}
 				return a, err
@@ -194,10 +193,10 @@ func TestProducer_lostAnswersOfRedisAreRepeatedByTheServer(t *testing.T) {
 	if got := n.contents("s"); len(got) != 5 {
 		t.Errorf("%q", got)
 	}
-	n.post("/v1/sessions/t/chunks", typeJSON, `{"data":0}`).refused(t, 504, "outcome_unknown") // without numbers it is not
+	n.post("/v1/sessions/t/chunks", typeJSON, `{"data":0}`).refused(t, 504, "outcome_unknown") // without numbers a retry is not safe
 }
 
-// cutter is a proxy that cuts connections where it is told to.
+// cutter is a proxy that cuts connections on demand.
 type cutter struct {
 	l    net.Listener
 	to   string
@@ -208,8 +207,8 @@ type cutter struct {
 const (
 	passes     = iota
 	cutsBefore // the request has arrived in part
-	cutsBehind // the request has arrived, its answer is lost
-	cutsWithin // in the middle of the answer
+	cutsBehind // the request has arrived, its response is lost
+	cutsWithin // in the middle of the response
 )
 
 func newCutter(t testing.TB, n *node) *cutter {
@@ -264,9 +263,8 @@ func (c *cutter) serve(client net.Conn, mode int64) {
 	up.Wait()
 }
 
-// Retry storms: every request is sent one to three times, on two nodes, its connection
-// cut before, during or behind the answer; and the log holds each chunk once, in order,
-// where the answers say.
+// Retry storms: every request is sent one to three times, to two nodes, and its connection is cut before, during or
+// after the response. The log contains each chunk once, in order, at the place that the responses give.
 func TestProducer_retryStorms(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -279,7 +277,7 @@ func TestProducer_retryStorms(t *testing.T) {
 		session := fmt.Sprint("storm", run)
 		type said struct {
 			what  string
-			first int64 // where an answer said that it is
+			first int64 // the place that a response gave
 		}
 		producers := map[string][]said{}
 		for _, id := range []string{"p", "q"}[:rapid.IntRange(1, 2).Draw(rt, "producers")] {
@@ -330,7 +328,7 @@ func TestProducer_retryStorms(t *testing.T) {
 				cutters[at].mode.Store(mode)
 				var from io.Reader = strings.NewReader(body.String())
 				if rapid.Bool().Draw(rt, "chunked") {
-					from = io.MultiReader(from) // its length is not said
+					from = io.MultiReader(from) // its length is not sent
 				}
 				r, err := http.NewRequest("POST", "http://"+cutters[at].l.Addr().String()+"/v1/sessions/"+session+"/chunks?message_id="+fmt.Sprint(id, i), from)
 				if err != nil {
@@ -366,8 +364,8 @@ func TestProducer_retryStorms(t *testing.T) {
 				producers[id] = append(producers[id], said{word, at})
 			}
 		}
-		// The log is the producers' words, each once, in their order. Words of a text may be
-		// in several chunks, since it arrived in parts.
+		// The log contains the producers' words, each once, in their order. Words of a text may be in several chunks,
+		// because it arrived in parts.
 		type element struct {
 			seq  int64
 			text string
@@ -416,7 +414,7 @@ func keysOf[V any](m map[string]V) func(yield func(string) bool) {
 	}
 }
 
-// One that was told what is missing sends from there.
+// A producer that learns what is missing continues there.
 func TestProducer_expectedChunkIsWhereItGoesOn(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

@@ -6,11 +6,12 @@ import (
 	"gapless/store"
 )
 
-// said is what a chunk says, as far as it says it: those of foreign producers have what types
-// they like, and what is none of ours is empty.
+// said holds the known members of a chunk. Chunks of other programs may have any types, and a member of an unexpected
+// type is empty.
 type said struct {
 	kind, message, role, content string
 	reason, detail, finish       string
+	toolCall                     string // of an answer of a tool, the call
 	complete                     bool
 	data                         jsontext.Value
 }
@@ -30,6 +31,8 @@ func parseSaid(chunk []byte) (s said) {
 			s.reason = store.Text(value)
 		case "detail":
 			s.detail = store.Text(value)
+		case "tool_call_id":
+			s.toolCall = store.Text(value)
 		case "finish_reason":
 			s.finish = store.Text(value)
 		case "is_complete":

@@ -62,7 +62,7 @@ func (a *API) createSession(c echo.Context) error {
 	return a.create(c, id)
 }
 
-// createNamed makes the session that the path names. Its body says nothing.
+// createNamed creates the session that the path names. Its body is ignored.
 func (a *API) createNamed(c echo.Context) error { return a.create(c, session(c)) }
 
 func (a *API) create(c echo.Context, id string) error {
@@ -103,27 +103,27 @@ func (a *API) deleteSession(c echo.Context) error {
 	return c.NoContent(http.StatusNoContent)
 }
 
-// smallBody is more than an object of a name or two needs, in bytes.
+// smallBody is the maximum size, in bytes, of a body that is an object of one or two names.
 const smallBody = 16 << 10
 
-// atMost is the body, which is an error if it has more than most bytes, or than BodyMax.
+// atMost returns the body. Reading it fails after most bytes, or after BodyMax.
 func (a *API) atMost(c echo.Context, most int) io.Reader {
 	return http.MaxBytesReader(plain(c), c.Request().Body, int64(min(most, a.cfg.BodyMax)))
 }
 
-// readBody reads a body whole, from a reader that bounds it.
+// readBody reads a whole body from a limited reader.
 func (a *API) readBody(c echo.Context, from io.Reader) ([]byte, error) {
 	body, err := readAll(from, min(c.Request().ContentLength, int64(a.cfg.BodyMax)))
 	if err != nil {
 		return nil, a.bodyError(err)
 	}
-	if expired(a.grant(c)) { // a body may take its time
+	if expired(a.grant(c)) { // reading may take long
 		return nil, errExpired
 	}
 	return body, nil
 }
 
-// bodyError says why a body could not be read.
+// bodyError returns the error for a body that could not be read.
 func (a *API) bodyError(err error) error {
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
 		return err
@@ -139,7 +139,7 @@ func (a *API) bodyError(err error) error {
 	return &Problem{Status: http.StatusBadRequest, Code: "invalid_json", Detail: detail}
 }
 
-// readAll reads what is length bytes long, if that is known, into as much memory as that takes.
+// readAll reads all of from. If its length is known, it allocates exactly that.
 func readAll(from io.Reader, length int64) ([]byte, error) {
 	if length < 1 {
 		return io.ReadAll(from)
@@ -149,7 +149,7 @@ func readAll(from io.Reader, length int64) ([]byte, error) {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
-	if err == nil { // one that is too long says so
+	if err == nil { // a longer body fails here
 		_, err = from.Read(make([]byte, 1))
 		if err == io.EOF {
 			err = nil
@@ -158,7 +158,7 @@ func readAll(from io.Reader, length int64) ([]byte, error) {
 	return b[:n], err
 }
 
-// readStrings reads an object whose members are all strings, and all named.
+// readStrings reads an object whose members are all strings with known names.
 func readStrings(body []byte, names ...string) (map[string]string, error) {
 	object := jsontext.Value(body)
 	if !object.IsValid() || object.Kind() != '{' {
@@ -167,7 +167,7 @@ func readStrings(body []byte, names ...string) (map[string]string, error) {
 	members, dec := map[string]string{}, jsontext.NewDecoder(newReader(body))
 	for {
 		tok, err := dec.ReadToken()
-		if err != nil { // the object has ended: it was found valid
+		if err != nil { // the object has ended, because it is valid
 			return members, nil
 		}
 		if tok.Kind() != '"' {
@@ -198,8 +198,8 @@ type sessionsJSON struct {
 	Next     string        `json:"next_after,omitempty"`
 }
 
-// listSessions answers a page of all sessions, for administrators of all of them. Redis has no index of
-// sessions, so few of these calls run at a time.
+// listSessions responds with a page of all sessions, for administrators of all sessions. Redis has no index of
+// sessions, so only a few of these calls run at a time.
 func (a *API) listSessions(c echo.Context) error {
 	if err := a.may(c, auth.Admin, auth.All); err != nil {
 		return err
@@ -210,7 +210,7 @@ func (a *API) listSessions(c echo.Context) error {
 	}
 	prefix, after := c.QueryParam("prefix"), c.QueryParam("after")
 	for _, id := range [][2]string{{"prefix", prefix}, {"after", after}} {
-		if id[1] != "" && strings.Trim(id[1], ".") != "" && !validID(id[1]) { // dots alone begin ids, and are none
+		if id[1] != "" && strings.Trim(id[1], ".") != "" && !validID(id[1]) { // dots alone may begin an id, but are none
 			return &Problem{Status: http.StatusBadRequest, Code: "invalid_parameter", Member: id[0], Limit: 128,
 				Detail: id[0] + " must be up to 128 of the characters A-Z a-z 0-9 . _ ~ -"}
 		}

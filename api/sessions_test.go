@@ -106,7 +106,7 @@ func TestSession_idThatIsNoneIsRefusedEverywhereAndMakesNothing(t *testing.T) {
 			{method: "GET", path: "/chunks"}, {method: "GET", path: "/stream"},
 			{method: "POST", path: "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
 			{method: "POST", path: "/cancel"}, {method: "POST", path: "/messages/m/stop"}, {method: "GET", path: "/messages/m/ui-stream"},
-			{method: "GET", path: "/ui-stream"}, {method: "POST", path: "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
+			{method: "GET", path: "/ui-stream"}, {method: "GET", path: "/ui-stream/m/stream"}, {method: "POST", path: "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 		} {
 			q.path, q.bad = "/v1/sessions/"+id+q.path, true
 			if p := n.do(q).refused(t, 400, "invalid_session_id"); p.Member != "id" || p.Limit != 128 {
@@ -192,7 +192,7 @@ func TestSession_deletedIsGoneAndBeginsAnewWithNumbersThatGoOn(t *testing.T) {
 	}
 }
 
-// Every character of an id is one that paths and keys hold as it is.
+// Every character of an id is valid in paths and keys without escaping.
 func TestValidID_takesNoOtherByte(t *testing.T) {
 	for b := range 256 {
 		if got, want := validID(string([]byte{byte(b)})), slices.Contains([]byte(every), byte(b)) && b != '.'; got != want {
@@ -217,7 +217,7 @@ func TestSession_isMadeByItsPathToo(t *testing.T) {
 	}
 }
 
-// Pages of all sessions hold each of them once, in order, without those that were deleted.
+// The pages of all sessions contain each session once, in order, without deleted ones.
 func TestSessions_areListedInPages(t *testing.T) {
 	t.Parallel()
 	for name, configure := range map[string]func(*setup){

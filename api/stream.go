@@ -16,7 +16,7 @@ import (
 	"gapless/store"
 )
 
-// stream gives a viewer the log from its cursor on.
+// stream sends a viewer the log after its cursor.
 func (a *API) stream(c echo.Context) error {
 	r := c.Request()
 	connection, err := newConnection(c)
@@ -28,7 +28,7 @@ func (a *API) stream(c echo.Context) error {
 		return err
 	}
 	head := r.Method == http.MethodHead
-	if head && ticketOf(c) != "" { // it is not used up by this, so it lets nobody in, and the log is not asked
+	if head && ticketOf(c) != "" { // a HEAD does not use the ticket up, so it admits nobody, and Redis is not asked
 		sse.Head(c.Response())
 		return nil
 	}
@@ -37,7 +37,7 @@ func (a *API) stream(c echo.Context) error {
 		return a.sendFull(c, err)
 	}
 	uncount(c)
-	leave := func() { a.limits.Viewers.Give(caller, 1) } // and what a ticket has let it in by
+	leave := func() { a.limits.Viewers.Give(caller, 1) } // and the ticket's admission
 	mine := true
 	defer func() {
 		if mine {
@@ -78,7 +78,7 @@ func (a *API) stream(c echo.Context) error {
 		in.view(v)
 	}
 	client := strings.Clone(c.RealIP())
-	method, route := method(r.Method), c.Path() // c is another request's by the time that a connection which was taken over ends
+	method, route := method(r.Method), c.Path() // when a connection that was taken over ends, c belongs to another request
 	answered := func(int) {}
 	if a.cfg.Tracer != nil {
 		answered = a.cfg.Tracer.View(r, route, view.Session, view.Connection, view.Cursor)
@@ -132,7 +132,7 @@ func (a *API) stream(c echo.Context) error {
 	return w.End(cause)
 }
 
-// newConnection names the connection, in the answer too.
+// newConnection makes a name for the connection, and sets it in the response header.
 func newConnection(c echo.Context) (string, error) {
 	id, err := uuid.NewV7()
 	if err != nil {
@@ -142,8 +142,7 @@ func newConnection(c echo.Context) (string, error) {
 	return id.String(), nil
 }
 
-// sendAway has a viewer come back, to this node or another: any status would end its
-// EventSource for good.
+// sendAway makes a viewer reconnect, to this node or another. An error status would end its EventSource for good.
 func (a *API) sendAway(c echo.Context) error {
 	if c.Response().Header().Get("Gapless-Connection") == "" {
 		if _, err := newConnection(c); err != nil {
@@ -153,8 +152,8 @@ func (a *API) sendAway(c echo.Context) error {
 	return a.refuse(c, sse.Shutdown)
 }
 
-// sendFull has a viewer come back later, since it is over a limit, and says which in a header: the
-// stream itself has no place for it.
+// sendFull makes a viewer reconnect later, because it exceeds a limit. A header names the limit, because the stream has
+// no place for it.
 func (a *API) sendFull(c echo.Context, why error) error {
 	if _, err := newConnection(c); err != nil {
 		return err
@@ -163,7 +162,7 @@ func (a *API) sendFull(c echo.Context, why error) error {
 	return a.refuse(c, sse.Full)
 }
 
-// refuse breaks a stream off before its first event. A HEAD ends as it always does.
+// refuse breaks a stream off before its first event. A HEAD ends as usual.
 func (a *API) refuse(c echo.Context, why sse.Cause) error {
 	if c.Request().Method == http.MethodHead {
 		sse.Head(c.Response())
@@ -172,12 +171,10 @@ func (a *API) refuse(c echo.Context, why sse.Cause) error {
 	return a.hub.NewWriter(plain(c), c.Request()).Refuse(why)
 }
 
-// errTaken says that a request's connection is not the server's any more, and that it is counted
-// when its response ends.
+// errTaken means that the server no longer owns a request's connection. The request is counted when its response ends.
 var errTaken = errors.New("taken over")
 
-// parseView reads the cursor. The header is a browser's own and the newest; the URL
-// stays what it was when the page was made.
+// parseView reads the cursor. The browser sets the header, which is newer. The URL is as old as the page.
 func parseView(c echo.Context, view *sse.Ask) error {
 	after := c.QueryParam("after")
 	if after == "latest" {

@@ -15,7 +15,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// many is a JSON array of n chunks that say sesame 1 to sesame n.
+// many returns a JSON array of n chunks with the contents sesame 1 to sesame n.
 func many(n int) string {
 	all := make([]string, n)
 	for i := range all {
@@ -114,7 +114,7 @@ func TestStream_goesOnLiveAndEndsCleanlyWithTheLog(t *testing.T) {
 		v.take(2, 3)
 		v.end(true)
 	}
-	// The end reached, nothing follows; before it, what is missing does, and the same end.
+	// At the end, nothing follows. Before the end, the missing chunks and the same end follow.
 	for _, q := range []request{
 		{path: "?after=5"}, {path: "?after=5&format=raw"}, {path: "?after=latest"}, {path: "?lastEventId=5"}, {header: map[string]string{"Last-Event-ID": "5"}},
 	} {
@@ -146,7 +146,7 @@ func TestStream_untilDoneEndsBehindTheNextStop(t *testing.T) {
 		}
 		v.take(2, 1)
 		v.end(true)
-		// The same from the history, and from behind it on.
+		// The same from the history, and from after it.
 		v = n.watch(s, "?until=done&after=1")
 		v.welcome()
 		v.take(1, 2)
@@ -212,7 +212,7 @@ func TestStream_ofADeletedSessionIsToldAndEndsAndLaterOnesGet204(t *testing.T) {
 			t.Errorf("%s: %d %v", query, v.status, v.header)
 		}
 	}
-	// Its new life is another log, and a cursor of the former one is told so.
+	// The new session is another log, and a cursor of the old one is reset.
 	n.append("s", `{"content":"sesame, anew"}`)
 	v = n.watch("s", "?after=2")
 	_, w := v.welcome()
@@ -234,7 +234,7 @@ func TestStream_badParametersAreRefused(t *testing.T) {
 			t.Errorf("%s: %+v", query, p)
 		}
 	}
-	// A bad one is bad also where it does not matter.
+	// A bad cursor is an error even if it does not matter.
 	n.do(request{method: "GET", path: "/v1/sessions/s/stream?after=x", header: map[string]string{"Last-Event-ID": "3"}, bad: true}).refused(t, 400, "invalid_parameter")
 }
 
@@ -244,7 +244,7 @@ func TestStream_isHeldWhileRedisIsAwayAndNever503(t *testing.T) {
 	redis := storetest.Redis(t)
 	n := serve(t, func(s *setup) {
 		s.store.Redis, s.sse.Heartbeat, s.sse.Reconcile, s.api.Patience = redis.URL(), 20*time.Millisecond, 100*time.Millisecond, 50*time.Millisecond
-		s.errors = true // that Redis cannot be reached
+		s.errors = true // Redis cannot be reached
 	})
 	redis.Kill()
 	v := n.watch("s", "", "Last-Event-ID", "0")
@@ -325,7 +325,7 @@ func TestStream_pagesThroughMoreThanAWindowHolds(t *testing.T) {
 	v.end(true)
 }
 
-// HEAD asks what GET would answer: the same status and the same header. It starts no stream.
+// HEAD has the same status and headers as GET. It starts no stream.
 func TestHead_saysWhatEachGetWould(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -335,7 +335,7 @@ func TestHead_saysWhatEachGetWould(t *testing.T) {
 		r := n.new(request{method: method, path: path, header: map[string]string{"Accept-Encoding": "identity"}, bad: true})
 		r.Close = true
 		ctx, cancel := context.WithCancel(r.Context())
-		defer cancel() // a stream goes on
+		defer cancel() // a stream continues
 		res, err := n.client.Do(r.WithContext(ctx))
 		if err != nil {
 			t.Fatalf("%s %s: %v", method, path, err)
@@ -346,7 +346,7 @@ func TestHead_saysWhatEachGetWould(t *testing.T) {
 				t.Errorf("HEAD %s: %q, %v", path, body, err)
 			}
 		}
-		// Of each response its own, and how its end is found.
+		// These differ for each response, or say how its end is found.
 		for _, name := range []string{"Date", "Gapless-Connection", "Content-Length"} {
 			res.Header.Del(name)
 		}
@@ -372,7 +372,8 @@ func TestHead_saysWhatEachGetWould(t *testing.T) {
 	}
 }
 
-// A ticket opens one grant, and whoever comes in last has it: HEAD, with which programs look at links, takes none.
+// A ticket opens one grant, which belongs to the last connection. HEAD, which programs use to check links, does not use
+// the ticket.
 func TestHead_leavesATicketUnused(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)

@@ -15,7 +15,7 @@ import (
 	"gapless/api/model"
 )
 
-// strict says what the strictest of services have against a conversation: the templates of Mistral's and Google's
+// strict returns the error of the strictest services for a conversation: the templates of Mistral's and Google's
 // models, Amazon's Bedrock, Perplexity.
 func strict(turns []model.Turn) error {
 	want := []string{model.RoleUser}
@@ -39,7 +39,7 @@ func strict(turns []model.Turn) error {
 	return nil
 }
 
-// Promise: no conversation is one that a service refuses, whatever became of the answers in it.
+// Promise: no service refuses a conversation, whatever happened to the answers in it.
 func TestMessages_theStrictestServiceRefusesNoConversation(t *testing.T) {
 	t.Parallel()
 	var asked, refused atomic.Int64
@@ -107,7 +107,7 @@ func TestMessages_theStrictestServiceRefusesNoConversation(t *testing.T) {
 				n.append(session, `{"role":"system","content":"be brief"}`)
 				instructed = " instructed"
 			}
-			if random.IntN(4) == 0 { // what others put into the log
+			if random.IntN(4) == 0 { // chunks of other programs
 				n.append(session, []string{
 					`{"role":"assistant","content":"Hello! What may I do?"}`, `{"role":"user","content":"left unanswered"}`, `{"message_id":"m","content":"   "}`,
 					`[{"message_id":"n","role":"user","content":"a"},{"message_id":"o","content":"b"},{"message_id":"n","content":"c"}]`,

@@ -21,11 +21,10 @@ import (
 type ticketJSON struct {
 	Ticket    string    `json:"ticket"`
 	ExpiresAt time.Time `json:"expires_at"` // if it is not used by then
-	URL       string    `json:"url"`        // of the stream, relative to the server's
+	URL       string    `json:"url"`        // of the stream, relative to the server's URL
 }
 
-// createTicket makes a ticket for the session's stream. What it is, and why, is said in the
-// store (ticket.go).
+// createTicket makes a ticket for the session's stream. The store explains tickets (ticket.go).
 func (a *API) createTicket(c echo.Context) error {
 	if err := a.limits.Tickets.Take(a.caller(c), 1); err != nil {
 		return err
@@ -43,11 +42,11 @@ func (a *API) createTicket(c echo.Context) error {
 	return c.JSON(http.StatusCreated, ticketJSON{ticket, expires, "/v1/sessions/" + id + "/stream?ticket=" + ticket})
 }
 
-// enter lets a connection in by its ticket. Its admission is to be ended with its response.
+// enter admits a connection with its ticket. The caller must end the admission with the response.
 func (a *API) enter(ctx context.Context, ticket, id, connection string) (auth.Grant, *admission, error) {
 	m := &admission{tickets: a.tickets, name: store.TicketName(ticket), session: strings.Clone(id), connection: connection}
 	m.timer = time.AfterFunc(renewEvery, m.renew) // stopped by end
-	a.tickets.add(m)                              // first, so that nobody takes its place unheard
+	a.tickets.add(m)                              // first, so that it hears of a connection that replaces it
 	until, err := a.logs.EnterTicket(ctx, m.name, id, connection)
 	if errors.Is(err, store.ErrTicketSpent) {
 		err = &Problem{Status: http.StatusUnauthorized, Code: "ticket_spent", Member: "ticket", challenge: `Bearer realm="gapless"`,
@@ -61,7 +60,7 @@ func (a *API) enter(ctx context.Context, ticket, id, connection string) (auth.Gr
 	return auth.Viewing(m.session, until), m, nil
 }
 
-// admission is a connection that a ticket has let in. It renews the grant while it stands.
+// admission is a connection that a ticket has admitted. It renews the grant while the connection stands.
 type admission struct {
 	tickets                   *tickets
 	name, session, connection string
@@ -69,15 +68,14 @@ type admission struct {
 
 	mu       sync.Mutex
 	until    time.Time
-	begun    bool // Redis has let it in
-	doubtful bool // something was heard before
+	begun    bool // Redis has admitted it
+	doubtful bool // a notification came before that
 	replaced bool
 	over     bool
 	viewer   *sse.Viewer
 }
 
-// renewEvery leaves most of the grant's life to a connection that breaks, and has time for
-// another try.
+// renewEvery leaves most of the grant's life to a connection that breaks, and leaves time for a retry.
 const renewEvery = store.TicketLife / 4
 
 func (m *admission) begin(until time.Time) {
@@ -89,7 +87,7 @@ func (m *admission) begin(until time.Time) {
 	}
 }
 
-// view says who has to go when another connection comes in.
+// view sets the viewer that must leave when another connection enters.
 func (m *admission) view(v *sse.Viewer) {
 	m.mu.Lock()
 	m.viewer = v
@@ -100,8 +98,8 @@ func (m *admission) view(v *sse.Viewer) {
 	}
 }
 
-// renew keeps the grant, or finds that another connection has it. A Redis that is away changes
-// nothing for one that stands. It ends within Redis's time-outs, and holds up nobody.
+// renew renews the grant, or finds that another connection has it. If Redis is away, a standing connection stays. renew
+// returns within Redis's timeouts, and blocks nobody.
 func (m *admission) renew() {
 	m.mu.Lock()
 	m.doubtful = !m.begun
@@ -124,7 +122,7 @@ func (m *admission) renew() {
 	}
 }
 
-// end ends it with its response.
+// end ends m with its response.
 func (m *admission) end() {
 	m.mu.Lock()
 	m.over = true
@@ -133,8 +131,8 @@ func (m *admission) end() {
 	m.tickets.remove(m)
 }
 
-// tickets is the connections of this node that tickets have let in. From the first one on, it
-// listens to who else comes in.
+// tickets holds the connections of this node that tickets have admitted. After the first one, it listens for other
+// connections that enter.
 type tickets struct {
 	logs   Logs
 	listen sync.Once
@@ -161,8 +159,7 @@ func (t *tickets) remove(m *admission) {
 	}
 }
 
-// Live implements store.Listener: a connection has come in with a ticket. Whose place it took,
-// Redis knows.
+// Live implements store.Listener: a connection has entered with a ticket. Redis knows which connection it replaced.
 func (t *tickets) Live(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -171,7 +168,7 @@ func (t *tickets) Live(name string) {
 	}
 }
 
-// Resync implements store.Listener: names may have been missed. Not all look at once.
+// Resync implements store.Listener: names may have been missed. The renewals are spread over time.
 func (t *tickets) Resync() {
 	t.mu.Lock()
 	defer t.mu.Unlock()

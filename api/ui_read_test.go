@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// A long conversation costs little: only its last message is kept, in whatever shape the others are.
+// A long conversation costs little: only its last message is kept, whatever the shape of the others.
 func TestUI_onlyTheLastMessageIsKept(t *testing.T) {
 	t.Parallel()
 	for name, other := range map[string]string{
@@ -24,13 +24,13 @@ func TestUI_onlyTheLastMessageIsKept(t *testing.T) {
 		if err != nil || text != "sesame" || !strings.HasSuffix(member, "/parts") {
 			t.Errorf("%s: %q at %s, %v", name, text, member, err)
 		}
-		if live := int64(after.HeapInuse) - int64(before.HeapInuse); live > 64<<20 { // others allocate meanwhile
+		if live := int64(after.HeapInuse) - int64(before.HeapInuse); live > 64<<20 { // other tests allocate meanwhile
 			t.Errorf("%s: %d bytes", name, live)
 		}
 	}
 }
 
-// names is members that all have other names.
+// names returns n members with different names.
 func names(n int) string {
 	var b strings.Builder
 	for i := range n {

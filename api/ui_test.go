@@ -15,12 +15,12 @@ import (
 	"gapless/store/storetest"
 )
 
-// uiBody is what useChat sends for a question.
+// uiBody returns what useChat sends for a question.
 func uiBody(question string) string {
 	return fmt.Sprintf(`{"id":"s","trigger":"submit-message","messages":[{"id":"q","role":"user","parts":[{"type":"text","text":%q}]}]}`, question)
 }
 
-// uiParts is a UI message stream that is read part by part. Each is held against the contract.
+// uiParts is a UI message stream that is read part by part. Each part is checked against the contract.
 type uiParts struct {
 	t    *testing.T
 	body *bufio.Reader
@@ -42,7 +42,7 @@ func (n *node) ui(t *testing.T, q request) *uiParts {
 	return &uiParts{t: t, body: bufio.NewReader(res.Body)}
 }
 
-// next is the next part; ok is false at [DONE], behind which there must be nothing.
+// next returns the next part. ok is false at [DONE], after which nothing may follow.
 func (u *uiParts) next() (p part, ok bool) {
 	u.t.Helper()
 	for {
@@ -70,7 +70,7 @@ func (u *uiParts) next() (p part, ok bool) {
 	}
 }
 
-// rest reads to the end, and answers the last part.
+// rest reads to the end, and returns the last part.
 func (u *uiParts) rest() part {
 	u.t.Helper()
 	for {
@@ -80,7 +80,7 @@ func (u *uiParts) rest() part {
 	}
 }
 
-// kinds is the types of the parts, deltas once.
+// kinds returns the types of the parts, with repeated deltas once.
 func (u *uiParts) kinds() string {
 	var all []string
 	for _, p := range u.all {
@@ -106,7 +106,7 @@ func TestUI_questionIsAnsweredByItsParts(t *testing.T) {
 	}
 }
 
-// What a producer has left open, under a name of its own, is not what somebody who asked comes back for.
+// A message that a producer left open under its own name is not the answer that a caller resumes.
 func TestUI_resumesTheAnswer(t *testing.T) {
 	t.Parallel()
 	m := newPaced()
@@ -121,8 +121,8 @@ func TestUI_resumesTheAnswer(t *testing.T) {
 	}
 }
 
-// Of several messages under way, a page that is loaded again is given the assistant's that began last: neither the one
-// with the greatest id, nor the user's own.
+// Of several messages under way, a reloaded page gets the assistant's that began last: not the one with the greatest
+// id, nor the user's own.
 func TestUI_resumesTheAssistantsAnswerThatBeganLast(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -155,7 +155,7 @@ func TestUI_resumesTheAssistantsAnswerThatBeganLast(t *testing.T) {
 			t.Errorf("%s: %+v %q", c.log, u.all[0], u.text.String())
 		}
 	}
-	// One that another program has ended in the list is not under way, whatever Redis' hash says.
+	// A message that another program has ended in the list is not under way, whatever Redis' hash says.
 	n.append("foreign", `[{"message_id":"a","content":"it"}]`)
 	redis.RPush(t.Context(), "chat:history:foreign", `{"message_id":"a","type":"done"}`)
 	if a := n.get("/v1/sessions/foreign/ui-stream"); a.status != 204 {
@@ -173,7 +173,7 @@ func TestUI_resumesARunningMessageFromItsBeginningOnAnyNode(t *testing.T) {
 		t.Fatalf("without a session: %d", got.status)
 	}
 	asked := a.ask("s", secret)
-	before := b.ui(t, resume) // there is no word yet
+	before := b.ui(t, resume) // the answer has no word yet
 	if p, _ := before.next(); p.Type != "start" || p.MessageID != asked.ReplyID {
 		t.Fatalf("%+v", p)
 	}
@@ -237,7 +237,7 @@ func TestUI_everyEndOfAMessageHasItsPart(t *testing.T) {
 	}
 }
 
-// Where the stream cannot go on it must not end as if the answer had.
+// A stream that cannot continue must not end as if the answer had.
 func TestUI_breaksOffWhereItCannotGoOn(t *testing.T) {
 	t.Parallel()
 	for name, stop := range map[string]func(n *node, redis *storetest.Server){
@@ -262,7 +262,7 @@ func TestUI_breaksOffWhereItCannotGoOn(t *testing.T) {
 	}
 }
 
-// Promise: said aloud. Of a message whose beginning was trimmed, nobody is given the rest as if it were all.
+// Promise: losses are reported. If the beginning of a message was trimmed, no client gets the rest as if it were whole.
 func TestUI_aMessageWhoseBeginningIsGoneIsAnError(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.HistoryMax = 10 })
@@ -273,14 +273,14 @@ func TestUI_aMessageWhoseBeginningIsGoneIsAnError(t *testing.T) {
 	if last := u.rest(); last.Type != "error" || u.text.Len() > 0 {
 		t.Errorf("%s", u.kinds())
 	}
-	// One that began behind it is whole.
+	// A message that began after the trim is whole.
 	n.append("s", `[{"message_id":"m","type":"done"},{"message_id":"n","content":"whole"}]`)
 	u = n.ui(t, request{method: "GET", path: "/v1/sessions/s/ui-stream"})
 	n.append("s", `{"message_id":"n","type":"done"}`)
 	if last := u.rest(); last.Type != "finish" || u.text.String() != "whole" {
 		t.Errorf("%s %q", u.kinds(), u.text.String())
 	}
-	// So is one of a log that was begun anew.
+	// So is a message of a log that was created again.
 	n.do(request{method: "DELETE", path: "/v1/sessions/s"})
 	n.append("s", `{"message_id":"o","content":"new"}`)
 	u = n.ui(t, request{method: "GET", path: "/v1/sessions/s/ui-stream"})
@@ -304,6 +304,7 @@ func TestUI_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
 		code, member string
 	}{
 		{typeJSON, ``, 400, "invalid_json", ""},
+		{typeText, `sesame`, 400, "invalid_json", ""},
 		{typeJSON, `{"messages":5}`, 400, "invalid_json", "/messages"},
 		{typeJSON, `{"messages":[{"role":"user","parts":[{"type":"text","text":5}]}]}`, 400, "invalid_json", "/messages/0/parts/0/text"},
 		{typeJSON, `{"messages":[],"messages":[]}`, 400, "invalid_json", ""},
@@ -311,7 +312,7 @@ func TestUI_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
 		{typeJSON, `{"messages":[{"role":"assistant","parts":[]}]}`, 400, "invalid_content", "/messages"},
 		{typeJSON, `{"messages":[{"role":"user","parts":[]}]}`, 400, "invalid_content", "/messages/0/parts"},
 		{typeJSON, `{"messages":[{"role":"user","parts":[{"type":"text","text":"a"},{"type":"file","url":"x"}]}]}`, 400, "invalid_content", "/messages/0/parts/1"},
-		{typeText, `sesame`, 415, "unsupported_media_type", "Content-Type"},
+		{typeNDJSON, `sesame`, 415, "unsupported_media_type", "Content-Type"},
 		{typeJSON, uiBody(long), 413, "content_too_large", "/messages/0/parts"},
 		{typeJSON, uiBody(long + long + long), 413, "body_too_large", ""},
 	} {
@@ -367,7 +368,7 @@ func TestUI_stopIsHarmlessWhereNothingIsLeftToStop(t *testing.T) {
 	}
 }
 
-// Whose right to view runs out is broken off, and not told that the answer has ended.
+// If a viewer's permission expires, its stream breaks off, and does not end as if the answer had.
 func TestUI_streamEndsWithItsToken(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -384,7 +385,7 @@ func TestUI_streamEndsWithItsToken(t *testing.T) {
 	}
 }
 
-// What a model thinks aloud is a part of its own kind, closed before the next part begins.
+// A model's reasoning has its own kind of part, which is closed before the next part begins.
 func TestUI_thinkingIsReasoningParts(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) {

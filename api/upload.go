@@ -16,49 +16,48 @@ import (
 	"gapless/store"
 )
 
-// upload is one producer's way into one log: a request's, or the model's. Its chunks are
-// appended one batch at a time, behind each other, and what it has stored is counted.
+// upload is one producer's way into one log. The producer is a request or the model. The upload appends its chunks one
+// batch at a time, in order, and counts what it has stored.
 //
-// One that stays for a while is watched (begin). Then it holds the messages that it has
-// begun, so that they end when it dies (store.Hold), and it looks now and then, and
-// whenever the session is named on the channel of uploads, whether it may go on. When
-// it may not, its context ends with the reason, in the middle of whatever it waits for.
+// An upload that lasts is watched (begin). It then holds the messages that it has begun, so that they end if it dies
+// (store.Hold). It checks regularly, and whenever the session is named on the channel of uploads, whether it may
+// continue. If it may not, its context ends with the reason, whatever it is waiting for.
 type upload struct {
 	api     *API
 	session string
 	caller  limit.Caller
-	token   string // names it among those that hold a message
+	token   string // identifies it among the uploads that hold a message
 	lease   time.Duration
-	// patience is how long it waits for a Redis that is away, beside doubtPatience.
+	// patience is how long it waits for a Redis that is away, in addition to doubtPatience.
 	patience time.Duration
 	ctx      context.Context
 	stop     context.CancelCauseFunc
-	// asked is for what is asked of Redis: a client that goes away does not leave us in doubt
-	// about what was stored, so it does not end. It says for whom, to those who trace.
+	// asked is the context of calls to Redis. It outlives the client, so that we always learn what was stored. It
+	// carries the client's trace.
 	asked context.Context
 
-	mu       sync.Mutex     // one append, or one look, at a time
-	producer store.Producer // Number: that of the next chunk
+	mu       sync.Mutex     // allows one append, or one look, at a time
+	producer store.Producer // Number is that of the next chunk
 	life     int64
-	held     []string // messages that it has begun, and that have not ended
+	held     []string // messages that it has begun and that have not ended
 	watched  bool
-	closed   bool      // it needs to look no more
-	heard    time.Time // when Redis was last asked
+	closed   bool      // it no longer needs to look
+	heard    time.Time // when Redis last replied
 	watch    *time.Timer
 	doubtful atomic.Bool // something has happened to the session
 
 	stored Stored
-	added  bool // something of it was not there before
+	added  bool // a part of it was not there before
 }
 
-// doubtPatience is how long an upload with numbers asks again for what may have been stored.
+// doubtPatience is how long an upload with numbers retries an append that may have been stored.
 const doubtPatience = 5 * time.Second
 
-// heldMost is how many messages an upload holds at most. Messages that it begins while
-// it holds so many do not end by its death.
+// heldMost is the maximum number of messages that an upload holds. Messages that it begins beyond that do not end when
+// it dies.
 const heldMost = 64
 
-// newUpload is an upload for the request whose context ctx is. It is to be ended.
+// newUpload returns an upload for the request whose context is ctx. The caller must call end.
 func (a *API) newUpload(ctx context.Context, session string, caller limit.Caller, p store.Producer, lease, patience time.Duration) *upload {
 	u := a.newAppend(ctx, session, caller, p, lease)
 	u.token, u.patience = strconv.FormatUint(rand.Uint64(), 36), patience
@@ -66,7 +65,7 @@ func (a *API) newUpload(ctx context.Context, session string, caller limit.Caller
 	return u
 }
 
-// newAppend is an upload that has come whole, and appends once.
+// newAppend returns an upload that arrived whole, and appends once.
 func (a *API) newAppend(ctx context.Context, session string, caller limit.Caller, p store.Producer, lease time.Duration) *upload {
 	u := &upload{api: a, session: session, caller: caller, producer: p, lease: lease, ctx: a.ending}
 	if u.asked = context.Background(); a.cfg.Tracer != nil {
@@ -76,7 +75,7 @@ func (a *API) newAppend(ctx context.Context, session string, caller limit.Caller
 	return u
 }
 
-// begin has the upload watched from now on.
+// begin makes the upload watched from now on.
 func (u *upload) begin() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -84,11 +83,11 @@ func (u *upload) begin() {
 		return
 	}
 	u.watched, u.heard = true, time.Now()
-	u.watch = time.AfterFunc(u.api.cfg.Look, u.look) // stopped by end, which waits for it
+	u.watch = time.AfterFunc(u.api.cfg.Look, u.look) // end stops it and waits for it
 	u.api.uploads.add(u)
 }
 
-// end lets go of what begin took.
+// end releases what begin acquired.
 func (u *upload) end() {
 	u.stop(nil)
 	u.mu.Lock()
@@ -100,7 +99,7 @@ func (u *upload) end() {
 	}
 }
 
-// append adds chunks behind those that the upload has stored already.
+// append appends chunks after those that the upload has stored already.
 func (u *upload) append(chunks []store.Chunk, hold store.Hold) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -123,7 +122,7 @@ func (u *upload) append(chunks []store.Chunk, hold store.Hold) error {
 		u.held = held
 	}
 	if hold == store.HoldClosed {
-		u.closed = true // a look behind it would hold its messages again
+		u.closed = true // a later look would hold its messages again
 	}
 	for _, c := range chunks {
 		u.producer.Number += c.Numbers()
@@ -138,10 +137,11 @@ func (u *upload) append(chunks []store.Chunk, hold store.Hold) error {
 	return nil
 }
 
-// storedHead is what Redis keeps of a chunk beside its members: its number and its time, about.
+// storedHead is what Redis stores of a chunk besides its members: about the size of its number and its time.
 const storedHead = 48
 
-// mayStore refuses chunks of a caller that has stored as many bytes as it may. Those that only end something are taken.
+// mayStore refuses chunks of a caller that has reached its limit of stored bytes. It accepts chunks that only end
+// something.
 func (u *upload) mayStore(chunks []store.Chunk) error {
 	if !slices.ContainsFunc(chunks, func(c store.Chunk) bool { return !c.Ends() && !c.EndsLog() }) {
 		return nil
@@ -152,7 +152,7 @@ func (u *upload) mayStore(chunks []store.Chunk) error {
 	return nil
 }
 
-// note counts in what was stored. mu is held.
+// note counts what was stored. mu must be held.
 func (u *upload) note(a store.Appended) {
 	s := &u.stored
 	s.Epoch = a.Epoch
@@ -164,7 +164,7 @@ func (u *upload) note(a store.Appended) {
 	}
 	if s.Count == 0 {
 		s.First = a.First
-	} else if a.First != 0 && a.First == s.Last { // a text that is known comes in other pieces than it is kept
+	} else if a.First != 0 && a.First == s.Last { // known text may now come in other pieces than are stored
 		s.Count--
 	}
 	s.Last = a.Last
@@ -172,8 +172,8 @@ func (u *upload) note(a store.Appended) {
 	u.added = u.added || a.Known < a.Count
 }
 
-// send asks Redis, and again where that is harmless: what was surely not stored, for as
-// long as the upload has patience; what may have been stored, if it has numbers. mu is held.
+// send calls Redis, and retries if that is safe: while its patience lasts if surely nothing was stored, and with
+// producer numbers if something may have been stored. mu must be held.
 func (u *upload) send(b store.Batch) (store.Appended, error) {
 	b.Producer, b.Life, b.Lease, b.Token = u.producer, u.life, u.lease, u.token
 	sessions := u.api.limits.Sessions
@@ -212,15 +212,14 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 			case <-u.ctx.Done():
 			}
 		}
-		if unknown && errors.Is(err, store.ErrAway) { // this time it was surely not stored, but before?
+		if unknown && errors.Is(err, store.ErrAway) { // this try surely stored nothing, but an earlier one may have
 			err = store.ErrOutcomeUnknown
 		}
 		return done, err
 	}
 }
 
-// trace tells what was appended. What was known to the log before, another append has told, unless that one
-// had no answer.
+// trace traces appended chunks. Another append has traced the known ones, unless its reply was lost.
 func (u *upload) trace(a store.Appended, unknown bool, begun time.Time) {
 	if u.api.cfg.Tracer == nil {
 		return
@@ -229,13 +228,13 @@ func (u *upload) trace(a store.Appended, unknown bool, begun time.Time) {
 	if unknown {
 		added = a.Count
 	}
-	if added > 0 && a.Last > 0 { // they are the last ones, one behind the other: a script call has added them
+	if added > 0 && a.Last > 0 { // they are the last ones and consecutive, because one script call added them
 		u.api.cfg.Tracer.Appended(u.asked, u.session, a.Epoch, a.Last-int64(added)+1, a.Last, begun)
 	}
 }
 
-// leave says how the upload ended that has not ended as it should: its connection broke
-// (HoldBroken), or it was answered before its end (HoldLeft).
+// leave records how an upload ended that did not end properly: its connection broke (HoldBroken), or it got its
+// response before its end (HoldLeft).
 func (u *upload) leave(how store.Hold) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -244,12 +243,12 @@ func (u *upload) leave(how store.Hold) {
 	}
 	u.closed = true
 	if _, err := u.send(store.Batch{Hold: how, Messages: u.held}); err != nil {
-		// Their leases run out instead. That Redis is away, or refuses, is said once for all uploads.
+		// The messages' leases end them instead. A Redis that is away or refuses is logged once for all uploads.
 		u.api.log.LogAttrs(context.Background(), slog.LevelDebug, "an upload's messages are left to their leases", slog.String("session", u.session), slog.Any("err", err))
 	}
 }
 
-// look asks whether the upload may go on, unless it was told just now.
+// look checks whether the upload may continue, unless Redis replied just now.
 func (u *upload) look() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -273,14 +272,13 @@ func (u *upload) look() {
 	u.watch.Reset(every)
 }
 
-// doubt has the upload look soon. It may come late: look knows an upload that has ended.
+// doubt makes the upload look soon. It may be called after the upload has ended: look checks that.
 func (u *upload) doubt(after time.Duration) {
 	u.doubtful.Store(true)
 	u.watch.Reset(after)
 }
 
-// uploads are the ones that are watched. While there are any, it listens to which
-// sessions have to be looked at.
+// uploads holds the watched uploads. While there are any, it listens for sessions whose uploads must look.
 type uploads struct {
 	logs Logs
 	api  *API
@@ -311,7 +309,7 @@ func (l *uploads) remove(u *upload) {
 	l.listen()
 }
 
-// listen begins or ends to listen, as the number of uploads demands.
+// listen starts or stops listening, depending on the number of uploads.
 func (l *uploads) listen() {
 	l.wire.Lock()
 	defer l.wire.Unlock()
@@ -345,8 +343,7 @@ func (l *uploads) Live(session string) {
 	}
 }
 
-// Resync implements store.Listener: names may have been missed. Not all of the uploads
-// look at once.
+// Resync implements store.Listener: names may have been missed. The looks of the uploads are spread over time.
 func (l *uploads) Resync() {
 	spread := min(l.api.cfg.Look/2, time.Second)
 	l.mu.Lock()
@@ -358,8 +355,8 @@ func (l *uploads) Resync() {
 	}
 }
 
-// interruption wakes a request that waits for its body. It is of one request: behind
-// over, the connection is another's.
+// interruption wakes a request that waits for its body. It belongs to one request: after over, the connection belongs
+// to another.
 type interruption struct {
 	ctl   *http.ResponseController
 	mu    sync.Mutex
@@ -376,9 +373,9 @@ func (i *interruption) now() {
 	}
 }
 
-// over says whether the request was interrupted. Then its connection must not be kept: if
-// the body had come to its end at that moment, the server was reading ahead for the next
-// request, takes the connection for broken, and would cancel all that comes on it.
+// over reports whether the request was interrupted. Then its connection must not be kept. If the body ended at that
+// moment, the server was reading ahead for the next request. It takes the connection for broken, and would cancel every
+// request on it.
 func (i *interruption) over() (fired bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()

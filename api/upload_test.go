@@ -19,12 +19,12 @@ import (
 	"gapless/store/storetest"
 )
 
-// told are settings under which an upload learns of what happens only by being told.
+// told returns settings with which an upload learns of events only by notifications.
 func told(redis *storetest.Server) func(*setup) {
 	return func(s *setup) { s.store.Redis, s.api.Look = redis.URL(), time.Hour }
 }
 
-// beginning is an upload on a connection of its own, of which nothing was sent yet.
+// beginning returns an upload on its own connection that has sent nothing yet.
 func (n *node) beginning(t *testing.T, path, kind string, header ...string) conn {
 	t.Helper()
 	c := n.raw(t)
@@ -36,7 +36,7 @@ func (c conn) send(text string) {
 	fmt.Fprintf(c, "%x\r\n%s\r\n", len(text), text)
 }
 
-// response reads the answer, which must come although the body goes on.
+// response reads the response, which must come although the body continues.
 func (c conn) response(t *testing.T) answer {
 	t.Helper()
 	res, err := http.ReadResponse(c.Reader, nil)
@@ -53,7 +53,7 @@ func (c conn) response(t *testing.T) answer {
 	return answer{res.StatusCode, res.Header, body}
 }
 
-// What happens elsewhere is told to an upload that is silent, at once.
+// A silent upload learns of events elsewhere at once.
 func TestUpload_isToldAtOnceWhatHappensElsewhere(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -85,7 +85,7 @@ func TestUpload_isToldAtOnceWhatHappensElsewhere(t *testing.T) {
 			}
 		})
 	}
-	// Also one that is of no message.
+	// This includes an upload that belongs to no message.
 	f := a.upload(t, "anonymous", nil)
 	f.write(line("sesame"))
 	eventually(t, "a chunk", func() bool { return b.get("/v1/sessions/anonymous").status == 200 && b.page("anonymous", "").Last == 1 })
@@ -93,7 +93,7 @@ func TestUpload_isToldAtOnceWhatHappensElsewhere(t *testing.T) {
 	f.result().refused(t, 409, "session_ended")
 }
 
-// A subscription that was lost may have missed a name.
+// A lost subscription may have missed a name.
 func TestUpload_looksWhenItsSubscriptionStandsAgain(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -101,14 +101,14 @@ func TestUpload_looksWhenItsSubscriptionStandsAgain(t *testing.T) {
 	f := n.upload(t, "s", nil)
 	f.write(`{"message_id":"m"}` + "\n")
 	eventually(t, "a subscription", func() bool { return len(redis.PubSubChannels(t.Context(), "chat:uploads").Val()) == 1 })
-	for range 50 { // until a name is lost with the connection: the node comes back after 10 ms at least
+	for range 50 { // until a name is lost with the connection: the node reconnects after at least 10 ms
 		redis.ClientKillByFilter(t.Context(), "TYPE", "pubsub")
 	}
 	other.cancel("s", "m")
 	f.result().refused(t, 409, "message_cancelled")
 }
 
-// A message that is over is not begun again by an upload that has still to say its first word.
+// An upload that has not sent its first word does not reopen a message that has ended.
 func TestUpload_ofAMessageThatIsOverIsRefusedBeforeItSaysAnything(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -118,7 +118,7 @@ func TestUpload_ofAMessageThatIsOverIsRefusedBeforeItSaysAnything(t *testing.T) 
 	c.response(t).refused(t, 409, "message_cancelled")
 }
 
-// Whoever sends without looking gets the answer all the same.
+// A sender that does not read while it writes gets the response all the same.
 func TestUpload_answerReachesASenderThatDoesNotStop(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -129,7 +129,7 @@ func TestUpload_answerReachesASenderThatDoesNotStop(t *testing.T) {
 		s := fmt.Sprint("s", i)
 		r, w := io.Pipe()
 		var wg sync.WaitGroup
-		wg.Go(func() { // ends with the body, which the answer closes
+		wg.Go(func() { // ends with the body, which the response closes
 			text := []byte(strings.Repeat(`{"message_id":"m","content":"sesame"}`+"\n", 100))
 			for {
 				if _, err := w.Write(text); err != nil {
@@ -156,12 +156,12 @@ func TestUpload_answerReachesASenderThatDoesNotStop(t *testing.T) {
 	}
 }
 
-// A connection whose upload was refused before its end serves what follows on it.
+// A connection whose upload was refused before its end serves the next requests.
 func TestUpload_refusedEarlyLeavesItsConnectionInOrder(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
 	c := n.raw(t)
-	bad := "no\n" + strings.Repeat("{\"data\":0}\n", 2_000) // more than a read takes
+	bad := "no\n" + strings.Repeat("{\"data\":0}\n", 2_000) // more than one read takes
 	for range 20 {
 		for _, body := range []string{bad, "{\"data\":0}\n"} {
 			fmt.Fprintf(c, "POST /v1/sessions/s/chunks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
@@ -173,7 +173,7 @@ func TestUpload_refusedEarlyLeavesItsConnectionInOrder(t *testing.T) {
 	}
 }
 
-// One that has said how short it is, and does not come, is not waited for either.
+// The server does not wait for a body that is declared short, but does not arrive, either.
 func TestUpload_shortAndStalledIsAnsweredAtOnce(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -184,7 +184,7 @@ func TestUpload_shortAndStalledIsAnsweredAtOnce(t *testing.T) {
 	}
 }
 
-// What is wrong with a request is said before its body has come, if that takes long.
+// An error in a request's headers is reported before a slow body has arrived.
 func TestUpload_whatIsWrongInItsHeadersIsAnsweredAtOnce(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -216,7 +216,7 @@ func TestUpload_whatIsWrongInItsHeadersIsAnsweredAtOnce(t *testing.T) {
 	n.get("/v1/sessions/s").refused(t, 404, "session_not_found")
 }
 
-// The end of the log that an upload says itself is no news to it.
+// An upload that ends the log does not react to that end.
 func TestUpload_thatEndsTheLogItself(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -240,7 +240,7 @@ func TestUpload_thatEndsTheLogItself(t *testing.T) {
 	}
 }
 
-// A text that is repeated with its numbers is the same message, though nobody has named it.
+// A text that is repeated with its numbers is the same message, even without a name.
 func TestProducer_aTextWithoutAMessageIDThatComesAgain(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -272,7 +272,7 @@ func TestProducer_aTextWithoutAMessageIDThatComesAgain(t *testing.T) {
 	}
 }
 
-// Who was told what is wrong may go on in another way.
+// A client that learned what is wrong may continue in another way.
 func TestDeath_anUploadThatWasAnsweredIsNone(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.Grace, s.api.Look = 4*time.Second, 100*time.Millisecond })
@@ -290,13 +290,13 @@ func TestDeath_anUploadThatWasAnsweredIsNone(t *testing.T) {
 	if all := n.chunks("goes-on"); len(all) != 2 {
 		t.Errorf("%+v", all)
 	}
-	// A text of which nothing could be taken has begun nothing.
+	// A text that was refused entirely has begun nothing.
 	n.postText("nothing", "?message_id=m", "\xff", nil).refused(t, 400, "invalid_utf8")
 	c := n.beginning(t, "/v1/sessions/nothing/chunks?message_id=n", typeText)
 	c.send("\xff")
 	c.response(t).refused(t, 400, "invalid_utf8")
 	n.cancel("nothing", "n").refused(t, 404, "message_not_found")
-	// And one that was stopped is left alone.
+	// A stopped upload is left alone.
 	f := n.upload(t, "stopped", nil)
 	f.write(`{"message_id":"m"}` + "\n")
 	eventually(t, "a cancel", func() bool { return n.cancel("stopped", "m").status == 200 })
@@ -306,7 +306,7 @@ func TestDeath_anUploadThatWasAnsweredIsNone(t *testing.T) {
 	}
 }
 
-// An outage that ends before the grace does is no matter to an upload that is silent.
+// An outage that is shorter than the grace period does not affect a silent upload.
 func TestDeath_aSilentUploadOutlivesAnOutage(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -324,7 +324,7 @@ func TestDeath_aSilentUploadOutlivesAnOutage(t *testing.T) {
 	case <-time.After(500 * time.Millisecond): // the outage
 	}
 	f.err.Store(nil)
-	select { // and nobody but itself keeps it alive
+	select { // only the upload itself keeps it alive
 	case a := <-u.answer:
 		t.Fatalf("%d %s", a.status, a.body)
 	case <-time.After(8 * time.Second):
@@ -337,7 +337,7 @@ func TestDeath_aSilentUploadOutlivesAnOutage(t *testing.T) {
 	}
 }
 
-// A look that comes during the last append does not hold anew what that has let go of.
+// A look during the last append does not hold the messages again that the append has released.
 func TestUpload_aLookBehindItsEndHoldsNothing(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -347,7 +347,7 @@ func TestUpload_aLookBehindItsEndHoldsNothing(t *testing.T) {
 			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
 				a, err := next()
 				redis.Publish(context.Background(), "chat:uploads", "s")
-				time.Sleep(3 * time.Millisecond) // an answer that takes its time
+				time.Sleep(3 * time.Millisecond) // a slow reply
 				return a, err
 			}}
 		}
@@ -369,7 +369,7 @@ func TestUpload_aLookBehindItsEndHoldsNothing(t *testing.T) {
 	}
 }
 
-// A connection that goes on behind an upload is not interrupted for it.
+// An upload does not interrupt a later request on its connection.
 func TestUpload_leavesItsConnectionAlone(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -379,9 +379,9 @@ func TestUpload_leavesItsConnectionAlone(t *testing.T) {
 		s.logs = func(l Logs) Logs {
 			return &faulty{Logs: l, append: func(next func() (store.Appended, error)) (store.Appended, error) {
 				a, err := next()
-				if deleting.Load() { // behind the last append the session is deleted, and the upload told
+				if deleting.Load() { // after the last append the session is deleted, and the upload is notified
 					_ = l.Delete(context.Background(), "s")
-					time.Sleep(rand.N(2 * time.Millisecond)) // or in the moment of its end, or later
+					time.Sleep(rand.N(2 * time.Millisecond)) // or at the moment of its end, or later
 				}
 				return a, err
 			}}
@@ -400,7 +400,7 @@ func TestUpload_leavesItsConnectionAlone(t *testing.T) {
 		a := c.response(t)
 		if a.header.Get("Connection") == "close" {
 			c.Close()
-			continue // it was told before its end
+			continue // it was notified before its end
 		}
 		fmt.Fprint(c, "GET /v1/sessions/other/chunks HTTP/1.1\r\nHost: localhost\r\n\r\n")
 		c.response(t).refused(t, 404, "session_not_found")
@@ -408,7 +408,7 @@ func TestUpload_leavesItsConnectionAlone(t *testing.T) {
 	}
 }
 
-// An upload holds so many messages, and no more.
+// The number of messages that an upload holds is limited.
 func TestUpload_holdsALimitedNumberOfMessages(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -435,7 +435,7 @@ func TestUpload_holdsALimitedNumberOfMessages(t *testing.T) {
 	into[Stored](t, f.result(), 201)
 }
 
-// What may have been stored at first is not called surely not stored later.
+// If something may have been stored at first, a later error does not claim that nothing was.
 func TestProducer_anOutcomeThatIsUnknownStaysSo(t *testing.T) {
 	t.Parallel()
 	var appends atomic.Int64
@@ -455,7 +455,7 @@ func TestProducer_anOutcomeThatIsUnknownStaysSo(t *testing.T) {
 	}
 }
 
-// A raw viewer that falls behind what is kept is broken off: it has no way to be told.
+// A raw viewer that falls behind the kept chunks is broken off, because its format has no reset.
 func TestRaw_viewerThatFallsBehindIsBrokenOff(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.store.HistoryMax, s.sse.Window, s.sse.WriteTimeout = 200, 0, time.Minute })
@@ -494,7 +494,7 @@ func TestRaw_viewerThatFallsBehindIsBrokenOff(t *testing.T) {
 	}
 }
 
-// A tag is of the page as it is now: what was trimmed is another page.
+// A tag belongs to the current page: after a trim the page is another.
 func TestRead_tagOfAPageThatWasTrimmed(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)

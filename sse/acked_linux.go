@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// acknowledged is how many bytes the peer's kernel has taken since the connection
-// began (tcp(7), TCP_INFO); 0 where that cannot be known.
+// acknowledged returns how many bytes the peer's kernel has taken since the connection began
+// (tcp(7), TCP_INFO), or 0 if that is unknown.
 func acknowledged(c net.Conn) (bytes uint64) {
 	tcp := tcpConn(c)
 	if tcp == nil {

@@ -4,5 +4,5 @@ package sse
 
 import "net"
 
-// acknowledged is not known here: the deadline of a blocked write is not moved on.
+// acknowledged is not available here: the deadline of a blocked write is never extended.
 func acknowledged(net.Conn) uint64 { return 0 }

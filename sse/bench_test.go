@@ -13,8 +13,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// What a chunk costs on its way to viewers, without the kernel. make bench measures the
-// whole.
+// These benchmarks measure what a chunk costs on its way to viewers, without the kernel. make bench
+// measures the whole way.
 
 var element = `{"seq":1234567,"ts":1795424741692,"type":"delta","message_id":"m1","content":"` + strings.Repeat("x", 100) + `"}`
 
@@ -35,7 +35,7 @@ func BenchmarkWindow_oneChunkMore(b *testing.B) {
 	}
 }
 
-// void takes whatever it is given.
+// void accepts everything that is written to it.
 type void struct {
 	net.Conn
 	bytes int64
@@ -50,7 +50,8 @@ func (v *void) unwatch()           {}
 func (v *void) finish()            {}
 func (v *void) Close() error       { return nil }
 
-// A live chunk, from the subscription to the sockets of a row: per chunk and per viewer.
+// BenchmarkLive_toARowOf measures a live chunk from the subscription to the sockets of a row, per
+// chunk and per viewer.
 func BenchmarkLive_toARowOf(b *testing.B) {
 	for _, viewers := range []int{1, 10, 100, 1000} {
 		b.Run(fmt.Sprint(viewers), func(b *testing.B) {
@@ -85,7 +86,7 @@ func BenchmarkLive_toARowOf(b *testing.B) {
 	}
 }
 
-// A page of the history for a viewer that is further back than the window.
+// BenchmarkPage measures a page of the history, for a viewer that is further back than the window.
 func BenchmarkPage(b *testing.B) {
 	elements := slices.Repeat([]string{element}, 128)
 	b.ReportAllocs()

@@ -10,21 +10,21 @@ import (
 	"gapless/store"
 )
 
-// The wire (https://html.spec.whatwg.org/multipage/server-sent-events.html), as clients
-// were found to read it:
+// The wire format (https://html.spec.whatwg.org/multipage/server-sent-events.html), with what
+// clients were found to need:
 //
 //   - Chunks are unnamed events, so that onmessage sees every number.
-//   - data is one line of JSON, behind "data: " with its space: clients remove one.
-//   - id is the last line of an event: a widely used client counts an id as soon as its
-//     line is whole, and would skip a chunk that was cut behind it. No event has an id
-//     without data, which browsers treat in three ways.
-//   - A response begins with a comment, into which falls what WebKit kept of a former
-//     response that was cut in the middle of an event.
-//   - A heartbeat is a comment without a blank line behind it: with one, some clients
-//     hand out an empty message.
+//   - data is one line of JSON after "data: ". Clients remove the space.
+//   - id is the last line of an event. A widely used client counts an id as soon as its line is
+//     complete, and would skip a chunk that was cut after it. No event has an id without data,
+//     which browsers treat in three ways.
+//   - A response begins with a comment. It absorbs what WebKit kept of an earlier response that
+//     was cut in the middle of an event.
+//   - A heartbeat is a comment without a blank line after it. With one, some clients deliver an
+//     empty message.
 const heartbeat = ":\n"
 
-// appendEvent appends chunk number seq as an event. ends is what it says that it ends.
+// appendEvent appends chunk number seq as an event. ends is what the chunk claims to end.
 func appendEvent(b []byte, seq int64, element string) (event []byte, ends store.Ending) {
 	b = append(b, "data: "...)
 	b, ends = store.AppendElement(b, seq, element)
@@ -33,9 +33,8 @@ func appendEvent(b []byte, seq int64, element string) (event []byte, ends store.
 	return append(b, "\n\n"...), ends
 }
 
-// appendRaw appends those of a stream's events that were ingested as events, as they came,
-// with our ids. Nothing else has a place among them: clients of an AI service's own
-// stream fail on events that they do not know.
+// appendRaw appends the events that were ingested as events, as they came, with our ids. It skips
+// everything else: clients of an AI service's own stream fail on events that they do not know.
 func appendRaw(b, events []byte) []byte {
 	for len(events) > 0 {
 		event, rest, _ := bytes.Cut(events, []byte("\n\n"))
@@ -60,7 +59,7 @@ func appendRaw(b, events []byte) []byte {
 	return b
 }
 
-// Chunks is the chunks of whole events, as a stream has them, each with its number.
+// Chunks yields the chunks of complete events, each with its number.
 func Chunks(events []byte) iter.Seq2[int64, []byte] {
 	return func(yield func(int64, []byte) bool) {
 		for len(events) > 0 {
@@ -79,8 +78,8 @@ func Chunks(events []byte) iter.Seq2[int64, []byte] {
 	}
 }
 
-// welcome is the first event of a response. It repeats the cursor as its id, so that a
-// connection that breaks before the first chunk costs nothing.
+// welcome is the first event of a response. Its id repeats the cursor, so that a connection that
+// breaks before the first chunk costs nothing.
 type welcome struct {
 	Type       string `json:"type"`
 	Session    string `json:"session"`
@@ -92,45 +91,46 @@ type welcome struct {
 	Connection string `json:"connection"`
 }
 
-// reset moves the cursor where chunks that a viewer has, or waits for, are no longer to
-// be had: it forgets what it has and takes what follows.
+// reset moves the cursor when chunks that a viewer has or waits for are no longer available. The
+// viewer discards what it has and takes what follows.
 type reset struct {
 	Type   string `json:"type"`
 	Reason string `json:"reason"`
-	Epoch  string `json:"epoch"`  // of what follows
-	Cursor int64  `json:"cursor"` // the one that is given up; the new one is the event's id
+	Epoch  string `json:"epoch"`  // of the chunks that follow
+	Cursor int64  `json:"cursor"` // the old cursor; the new one is the event's id
 	First  int64  `json:"first_seq"`
 	Last   int64  `json:"last_seq"`
 }
 
 // Reasons of a reset.
 const (
-	resetTrimmed = "trimmed" // older than what is kept
+	resetTrimmed = "trimmed" // the chunks are older than what is kept
 	resetAhead   = "ahead"   // the log is shorter than the cursor
-	resetEpoch   = "epoch"   // another log
-	resetUnknown = "unknown" // the id was no number
+	resetEpoch   = "epoch"   // the log was replaced
+	resetUnknown = "unknown" // the id was not a number
 	resetDeleted = "deleted" // the session was deleted
 )
 
-// appendReset appends the reset that moves a cursor.
+// appendReset appends a reset that moves a cursor.
 func appendReset(b []byte, reason string, from, to int64, log store.Bounds) []byte {
 	return appendNamed(b, "reset", reset{"reset", reason, log.Epoch, from, log.First, log.Last}, 0, to)
 }
 
-// expired is the last event of a viewer that may not view any more: a page cannot read the
-// status with which it is refused when it comes back. Its id is the cursor, again.
+// expired is the last event of a viewer whose permission has expired. It is needed because a page
+// cannot read the status of the refusal when it reconnects. Its id repeats the cursor.
 type expired struct {
 	Type string `json:"type"`
 }
 
-// noID is of an event that moves no cursor, since none is known yet.
+// noID is the id of an event that moves no cursor, because none is known yet.
 const noID = -1
 
-// appendNamed appends an event of ours. retry, in ms, stands inside its block; 0: none.
+// appendNamed appends one of our own events. retry is in ms and goes inside the event's block; 0
+// omits it.
 func appendNamed(b []byte, name string, data any, retry int, id int64) []byte {
 	text, err := json.Marshal(data)
 	if err != nil {
-		panic(err) // flat structs of text and numbers
+		panic(err) // not possible: flat structs of text and numbers
 	}
 	b = append(append(append(b, "event: "...), name...), "\ndata: "...)
 	b = append(append(b, text...), '\n')

@@ -17,7 +17,7 @@ type move struct {
 	do   func(s *stage)
 }
 
-// moves are all of them.
+// moves lists all moves.
 var moves = allMoves()
 
 func allMoves() (all []move) {
@@ -71,7 +71,7 @@ func allMoves() (all []move) {
 		})
 		for c := range stageClients {
 			add(fmt.Sprint("view ", c, " ", name), func(s *stage) bool {
-				new := c > 0 && s.clients[c].cursor == 0 && s.clients[c-1].cursor == 0 && s.clients[c-1].node == nil // they are alike
+				new := c > 0 && s.clients[c].cursor == 0 && s.clients[c-1].cursor == 0 && s.clients[c-1].node == nil // they are equal
 				return s.clients[c].node == nil && s.clients[c].over == "" && !new
 			}, func(s *stage) {
 				s.connect(s.clients[c], s.nodes[i])
@@ -100,8 +100,8 @@ func allMoves() (all []move) {
 	return all
 }
 
-// state is a hash of everything that the future depends on. States that differ only in the names of nodes, viewers, epochs
-// and texts have the same.
+// state returns a hash of everything that the future depends on. States that differ only in the
+// names of nodes, viewers, epochs and texts have the same hash.
 func (s *stage) state() [2]uint64 {
 	var least []byte
 	for _, nodes := range [][2]int{{0, 1}, {1, 0}} {
@@ -119,7 +119,7 @@ var stateSeeds = [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}
 
 func (s *stage) append(b []byte, nodes [2]int, first int) []byte {
 	keys := s.model.State()
-	b = fmt.Append(b, keys[:min(len(keys), 3)]) // nothing fails further back here
+	b = fmt.Append(b, keys[:min(len(keys), 3)]) // no failover goes back further here
 	for _, i := range nodes {
 		n := s.nodes[i]
 		b = fmt.Append(b, "\nnode ", n.Down(), n.Waiting(), n.Memory())
@@ -153,7 +153,7 @@ func (s *stage) append(b []byte, nodes [2]int, first int) []byte {
 	for _, i := range nodes {
 		b = strconv.AppendBool(b, s.nodes[i].Calls() == s.looked[s.nodes[i].Node])
 	}
-	// Of what a node knows matters what somebody shows, or may be shown.
+	// Only those facts that a node knows matter that somebody shows, or may be shown.
 	b = fmt.Append(b, "\nknown ", s.regained)
 	l := s.log()
 	for _, known := range []map[told]bool{s.nodes[nodes[0]].knows, s.nodes[nodes[1]].knows, s.recorded} {
@@ -185,7 +185,7 @@ func sorted(set map[told]bool) []told {
 	return all
 }
 
-// renamed gives epochs (e1), texts (c1, f1) and times names in the order in which they come.
+// renamed numbers epochs (e1), texts (c1, f1) and times in the order in which they occur.
 func renamed(b []byte) []byte {
 	var names [][]byte
 	out := make([]byte, 0, len(b))

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// connectPlainly has a client's handler run in a goroutine, as for a connection that is not taken over.
+// connectPlainly runs a client's handler in a goroutine, as for a connection that is not taken
+// over.
 func connectPlainly(s *stage, c *client, h *Hub, v *Viewer) {
 	ctx, cut := context.WithCancel(context.Background())
 	c.sink.gone = cut

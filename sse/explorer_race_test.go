@@ -2,5 +2,6 @@
 
 package sse
 
-// scopeDepth is how deep the explorer plays every order of few moves. With the race detector each takes ten times as long.
+// scopeDepth is how deep the explorer plays every order of few moves. The race detector makes each
+// order ten times slower.
 const scopeDepth = 5

@@ -20,17 +20,17 @@ type stage struct {
 	model   *storetest.Model
 	nodes   [2]*stageNode
 	clients []*client
-	made    int    // chunks, so that no two of ours are alike
-	fault   *fault // the first
+	made    int    // number of chunks made, so that no two of ours are equal
+	fault   *fault // the first fault
 
 	losses   int                     // how often the log may have lost something
 	regained bool                    // the log may have got something back
-	recorded map[told]bool           // what the hash knows of
-	epoch    string                  // that the hash had last
+	recorded map[told]bool           // the chunks that the hash knows of
+	epoch    string                  // the epoch that the hash had last
 	looked   map[*storetest.Node]int // how many scripts each node had run when the log last lost something, or got an epoch
 }
 
-// fault is what must not be.
+// fault is a broken promise.
 type fault struct{ kind, says string }
 
 func (f *fault) String() string { return f.kind + ": " + f.says }
@@ -43,12 +43,12 @@ func (s *stage) fail(kind, format string, args ...any) {
 
 // Kinds of faults.
 const (
-	faultSilent = "silent difference" // a viewer shows something else than the log, and nothing said so
-	faultReset  = "needless reset"    // more resets than losses
-	faultWaits  = "waits"             // all is quiet, and it has not all of the log
-	faultNumber = "number"            // a chunk out of its order
-	faultSeq    = "seq"               // a chunk says another number than its id
-	faultOver   = "ended wrongly"     // by a 204, or in the middle
+	faultSilent = "silent difference" // a viewer shows something else than the log, and got no notice
+	faultReset  = "needless reset"    // there are more resets than losses
+	faultWaits  = "waits"             // all is quiet, and the viewer lacks a part of the log
+	faultNumber = "number"            // a chunk is out of order
+	faultSeq    = "seq"               // a chunk contains another number than its id
+	faultOver   = "ended wrongly"     // by a 204, or in the middle of the log
 )
 
 type stageNode struct {
@@ -58,14 +58,14 @@ type stageNode struct {
 	knows map[told]bool // what it acknowledged or gave out since it was started
 }
 
-// told is a chunk that somebody was told of.
+// told is a chunk that somebody has received or that was acknowledged.
 type told struct {
 	epoch string
 	seq   int64
 	word  string
 }
 
-// client is a viewer as its user sees it: what it shows, and where it stands.
+// client is a viewer as its user sees it: what it shows, and its cursor.
 type client struct {
 	name   string
 	node   *stageNode // nil: not connected
@@ -78,19 +78,20 @@ type client struct {
 	cursor int64
 	from   int64 // the number of the first word
 	shows  []told
-	owed   int   // losses that it has not been reset for
-	ahead  bool  // it was reset by a node that knew nothing of the loss: one that does may reset it once more
-	over   Cause // it does not come back
+	owed   int   // losses for which it was not reset
+	ahead  bool  // it was reset by a node that did not know of the loss: a node that does may reset it once more
+	over   Cause // why it does not reconnect
 }
 
-// parting is how a response ended, and what the log was at that moment.
+// parting describes how a response ended, and the log at that moment.
 type parting struct {
 	cause Cause
 	begun bool
 	log   logged
 }
 
-// logged is what the log is: its bounds, and chunk by chunk, with those that have expired since its epoch began.
+// logged is the state of the log: its bounds and its chunks, with those that have expired since its
+// epoch began.
 type logged struct {
 	store.Bounds
 	all map[int64]string
@@ -100,7 +101,7 @@ const stageClients = 2
 
 func explorerConfig() Config {
 	c := testConfig()
-	c.Reconcile, c.Heartbeat, c.Linger = time.Hour, 100*time.Hour, 1000*time.Hour // only when the explorer says so
+	c.Reconcile, c.Heartbeat, c.Linger = time.Hour, 100*time.Hour, 1000*time.Hour // only when the explorer triggers them
 	return c
 }
 
@@ -116,7 +117,7 @@ func newStage(t *testing.T, forgetful bool) *stage {
 	return s
 }
 
-// start starts a node. Its hub, which costs most of a short run, is made when somebody views.
+// start starts a node. Its hub, which costs most of a short run, is made when a viewer comes.
 func (s *stage) start(n *stageNode) { n.Node, n.knows, n.hub = s.model.Node(), map[told]bool{}, nil }
 
 func (s *stage) stop() {
@@ -140,7 +141,7 @@ func (n *stageNode) feed() *feed {
 	return n.hub.feeds["s"]
 }
 
-// word is what a chunk says without its number.
+// word returns the content of a chunk without its number.
 func word(chunk string) string {
 	if i := strings.Index(chunk, `"ts":`); i >= 0 {
 		chunk = chunk[i:]
@@ -148,7 +149,7 @@ func word(chunk string) string {
 	return strings.TrimSuffix(chunk, "}")
 }
 
-// log is what the log is now.
+// log returns the current log.
 func (s *stage) log() logged {
 	b, start, whole := s.model.Log()
 	l := logged{b, map[int64]string{}}
@@ -158,23 +159,23 @@ func (s *stage) log() logged {
 	return l
 }
 
-// has reports whether the log has what was told, or had it until it expired.
+// has reports whether the log contains k, or contained it until it expired.
 func (l logged) has(k told) bool {
 	word, known := l.all[k.seq]
 	return l.Epoch == k.epoch && known && (word == k.word || word == "")
 }
 
-// losing does something by which the log may lose chunks.
+// losing runs do, by which the log may lose chunks.
 func (s *stage) losing(do func()) {
 	do()
 	s.losses++
-	for _, c := range s.clients { // also one that comes later may have to be told, by a node that notices later
+	for _, c := range s.clients { // a client that comes later may need a reset, too, from a node that notices later
 		c.owed++
 	}
 	s.unseen()
 }
 
-// unseen notes that no node has seen the log as it now is.
+// unseen notes that no node has seen the log as it is now.
 func (s *stage) unseen() {
 	s.looked = map[*storetest.Node]int{}
 	for _, n := range s.nodes {
@@ -182,7 +183,7 @@ func (s *stage) unseen() {
 	}
 }
 
-// record notes what the hash knows of.
+// record notes which chunks the hash knows of.
 func (s *stage) record() {
 	l, keys := s.log(), s.model.Keys()
 	epoch := ""
@@ -207,10 +208,11 @@ func (s *stage) record() {
 	s.unseen()
 }
 
-// excused reports whether nobody could know that what a viewer was told is no longer true. This is the one exception of
-// promise 8, and it excuses nothing else: the hash that knew of it is gone, or is one of an earlier time; and each node
-// that acknowledged or gave out something of the same epoch that was lost as well has restarted since, or it has not
-// seen the log since. (When it does see it, it begins a new epoch, and everybody is told.)
+// excused reports whether no node could know that what a viewer received is no longer true. This is
+// the only exception of promise 8. The hash that knew of it is gone, or is an earlier one. And each
+// node that acknowledged or gave out a lost chunk of the same epoch has restarted since, or has not
+// seen the log since. (When such a node sees the log, it begins a new epoch, and all viewers get a
+// reset.)
 func (s *stage) excused(k told) bool {
 	l := s.log()
 	gone := func(known map[told]bool) bool {
@@ -229,12 +231,13 @@ func (s *stage) excused(k told) bool {
 	return true
 }
 
-// judge compares what a client shows with the log. It is connected, and all is quiet, unless it is over.
+// judge compares what a client shows with the log. The client is connected and all is quiet, unless
+// it is over.
 func (s *stage) judge(c *client, l logged) {
 	for _, k := range c.shows {
 		was, known := l.all[k.seq]
 		if k.seq > l.Last || was == k.word || known && was == "" || k.seq < l.First && k.epoch == l.Epoch {
-			continue // not in the log, or equal, or the log has nothing left to compare it with
+			continue // the log has no chunk to compare, or an equal one
 		}
 		if !s.excused(k) {
 			s.fail(faultSilent, "viewer %s shows %s as chunk %d, and the log has %q there", c.name, k.word, k.seq, was)
@@ -257,7 +260,7 @@ func (s *stage) judge(c *client, l logged) {
 	}
 }
 
-// connect has a client view the log at a node, with the cursor that it has.
+// connect lets a client view the log at a node, with its cursor.
 func (s *stage) connect(c *client, n *stageNode) {
 	if n.hub == nil {
 		n.hub = NewHub(explorerConfig(), n.Node)
@@ -283,7 +286,7 @@ func (s *stage) leave(c *client) {
 	s.drain(c)
 }
 
-// drain looks at what a client was given.
+// drain reads what a client has received.
 func (s *stage) drain(c *client) {
 	if c.node == nil {
 		return
@@ -317,7 +320,7 @@ func (s *stage) parted(c *client, p parting) {
 	}
 }
 
-// take is what a client does with an event.
+// take handles an event as a client does.
 func (s *stage) take(c *client, e event, first bool) {
 	id, err := strconv.ParseInt(e.id, 10, 64)
 	if err != nil {
@@ -336,10 +339,11 @@ func (s *stage) take(c *client, e event, first bool) {
 		if err := json.Unmarshal([]byte(e.data), &r); err != nil || r.Cursor != c.cursor {
 			s.fail(faultNumber, "viewer %s has chunks up to %d: %+v", c.name, c.cursor, e)
 		}
-		if len(c.shows) > 0 { // a reset that takes nothing away is seen by nobody
+		if len(c.shows) > 0 { // a reset that removes nothing is invisible
 			c.owed--
 		}
-		// A node that knows nothing of a loss can only see that the log is too short for this viewer.
+		// A node that does not know of a loss can only see that the log is too short for this
+		// viewer.
 		c.ahead = r.Reason == resetAhead
 		if c.owed < 0 {
 			s.fail(faultReset, "viewer %s has chunks up to %d: %+v", c.name, c.cursor, e)
@@ -352,7 +356,7 @@ func (s *stage) take(c *client, e event, first bool) {
 		if seq, ours := store.Number(e.data); ours && seq != id {
 			s.fail(faultSeq, "viewer %s: %+v", c.name, e)
 		}
-		if c.epoch == "" { // it came before there was a log
+		if c.epoch == "" { // it came before the log existed
 			c.epoch = c.viewer.epoch
 		}
 		k := told{c.epoch, id, word(e.data)}
@@ -363,7 +367,7 @@ func (s *stage) take(c *client, e event, first bool) {
 	}
 }
 
-// acknowledged notes what a node said that it has stored.
+// acknowledged notes what a node has acknowledged as stored.
 func (s *stage) acknowledged(n *stageNode, a store.Appended, err error) {
 	if err == nil {
 		n.knows[told{a.Epoch, a.Last, s.log().all[a.Last]}] = true
@@ -379,10 +383,11 @@ func (s *stage) settle() {
 	}
 }
 
-// quiet lets everything happen that is owed, and judges. Then everybody comes back to each node, twice.
+// quiet lets everything happen that is outstanding, and judges. Then every client reconnects to
+// each node, twice.
 func (s *stage) quiet() {
 	wait := func() {
-		for range 10 { // until every node has seen the log as it is
+		for range 10 { // until every node has seen the current log
 			before := s.epoch
 			time.Sleep(2 * time.Hour) // two reads
 			if s.settle(); s.epoch == before {
@@ -419,11 +424,11 @@ func (s *stage) quiet() {
 		wait()
 		judge()
 	}
-	// Everybody's connection breaks and is made again, at either node.
+	// Every connection breaks and is made again, at either node.
 	present := slices.Clone(s.clients)
 	var back []*client
 	for _, c := range append(present, &client{name: "new", from: 1, owed: s.losses}) {
-		if c.over != "" || c.name != "new" && c.node == nil && c.cursor == 0 { // which is as new
+		if c.over != "" || c.name != "new" && c.node == nil && c.cursor == 0 { // which is the same as new
 			continue
 		}
 		for i, n := range s.nodes {
@@ -436,7 +441,7 @@ func (s *stage) quiet() {
 	}
 	wait()
 	judge()
-	// And once more: now all is known, and there is nothing left to be said.
+	// Now everything is known, so another round must change nothing.
 	for i, c := range back {
 		if c.node == nil || s.fault != nil {
 			continue
@@ -451,7 +456,7 @@ func (s *stage) quiet() {
 	}
 }
 
-// String is what there is to see.
+// String describes the stage.
 func (s *stage) String() string {
 	b := new(strings.Builder)
 	fmt.Fprintf(b, "\tkeys %q\n", s.model.State()[0])

@@ -11,14 +11,16 @@ import (
 	"time"
 )
 
-// The explorer drives two nodes over one log through every order of what may happen to them (moves): appends and direct
-// pushes; announcements that are late, doubled or lost; a Redis that loses its newest changes, or one of its keys, or both;
-// feeds that end, and nodes that restart and forget; viewers that come with what they have, and go; logs that end, are
-// deleted and made again. After each order it lets everything come to rest. Then every viewer must show the log, number by
-// number and text by text, and each loss may have reset each viewer once. The one exception that the contract allows is
-// stage.excused.
+// The explorer drives two nodes over one log through every order of what may happen to them
+// (moves). There are appends and direct pushes. Announcements are late, doubled or lost. Redis
+// loses its newest changes, or one of its keys, or both. Feeds end; nodes restart and forget.
+// Viewers come with what they have, and go. Logs end, are deleted and are made again. After each
+// order, the explorer lets everything come to rest. Then every viewer must show the log, number by
+// number and text by text, and each loss may have reset each viewer once. stage.excused is the only
+// exception that the contract allows.
 //
-// The hubs, feeds and viewers are the real ones, on fake time. The log is storetest.Model, which a test holds to the scripts.
+// The hubs, feeds and viewers are real, on fake time. The log is storetest.Model, which a test
+// compares with the scripts.
 //
 //	make torture                       all of it, for as long as the fault test lasts
 //	go test ./sse -run TestExplorer -v -args -explorer.deeper 1 -explorer.for 10m -explorer.seed 7
@@ -32,8 +34,8 @@ var (
 	explorerFaults = flag.Int("explorer.faults", 1, "after how many faults the explorer gives up")
 )
 
-// scopes are moves of which every order is played, to a depth: fewer moves go deeper. Two viewers take part, and two nodes
-// that are alike.
+// scopes lists sets of moves of which every order is played, to a depth. Smaller sets go deeper.
+// Two viewers and two equal nodes take part.
 var scopes = []struct {
 	name, moves string
 	depth       int
@@ -46,7 +48,7 @@ var scopes = []struct {
 	{"ends", `^(append A|end B|delete A|make B|view 0 A|leave 0|hear A|flush)`, scopeDepth},
 }
 
-// found is an order of moves, by their places in moves, and the fault that it shows.
+// found is an order of moves, by their indexes in moves, and the fault that it shows.
 type found struct {
 	trace []byte
 	fault *fault
@@ -62,10 +64,10 @@ func traceText(trace []byte) string {
 	return strings.Join(names, ", ")
 }
 
-// reached is a state, how it was reached, and what may happen next.
+// reached is a state: how it was reached, and what may happen next.
 type reached struct{ trace, next []byte }
 
-// next is what may happen next.
+// next returns the moves that may happen next.
 func (s *stage) next(among *regexp.Regexp) (next []byte) {
 	for i, m := range moves {
 		if !m.rare && among.MatchString(m.name) && m.can(s) {
@@ -75,8 +77,8 @@ func (s *stage) next(among *regexp.Regexp) (next []byte) {
 	return next
 }
 
-// everyOrder plays all orders of moves up to a depth, breadth first: what it finds first is shortest. It does not go on
-// from a state that it has seen before, nor from a fault.
+// everyOrder plays all orders of moves up to a depth, breadth first, so that the first trace found
+// is the shortest. It does not continue from a state that it has seen before, nor from a fault.
 func everyOrder(t *testing.T, among string, depth int, forgetful bool, most int) (faults []found, states, played int) {
 	re := regexp.MustCompile(among)
 	seen := map[[2]uint64]bool{}
@@ -125,8 +127,8 @@ func everyOrder(t *testing.T, among string, depth int, forgetful bool, most int)
 	return faults, len(seen), played
 }
 
-// playTrace plays a trace, lets everything come to rest, and returns what it shows that must not be. It is not ok when a move
-// cannot be made. told is called after each move.
+// playTrace plays a trace, lets everything come to rest, and returns the fault that it shows. ok is
+// false if a move is impossible. told is called after each move.
 func playTrace(t *testing.T, trace []byte, told func(name string, s *stage)) (f *fault, ok bool) {
 	ok = true
 	synctest.Test(t, func(t *testing.T) {
@@ -155,7 +157,7 @@ func playTrace(t *testing.T, trace []byte, told func(name string, s *stage)) (f 
 
 func silently(string, *stage) {}
 
-// shrunk is f without the moves that its fault does not need.
+// shrunk returns f without the moves that its fault does not need.
 func shrunk(t *testing.T, f found) found {
 	for i := 0; i < len(f.trace); {
 		less := slices.Concat(f.trace[:i], f.trace[i+1:])
@@ -168,7 +170,7 @@ func shrunk(t *testing.T, f found) found {
 	return f
 }
 
-// parseTrace reads a trace that is written down.
+// parseTrace parses the text form of a trace.
 func parseTrace(t *testing.T, text string) (trace []byte) {
 	t.Helper()
 	for name := range strings.SplitSeq(text, ", ") {
@@ -183,7 +185,7 @@ func parseTrace(t *testing.T, text string) (trace []byte) {
 
 // Promises: Ordered, Unique, Complete; Resumable; A hint is only a hint; Ends; Said aloud.
 func TestExplorer_everyOrder(t *testing.T) {
-	if !takenOver { // as most viewers' connections are; the other way comes at random
+	if !takenOver { // like most viewers' connections; the other kind comes at random
 		return
 	}
 	for _, scope := range scopes {
@@ -199,13 +201,13 @@ func TestExplorer_everyOrder(t *testing.T) {
 	}
 }
 
-// The same, with longer orders.
+// This test plays the same at random, with longer orders.
 func TestExplorer_atRandom(t *testing.T) {
 	seed := *explorerSeed
 	if seed == 0 {
 		seed = rand.Uint64()
 	}
-	rnd := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // to be repeated
+	rnd := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // to be repeatable
 	orders, made, faults := 0, 0, 0
 	for begun := time.Now(); time.Since(begun) < *explorerFor && faults < *explorerFaults; orders++ {
 		var f found
@@ -237,7 +239,7 @@ func TestExplorer_atRandom(t *testing.T) {
 	t.Logf("seed %d: %d orders, %d moves", seed, orders, made)
 }
 
-// The control: where nodes remember nothing, the same must find a loss that nobody is told of.
+// This is the control: if nodes remember nothing, the explorer must find a loss without a reset.
 func TestControl_nodesThatForget_areFound(t *testing.T) {
 	faults, _, played := everyOrder(t, `^(append|view 0 B|restart B|fail)`, 5, true, 1)
 	if len(faults) == 0 || faults[0].fault.kind != faultSilent {
@@ -246,7 +248,7 @@ func TestControl_nodesThatForget_areFound(t *testing.T) {
 	t.Logf("as expected: %v", faults[0])
 }
 
-// What was found in this program from outside, and by the explorer: the shortest traces.
+// These are faults of this program that outsiders and the explorer found, as shortest traces.
 func TestExplorer_traces(t *testing.T) {
 	for name, trace := range map[string]string{
 		"lost while nobody viewed it":                     "append A, append A, view 0 A, leave 0, fade A, fail 1, append A",

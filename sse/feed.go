@@ -16,80 +16,78 @@ import (
 
 // feed keeps one session's window up to date on this node.
 //
-// It listens first, and reads the log only after the subscription was acknowledged, so
-// that whatever is pushed after the read is announced. A live chunk is taken when it
-// is ours (it begins as the append script begins one), its number is the next, and
-// nothing is in doubt. It is ignored when it is byte for byte what the window has
-// under its number. Everything else is a doubt: another number, a message without one,
-// an acknowledged subscription, the time since the last read. Every doubt has the same
-// remedy: read the log.
+// A feed subscribes first and reads the log only after the subscription was acknowledged. So
+// whatever is pushed after the read is announced. The feed takes a live chunk that is ours (it
+// begins as the append script begins one) and has the next number, while nothing is in doubt. It
+// ignores a live chunk that equals, byte for byte, the window's chunk with that number. Everything
+// else is a doubt: another number, a message without one, an acknowledged subscription, the time
+// since the last read. Every doubt has the same remedy: read the log.
 //
-// A read begins at the last chunk that the feed has, not after it, and compares. After a
-// lost connection, a read compares the whole window. If another chunk stands there, or
-// none, the log was rewritten by a failover or by hand, and a new epoch begins: viewers
-// are told by a reset.
+// A read begins at the last chunk that the feed has, not after it, and compares. After a lost
+// connection, it compares the whole window. If another chunk or none has that number, the log was
+// rewritten by a failover or by hand. Then a new epoch begins, and viewers get a reset.
 //
-// A chunk may be announced before it is pushed. When a read does not find what was
-// announced, the feed looks again soon (10 ms, then twice as long each time); the
-// periodic read finds what is later than that.
+// A chunk may be announced before it is pushed. If a read does not find what was announced, the
+// feed reads again soon (after 10 ms, then after twice as long each time). The periodic read finds
+// chunks that come even later.
 type feed struct {
 	hub      *Hub
 	session  string
-	window   atomic.Pointer[window]   // published by whoever holds mu
-	followed atomic.Pointer[followed] // by whoever holds mu, before the window that has them; nil where nobody follows chunks
-	folded   folded                   // its mutex is held while the log is read, and taken before any other
-	rests    *list.Element            // in Hub.idle, while nobody views; Hub.mu is held
-	row      row                      // its mutex may be held when mu is taken, and not the other way round
+	window   atomic.Pointer[window]   // published while mu is held
+	followed atomic.Pointer[followed] // published while mu is held, before the window that contains them; nil if chunks are not followed
+	folded   folded                   // its mutex is held while the log is read, and is locked before any other
+	rests    *list.Element            // position in Hub.idle while the feed has no viewers; guarded by Hub.mu
+	row      row                      // its mutex may be held when mu is locked, but not the reverse
 
 	mu      sync.Mutex
 	reads   uint64    // reads that have begun
-	done    uint64    // the newest of them that has been merged
+	done    uint64    // the newest read that has been merged
 	trust   uint64    // live chunks are taken when this read, or a later one, has been merged
-	awaited uint64    // somebody waits for a window that rests on this read, or a later one
-	sure    int64     // up to here, what the window has was also read
-	pending bool      // a read is wanted that has not begun
+	awaited uint64    // somebody waits for a window from this read, or a later one
+	sure    int64     // the window's chunks up to this number were also read
+	pending bool      // a read is wanted and has not begun
 	busy    bool      // a read is queued or under way
-	want    int64     // the highest number announced and not yet seen
-	short   time.Time // since when the list lacks what was taken live
-	suspect int64     // a number from which on the window is compared: something else was announced there; 0: none
+	want    int64     // the highest number that was announced and not yet seen
+	short   time.Time // since when the list lacks chunks that were taken live
+	suspect int64     // the window is compared from this number, where something else was announced; 0: none
 	broken  bool      // the connection to Redis was lost: the whole window is compared
 	retry   time.Duration
 	timer   *time.Timer // runs ask after retry
 	readAt  time.Time   // when the last read ended, or the feed began
 	viewers map[*Viewer]struct{}
-	idle    time.Time // since when nobody views
+	idle    time.Time // when the last viewer left
 	closed  bool
 	stop    func()    // ends the subscription
 	begun   time.Time // when the log was first read; zero once a chunk has come live
-	routine bool      // the read that is asked for is only the periodic one
+	routine bool      // the wanted read is only the periodic one
 	missed  missed
-	// foreign balances announcements without a number against chunks without one, by the
-	// hash of their bytes: above zero it was announced and not seen in the list yet, below
-	// it was seen before its announcement came.
+	// foreign balances announcements without a number against chunks without one, by the hash of
+	// their bytes. Above zero, a chunk was announced and not yet seen in the list. Below zero, it
+	// was seen before its announcement came.
 	foreign map[uint64]int
 }
 
-// missed is what a feed knows of announcements that did not come, for those who watch
-// over the node: nothing depends on it.
+// missed records announcements that did not come. It serves metrics only; delivery does not depend
+// on it.
 type missed struct {
 	gap      bool  // a live chunk has shown that others are missing
-	again    bool  // the subscription stands again: what came meanwhile was not heard
-	from, to int64 // the last of those found chunks from+1..to, which nobody has announced yet
+	again    bool  // the subscription was renewed: announcements in between were not heard
+	from, to int64 // the last routine read found chunks from+1..to, which have not been announced yet
 }
 
-// heard notes that chunk seq was announced, after it had been read.
+// heard notes that chunk seq was announced after it had been read.
 func (m *missed) heard(seq int64) {
 	if seq > m.from {
 		m.from = min(seq, m.to)
 	}
 }
 
-// found notes what a read has found, and answers how many gaps that shows, and how many it
-// has repaired.
+// found notes what a read has found. It returns how many gaps that shows, and how many gaps it has
+// repaired.
 func (m *missed) found(w, n *window, want int64, trusted, routine bool) (gaps, repaired int) {
 	_, ours := store.Number(n.tip)
 	more := w.known() && n.Epoch == w.Epoch && n.Last > w.Last
-	if routine && m.from < m.to { // one interval ago, and still nobody has said so
+	if routine && m.from < m.to { // one interval ago, and it is still not announced
 		gaps, repaired = 1, 1
 	}
 	if routine {
@@ -119,7 +117,7 @@ func newFeed(h *Hub, session string) *feed {
 	return f
 }
 
-// listen subscribes. Until it is acknowledged nothing is read, unless that takes
+// listen subscribes. Nothing is read until the subscription is acknowledged, unless that takes
 // longer than the reconcile interval.
 func (f *feed) listen() {
 	stop := f.hub.data.Listen(f.session, f)
@@ -132,7 +130,7 @@ func (f *feed) listen() {
 	}
 }
 
-// close lets go of the subscription, and of older pages. The window stays as it is.
+// close ends the subscription and drops older pages. The window stays as it is.
 func (f *feed) close() {
 	f.hub.pages.drop(f)
 	f.mu.Lock()
@@ -147,14 +145,15 @@ func (f *feed) close() {
 	}
 }
 
-// remember tells the node what this feed has given out, for the time after it. mu is held.
+// remember records in the store what this feed has given out, for feeds that come later. mu is
+// held.
 func (f *feed) remember() {
 	if w := f.window.Load(); w.known() && !w.absent() {
 		f.hub.data.Given(f.session, w.Epoch, w.Last)
 	}
 }
 
-// publish replaces the window and wakes whoever waits on the old one. mu is held.
+// publish replaces the window and wakes everyone who waits on the old one. mu is held.
 func (f *feed) publish(w *window) {
 	close(f.window.Swap(w).next)
 	f.wake()
@@ -184,7 +183,7 @@ func (f *feed) Live(payload string) {
 	seq, ours := store.Number(payload)
 	trusted := f.done >= f.trust
 	switch {
-	case payload == store.Hint: // what comes next may be of another epoch
+	case payload == store.Hint: // the next chunk may belong to another epoch
 		f.trust = f.reads + 1
 		f.ask()
 	case !ours:
@@ -200,7 +199,7 @@ func (f *feed) Live(payload string) {
 			f.hub.metrics.firstLive.Observe(n.arrived.Sub(f.begun).Seconds())
 			f.begun = time.Time{}
 		}
-		if n.lastStop == seq { // is it the end? the log says so
+		if n.lastStop == seq { // it may be the log's end: read the log to know
 			f.ask()
 		}
 	default:
@@ -212,7 +211,7 @@ func (f *feed) Live(payload string) {
 		if known && !same {
 			f.suspect = seq
 		}
-		if seq <= w.Last { // not the next, and not one that is known: perhaps another log's
+		if seq <= w.Last { // neither the next number nor a known chunk: perhaps of another log
 			f.trust = f.reads + 1
 		}
 		if trusted && seq > w.Last+1 && !w.absent() {
@@ -239,7 +238,7 @@ func (f *feed) balance(element string, by int) int {
 	if n == 0 {
 		delete(f.foreign, key)
 	}
-	if len(f.foreign) > 4096 { // their announcements were lost: forgetting costs a read
+	if len(f.foreign) > 4096 { // their announcements were lost: forgetting them costs a read
 		f.foreign = nil
 	}
 	return n
@@ -247,7 +246,7 @@ func (f *feed) balance(element string, by int) int {
 
 var hashSeed = maphash.MakeSeed()
 
-// owed says whether something was announced that no read has found. mu is held.
+// owed reports whether something was announced that no read has found. mu is held.
 func (f *feed) owed(last int64) bool {
 	if f.want > last {
 		return true
@@ -260,7 +259,7 @@ func (f *feed) owed(last int64) bool {
 	return false
 }
 
-// ask has the log read: soon, and once for all who ask before the read begins. mu is held.
+// ask requests a read of the log. All requests before the read begins share it. mu is held.
 func (f *feed) ask() {
 	f.pending = true
 	if !f.busy && !f.closed {
@@ -269,8 +268,8 @@ func (f *feed) ask() {
 	}
 }
 
-// doubt asks for a read, and answers the number that a window must rest on to be
-// later than this call.
+// doubt requests a read. It returns the number of the read that a window must come from to be later
+// than this call.
 func (f *feed) doubt() uint64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -285,7 +284,7 @@ func (f *feed) again() {
 	f.ask()
 }
 
-// read is the one way of repair. A worker of the hub runs it, for one feed at a time.
+// read is the only repair. A worker of the hub runs it, once at a time for each feed.
 func (f *feed) read(ctx context.Context) {
 	f.mu.Lock()
 	if f.closed {
@@ -347,10 +346,10 @@ func (f *feed) read(ctx context.Context) {
 	}
 	if w.known() && (w.absent() || n.Epoch == w.Epoch) {
 		f.follow(n, w.Last, false)
-	} else { // what was there before is no news
+	} else { // what was there before is not news
 		f.followed.Store(nil)
 	}
-	// Most reads only find that nothing was missed: nobody is woken for that.
+	// Most reads find that nothing was missed, and wake nobody.
 	if f.awaited > w.read || !w.known() || !n.sameBounds(w) || n.size != w.size {
 		f.publish(n)
 	}
@@ -359,7 +358,7 @@ func (f *feed) read(ctx context.Context) {
 		f.ask()
 	case n.Last <= page.Last && !f.owed(n.Last):
 		f.retry, f.want = firstRetry, 0
-	case f.retry >= f.hub.cfg.Reconcile: // whatever was announced, it was not pushed
+	case f.retry >= f.hub.cfg.Reconcile: // whatever was announced was never pushed
 		f.retry, f.want, f.foreign = firstRetry, 0, nil
 		f.missed.gap = false // found, and never repaired
 	default:
@@ -367,14 +366,15 @@ func (f *feed) read(ctx context.Context) {
 	}
 }
 
-// later asks again after d, and doubles the next wait, up to the reconcile interval. mu is held.
+// later requests a read after d, and doubles the next wait, up to the reconcile interval. mu is
+// held.
 func (f *feed) later(d time.Duration) {
 	f.timer.Reset(jitter(d))
 	f.retry = min(2*d, f.hub.cfg.Reconcile)
 }
 
-// fetch reads the log from number from on, the last that w has. What it answers has w's
-// epoch and goes on where w ends, or it is the newest of the log as it now is.
+// fetch reads the log from the number from, the last that w has. The page it returns either has w's
+// epoch and continues w, or is the newest page of the log as it is now.
 func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, error) {
 	log, budget := f.hub.data, max(f.hub.limit(), 1)
 	for range 100 {
@@ -386,7 +386,8 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 		switch {
 		case another:
 			log.Given(f.session, epoch, given)
-			// Where Redis has nothing of the log, there is nothing to renew: the next read says where it goes on.
+			// If Redis has nothing of the log, there is nothing to renew: the next read shows where
+			// it continues.
 			if err := log.Renew(ctx, f.session, epoch, given); err != nil && !errors.Is(err, store.ErrNotFound) {
 				return page, err
 			}
@@ -401,14 +402,14 @@ func (f *feed) fetch(ctx context.Context, w *window, from int64) (store.Page, er
 	return store.Page{}, fmt.Errorf("log %s becomes another one faster than it can be read", f.session)
 }
 
-// known reports whether this feed has given out chunks of another log than the page's, up
-// to which number, and that the page's log does not know so. epoch is the one that has
-// to end for it.
+// known reports whether this feed has given out chunks of another log than the page's, which the
+// page's log does not account for. given is the highest of their numbers, and epoch is the one that
+// must end.
 func (f *feed) known(w *window, page store.Page) (epoch string, given int64, another bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	same := page.Epoch == w.Epoch
-	if !same && page.Epoch != "" && !page.Deleted && w.Last > page.Former { // begun by a node that knew of no such number
+	if !same && page.Epoch != "" && !page.Deleted && w.Last > page.Former { // begun by a node that did not know such a number
 		return page.Epoch, w.Last, true
 	}
 	switch differs, short := rewritten(w, f.sure, page); {
@@ -422,21 +423,21 @@ func (f *feed) known(w *window, page store.Page) (epoch string, given int64, ano
 		return "", 0, false
 	}
 	f.short = time.Time{}
-	// Nothing live is taken any more, so that this is the highest number given out.
+	// No more live chunks are taken, so this is the highest number given out.
 	f.trust, f.pending = f.reads+1, true
 	return w.Epoch, f.window.Load().Last, true
 }
 
-// shortPatience is how long a chunk that was taken live may be missing in the list: a
-// producer that writes what the append script writes may publish it first.
+// shortPatience is how long a chunk that was taken live may be missing in the list. A producer that
+// writes what the append script writes may publish a chunk before it pushes it.
 const shortPatience = 300 * time.Millisecond
 
-// rewritten says whether page, of w's epoch, differs from what w came from: it has
-// another chunk under a number that w has, or lacks one of those up to sure, which were
-// read before. It is short when it only lacks what was taken live.
+// rewritten reports whether page, of w's epoch, differs from the log that w came from. It differs
+// if it has another chunk under one of w's numbers, or lacks one of those up to sure, which were
+// read before. It is short if it lacks only chunks that were taken live.
 func rewritten(w *window, sure int64, page store.Page) (differs, short bool) {
 	if page.Deleted {
-		return false, false // that is said already
+		return false, false // the page says so itself
 	}
 	if page.Last < w.Last {
 		return page.Last < sure, true
@@ -456,8 +457,8 @@ func rewritten(w *window, sure int64, page store.Page) (differs, short bool) {
 	return false, false
 }
 
-// merge is the window that follows from the current one and a page. Live chunks may
-// have been taken while the page was read, so it may be older than the window. mu is held.
+// merge returns the window that follows from the current one and a page. Live chunks may have been
+// taken during the read, so the page may be older than the window. mu is held.
 func (f *feed) merge(w *window, page store.Page, number uint64) *window {
 	n, limit := *w, f.hub.limit()
 	n.Bounds, n.read, n.next = page.Bounds, number, make(chan struct{})

@@ -13,18 +13,18 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// Hub owns the feeds of a node, the workers that read for them, and the clock that
-// says when they have to. Its viewers are owned by whoever asked for them.
+// Hub owns the feeds of a node, the workers that read for them, and the clock that triggers
+// reads. A viewer belongs to the caller that asked for it.
 type Hub struct {
 	cfg  Config
 	data Log
 	log  *slog.Logger
 
-	ctx  context.Context // ends reads under way
+	ctx  context.Context // ends reads that are under way
 	quit context.CancelFunc
 	wg   sync.WaitGroup // workers and the clock
 
-	// leaving ends when the hub drains: each viewer then leaves within spread.
+	// leaving ends when the hub drains. Each viewer then leaves within spread.
 	leaving context.Context
 	drain   context.CancelFunc
 	spread  time.Duration
@@ -34,12 +34,12 @@ type Hub struct {
 	snapshots snapshots
 	gone      departures
 	reading   singleflight.Group
-	pageReads chan struct{} // a place for each read of pages under way
+	pageReads chan struct{} // one place for each concurrent read of pages
 
-	// mu is taken before a feed's mutex, never after it.
+	// mu is locked before a feed's mutex, never after it.
 	mu      sync.Mutex
 	feeds   map[string]*feed
-	idle    list.List // those of them that nobody views, the one first that nobody has viewed for longest
+	idle    list.List // feeds without viewers, the longest idle first
 	viewers sync.WaitGroup
 
 	share atomic.Int64 // how many bytes of events one feed may keep now
@@ -50,7 +50,8 @@ type Hub struct {
 		census
 	}
 
-	// line is the feeds that wait for a worker, each once. Its mutex may be taken under a feed's.
+	// line holds the feeds that wait for a worker, each once. Its mutex may be locked while a
+	// feed's is held.
 	line struct {
 		sync.Mutex
 		feeds   []*feed
@@ -75,9 +76,9 @@ func NewHub(cfg Config, data Log) *Hub {
 	return h
 }
 
-// Drain sends the viewers away one by one, spread evenly over the given time, so that
-// the nodes that they go to are not met by all of them at once. It returns when the
-// last has left. New ones are sent away at once.
+// Drain sends the viewers away one by one, spread evenly over the given time, so that they do not
+// all arrive at the other nodes at once. It returns when the last has left. New viewers are sent
+// away at once.
 func (h *Hub) Drain(over time.Duration) {
 	h.mu.Lock()
 	if h.leaving.Err() == nil {
@@ -97,7 +98,7 @@ func (h *Hub) Drain(over time.Duration) {
 	h.viewers.Wait()
 }
 
-// Close drains at once, then stops all that the hub runs.
+// Close drains at once, then stops everything that the hub runs.
 func (h *Hub) Close() {
 	h.Drain(0)
 	h.quit()
@@ -115,10 +116,10 @@ func (h *Hub) Close() {
 	h.wg.Wait()
 }
 
-// FeedsMax is how many logs may be watched at once.
+// FeedsMax returns how many logs may be watched at once.
 func (h *Hub) FeedsMax() int { return h.cfg.Feeds }
 
-// Viewers is how many viewers a session has on this node.
+// Viewers returns how many viewers a session has on this node.
 func (h *Hub) Viewers(session string) int {
 	h.mu.Lock()
 	f := h.feeds[session]
@@ -131,7 +132,7 @@ func (h *Hub) Viewers(session string) int {
 	return len(f.viewers)
 }
 
-// Viewer finds the viewer of a session that has a connection, on this node; nil: there is none.
+// Viewer returns the viewer of a session with the given connection on this node, or nil.
 func (h *Hub) Viewer(session, connection string) *Viewer {
 	h.mu.Lock()
 	f := h.feeds[session]
@@ -154,9 +155,9 @@ func (h *Hub) divide() {
 	h.share.Store(int64(min(h.cfg.Window, (h.cfg.WindowTotal-h.pages.budget-h.cfg.WindowTotal/8)/max(len(h.feeds), 1))))
 }
 
-// enter finds or begins the feed of a viewer's session, and counts it in; leave counts it
-// out. While the hub drains, nobody enters. Where there are as many feeds as there may be, one that nobody views makes room: so
-// the viewers that a caller may have bound the feeds that it takes from others.
+// enter finds or begins the feed of a viewer's session and counts the viewer in. leave counts it
+// out. While the hub drains, enter refuses. At the limit of feeds, an idle one makes room. So the
+// limit on a caller's viewers also limits the feeds that it takes from others.
 func (h *Hub) enter(v *Viewer) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -174,7 +175,7 @@ func (h *Hub) enter(v *Viewer) error {
 		f = newFeed(h, v.Session)
 		h.feeds[v.Session] = f
 		h.divide()
-		h.wg.Go(f.listen) // a write to Redis, which may take its time
+		h.wg.Go(f.listen) // a write to Redis, which may be slow
 	}
 	h.busy(f)
 	f.mu.Lock()
@@ -195,7 +196,7 @@ func (h *Hub) leave(v *Viewer) {
 	f.mu.Unlock()
 	switch {
 	case !empty || h.feeds[f.session] != f:
-	case !w.known() || w.absent(): // of a session that does not exist, nothing is kept warm
+	case !w.known() || w.absent(): // nothing is kept warm for a session that does not exist
 		h.drop(f)
 	default:
 		f.rests = h.idle.PushBack(f)
@@ -204,7 +205,7 @@ func (h *Hub) leave(v *Viewer) {
 	h.viewers.Done()
 }
 
-// busy takes a feed out of the idle ones, if it is one. mu is held.
+// busy removes a feed from the idle ones, if it is one. mu is held.
 func (h *Hub) busy(f *feed) {
 	if f.rests != nil {
 		h.idle.Remove(f.rests)
@@ -212,37 +213,39 @@ func (h *Hub) busy(f *feed) {
 	}
 }
 
-// drop lets go of a feed that nobody views. mu is held.
+// drop closes a feed without viewers. mu is held.
 func (h *Hub) drop(f *feed) {
 	h.busy(f)
 	delete(h.feeds, f.session)
 	h.divide()
-	h.wg.Go(f.close) // a write to Redis, which may take its time
+	h.wg.Go(f.close) // a write to Redis, which may be slow
 }
 
-// limit is how many bytes of events one feed may keep now.
+// limit returns how many bytes of events one feed may keep now.
 func (h *Hub) limit() int { return int(h.share.Load()) }
 
-// trouble is what the log says of reads that fail. Some may fail while others succeed, a key of another type for example: so it says
-// that they fail at most every troubleEvery, and that they do not any more when none has failed for troubleOver.
+// trouble decides what is logged about reads that fail. Some may fail while others succeed, for
+// example at a key of another type. So failures are logged once per troubleEvery at most, and their
+// end is logged when none has failed for troubleOver.
 type trouble struct {
-	told atomic.Bool // the log says that reads fail
+	told atomic.Bool // it was logged that reads fail
 
 	mu       sync.Mutex
-	failed   time.Time // when the last one failed
+	failed   time.Time // when a read last failed
 	saidLast time.Time
-	gaps     int // how many gaps were said since gapsFrom
+	gaps     int // how many gaps were logged since gapsFrom
 	gapsFrom time.Time
 }
 
 const (
 	troubleEvery = 30 * time.Second
-	// gapsMost is how many lines about gaps there are in each troubleEvery. While nothing is announced, each log has one all the time.
+	// gapsMost is how many gaps are logged in each troubleEvery. While no announcements arrive,
+	// every log has gaps all the time.
 	gapsMost    = 4
 	troubleOver = 3 * time.Second
 )
 
-// gap is the level of a line about a gap: metrics count them all, and an operator needs to be shown a few.
+// gap returns the level for logging a gap. Metrics count all gaps; an operator needs to see a few.
 func (t *trouble) gap() slog.Level {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -255,14 +258,14 @@ func (t *trouble) gap() slog.Level {
 	return slog.LevelWarn
 }
 
-// within says whether a read has failed in the last d.
+// within reports whether a read has failed in the last d.
 func (t *trouble) within(d time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return !t.failed.IsZero() && time.Since(t.failed) <= d
 }
 
-// found notes what became of a read.
+// found notes the result of a read.
 func (h *Hub) found(err error) {
 	t := &h.trouble
 	if err == nil && !t.told.Load() || err != nil && h.ctx.Err() != nil {
@@ -285,7 +288,7 @@ func (h *Hub) found(err error) {
 	}
 }
 
-// enqueue has f read by a worker. f.mu is held, and f is not in line.
+// enqueue hands f to a worker that reads its log. f.mu is held, and f is not in line.
 func (h *Hub) enqueue(f *feed) {
 	h.line.Lock()
 	defer h.line.Unlock()
@@ -295,7 +298,7 @@ func (h *Hub) enqueue(f *feed) {
 	h.line.feeds = append(h.line.feeds, f)
 	if h.line.workers < max(h.cfg.Reads, 1) {
 		h.line.workers++
-		h.wg.Go(h.work) // ends when nobody is in line
+		h.wg.Go(h.work) // ends when the line is empty
 	}
 }
 
@@ -315,8 +318,8 @@ func (h *Hub) work() {
 	}
 }
 
-// clock has each feed read its log once per interval, and lets go of feeds
-// that nobody has viewed for a while.
+// clock has each feed read its log once per interval, and drops feeds that have been idle for
+// Linger.
 func (h *Hub) clock() {
 	interval := h.cfg.interval()
 	every := max(min(interval/8, h.cfg.Heartbeat/4), time.Millisecond)
@@ -338,7 +341,7 @@ func (h *Hub) clock() {
 		for _, f := range feeds {
 			f.mu.Lock()
 			idle := len(f.viewers) == 0 && now.Sub(f.idle) >= h.cfg.Linger
-			if !idle && now.Sub(f.readAt) >= interval*3/4 { // ticks and the read itself make up the rest
+			if !idle && now.Sub(f.readAt) >= interval*3/4 { // ticks and the read itself use up the rest
 				f.routine = !f.pending && !f.busy
 				f.ask()
 			}
@@ -352,7 +355,7 @@ func (h *Hub) clock() {
 	}
 }
 
-// forget lets go of a feed, unless a viewer has come meanwhile.
+// forget drops a feed, unless a viewer has come in the meantime.
 func (h *Hub) forget(f *feed) {
 	h.mu.Lock()
 	f.mu.Lock()
@@ -364,8 +367,8 @@ func (h *Hub) forget(f *feed) {
 	h.mu.Unlock()
 }
 
-// read reads chunks that no window has any more, and answers a *page. Viewers that want
-// the same at the same time share one read and its events.
+// read reads chunks that are no longer in any window, and returns a *page. Viewers that want the
+// same chunks at the same time share one read and its events.
 func (h *Hub) read(f *feed, epoch string, from int64, bytes int) <-chan singleflight.Result {
 	return h.reading.DoChan(fmt.Sprint(f.session, " ", epoch, " ", from, " ", bytes), func() (any, error) {
 		select {

@@ -9,7 +9,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// ended is why a response has ended; it has to have.
+// ended returns why a response has ended. It fails if the response has not ended.
 func (w *watcher) ended(t *testing.T) Cause {
 	t.Helper()
 	synctest.Wait()
@@ -22,7 +22,7 @@ func (w *watcher) ended(t *testing.T) Cause {
 	}
 }
 
-// A viewer whose right runs out is told so, keeps its cursor, and is broken off.
+// A viewer whose permission expires gets an event, keeps its cursor, and is broken off.
 func TestViewer_expires_isToldAndBrokenOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -35,7 +35,7 @@ func TestViewer_expires_isToldAndBrokenOff(t *testing.T) {
 		if got := names(w.events()); got != "welcome 0, chunk 1, chunk 2" {
 			t.Error(got)
 		}
-		time.Sleep(2 * time.Second) // a socket that is full at that moment has a moment
+		time.Sleep(2 * time.Second) // a socket that is full then gets a moment
 		cause := w.ended(t)
 		if cause != Expired || cause.Clean() {
 			t.Errorf("it ended by %q", cause)
@@ -58,7 +58,7 @@ func TestViewer_expires_isToldAndBrokenOff(t *testing.T) {
 	})
 }
 
-// Before it knows where it is, it keeps the cursor that it came with: the event has no id.
+// Before the viewer knows its position, it keeps the cursor that it came with: the event has no id.
 func TestViewer_expires_beforeWelcome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &flaky{Log: &storetest.Log{}}
@@ -78,12 +78,12 @@ func TestViewer_expires_beforeWelcome(t *testing.T) {
 	})
 }
 
-// One that comes when its right has run out already is given nothing.
+// A viewer whose permission has already expired gets nothing.
 func TestViewer_expires_beforeItBegins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
 		h := started(t, testConfig(), log)
-		now(t, h, log, Ask{}).leave() // the log is known, and as new as can be
+		now(t, h, log, Ask{}).leave() // the log is known, and its window is current
 		w := now(t, h, log, Ask{Expires: time.Now().Add(-time.Hour)})
 		time.Sleep(2 * time.Second)
 		if cause := w.ended(t); cause != Expired {
@@ -92,7 +92,7 @@ func TestViewer_expires_beforeItBegins(t *testing.T) {
 	})
 }
 
-// Raw streams carry nothing of ours: they break off.
+// Raw streams contain none of our events: they break off.
 func TestViewer_expires_rawIsOnlyBrokenOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -109,8 +109,8 @@ func TestViewer_expires_rawIsOnlyBrokenOff(t *testing.T) {
 	})
 }
 
-// A socket that takes nothing has a moment, and no more; one that goes on is given the
-// event that it is in, whole, and the last one.
+// A socket that takes nothing gets a moment and no more. A socket that resumes gets the rest of its
+// current event and the last one.
 func TestViewer_expires_whileItsSocketIsFull(t *testing.T) {
 	for _, goesOn := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -144,7 +144,7 @@ func TestViewer_expires_whileItsSocketIsFull(t *testing.T) {
 	}
 }
 
-// A viewer whose place another takes is broken off without a word, whenever that is said.
+// A viewer that another replaces is broken off without an event, whenever that happens.
 func TestViewer_leave_isBrokenOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -184,7 +184,7 @@ func TestViewer_leave_isBrokenOff(t *testing.T) {
 	})
 }
 
-// One that is catching up is told, too, whatever it is being given just then.
+// A viewer that is catching up gets the event, too, whatever is being written then.
 func TestViewer_expires_whileItCatchesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -212,7 +212,7 @@ func TestViewer_expires_whileItCatchesUp(t *testing.T) {
 	})
 }
 
-// The last event takes its time where there is no room for it at once.
+// The last event waits a moment when it does not fit at once.
 func TestViewer_expires_whereItsLastEventDoesNotFit(t *testing.T) {
 	for room := 1; room < 60; room += 7 {
 		synctest.Test(t, func(t *testing.T) {

@@ -11,33 +11,34 @@ import (
 	"gapless/store"
 )
 
-// Messages is a snapshot that is made page by page, for those who want messages and no stream: the same fold of the
-// same chunks, so it says the same. It keeps the messages that were asked for, each whole, and of all others nothing but
-// what tells their chunks apart.
+// Messages is a snapshot made page by page, for callers that want messages instead of a stream. It
+// is the same fold of the same chunks, so it says the same. It keeps the wanted messages whole, and
+// of others only what tells their chunks apart.
 //
-// It is bounded by messages and bytes. When they are too many, those that began last are left out, and Next says
-// where they are to be asked for. A single message that is larger than the bound is cut.
+// Messages is limited by count and bytes. Over the limit, it omits the messages that began last,
+// and Next returns where to continue. A single message larger than the limit is cut.
 type Messages struct {
 	ask   MessagesAsk
 	fold  *fold
-	first int64 // where the first message began that is left out; 0: none is
+	first int64 // where the first omitted message began; 0: none is omitted
 	event []byte
 }
 
-// MessagesAsk says which messages are wanted.
+// MessagesAsk selects messages.
 type MessagesAsk struct {
-	After int64                // those that began after this chunk
-	Only  func(id string) bool // of these names, "" for none; nil: all
-	Heads bool                 // nothing of what they say
-	Count int                  // at most; 0: as many as there are
-	Bytes int                  // about, at most
+	After int64                // messages that began after this chunk
+	Only  func(id string) bool // messages with these ids, "" for no id; nil: all
+	Heads bool                 // without their content
+	Count int                  // the maximum number; 0: no limit
+	Bytes int                  // the maximum size, roughly
 }
 
-// NewMessages begins a fold. Take gives it the log.
+// NewMessages returns an empty fold. Take adds the log to it.
 func NewMessages(ask MessagesAsk) *Messages { return &Messages{ask: ask} }
 
-// Take folds a page in. What the pages before it said is forgotten where the log has become another one since, or
-// where chunks between them were trimmed: then it begins with this one, as a viewer would that came now.
+// Take folds a page in. It discards the earlier pages if the log was replaced since, or if chunks
+// between them and this page were trimmed. Then the fold begins with this page, as for a new
+// viewer.
 func (m *Messages) Take(p store.Page) {
 	if m.fold == nil || m.fold.epoch != p.Epoch || m.fold.last+1 != p.From {
 		m.fold, m.first = newFold(p.Epoch, p.From-1), 0
@@ -48,8 +49,8 @@ func (m *Messages) Take(p store.Page) {
 	}
 }
 
-// Add folds an element in: number seq of the log, after those that were folded. Where chunks between them are left out,
-// those that have no message_id are not one message.
+// Add folds in an element with the number seq, after those that were folded. If chunks between them
+// are omitted, chunks without a message_id on both sides are not one message.
 func (m *Messages) Add(seq int64, element string) {
 	if m.fold == nil {
 		m.fold = newFold("", seq-1)
@@ -79,7 +80,7 @@ func (m *Messages) keep(seq int64, id string) kept {
 	return keptWhole
 }
 
-// shrink leaves out the messages that began last until the others fit.
+// shrink omits the messages that began last until the others fit.
 func (m *Messages) shrink() {
 	f := m.fold
 	for m.ask.Bytes > 0 && f.size > m.ask.Bytes && len(f.messages) > 0 {
@@ -97,19 +98,19 @@ func (m *Messages) shrink() {
 	}
 }
 
-// Epoch is the epoch of the chunks that were folded: all of it from First to Last.
+// Epoch returns the epoch of the folded chunks, which are all from First to Last.
 func (m *Messages) Epoch() string { return m.fold.epoch }
 
-// First is the number of the first chunk that was folded.
+// First returns the number of the first chunk that was folded.
 func (m *Messages) First() int64 { return m.fold.base + 1 }
 
-// Last is the number of the last one.
+// Last returns the number of the last chunk that was folded.
 func (m *Messages) Last() int64 { return m.fold.last }
 
-// Next is After of those that were left out; ok is false when none were.
+// Next returns the After that continues with the omitted messages. ok is false if none are omitted.
 func (m *Messages) Next() (after int64, ok bool) { return m.first - 1, m.first > 0 }
 
-// Len is how many there are.
+// Len returns the number of messages.
 func (m *Messages) Len() int {
 	if m.fold == nil {
 		return 0
@@ -117,14 +118,14 @@ func (m *Messages) Len() int {
 	return len(m.fold.messages)
 }
 
-// MessageHead is what a message is, beside what it says.
+// MessageHead describes a message without its content.
 type MessageHead struct {
 	ID, Role    string
 	Streaming   bool
 	First, Last int64
 }
 
-// Heads are those of the messages, in the order in which they began.
+// Heads returns the heads of the messages, in the order in which they began.
 func (m *Messages) Heads() (all []MessageHead) {
 	for i := range m.Len() {
 		one := m.fold.messages[i]
@@ -133,10 +134,10 @@ func (m *Messages) Heads() (all []MessageHead) {
 	return all
 }
 
-// Content is the text of message i.
+// Content returns the text of message i.
 func (m *Messages) Content(i int) string { return plain(m.fold.messages[i].content) }
 
-// AppendJSON appends message i as a snapshot has it.
+// AppendJSON appends message i in the form of a snapshot.
 func (m *Messages) AppendJSON(b []byte, i int) []byte {
 	one := m.fold.messages[i]
 	if b = one.append(b); one.cut {
@@ -145,14 +146,14 @@ func (m *Messages) AppendJSON(b []byte, i int) []byte {
 	return b
 }
 
-// UIMessage is a message as the Vercel AI SDK has it.
+// UIMessage is a message in the form of the Vercel AI SDK.
 type UIMessage struct {
 	ID    string   `json:"id"`
 	Role  string   `json:"role"`
 	Parts []UIPart `json:"parts"`
 }
 
-// UIPart is a part of one. Which of its members it has follows from its type.
+// UIPart is a part of a UIMessage. Its type decides which of its members are set.
 type UIPart struct {
 	Type  string          `json:"type"`
 	Text  string          `json:"text,omitempty"`
@@ -160,12 +161,13 @@ type UIPart struct {
 	Data  json.RawMessage `json:"data,omitempty"`
 }
 
-// UI is message i for the Vercel AI SDK. ok is false for one that has no place among its messages: of a role that it
-// does not know, without anything that it could show, or under way, which its client is given as a stream.
+// UI returns message i for the Vercel AI SDK. ok is false for a message that the SDK cannot use.
+// Its role is unknown there, it has nothing to show, or it is still streaming, and the client gets
+// it as a stream.
 func (m *Messages) UI(i int) (u UIMessage, ok bool) {
 	one := m.fold.messages[i]
 	u = UIMessage{ID: plain(one.id), Role: plain(one.role)}
-	if !one.named { // it has to have an id, and this one stays
+	if !one.named { // the SDK needs an id, and this one is stable
 		u.ID = fmt.Sprint("seq-", one.first)
 	}
 	switch u.Role {
@@ -201,7 +203,7 @@ func (m *Messages) UI(i int) (u UIMessage, ok bool) {
 	return u, len(u.Parts) > 0
 }
 
-// more is the chunks that say more than text.
+// more yields the chunks that say more than text.
 func (m *message) more() iter.Seq[jsontext.Value] {
 	return func(yield func(jsontext.Value) bool) {
 		all := jsontext.NewDecoder(bytes.NewBuffer(append(append([]byte{'['}, m.chunks...), ']')), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
@@ -217,7 +219,7 @@ func (m *message) more() iter.Seq[jsontext.Value] {
 	}
 }
 
-// plain is a text that is kept as it stands between quotes.
+// plain decodes a text that is kept as it stands between quotes.
 func plain(inside []byte) string {
 	return store.Text(append(append([]byte{'"'}, inside...), '"'))
 }

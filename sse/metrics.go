@@ -6,15 +6,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// metrics is what delivery says of itself to Prometheus. Whatever repairs something is
-// counted; whatever is alive is a gauge that returns to zero.
+// metrics holds the Prometheus metrics of delivery. Every repair has a counter. Everything alive
+// has a gauge that returns to zero.
 type metrics struct {
 	begun, resumed   prometheus.Counter
 	ended            *prometheus.CounterVec // by cause
 	delivered        prometheus.Counter
 	snapshots        prometheus.Counter
 	resets           *prometheus.CounterVec // by reason
-	reads            *prometheus.CounterVec // by who reads
+	reads            *prometheus.CounterVec // by reader
 	live             prometheus.Counter
 	found, repaired  prometheus.Counter
 	epochs           prometheus.Counter
@@ -22,7 +22,7 @@ type metrics struct {
 	all              []prometheus.Collector
 }
 
-// newMetrics makes them. The gauges ask the hub when they are read.
+// newMetrics makes the metrics. The gauges ask the hub when they are read.
 func newMetrics(h *Hub) *metrics {
 	m := &metrics{}
 	counter := func(name, help string) prometheus.Counter {
@@ -32,7 +32,7 @@ func newMetrics(h *Hub) *metrics {
 	}
 	vector := func(name, help, label string, values ...string) *prometheus.CounterVec {
 		v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "gapless_" + name, Help: help}, []string{label})
-		for _, value := range values { // so that a rate is known from the first one on
+		for _, value := range values { // so that a rate is known from the first event on
 			v.WithLabelValues(value)
 		}
 		m.all = append(m.all, v)
@@ -70,17 +70,17 @@ func newMetrics(h *Hub) *metrics {
 	return m
 }
 
-// Metrics are the hub's collectors for a Prometheus registry.
+// Metrics returns the hub's collectors for a Prometheus registry.
 func (h *Hub) Metrics() []prometheus.Collector { return h.metrics.all }
 
-// census is what is alive on this node.
+// census counts what is alive on this node.
 type census struct {
 	at                    time.Time
 	viewers, feeds, bytes int
 	lag                   int64
 }
 
-// count takes a census, or hands out one that was taken for the same scrape.
+// count takes a census, or returns the one that was taken for the same scrape.
 func (h *Hub) count() census {
 	h.census.Lock()
 	defer h.census.Unlock()

@@ -10,7 +10,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// sum is what a metric says now, over all of its labels.
+// sum returns a metric's current value, over all of its labels.
 func sum(t *testing.T, h *Hub, name string) (total float64) {
 	t.Helper()
 	registry := prometheus.NewRegistry()
@@ -29,8 +29,8 @@ func sum(t *testing.T, h *Hub, name string) (total float64) {
 	return total
 }
 
-// The alert that chunks are lost is the difference of the two: a chunk that was announced
-// and never came must not be called repaired by the next read that finds nothing.
+// The alert about lost chunks is the difference of the two metrics. A chunk that was announced and
+// never came must not count as repaired by the next read that finds nothing.
 func TestMetrics_gapThatNoReadCloses_isNotRepaired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -54,7 +54,7 @@ func TestMetrics_gapThatNoReadCloses_isNotRepaired(t *testing.T) {
 	})
 }
 
-// Every stream that begins ends for exactly one cause, those that are answered by 204 too.
+// Every stream that begins ends for exactly one cause, including a 204.
 func TestMetrics_streamsBegunAreEndedOrViewers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -70,7 +70,7 @@ func TestMetrics_streamsBegunAreEndedOrViewers(t *testing.T) {
 			t.Fatalf("over: %q", cause)
 		}
 		v.Close()
-		time.Sleep(time.Second) // a census is kept for a moment
+		time.Sleep(time.Second) // a census is cached for a moment
 		if begun, ended, viewers := sum(t, h, "gapless_streams_begun_total"), sum(t, h, "gapless_streams_ended_total"), sum(t, h, "gapless_viewers"); begun != 2 || ended != 2 || viewers != 0 {
 			t.Errorf("%v begun, %v ended, %v viewers", begun, ended, viewers)
 		}

@@ -8,23 +8,23 @@ import (
 	"gapless/store"
 )
 
-// page is older chunks of a log as events: what no window has any more, read for a viewer
-// that is further back.
+// page holds older chunks of a log as events. It is read for a viewer that needs chunks which are
+// no longer in the window.
 type page struct {
 	store.Bounds
 	memory
 	feed         *feed
-	newer, older *page // in the order of use
+	newer, older *page // in order of use
 }
 
 func (p *page) base() int64 { return p.First - 1 }
 
-// has says whether the page knows what comes behind cursor.
+// has reports whether the page contains the chunk after cursor.
 func (p *page) has(cursor int64) bool { return p.firstSeq() <= cursor+1 && cursor+1 < p.nextSeq() }
 
-// pages are those that were used last, of all logs, within a number of bytes. Viewers of
-// a log share them, and keep none: one that is stalled in a write keeps only the segment
-// that it is writing. A page that is gone is read again.
+// pages caches the last used pages of all logs, within a number of bytes. Viewers of a log share
+// pages and hold none: a viewer that is stalled in a write holds only the segment that it writes. A
+// page that was dropped is read again.
 type pages struct {
 	mu             sync.Mutex
 	budget, size   int
@@ -32,7 +32,7 @@ type pages struct {
 	of             map[*feed][]*page // by their first number
 }
 
-// find is the page of f's log, in an epoch, that knows what comes behind cursor.
+// find returns the page of f's log, in an epoch, that contains the chunk after cursor, or nil.
 func (c *pages) find(f *feed, epoch string, cursor int64) *page {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -46,13 +46,13 @@ func (c *pages) find(f *feed, epoch string, cursor int64) *page {
 	return all[i]
 }
 
-// put keeps a page, and lets go of those that were not used for longest.
+// put adds a page, and drops the least recently used ones.
 func (c *pages) put(p *page) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	all := c.of[p.feed]
 	i := sort.Search(len(all), func(i int) bool { return all[i].firstSeq() >= p.firstSeq() })
-	if i < len(all) && all[i].firstSeq() == p.firstSeq() { // one that is shorter, or of another epoch
+	if i < len(all) && all[i].firstSeq() == p.firstSeq() { // it is shorter, or of another epoch
 		c.remove(all[i])
 		all = c.of[p.feed]
 	}
@@ -63,7 +63,7 @@ func (c *pages) put(p *page) {
 	}
 }
 
-// drop lets go of all pages of a feed.
+// drop drops all pages of a feed.
 func (c *pages) drop(f *feed) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -110,7 +110,7 @@ func (c *pages) unlink(p *page) {
 	p.newer, p.older = nil, nil
 }
 
-// bytes is how much all of them are.
+// bytes returns the size of all pages.
 func (c *pages) bytes() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

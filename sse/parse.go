@@ -6,30 +6,30 @@ import (
 	"unicode/utf8"
 )
 
-// Event is an event as an event stream brings it.
+// Event is one event of an event stream.
 type Event struct {
-	Name string // empty: it has none
+	Name string // empty: the event has no name
 	Data string
 }
 
-// Parser reads an event stream, in whatever pieces it arrives, by the rules of the
-// standard (https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream):
-// a byte order mark at its start, lines that end with CR, LF or CRLF, data of several
-// lines, comments and unknown fields passed over, an event without data not dispatched,
-// one that is torn by the stream's end discarded. What becomes of ids and retry is not
-// its business. The standard replaces what is not UTF-8; here it is an error, unless AnyBytes.
+// Parser reads an event stream, in whatever pieces it arrives, by the rules of the standard
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream). It
+// handles a byte order mark at the start, lines that end with CR, LF or CRLF, and data of several
+// lines. It skips comments and unknown fields, does not dispatch an event without data, and
+// discards an event that is torn by the stream's end. It ignores id and retry. The standard
+// replaces invalid UTF-8; Parser returns an error for it, unless AnyBytes is set.
 //
 // The zero Parser is ready for a stream's first byte.
 type Parser struct {
-	AnyBytes bool // names and data are handed out as they are, also those that are not UTF-8
+	AnyBytes bool // names and data may be invalid UTF-8, and are returned as they are
 
 	name    []byte
-	data    []byte // each line with LF behind it
-	begun   bool   // the stream's first line has been seen, or that it begins with no byte order mark
-	afterCR bool   // an LF that comes next belongs to the line before it
+	data    []byte // each line with LF after it
+	begun   bool   // the stream's beginning was checked for a byte order mark
+	afterCR bool   // an LF that comes next belongs to the previous line
 }
 
-// Errors of Next.
+// Errors returned by Next.
 var (
 	ErrNotUTF8  = errors.New("the event is not valid UTF-8")
 	ErrTooLarge = errors.New("the event is too large")
@@ -37,9 +37,9 @@ var (
 
 var byteOrderMark = []byte("\uFEFF")
 
-// Next takes lines from what has arrived, up to the first event that is whole, and
-// answers what it left. ok is false when there is none yet: more has to arrive behind
-// rest. An event whose name and data have more than limit bytes is ErrTooLarge.
+// Next takes lines from what has arrived, up to the first whole event, and returns the rest. ok is
+// false if there is no whole event yet: the caller must append to rest what arrives next. An event
+// whose name and data have more than limit bytes is ErrTooLarge.
 func (p *Parser) Next(arrived []byte, limit int) (e Event, rest []byte, ok bool, err error) {
 	rest = arrived
 	if !p.begun {
@@ -74,8 +74,8 @@ func (p *Parser) Next(arrived []byte, limit int) (e Event, rest []byte, ok bool,
 	return e, rest, false, nil
 }
 
-// Torn says whether the stream would end inside an event if it ended now, with rest left
-// of it: that event was not dispatched, and never will be.
+// Torn reports whether the stream would end inside an event if it ended now, with rest left of it.
+// Such an event was not dispatched, and never will be.
 func (p *Parser) Torn(rest []byte) bool {
 	if p.afterCR {
 		rest = bytes.TrimPrefix(rest, []byte{'\n'})
@@ -95,7 +95,7 @@ func (p *Parser) field(line []byte) {
 	}
 }
 
-// dispatch is what an empty line does.
+// dispatch handles an empty line.
 func (p *Parser) dispatch() (e Event, ok bool) {
 	if ok = len(p.data) > 0; ok {
 		e = Event{string(p.name), string(p.data[:len(p.data)-1])}

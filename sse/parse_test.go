@@ -13,8 +13,8 @@ import (
 	gosse "github.com/tmaxmax/go-sse"
 )
 
-// parsed is what a Parser makes of a stream that arrives in pieces of the given sizes,
-// over and over.
+// parsed returns what a Parser makes of a stream that arrives in pieces of the given sizes, over
+// and over.
 func parsed(t testing.TB, stream string, sizes []byte) (all []Event, torn bool, err error) {
 	t.Helper()
 	var p Parser
@@ -47,7 +47,7 @@ var lineEnd = regexp.MustCompile("\r\n|\n|\r")
 func standard(stream string) (all []Event) {
 	lines := lineEnd.Split(strings.TrimPrefix(stream, "\uFEFF"), -1)
 	data, name := "", ""
-	for _, line := range lines[:len(lines)-1] { // the last one has no end
+	for _, line := range lines[:len(lines)-1] { // the last line has no end
 		if line == "" {
 			if data != "" {
 				all = append(all, Event{name, strings.TrimSuffix(data, "\n")})
@@ -92,7 +92,7 @@ func TestParser_isTheStandards(t *testing.T) {
 	}
 }
 
-// An event is whole when its empty line is: not when the byte behind that comes.
+// An event is whole when its empty line is, without the byte after that.
 func TestParser_dispatchesAsSoonAsTheEmptyLineIsThere(t *testing.T) {
 	for _, s := range []string{"data: a\n\n", "data: a\r\r", "data: a\r\n\r", "data: a\r\n\r\n"} {
 		var p Parser
@@ -126,7 +126,7 @@ func TestParser_boundsAnEvent(t *testing.T) {
 	}
 }
 
-// Whatever the bytes, and in whatever pieces: the events are the standard's.
+// For any bytes in any pieces, the events are the standard's.
 func FuzzParser(f *testing.F) {
 	for _, s := range streams {
 		f.Add([]byte(s), []byte{0})
@@ -147,7 +147,7 @@ func FuzzParser(f *testing.F) {
 	})
 }
 
-// And another's parser agrees, but that it dispatches an event without data.
+// Another parser agrees, except that it dispatches events without data.
 func TestParser_agreesWithAnother(t *testing.T) {
 	for _, s := range streams {
 		if strings.Contains(s, "\xEF\xBBd") || strings.HasPrefix(s, "event: e\n\n") {
@@ -170,7 +170,7 @@ func TestParser_agreesWithAnother(t *testing.T) {
 	}
 }
 
-// What was ingested comes back as it was.
+// What was ingested comes back unchanged.
 func FuzzRaw(f *testing.F) {
 	f.Add("", "a", int64(1))
 	f.Add("message_start", "{\"a\":1}\n[DONE]\n", int64(7))
@@ -187,7 +187,7 @@ func FuzzRaw(f *testing.F) {
 		got, torn, err := parsed(t, string(appendRaw(nil, events)), []byte{0})
 		want := []Event{{name, data}}
 		if strings.ContainsAny(name, "\r\n") || strings.Contains(data, "\r") {
-			want = nil // it cannot have come in a stream
+			want = nil // a stream cannot contain it
 		}
 		if err != nil || torn || !slices.Equal(got, want) {
 			t.Fatalf("%q %q: %q, torn %t (%v)", name, data, got, torn, err)

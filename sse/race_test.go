@@ -14,11 +14,11 @@ import (
 	"gapless/store/storetest"
 )
 
-// subject is what is put into every interleaving: a viewer of a log, begun with it.
+// subject is a viewer of a log that is tested in every interleaving. It begins with the log.
 type subject interface {
 	begin(log *storetest.Log)
-	// settled lets time pass until nothing is owed, and answers what the viewer shows,
-	// or what it saw that cannot be.
+	// settled lets time pass until nothing is outstanding. It returns what the viewer shows, or
+	// what the viewer saw that must not happen.
 	settled() ([]string, error)
 	end()
 }
@@ -52,8 +52,8 @@ func (g *gapless) end() {
 	g.hub.Close()
 }
 
-// naive is the control: the viewer that RACE.md analyses. It reads the history, sends
-// it, and only then subscribes; what it gets it sends.
+// naive is the control: the viewer that RACE.md analyses. It reads the history, sends it, and only
+// then subscribes. It sends whatever it receives.
 type naive struct {
 	log   *storetest.Log
 	shown []string
@@ -91,9 +91,8 @@ type action struct {
 	do   func()
 }
 
-// play lets one order of events happen: pick chooses among what may happen next, until
-// the producer is done; then everything that is still held is released. It fails when
-// the viewer does not show 1..n.
+// play plays one order of events. pick chooses among what may happen next, until the producer is
+// done. Then everything still held is released. play fails if the viewer does not show 1..n.
 func play(s subject, producer []func(log *storetest.Log), pick func(options []action) action) (trace string, err error) {
 	log := &storetest.Log{Held: true}
 	var happened []string
@@ -137,7 +136,7 @@ func play(s subject, producer []func(log *storetest.Log), pick func(options []ac
 		log.Ack()
 	}
 	for log.Messages() > 0 {
-		log.Drop(0) // what is still under way is lost: worse cannot happen
+		log.Drop(0) // the worst case: announcements under way are lost
 	}
 	shown, err := s.settled()
 	_, want := log.Contents()
@@ -209,7 +208,7 @@ func TestFeed_everyInterleaving_givesEachChunkOnce(t *testing.T) {
 	}
 }
 
-// The control: the same test must find what this project exists to end.
+// This is the control: the same test must find the fault that this project exists to prevent.
 func TestControl_naiveReadThenSubscribe_losesAChunk(t *testing.T) {
 	for name, producer := range producers(2) {
 		t.Run(name, func(t *testing.T) {
@@ -245,7 +244,7 @@ func TestFeed_randomInterleavingsOfManyChunks_atAnyWindow(t *testing.T) {
 	})
 }
 
-// A chunk whose announcement comes before it is pushed is found soon, not at the next reconciliation.
+// A chunk that is announced before it is pushed is found soon, not at the next reconciliation.
 func TestFeed_announcedBeforePushed_looksAgainSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -271,7 +270,7 @@ func TestFeed_announcedBeforePushed_looksAgainSoon(t *testing.T) {
 	})
 }
 
-// What is announced and never pushed is not looked for without end.
+// The feed does not search for ever for what is announced and never pushed.
 func TestFeed_announcedAndNeverPushed_givesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -294,7 +293,7 @@ func TestFeed_announcedAndNeverPushed_givesUp(t *testing.T) {
 	})
 }
 
-// Promise: Complete, with every message lost: only latency suffers.
+// Promise: Complete, with every message lost. Only latency suffers.
 func TestFeed_allMessagesLost_delayIsTheReconcileInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}

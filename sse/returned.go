@@ -6,28 +6,28 @@ import (
 	"time"
 )
 
-// Returned is a listener on which connections come that were taken over, once their responses have ended as HTTP
-// ends one: they are the server's again, and a client may send its next request. Many do so at once: to close
-// such a connection would lose that.
+// Returned is a listener for connections that were taken over and whose responses have ended as
+// HTTP ends one. They belong to the server again, and a client may send its next request. Many
+// clients do so at once, and would lose it if the connection were closed.
 type Returned struct {
-	// Idle is how long a connection is kept until its next request begins: as long as any that waits for one. 0: as long as the
-	// server keeps a new one.
+	// Idle is how long a connection is kept until its next request begins, like any idle
+	// connection. 0 means as long as the server keeps a new one.
 	Idle   time.Duration
 	addr   net.Addr
 	conns  chan net.Conn
 	closed chan struct{}
 
 	mu    sync.Mutex
-	quiet map[*again]struct{} // those of which the server has read nothing yet
+	quiet map[*again]struct{} // connections from which the server has read nothing yet
 	over  bool
 }
 
-// NewReturned makes one. Its Back is a hub's (Config.Back), and it is to be served by the hub's server.
+// NewReturned returns a listener. Its Back is for Config.Back, and the hub's server must serve it.
 func NewReturned(addr net.Addr) *Returned {
 	return &Returned{addr: addr, conns: make(chan net.Conn), closed: make(chan struct{}), quiet: map[*again]struct{}{}}
 }
 
-// Back gives a connection to the server, of which read was read already.
+// Back gives a connection to the server, with the bytes that were already read from it.
 func (r *Returned) Back(c net.Conn, read []byte) {
 	if a, ok := c.(*again); ok {
 		c = a.Conn
@@ -45,7 +45,7 @@ func (r *Returned) Back(c net.Conn, read []byte) {
 	}
 	select {
 	case r.conns <- a:
-	case <-r.closed: // and Close has closed it
+	case <-r.closed: // Close has closed the connection
 	}
 }
 
@@ -62,8 +62,8 @@ func (r *Returned) Accept() (net.Conn, error) {
 // Addr implements net.Listener.
 func (r *Returned) Addr() net.Addr { return r.addr }
 
-// Close implements net.Listener. It closes the connections from which nothing has come: the server would wait
-// for their first request.
+// Close implements net.Listener. It also closes the connections from which nothing has come,
+// because the server would wait for their first request.
 func (r *Returned) Close() error {
 	r.mu.Lock()
 	quiet := r.quiet
@@ -79,20 +79,20 @@ func (r *Returned) Close() error {
 	return nil
 }
 
-// again is a connection that is the server's again.
+// again is a connection that belongs to the server again.
 type again struct {
 	net.Conn
 	read []byte
 	of   *Returned
 	once sync.Once
 
-	// The server takes it for a new connection, and gives its first request the time of a header and of a body from then on. So those
-	// times begin when something comes.
+	// The server takes it for a new connection: the time limits of its first request's header and
+	// body would start at once. So those limits are moved to start when something arrives.
 	mu     sync.Mutex
 	came   time.Time
-	quiet  bool          // nothing has come
-	header time.Duration // that the server gives
-	waited time.Duration // that the body's time is to be moved by; 0: it was, or need not be
+	quiet  bool          // nothing has arrived
+	header time.Duration // the server's time limit for a header
+	waited time.Duration // by how much to move the body's time limit; 0: nothing left to move
 }
 
 // SetReadDeadline implements net.Conn.
@@ -111,7 +111,7 @@ func (a *again) SetReadDeadline(t time.Time) error {
 	return a.Conn.SetReadDeadline(t)
 }
 
-// begins starts the time of a header.
+// begins starts the time limit of a header.
 func (a *again) begins() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -121,7 +121,7 @@ func (a *again) begins() {
 	}
 }
 
-// heard notes that something came from it, or that it is over.
+// heard notes that something arrived, or that the connection is over.
 func (a *again) heard() {
 	a.of.mu.Lock()
 	delete(a.of.quiet, a)
@@ -146,8 +146,8 @@ func (a *again) Close() error {
 	return a.Conn.Close()
 }
 
-// Plain is the connection itself, for those who write to its socket.
+// Plain returns the connection itself, for code that writes to its socket.
 func (a *again) Plain() *net.TCPConn { return plainConn(a.Conn) }
 
-// NetConn is what is under it.
+// NetConn returns the wrapped connection.
 func (a *again) NetConn() net.Conn { return a.Conn }

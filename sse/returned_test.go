@@ -35,7 +35,8 @@ func servedAgain(t *testing.T, read string) (client net.Conn, done func()) {
 	}
 }
 
-// A connection that was given back waits for its next request for as long as any other, and that has all its time then.
+// A connection that was given back waits for its next request as long as any other. That request
+// then has its full time.
 func TestReturned_isKeptAsLongAsAnyOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, done := servedAgain(t, "")
@@ -61,7 +62,7 @@ func TestReturned_isKeptAsLongAsAnyOther(t *testing.T) {
 
 func TestReturned_isClosedWhenNothingComesOrNotTheRest(t *testing.T) {
 	for begin, want := range map[string]time.Duration{"": 2 * time.Minute, "GET / ": 10 * time.Second} {
-		for _, read := range []string{"", begin} { // before it was given back
+		for _, read := range []string{"", begin} { // bytes read before the connection was given back
 			if read != "" && begin == "" {
 				continue
 			}

@@ -38,13 +38,13 @@ func (l *lossy) Live(payload string) {
 }
 func (l *lossy) Resync() { l.listener.Resync() }
 
-// world is a hub on the real scripts, in a Redis that a test lays its own hands on.
+// world is a hub on the real scripts, in a Redis that the test itself changes.
 type world struct {
 	t     *testing.T
 	redis *redis.Client
 	logs  *lossy
 	hub   *Hub
-	made  int // chunks, so that no two are alike
+	made  int // number of chunks made, so that no two are equal
 	close func()
 }
 
@@ -93,7 +93,7 @@ func (w *world) append(n int) {
 	}
 }
 
-// saved is what a replica has that lags behind.
+// saved is the state of a replica that lags.
 type saved struct {
 	list []any
 	hash map[string]string
@@ -117,7 +117,7 @@ func (w *world) restore(s saved) {
 	}
 }
 
-// show compares what a client shows with the log as it is.
+// show compares what a client shows with the current log.
 func (w *world) show(c *watcher) error {
 	list := w.list()
 	page, err := w.logs.Read(w.t.Context(), "s", 1, 0, 0)
@@ -133,13 +133,13 @@ func (w *world) show(c *watcher) error {
 	return c.check(page.First, list)
 }
 
-// settle lets the feed find out whatever it was not told.
+// settle lets the feed discover what was not announced.
 func (w *world) settle() {
 	time.Sleep(2 * w.hub.cfg.Reconcile)
 	synctest.Wait()
 }
 
-// hands are what other hands do to a log.
+// hands are changes that other programs make to a log.
 var hands = map[string]func(w *world){
 	"flushed": func(w *world) { w.redis.FlushAll(w.t.Context()) },
 	"expired": func(w *world) { w.redis.Del(w.t.Context(), "chat:history:s") },
@@ -164,8 +164,8 @@ var hands = map[string]func(w *world){
 	},
 }
 
-// Promises: Said aloud; Unique. Each way in which a log can be another one, while a
-// viewer is live: a reset, and then the log as it is.
+// Promises: Said aloud; Unique. In each way in which a log can be replaced, a live viewer gets a
+// reset, and then the current log.
 func TestFeed_logIsRewritten_viewersAreReset(t *testing.T) {
 	for name, rewrite := range hands {
 		for _, deaf := range []bool{false, true} {
@@ -204,8 +204,8 @@ func TestFeed_logIsRewritten_viewersAreReset(t *testing.T) {
 	}
 }
 
-// A failover to a replica that lags: list and hash are those of a while ago, with the
-// same epoch, and may have regrown past what viewers have.
+// After a failover to a replica that lags, list and hash are older, with the same epoch. They may
+// have grown past what viewers have.
 func TestFeed_failoverLosesTheTail_viewersAreReset(t *testing.T) {
 	for _, regrown := range []int{0, 1, 4, 5, 9} {
 		t.Run(fmt.Sprint("regrown by ", regrown), func(t *testing.T) {
@@ -219,11 +219,11 @@ func TestFeed_failoverLosesTheTail_viewersAreReset(t *testing.T) {
 				w.settle()
 				w.append(4)
 				synctest.Wait()
-				w.logs.deaf.Store(true) // the connection to the old master is gone
+				w.logs.deaf.Store(true) // the connection to the old master is lost
 				w.restore(replica)
 				w.append(regrown)
 				w.logs.deaf.Store(false)
-				w.logs.Resync() // and then there is one to the new one
+				w.logs.Resync() // then the connection to the new one stands
 				time.Sleep(3 * time.Second)
 				synctest.Wait()
 				if err := w.show(v); err != nil {
@@ -232,7 +232,7 @@ func TestFeed_failoverLosesTheTail_viewersAreReset(t *testing.T) {
 				if len(v.resets) != 1 {
 					t.Fatalf("resets: %v", v.resets)
 				}
-				// And one that comes back with a cursor of the lost tail is told at once.
+				// A viewer that reconnects with a cursor of the lost tail is reset at once.
 				back := watch(t, w.hub, Ask{Session: "s", Cursor: 7})
 				defer back.leave()
 				synctest.Wait()
@@ -247,8 +247,8 @@ func TestFeed_failoverLosesTheTail_viewersAreReset(t *testing.T) {
 	}
 }
 
-// Whatever is done to a log, and in whatever order: once it settles, every viewer shows
-// the log as it is, live ones and those that come back with the cursor that they have.
+// After any changes to a log, in any order, every viewer shows the log as it is once it settles.
+// That includes live viewers and viewers that reconnect with their cursors.
 func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 	names := []string{"append", "push", "deaf", "hear", "wait", "come back", "delete"}
 	for name := range hands {
@@ -279,7 +279,7 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 					time.Sleep(waits[i])
 				case "delete":
 					if i < len(steps)-1 {
-						continue // only as the last step: it ends the viewers
+						continue // only as the last step, because it ends the viewers
 					}
 					w.settle()
 					over = w.logs.Delete(t.Context(), "s") == nil
@@ -299,7 +299,8 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 						failure = err
 					}
 					if epoch != "" && back.epoch != epoch && len(back.resets) == len(before.resets) && flushed {
-						// The one exception of promise 8: nothing but the epoch tells. A page begins anew.
+						// This is the one exception of promise 8: only the epoch tells. The page
+						// begins again.
 						back.leave()
 						back = watch(t, w.hub, Ask{Session: "s", Snapshot: folded})
 					}
@@ -332,8 +333,8 @@ func TestFeed_anythingDoneToTheLog_everyViewerShowsItInTheEnd(t *testing.T) {
 	})
 }
 
-// Two nodes have given out different amounts of what a failover loses. The one that
-// knows less may notice first; who comes back to the other is reset all the same.
+// Two nodes have given out different amounts of what a failover loses. The node that knows less may
+// notice first. A viewer that reconnects to the other node is reset nevertheless.
 func TestFeed_failover_nodesThatKnewMoreOrLess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -348,7 +349,7 @@ func TestFeed_failover_nodesThatKnewMoreOrLess(t *testing.T) {
 		synctest.Wait()
 		w.logs.deaf.Store(true)
 		w.append(2)
-		more := NewHub(testConfig(), other) // which reads all twelve
+		more := NewHub(testConfig(), other) // it reads all twelve
 		defer more.Close()
 		v := watch(t, more, Ask{Session: "s"})
 		defer v.leave()
@@ -376,7 +377,7 @@ func TestFeed_failover_nodesThatKnewMoreOrLess(t *testing.T) {
 	})
 }
 
-// A session is deleted and made anew: no chunk of the new one comes before the reset.
+// A session is deleted and made again. No chunk of the new log comes before the reset.
 func TestFeed_deletedAndAppendedTo_endsBeforeTheNewChunk(t *testing.T) {
 	for range 20 {
 		synctest.Test(t, func(t *testing.T) {
@@ -391,7 +392,7 @@ func TestFeed_deletedAndAppendedTo_endsBeforeTheNewChunk(t *testing.T) {
 			}
 			w.append(1)
 			w.settle()
-			// It depends on whether the node has seen the session deleted, or only what came after.
+			// It depends on whether the node has seen the deletion, or only what came after it.
 			if got := names(v.events()); got != "welcome 0, chunk 1, chunk 2, chunk 3, reset 1000000, chunk 1000001" && got != "welcome 0, chunk 1, chunk 2, chunk 3, reset 3" {
 				t.Fatal(got)
 			}
@@ -399,8 +400,8 @@ func TestFeed_deletedAndAppendedTo_endsBeforeTheNewChunk(t *testing.T) {
 	}
 }
 
-// After a failover the next chunk may be announced before the log was read again. It
-// continues another log, and is not taken for the next of this one.
+// After a failover, the next chunk may be announced before the log was read again. It continues
+// another log, and must not be taken for the next chunk of this one.
 func TestFeed_failover_liveChunkBeforeTheRead_isNotTaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}

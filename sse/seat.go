@@ -12,78 +12,79 @@ import (
 	"time"
 )
 
-// A viewer that waits in its handler costs a goroutine with its stack, and the server's
-// buffers: 25 KB. Where the protocol allows it, its connection is taken over
-// (http.Hijacker) and the handler returns. What is left is a seat in its feed's row.
+// A viewer that waits in its handler costs 25 KB: a goroutine with its stack, and the server's
+// buffers. Where the protocol allows it, the connection is taken over (http.Hijacker) and the
+// handler returns. What remains is a seat in the feed's row.
 //
-// Whoever has a seat may read and write the viewer and its socket, and nobody else: a
-// seat in the row is of whoever holds the row's mutex, and one that is not there is of one
-// goroutine. When there is a new window, one goroutine a feed goes along the row and gives
-// each viewer what comes next, in writes that never wait. A viewer whose socket is full,
-// or that needs older pages, leaves the row with a goroutine of its own, which runs what a
-// handler runs (Viewer.serve), and sits down again when it has all there is.
+// A seat has one owner at a time; only the owner may touch its viewer and socket. The holder of the
+// row's mutex owns a seat in the row, and one goroutine owns any other seat. When there is a new
+// window, one goroutine per feed walks along the row and gives each viewer what comes next, in
+// writes that never block. A viewer whose socket is full, or that needs older pages, leaves the
+// row. Its own goroutine runs what a handler runs (Viewer.serve), and returns it to the row when it
+// has everything.
 type seat struct {
 	*Viewer
 	conn  socket
 	told  Told
-	at    int       // in the row; -1: a goroutine has it
+	at    int       // index in the row; -1: a goroutine owns it
 	wrote time.Time // when the last write ended
 
-	// head is what the response begins with, until it does: that waits until the log is known, or
-	// for as long as patience. none is the response instead, if there is nothing to view.
+	// head is the beginning of the response until it is sent, which waits for the log to be known,
+	// at most for patience. none is sent instead if there is nothing to view.
 	head, none []byte
 	patience   time.Duration
-	expiry     func() bool // stops what ends it when its right runs out
+	expiry     func() bool // cancels the timer that ends it when its permission expires
 
-	// What is left of a write that did not fit, for the goroutine that takes it on.
-	start []byte // of what the response begins with
+	// The rest of a write that did not fit, for the goroutine that continues it.
+	start []byte // of the beginning of the response
 	rest  []byte
 	skip  int
 	end   Cause
-	since int64 // the cursor before that write,
-	count bool  // whose events are chunks
-	// parting: it is the last event, and the response breaks off behind it.
+	since int64 // the cursor before that write
+	count bool  // whether its events are chunks
+	// parting means that it is the last event, and that the response breaks off after it.
 	parting bool
-	torn    bool // the response's last bytes are not written
+	torn    bool // the response's last bytes were not written
 
-	// The row's mutex guards these: what befalls a seat that a goroutine has.
+	// The row's mutex guards these: what happens to a seat that a goroutine owns.
 	gone   bool
-	left   Cause // why it has to leave
+	left   Cause // why it must leave
 	cut    context.CancelFunc
 	writer *Writer
 }
 
-// Told is called when the response on a connection that was taken over begins, and when it
-// has ended. If it never began, there was nothing to view, and 204 was answered, or the peer went away.
+// Told is called when the response on a connection that was taken over begins, and when it has
+// ended. A response that never began was a 204, because there was nothing to view, or the peer went
+// away.
 type Told struct {
 	Begins func()
 	Ends   func(c Cause, begun bool)
 }
 
-// socket is a connection that can also be written to without waiting.
+// socket is a connection that also has writes that do not block.
 type socket interface {
 	net.Conn
-	// try writes what fits at once: all of p, or less and no error. tryAll does so with several. An error
-	// says that the connection is broken.
+	// try writes what fits at once: all of p, or less and no error. tryAll does the same with
+	// several slices. An error means that the connection is broken.
 	try(p []byte) (int, error)
 	tryAll(p [][]byte) (int, error)
-	// watch calls gone, once, when the peer has closed its end. It ends with unwatch, which
-	// comes before Close.
+	// watch calls gone, once, when the peer has closed its end. unwatch ends that; call it before
+	// Close.
 	watch(gone func()) error
 	unwatch()
-	// finish ends what is written, and closes when the peer has read it.
+	// finish ends the output, and closes the connection when the peer has read it.
 	finish()
 }
 
-// row is the seats of a feed.
+// row holds the seats of a feed.
 type row struct {
 	mu      sync.Mutex
 	seats   []*seat // nil: free
 	free    int
-	walking bool // somebody goes along the row: no seat is moved
+	walking bool // a goroutine walks along the row: no seat may be moved
 
 	taken atomic.Int64 // seats that are not free
-	busy  atomic.Bool  // somebody goes along the row, or is about to
+	busy  atomic.Bool  // a goroutine walks along the row, or is about to
 }
 
 // add puts a seat into the row. mu is held.
@@ -117,22 +118,22 @@ func (r *row) remove(s *seat) {
 	r.taken.Add(-1)
 }
 
-// Take takes the connection of a viewer over, if it can be. If it answers false, nothing has
-// happened. What follows is what Over decides, with its patience, and then Serve.
+// Take takes over the connection of a viewer, if it can. If it returns false, nothing has happened.
+// After it returns true, the response goes on as with Over, with its patience, and then Serve.
 func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience time.Duration, told Told) bool {
-	if h.cfg.Plain || v.bare() || r.ProtoMajor != 1 || r.ProtoMinor != 1 { // what is Raw may have to be read before it is answered
+	if h.cfg.Plain || v.bare() || r.ProtoMajor != 1 || r.ProtoMinor != 1 { // a Raw response may need a read before its status is known
 		return false
 	}
 	conn, ok := h.hijack(to, r)
 	if !ok {
 		return false
 	}
-	header := to.Header() // with what others have set: both responses say it
+	header := to.Header() // with headers that others have set: both responses send them
 	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	none := beginHead("204 No Content", header)
 	header.Set("Transfer-Encoding", "chunked")
-	// Not Connection: close, although it may be closed at the end: undici, for one, takes the end of such a
-	// connection for the end of its response, which breaks off like that.
+	// Not Connection: close, although the connection may be closed at the end. Some clients (undici
+	// is one) take the close for the end of the response, and would not notice that it broke off.
 	h.sit(v, conn, endHead(beginHead("200 OK", streamHeader(header)), nil), none, patience, told)
 	return true
 }
@@ -149,7 +150,7 @@ func endHead(head []byte, more http.Header) []byte {
 	return append(b.Bytes(), "\r\n"...)
 }
 
-// sit has a viewer viewed on a connection that was taken over.
+// sit serves a viewer on a connection that was taken over.
 func (h *Hub) sit(v *Viewer, conn socket, head, none []byte, patience time.Duration, told Told) {
 	s := &seat{Viewer: v, conn: conn, told: told, at: -1, wrote: time.Now(), head: head, none: none, patience: patience}
 	v.feed.mu.Lock()
@@ -190,7 +191,7 @@ func (h *Hub) sit(v *Viewer, conn socket, head, none []byte, patience time.Durat
 	}
 }
 
-// begin takes what the response begins with.
+// begin returns the beginning of the response.
 func (s *seat) begin() []byte {
 	begin := appendFrame(s.head, s.Viewer.begin())
 	s.head, s.none = nil, nil
@@ -198,8 +199,8 @@ func (s *seat) begin() []byte {
 	return begin
 }
 
-// greet begins the response. Mostly that fits: the socket has taken nothing yet, or a former response that its
-// client has read.
+// greet begins the response. Its beginning usually fits: the socket is unused, or its client has
+// read the former response.
 func (s *seat) greet() (whole bool, err error) {
 	begin := s.begin()
 	n, err := s.conn.try(begin)
@@ -207,11 +208,11 @@ func (s *seat) greet() (whole bool, err error) {
 	return len(s.start) == 0, err
 }
 
-// wait puts the seat into the row, unless there is something to do: there is another window
-// than w, or it has to go.
+// wait puts the seat into the row, unless there is something to do: w was replaced, or the seat
+// must leave.
 func (s *seat) wait(w *window) (sits bool, over Cause) {
 	r := &s.feed.row
-	r.taken.Add(1) // before the window is looked at: whoever replaces it looks in the other order
+	r.taken.Add(1) // before the window is loaded: publish uses the other order
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -227,7 +228,7 @@ func (s *seat) wait(w *window) (sits bool, over Cause) {
 	return false, over
 }
 
-// leftByPeer ends the response of a viewer that has gone.
+// leftByPeer ends the response after the peer has gone.
 func (s *seat) leftByPeer() {
 	r := &s.feed.row
 	r.mu.Lock()
@@ -244,7 +245,7 @@ func (s *seat) leftByPeer() {
 	}
 }
 
-// leave ends it for a cause of ours. The first one counts.
+// leave ends the response for a cause of ours. The first cause counts.
 func (s *seat) leave(c Cause) {
 	r := &s.feed.row
 	r.mu.Lock()
@@ -283,9 +284,9 @@ func (s *seat) sendAway(c Cause) {
 	s.close(c)
 }
 
-// advance gives the viewer what window w has for it, as far as its socket takes that at
-// once. It answers why the response is over, or that the seat needs a goroutine, or
-// neither: there is nothing more in w.
+// advance gives the viewer what window w has for it, as far as its socket takes that at once. It
+// returns why the response is over, or that the seat needs a goroutine, or neither if w has nothing
+// more.
 func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool) {
 	if s.head != nil {
 		if !w.known() || !s.fresh(w) {
@@ -330,8 +331,8 @@ func (s *seat) advance(w *window, f *frame, now time.Time) (over Cause, run bool
 	}
 }
 
-// give writes what f has gathered, as far as the socket takes it at once. What is not whole is left to
-// a goroutine, from the piece on that did not fit: what is behind that has not been given.
+// give writes what f holds, as far as the socket takes it at once. It leaves the rest to a
+// goroutine, from the piece that did not fit. What comes after that piece is not given.
 func (s *seat) give(w *window, f *frame) (whole bool, err error) {
 	defer f.clear()
 	n, err := f.write(s.conn)
@@ -359,8 +360,8 @@ func (s *seat) give(w *window, f *frame) (whole bool, err error) {
 	return len(s.start) == 0, nil
 }
 
-// run takes on what did not fit, and goes on until the viewer has all there is, or its
-// response is over.
+// run continues after a write that did not fit, until the viewer has everything or its response is
+// over.
 func (s *seat) run() {
 	out := &framed{Conn: s.conn, skip: s.skip}
 	if s.parting { // it has a moment for the rest of the last event
@@ -369,7 +370,7 @@ func (s *seat) run() {
 		s.close(s.end)
 		return
 	}
-	_ = s.conn.SetWriteDeadline(time.Time{}) // one may have been set in the moment in which a write ended
+	_ = s.conn.SetWriteDeadline(time.Time{}) // a deadline may have been set at the moment when a write ended
 	w := s.hub.newWriter(out, s.conn)
 	w.wrote = s.wrote
 	ctx, cut := context.WithCancel(context.Background())
@@ -416,21 +417,21 @@ func (s *seat) run() {
 	}
 }
 
-// bare writes what is in no frame.
+// bare writes bytes that are in no frame.
 func (s *seat) bare(w *Writer, p []byte) {
-	w.writing.Add(1) // so that it is given up, too, if it takes too long
+	w.writing.Add(1) // so that this write, too, is given up if it takes too long
 	_, w.err = s.conn.Write(p)
 	w.writing.Add(1)
 }
 
-// close ends the response. The seat is in no row.
+// close ends the response. The seat is not in the row.
 func (s *seat) close(c Cause) {
 	s.expiry()
 	s.conn.unwatch()
 	if c.Clean() && !s.torn {
 		s.conn.finish() // a 204 ends there, too
 	} else {
-		if tcp := tcpConn(s.conn); tcp != nil && c == Slow { // what waits to be sent would keep it open in the peer's eyes
+		if tcp := tcpConn(s.conn); tcp != nil && c == Slow { // unsent data would keep it open for the peer
 			_ = tcp.SetLinger(0)
 		}
 		_ = s.conn.Close()
@@ -440,15 +441,14 @@ func (s *seat) close(c Cause) {
 	s.Close()
 }
 
-// wake has somebody go along the row, if somebody sits there. It is called behind each
-// new window.
+// wake starts a walk along the row if it has seats. It is called after each new window.
 func (f *feed) wake() {
 	if f.row.taken.Load() > 0 && f.row.busy.CompareAndSwap(false, true) {
 		f.hub.wg.Go(f.walk)
 	}
 }
 
-// walk gives all in the row what is new, and again until nothing is.
+// walk gives every seat in the row what is new, and repeats that until nothing is.
 func (f *feed) walk() {
 	for {
 		w := f.window.Load()
@@ -460,16 +460,16 @@ func (f *feed) walk() {
 	}
 }
 
-// beat gives a sign of life to those who have got nothing for nearly a heartbeat interval.
+// beat sends a heartbeat to viewers that have received nothing for nearly a heartbeat interval.
 func (f *feed) beat(least time.Duration) {
 	w := f.window.Load()
 	if f.row.taken.Load() == 0 || !f.row.busy.CompareAndSwap(false, true) {
-		return // somebody goes along; the next time will do, it is less than a quarter of the interval away
+		return // another walk is under way; the next beat, less than a quarter of the interval away, will do
 	}
 	f.along(func(s *seat, w *window, fr *frame, now time.Time) (Cause, bool) {
 		quiet := now.Sub(s.wrote)
 		if s.head != nil && quiet >= s.patience && !s.mayHaveAll(quiet) {
-			// The answer may be there, and nobody has come along with it yet.
+			// The answer may be in the window, and no walk has brought it yet.
 			if over, run := s.advance(w, fr, now); over != "" || run || s.head == nil {
 				return over, run
 			}
@@ -495,15 +495,15 @@ func (f *feed) beat(least time.Duration) {
 		return "", false
 	})
 	f.row.busy.Store(false)
-	if f.window.Load() != w { // it came meanwhile, and nobody has gone along for it
+	if f.window.Load() != w { // it came in the meantime, and no walk was started for it
 		f.wake()
 	}
 }
 
 var beatBytes = []byte(heartbeat)
 
-// along goes along the row as it is. Now and then it lets others at it, who may leave, and
-// sit down at its end, meanwhile. Those have seen the newest window.
+// along walks along the row as it is now. It regularly releases the mutex, so that seats can leave
+// and others can join at the end. Those have seen the newest window.
 func (f *feed) along(do func(*seat, *window, *frame, time.Time) (over Cause, run bool)) {
 	const some = 64
 	type leaving struct {
@@ -517,7 +517,7 @@ func (f *feed) along(do func(*seat, *window, *frame, time.Time) (over Cause, run
 	)
 	r.mu.Lock()
 	r.walking = true
-	length := len(r.seats) // those behind it have seen the window, or a newer one
+	length := len(r.seats) // seats after these have seen the window, or a newer one
 	for i := 0; i < length; {
 		now, w := time.Now(), f.window.Load()
 		for end := min(i+some, length); i < end; i++ {
@@ -548,27 +548,28 @@ func (f *feed) along(do func(*seat, *window, *frame, time.Time) (over Cause, run
 	r.mu.Unlock()
 }
 
-// someWrite is how much is gathered for one write, about: what a socket takes at once. A window has some ten segments at
-// least, so that is no more than some ten pieces. Of a chunk that is larger the rest is left to a goroutine.
+// someWrite is about how many bytes are gathered for one write: what a socket takes at once. A
+// window has at least some ten segments, so that is at most some ten pieces. The rest of a larger
+// chunk is left to a goroutine.
 const someWrite = 4 * segmentSize
 
-// frame is events as chunks of HTTP/1.1 (RFC 9112, section 7.1): what a viewer is given at once, in one write, or
-// in the usual case of one piece what all viewers of a row are given, framed once.
+// frame holds events as chunks of HTTP/1.1 (RFC 9112, section 7.1), to be given to a viewer in one
+// write. Usually it is one piece, which is framed once for all viewers of a row.
 type frame struct {
-	begin []byte // of the response, in front
+	begin []byte // of the response, before the parts
 	parts []part
 	size  int
 	lists [][]byte
 
-	events, framed []byte // the last piece that was alone
+	events, framed []byte // the last piece that was alone in its write
 }
 
-// part is a piece of what a step gives. Its events are from that piece on.
+// part is a piece of a step's events. Its events begin with that piece.
 type part struct {
 	step
 	piece []byte
 	since int64 // the cursor before the step
-	last  bool  // piece of the step: what follows it is too much for one write
+	last  bool  // piece of the step that fits: what follows is too much for one write
 }
 
 func (f *frame) add(s step, since int64) {
@@ -586,7 +587,7 @@ func (f *frame) clear() {
 	f.begin, f.parts, f.lists, f.size = nil, f.parts[:0], f.lists[:0], 0
 }
 
-// write writes it as far as the socket takes it.
+// write writes the frame as far as the socket takes it.
 func (f *frame) write(to socket) (int, error) {
 	switch {
 	case f.begin == nil && len(f.parts) == 0:
@@ -610,7 +611,7 @@ func (f *frame) of(events []byte) []byte {
 	return f.framed
 }
 
-// frameSize is how long appendFrame makes events.
+// frameSize returns the length of events after appendFrame.
 func frameSize(events []byte) int {
 	digits := 1
 	for n := len(events); n > 15; n >>= 4 {
@@ -627,8 +628,8 @@ func appendFrame(b, events []byte) []byte {
 
 const lastFrame = "0\r\n\r\n"
 
-// framed is a connection whose writes are frames. Of the first one, skip bytes were
-// written already.
+// framed is a connection whose writes are frames. skip bytes of the first frame were already
+// written.
 type framed struct {
 	net.Conn
 	skip int

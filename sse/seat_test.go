@@ -34,13 +34,13 @@ func hear(log *storetest.Log) {
 	log.Ack()
 }
 
-// Viewers come, and find all there is, while a goroutine goes along the row with what was
-// new a moment ago: nobody is given an older window than the one that it has seen.
+// Viewers come and find everything, while a goroutine walks along the row with a slightly older
+// window. No viewer gets an older window than the one that it has seen.
 func TestSeat_sittingDownWhileSomebodyGoesAlong(t *testing.T) {
 	log := &storetest.Log{}
 	log.Append("a")
 	h := started(t, testConfig(), log)
-	const rows = 200 // more than are served in one go
+	const rows = 200 // more than one walk serves without a pause
 	var all []*watcher
 	take := func(a Ask) *watcher { return seated(t, h, a) }
 	for range rows {
@@ -86,8 +86,8 @@ func TestSeat_sittingDownWhileSomebodyGoesAlong(t *testing.T) {
 	t.Logf("%d viewers came and went, %d chunks", len(all)-rows, len(elements))
 }
 
-// A socket that is full at whatever byte changes nothing of what the viewer is given, nor
-// how its response ends.
+// A socket that fills up at any byte changes neither what the viewer gets nor how its response
+// ends.
 func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
 	for _, a := range []Ask{{Session: "s"}, {Session: "s", UntilDone: true}, {Session: "s", Snapshot: true}} {
 		begins := map[bool]string{false: "data: {\"seq", true: "event: snapshot"}[a.Snapshot]
@@ -125,7 +125,7 @@ func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
 			return body, cause, raw
 		}
 		want, end, length := view(1 << 20)
-		chunks := want[strings.Index(want, begins):] // welcome says another retry each time
+		chunks := want[strings.Index(want, begins):] // welcome contains another retry each time
 		if wanted := map[bool]Cause{false: Ended, true: Done}[a.UntilDone]; end != wanted {
 			t.Fatalf("it ended by %s", end)
 		}
@@ -141,8 +141,8 @@ func TestSeat_socketIsFullAtAnyByte(t *testing.T) {
 	}
 }
 
-// Promise: a heartbeat interval is the longest silence, also of a viewer that has just got up
-// for a page which does not come.
+// Promise: no silence on a connection is longer than a heartbeat interval. That includes a viewer
+// that has just left the row for a page which does not come.
 func TestSeat_waitingForAPageIsNotSilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -180,8 +180,7 @@ func TestSeat_waitingForAPageIsNotSilent(t *testing.T) {
 	})
 }
 
-// A response of which only the last frame is missing is given up, too, when its peer takes
-// nothing.
+// A response that lacks only the last frame is given up, too, when its peer takes nothing.
 func TestSeat_lastFrameIsNotWaitedForForever(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -206,7 +205,7 @@ func TestSeat_lastFrameIsNotWaitedForForever(t *testing.T) {
 	})
 }
 
-// A row in which viewers come and go all the time has no more seats than twice the viewers.
+// A row in which viewers come and go all the time has at most twice as many seats as viewers.
 func TestSeat_rowDoesNotGrowByComingAndGoing(t *testing.T) {
 	log := &storetest.Log{}
 	log.Append("a")
@@ -242,8 +241,8 @@ func TestSeat_rowDoesNotGrowByComingAndGoing(t *testing.T) {
 	}
 }
 
-// Many viewers of a long log, some of them from before it is known: each begins once, and is given all of it, in
-// writes of several pieces.
+// Many viewers watch a long log, some from before it is known. Each begins once and gets all of it,
+// in writes of several pieces.
 func TestSeat_isGivenSeveralPiecesAtOnce(t *testing.T) {
 	for _, window := range []int{1000, 20_000, 1 << 20} {
 		synctest.Test(t, func(t *testing.T) {

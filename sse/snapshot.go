@@ -14,41 +14,41 @@ import (
 	"gapless/store"
 )
 
-// A viewer that has nothing yet may want what is there as one event (Ask.Snapshot): its messages,
-// each with its text so far, instead of a chunk for every word. It is a fold over the log, so it
-// says the same as the chunks up to its id, and the cursor goes on from there.
+// A viewer that has nothing yet may want the existing chunks as one event (Ask.Snapshot): the
+// messages, each with its text so far, instead of a chunk for every word. A snapshot is a fold over
+// the log, so it says the same as the chunks up to its id, and the cursor continues from there.
 //
-// It is only a short cut. Where there is no room for it the viewer is given the chunks, or a
-// snapshot of the log's beginning and the chunks behind that.
+// It is only a shortcut. Where there is no memory for it, the viewer gets the chunks, or a snapshot
+// of the log's beginning and the chunks after that.
 
-// snapshot is one, as an event. It never changes.
+// snapshot is an encoded snapshot event. It never changes.
 type snapshot struct {
 	epoch      string
-	base, last int64  // it says what the chunks base+1 to last say
+	base, last int64  // it stands for the chunks base+1 to last
 	ends       bool   // one of them ends a message
-	ended      bool   // and the last of them the log
-	event      []byte // nothing: last is base
+	ended      bool   // the last of them ends the log
+	event      []byte // empty: last is base
 
-	users int // who holds it; of snapshots.mu
+	users int // how many viewers hold it; guarded by snapshots.mu
 }
 
-// fits says whether a viewer of w that has nothing behind cursor may be given it: it goes on with what is kept, and
-// begins there or later.
+// fits reports whether a viewer of w at cursor that has nothing yet may get the snapshot: it begins
+// at the cursor or later, and kept chunks continue it.
 func (s *snapshot) fits(w *window, cursor int64) bool {
 	return s.epoch == w.Epoch && !w.Deleted && s.base >= cursor && s.last >= w.base() && s.last <= w.Last
 }
 
-// fold is what the chunks of a log behind base, up to last, say.
+// fold is the content of a log's chunks after base, up to last.
 type fold struct {
 	epoch      string
 	base, last int64
 	messages   []*message
 	named      map[string]*message
-	unnamed    *message // the last chunk's, if that had no message_id
+	unnamed    *message // the last chunk's, if that chunk had no message_id
 	ends       bool
 	full       bool // the next chunk does not fit
-	size       int  // about as many bytes as the event has
-	// keep says what is kept of a message that begins with chunk seq; nil: all of each.
+	size       int  // about the size of the event in bytes
+	// keep returns what to keep of a message that begins with chunk seq; nil: keep everything.
 	keep func(seq int64, id string) kept
 }
 
@@ -57,27 +57,27 @@ type kept int
 
 const (
 	keptWhole kept = iota
-	keptHead       // all but what it says
-	keptOut        // it is none of the fold's, which knows it only to tell its chunks from those of others
+	keptHead       // everything except its content
+	keptOut        // the fold omits it, and knows it only to tell its chunks from those of others
 )
 
-// message is one of a fold. Names and texts are kept as they stand between quotes in JSON: so
-// what is said in pieces is one text when the pieces are joined.
+// message is one message of a fold. Names and texts are kept as they stand between quotes in JSON,
+// so that pieces of a text can simply be joined.
 type message struct {
 	named            bool
 	kept             kept
 	id, role, reason []byte
 	status           string
-	over             bool // what has ended stays so, whatever others push behind it
-	cut              bool // it is larger than what may be kept of it
+	over             bool // a message that has ended stays so, whatever is pushed after it
+	cut              bool // it is larger than the limit
 	first, last      int64
 	content          []byte
-	thought          []byte // what it says in chunks of type reasoning,
-	from, to         int64  // the times of the first and the last of which, in ms, are these
-	chunks           []byte // those that say more than text, behind one another, with commas between
+	thought          []byte // the content of its chunks of type reasoning,
+	from, to         int64  // and the times in ms of the first and the last of them
+	chunks           []byte // the chunks that say more than text, with commas between
 }
 
-// messageSize is what a message has in an event beside what chunks say.
+// messageSize is the size of a message in an event without the content of its chunks.
 const messageSize = 256
 
 const streaming = "streaming"
@@ -86,7 +86,7 @@ func newFold(epoch string, base int64) *fold {
 	return &fold{epoch: epoch, base: base, last: base, named: map[string]*message{}, size: messageSize}
 }
 
-// take folds the chunks of events in, as far as there is room for them in most bytes. The first is number last+1.
+// take folds in the chunks of events while they fit in most bytes. The first has number last+1.
 func (f *fold) take(events []byte, most int) {
 	for seq, chunk := range Chunks(events) {
 		if f.full = f.size+len(chunk)+messageSize > most; f.full {
@@ -138,7 +138,7 @@ func (f *fold) add(seq int64, chunk []byte) {
 		if _, ours := store.Number(string(chunk[:min(len(chunk), 64)])); !ours {
 			more = true
 		} else if id == "" && len(content) == 0 && !more {
-			return // whether the log has ended, it is not this chunk's to say
+			return // this chunk alone does not prove that the log has ended
 		}
 	default:
 		more = true
@@ -150,7 +150,7 @@ func (f *fold) add(seq int64, chunk []byte) {
 		role = jsontext.Value("assistant")
 	}
 	m := f.named[id]
-	if id == "" { // such chunks have nothing but their neighbours
+	if id == "" { // chunks without an id belong to their neighbours
 		if m = f.unnamed; m != nil && (m.status != streaming || !bytes.Equal(m.role, role)) {
 			m = nil
 		}
@@ -206,15 +206,15 @@ func (f *fold) add(seq int64, chunk []byte) {
 	}
 }
 
-// size is about as many bytes as the message has in an event.
+// size returns about the size of the message in an event, in bytes.
 func (m *message) size() int {
 	return messageSize + len(m.id) + len(m.role) + len(m.reason) + len(m.content) + len(m.thought) + len(m.chunks)
 }
 
-// inside is what stands between a string's quotes.
+// inside returns the text between a string's quotes.
 func inside(text jsontext.Value) jsontext.Value { return text[1 : len(text)-1] }
 
-// snapshot is the fold as an event. ended says that the log has ended with the last of its chunks.
+// snapshot returns the fold as an event. ended means that the log has ended with its last chunk.
 func (f *fold) snapshot(ended bool) *snapshot {
 	s := &snapshot{epoch: f.epoch, base: f.base, last: f.last, ends: f.ends, ended: ended}
 	if f.last == f.base {
@@ -263,14 +263,14 @@ func (m *message) append(b []byte) []byte {
 	return append(b, '}')
 }
 
-// snapshots bounds what all snapshots, and the folds that they are made from, keep in memory.
+// snapshots limits the memory of all snapshots and of the folds that they are made from.
 type snapshots struct {
 	mu           sync.Mutex
 	budget, held int
-	making       chan struct{} // a place for each fold under way
+	making       chan struct{} // one place for each concurrent fold
 }
 
-// hold counts one more user of s, unless there is no room for it.
+// hold adds a user of s. It returns false if there is no memory for it.
 func (b *snapshots) hold(s *snapshot) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -292,7 +292,7 @@ func (b *snapshots) drop(s *snapshot) {
 	}
 }
 
-// resize counts bytes of a fold, unless there is no room for more.
+// resize counts bytes of a fold. It returns false if there is no memory for more.
 func (b *snapshots) resize(by int) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -309,17 +309,17 @@ func (b *snapshots) bytes() int {
 	return b.held
 }
 
-// folded is a feed's fold, kept for a moment: many reload at the same time, and who reloads twice
-// is given what was folded before, and the rest.
+// folded is a feed's fold, kept for a while. Many clients reload at the same time, and a client
+// that reloads twice gets the earlier fold and the rest.
 type folded struct {
 	mu   sync.Mutex
 	fold *fold
 	snap *snapshot
-	size int // as it was counted
+	size int // as it was counted in snapshots
 	used time.Time
 }
 
-// keep keeps f, if there is room. mu is held.
+// keep keeps f, if there is memory for it. mu is held.
 func (k *folded) keep(f *fold, s *snapshot, all *snapshots) {
 	if k.snap != s && k.snap != nil {
 		all.drop(k.snap)
@@ -336,7 +336,7 @@ func (k *folded) keep(f *fold, s *snapshot, all *snapshots) {
 	}
 }
 
-// forget lets go of the fold. mu is held.
+// forget drops the fold. mu is held.
 func (k *folded) forget(all *snapshots) {
 	if k.snap != nil {
 		all.drop(k.snap)
@@ -345,14 +345,14 @@ func (k *folded) forget(all *snapshots) {
 	k.fold, k.snap, k.size = nil, nil, 0
 }
 
-// close lets go of the fold, and waits for one that is being made.
+// close drops the fold, and waits for one that is being made.
 func (k *folded) close(all *snapshots) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.forget(all)
 }
 
-// idle lets go of a fold that nobody has asked for since t, unless somebody does just now.
+// idle drops a fold that was last used before t, unless it is in use now.
 func (k *folded) idle(t time.Time, all *snapshots) {
 	if k.mu.TryLock() {
 		if k.fold != nil && k.used.Before(t) {
@@ -362,12 +362,13 @@ func (k *folded) idle(t time.Time, all *snapshots) {
 	}
 }
 
-// errOther says that a log has become another one while it was folded, or was trimmed further than the feed knows of.
+// errOther means that a log was replaced while it was folded, or trimmed further than the feed
+// knows.
 var errOther = errors.New("not the log that the feed knows")
 
-// fold folds a log behind a cursor, up to a number, or further, and answers a *snapshot, with an
-// error an empty one. Where what follows the cursor is no longer kept, it begins with what is. Viewers that want the
-// same share it. Errors: errOther, and those of a read.
+// fold folds a log after a cursor, up to the number upto or further. Its result is a *snapshot,
+// which is empty with an error. If chunks after the cursor are no longer kept, the fold begins with
+// the first kept one. Viewers that want the same share it. Errors: errOther, and those of a read.
 func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singleflight.Result {
 	return h.reading.DoChan(fmt.Sprint("snapshot ", f.session, " ", epoch, " ", cursor, " ", upto), func() (any, error) {
 		k := &f.folded
@@ -389,7 +390,7 @@ func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singlefligh
 		}
 		n, err := h.extend(n, f, upto)
 		if err != nil {
-			k.forget(&h.snapshots) // it has grown, and was not counted
+			k.forget(&h.snapshots) // it has grown, and the growth was not counted
 			return &snapshot{}, err
 		}
 		w := f.window.Load()
@@ -409,8 +410,9 @@ func (h *Hub) fold(f *feed, epoch string, cursor, upto int64) <-chan singlefligh
 	})
 }
 
-// extend folds in what follows, up to number upto, from the window, from pages, or from Redis. When that was trimmed
-// since, it answers a fold of what is kept: in a log that is full and grows, the beginning is always about to go.
+// extend folds in the following chunks, up to number upto, from the window, from pages, or from
+// Redis. If those were trimmed in the meantime, it returns a fold of what is kept. In a log that is
+// full and grows, the beginning is always about to go.
 func (h *Hub) extend(n *fold, f *feed, upto int64) (*fold, error) {
 	for !n.full && n.last < upto {
 		w := f.window.Load()
@@ -433,7 +435,7 @@ func (h *Hub) extend(n *fold, f *feed, upto int64) (*fold, error) {
 		if p.Epoch != n.epoch {
 			return n, errOther
 		}
-		if start := p.base(); start > n.last && !p.has(n.last) && start < w.Last { // its viewers go on no further than the feed knows of
+		if start := p.base(); start > n.last && !p.has(n.last) && start < w.Last { // its viewers can go no further than the feed knows
 			n, upto = newFold(n.epoch, start), w.Last
 		}
 		if events, _, _, _ = p.after(n.last, upto, false); len(events) == 0 {

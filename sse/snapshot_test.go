@@ -52,12 +52,12 @@ func parseSaid(data string) (*said, error) {
 	return s, nil
 }
 
-// check compares it with what chunks say, read as a page reads them.
+// check compares the snapshot with chunks, which it reads as a page does.
 func (s *said) check(elements []string) error {
 	var want []*saidMessage
 	by := map[string]*saidMessage{}
 	over := map[*saidMessage]bool{}
-	began := map[*saidMessage]int64{} // to think
+	began := map[*saidMessage]int64{} // when it began to think
 	var neighbour *saidMessage
 	ended := false
 	for i, element := range elements {
@@ -173,7 +173,7 @@ func conversation(log *storetest.Log) {
 	}
 }
 
-// The event, to the byte.
+// This test compares the event byte by byte.
 func TestSnapshot_isWrittenLikeThis(t *testing.T) {
 	for _, window := range []int{0, 1 << 20} {
 		synctest.Test(t, func(t *testing.T) {
@@ -206,7 +206,7 @@ id: 7
 	}
 }
 
-// What a model thinks aloud is none of what it says, and how long it thought is told.
+// Reasoning is not part of a message's content, and its duration is given.
 func TestSnapshot_keepsThinkingApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -225,7 +225,7 @@ func TestSnapshot_keepsThinkingApart(t *testing.T) {
 	})
 }
 
-// Only who has nothing is given one: at cursor 0, and behind a reset.
+// Only a viewer that has nothing gets a snapshot: at cursor 0, and after a reset.
 func TestSnapshot_onlyForWhoHasNothing(t *testing.T) {
 	for name, c := range map[string]struct {
 		ask  Ask
@@ -280,7 +280,7 @@ func TestSnapshot_onlyForWhoHasNothing(t *testing.T) {
 	}
 }
 
-// What is said while the log is empty, or live, is said in chunks.
+// Content that comes while the log is empty, or live, comes as chunks.
 func TestSnapshot_whatComesLiveIsChunks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -339,8 +339,8 @@ func elements(rt *rapid.T) []string {
 	return all
 }
 
-// At any window and any limit: snapshot and chunks together say what the log says, also to
-// somebody who is cut off after any event.
+// With any window and any limit, snapshot and chunks together equal the log, even for a viewer that
+// is cut off after any event.
 func TestSnapshot_saysWhatTheChunksSay(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		all := elements(rt)
@@ -402,11 +402,11 @@ func TestSnapshot_trimmedMeanwhile_isReset(t *testing.T) {
 		cfg := testConfig()
 		cfg.Window, cfg.SnapshotMax = 0, 64<<20
 		h := started(t, cfg, log)
-		now(t, h, log, Ask{Cursor: Latest}).leave() // the feed knows the log now, and nobody has read it
+		now(t, h, log, Ask{Cursor: Latest}).leave() // now the feed knows the log, and nobody has read it
 		log.Hold()
 		w := watch(t, h, Ask{Session: "s", Snapshot: true})
 		pages := 0
-		for ; pages < 2; pages++ { // of a MiB each
+		for ; pages < 2; pages++ { // each of a MiB
 			synctest.Wait()
 			log.Snapshot()
 			log.Reply()
@@ -432,7 +432,8 @@ func TestSnapshot_trimmedMeanwhile_isReset(t *testing.T) {
 	})
 }
 
-// The log is trimmed while it is folded, and the feed knows: the snapshot says what was there, and goes on with what is kept.
+// The log is trimmed while it is folded, and the feed knows. The snapshot contains what was there,
+// and kept chunks continue it.
 func TestSnapshot_feedIsTrimmedMeanwhile_goesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -465,7 +466,7 @@ func TestSnapshot_feedIsTrimmedMeanwhile_goesOn(t *testing.T) {
 	})
 }
 
-// delayed is a log whose reads are answered late, with what it was when it was asked.
+// delayed is a log whose reads return late, with the state from when they began.
 type delayed struct {
 	*storetest.Log
 	by time.Duration
@@ -477,14 +478,15 @@ func (d delayed) Read(ctx context.Context, session string, from int64, bytes, co
 	return p, err
 }
 
-// A log that is full and grows is trimmed all the time, also between the moment in which a node learns where it begins
-// and the one in which it is folded: a viewer is given a snapshot all the same, and then what comes.
+// A log that is full and grows is trimmed all the time, even between the moment when a node learns
+// its beginning and the moment when it is folded. A viewer still gets a snapshot, and then what
+// comes.
 func TestSnapshot_ofAFullLogThatGrows(t *testing.T) {
 	for _, c := range []struct {
 		window, total int
-		late          time.Duration // a read takes so long
+		late          time.Duration // how long a read takes
 		heard         bool          // the chunks are announced
-		max           int           // the chunks of a snapshot fit into so many bytes
+		max           int           // the size limit of a snapshot's chunks
 	}{
 		{0, 0, 0, true, 4 << 20}, {0, 0, 0, false, 4 << 20}, {0, 0, 50 * time.Millisecond, true, 4 << 20}, {0, 0, 50 * time.Millisecond, false, 4 << 20},
 		{1 << 20, 1 << 20, 50 * time.Millisecond, true, 4 << 20}, {1000, 1 << 20, 50 * time.Millisecond, true, 4 << 20}, {0, 0, 50 * time.Millisecond, true, 20_000}, {0, 0, 50 * time.Millisecond, true, 0}, {0, 0, 50 * time.Millisecond, false, 0}, {1000, 1 << 20, 50 * time.Millisecond, true, 0},
@@ -520,7 +522,7 @@ func TestSnapshot_ofAFullLogThatGrows(t *testing.T) {
 				})
 				most := 1 // resets
 				if c.max == 0 {
-					most = 3 // there is no snapshot that says where it begins
+					most = 3 // no snapshot says where it begins
 				}
 				stay := watch(t, h, Ask{Session: "s", Cursor: Latest})
 				time.Sleep(time.Second)
@@ -546,7 +548,8 @@ func TestSnapshot_ofAFullLogThatGrows(t *testing.T) {
 	}
 }
 
-// However many come at once, the log is read and folded once; and what is kept of it is let go.
+// However many viewers come at once, the log is read and folded once, and what is kept of it is
+// dropped.
 func TestSnapshot_isSharedAndLetGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -602,8 +605,7 @@ func TestSnapshot_isSharedAndLetGo(t *testing.T) {
 	})
 }
 
-// Viewers that take nothing hold what they were to be given: so much, and no more. The rest is
-// given chunks.
+// Viewers that take nothing hold their snapshots, up to a limit. Further viewers get chunks.
 func TestSnapshot_memoryIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}

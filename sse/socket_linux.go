@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hijack takes a connection over if it is plain TCP.
+// hijack takes over a connection if it is plain TCP.
 func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
 	conn := Conn(r.Context())
 	tcp := plainConn(conn)
@@ -26,9 +26,10 @@ func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
 		return nil, false
 	}
 	setSendBuffer(tcp, sendBuffer)
-	// On descriptor -1 all fails: the connection is closed already. What stands behind a body that nobody reads is no request.
+	// On descriptor -1 all calls fail: the connection is already closed. Bytes after an unread body
+	// are no request.
 	s := &tcpSocket{TCPConn: tcp, conn: conn, hub: h, last: r.Close || r.Body != http.NoBody, fd: -1}
-	if n := buffered.Reader.Buffered(); n > 0 { // the next request, sent already
+	if n := buffered.Reader.Buffered(); n > 0 { // the next request was already sent
 		s.read, _ = buffered.Reader.Peek(n)
 		s.read = bytes.Clone(s.read)
 	}
@@ -36,14 +37,14 @@ func (h *Hub) hijack(to http.ResponseWriter, r *http.Request) (socket, bool) {
 	return s, true
 }
 
-// tcpSocket has the descriptor of its connection, which stays open, and in non-blocking
-// mode, until Close: whoever has the seat may write to it.
+// tcpSocket has the descriptor of its connection, which stays open and non-blocking until Close.
+// Only the owner of the seat may write to it.
 type tcpSocket struct {
 	*net.TCPConn
-	conn net.Conn // as it was accepted: whoever counts connections wants to know of its Close
+	conn net.Conn // as it was accepted: its wrappers must see the Close
 	fd   int
 	hub  *Hub
-	read []byte // behind the request
+	read []byte // bytes after the request
 	last bool   // no other request follows
 }
 
@@ -56,7 +57,7 @@ func (s *tcpSocket) try(p []byte) (n int, err error) {
 			return n, broken(err)
 		default:
 			n += k
-			return n, nil // less than all: no more fits
+			return n, nil // less than all: the socket is full
 		}
 	}
 	return n, nil
@@ -74,11 +75,11 @@ func (s *tcpSocket) tryAll(p [][]byte) (int, error) {
 	}
 }
 
-// mostPieces is IOV_MAX (writev(2)). What is behind it does not fit, just as what the socket has no room for.
+// mostPieces is IOV_MAX (writev(2)). Further pieces count as not fitting.
 const mostPieces = 1024
 
-// broken is err if it says that the connection is: then its viewer has gone. After any other error nothing fits at the
-// moment: whoever waits for room finds out.
+// broken returns err if it means that the connection is broken, so that the viewer has gone. Any
+// other error means that nothing fits now. The goroutine that waits for room sees it again.
 func broken(err error) error {
 	switch err {
 	case unix.EPIPE, unix.ECONNRESET, unix.ECONNABORTED, unix.ENOTCONN, unix.ETIMEDOUT, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EBADF:
@@ -90,7 +91,7 @@ func broken(err error) error {
 // Close implements net.Conn.
 func (s *tcpSocket) Close() error { return s.conn.Close() }
 
-// plainConn is a connection that is TCP and nothing else; nil: it is something else.
+// plainConn returns the TCP connection if it is nothing more than that, or nil.
 func plainConn(c net.Conn) *net.TCPConn {
 	if p, ok := c.(interface{ Plain() *net.TCPConn }); ok {
 		return p.Plain()
@@ -99,14 +100,15 @@ func plainConn(c net.Conn) *net.TCPConn {
 	return tcp
 }
 
-// NetConn is what Writer asks how far the peer has got.
+// NetConn lets Writer ask how far the peer has got.
 func (s *tcpSocket) NetConn() net.Conn { return s.TCPConn }
 
 func (s *tcpSocket) watch(gone func()) error { return s.hub.gone.add(s.fd, gone) }
 func (s *tcpSocket) unwatch()                { s.hub.gone.remove(s.fd) }
 
-// finish gives the connection back to the server, for the next request. Or it closes, once the peer had the time to
-// read the end: a connection that is closed with something unread in it is reset, and takes along what was sent last.
+// finish gives the connection back to the server, for the next request. If it cannot, it closes the
+// connection after the peer had time to read the end. Closing with unread input resets a
+// connection, and the reset may discard what was sent last.
 func (s *tcpSocket) finish() {
 	if back := s.hub.cfg.Back; back != nil && !s.last && s.hub.leaving.Err() == nil && s.SetDeadline(time.Time{}) == nil {
 		back(s.conn, s.read)
@@ -116,8 +118,8 @@ func (s *tcpSocket) finish() {
 	time.AfterFunc(500*time.Millisecond, func() { _ = s.Close() })
 }
 
-// departures notices that peers have closed their connections, for all viewers of a node:
-// epoll tells, and no goroutine waits in a read for each.
+// departures notices when peers close their connections, for all viewers of a node. It uses epoll,
+// so that no goroutine per viewer waits in a read.
 type departures struct {
 	once  sync.Once
 	ready bool
@@ -130,11 +132,11 @@ type departures struct {
 }
 
 type departure struct {
-	number int32 // a descriptor may be another connection's by the time that its event is read
+	number int32 // a descriptor may be reused by the time that its event is read
 	call   func()
 }
 
-// start begins to watch, and says whether that works.
+// start begins to watch, and reports whether that works.
 func (d *departures) start(h *Hub) bool {
 	d.once.Do(func() {
 		var err error

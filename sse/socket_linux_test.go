@@ -18,7 +18,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// served is a server whose viewers' connections are taken over; taken counts them.
+// served is a server whose viewers' connections are taken over. taken counts them.
 func served(t *testing.T, log *storetest.Log) (url string, taken *atomic.Int64) {
 	t.Helper()
 	h := started(t, testConfig(), log)
@@ -41,8 +41,8 @@ func served(t *testing.T, log *storetest.Log) (url string, taken *atomic.Int64) 
 	return s.URL, taken
 }
 
-// A chunk is given whatever its size is, live and from the history: in more pieces than the kernel takes in one call,
-// and to a viewer that reads slowly.
+// A chunk of any size is delivered, live and from the history. It may be in more pieces than the
+// kernel takes in one call, and the viewer may read slowly.
 func TestSocket_chunksOfAnySize(t *testing.T) {
 	log := &storetest.Log{}
 	text := func(size int) string { return strings.Repeat("0123456789abcdef", size/16) }
@@ -106,7 +106,7 @@ func TestSocket_chunksOfAnySize(t *testing.T) {
 	}
 }
 
-// reluctant reads a little, and then rests.
+// reluctant reads a little, and then pauses.
 type reluctant struct {
 	from io.Reader
 	read int
@@ -119,8 +119,8 @@ func (r *reluctant) Read(p []byte) (int, error) {
 	return r.from.Read(p[:min(len(p), 20_000)])
 }
 
-// Only an error that says that the connection is broken says so of its viewer. What the kernel does not take for another
-// reason has not been written, and that is all.
+// Only an error that means that the connection is broken ends its viewer. After any other error,
+// the bytes were not written, and nothing else changes.
 func TestSocket_whatItDoesNotTakeIsNotGone(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -174,7 +174,7 @@ func TestSocket_whatItDoesNotTakeIsNotGone(t *testing.T) {
 	}
 	_ = peer.(*net.TCPConn).SetLinger(0)
 	_ = peer.Close()
-	for err == nil { // until its reset is here
+	for err == nil { // until its reset arrives
 		_, err = s.try(full)
 	}
 }

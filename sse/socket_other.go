@@ -4,7 +4,7 @@ package sse
 
 import "net/http"
 
-// hijack is for Linux: elsewhere viewers wait in their handlers.
+// hijack takes over no connections except on Linux: elsewhere viewers wait in their handlers.
 func (h *Hub) hijack(http.ResponseWriter, *http.Request) (socket, bool) { return nil, false }
 
 type departures struct{}

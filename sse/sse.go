@@ -1,29 +1,27 @@
 // Package sse delivers logs to viewers by Server-Sent Events.
 //
-// A viewer is a cursor over a log and nothing else. There is one question, "what comes
-// after my cursor?", and it is answered from the window of the session's feed, or, when
-// the cursor is older than the window, from the history list. "History first, then
-// live" does not occur, so there is no moment between the two in which a chunk could
-// be lost.
+// A viewer is a cursor over a log and nothing else. It has one question: what comes after my
+// cursor? The window of the session's feed answers it, or the history list when the cursor is older
+// than the window. There is no switch from "history" to "live", so no chunk can be lost between the
+// two.
 //
 //	Redis ── Pub/Sub, a hint ──▶ feed ── publishes immutable windows ──▶ viewer ──▶ socket
 //	  └───── reads, the truth ───▶┘ └─────────── pages of older chunks ─────▲
 //
-// A hub has a feed for each session that somebody on this node watches. The feed is
-// the only writer of the window: it takes a live chunk when that chunk is certainly the
-// next one, and on any doubt reads the log (feed.go). Viewers load the window without a
-// lock, and a viewer that has all of it waits for the very window to be replaced
-// (window.go). Chunks are encoded when they enter a window, once a node.
+// A hub has a feed for each session that is watched on this node. The feed is the only writer of
+// the window. It takes a live chunk that is certainly the next one, and on any doubt it reads the
+// log (feed.go). Viewers load the window without a lock. A viewer that has all of it waits until
+// that window is replaced (window.go). Chunks are encoded once per node, when they enter a window.
 //
-// Nothing queues for a viewer. A slow one blocks in its own socket write, under a
-// deadline that only a socket which takes nothing can reach; by the time it comes back
-// it takes all that is new in one piece, or pages through the history if the window has
-// moved on. One that has all there is waits without a goroutine, where its connection can
-// be taken over from the HTTP server (seat.go).
+// Nothing queues for a viewer. A slow viewer blocks in its own socket write, under a deadline that
+// expires only if the socket takes nothing. When the write returns, the viewer takes everything new
+// in one piece, or pages through the history if the window has moved on. A viewer that has
+// everything waits without a goroutine if its connection can be taken over from the HTTP server
+// (seat.go).
 //
-// What cannot be assumed: that a live chunk arrives, or arrives once, or in order; that
-// the log in Redis is still the one that was read a moment ago (then there is a new
-// epoch, and viewers get a reset); that a response which ends was read to its end.
+// Do not assume that a live chunk arrives, arrives once, or arrives in order. Do not assume that
+// the log in Redis is the one that was read a moment ago: a replaced log gets a new epoch, and its
+// viewers get a reset. Do not assume that a response was read to its end because it has ended.
 package sse
 
 import (
@@ -37,7 +35,7 @@ import (
 	"gapless/store"
 )
 
-// Log is what delivery needs of the store. Its methods' contracts are store.Store's.
+// Log is the part of the store that delivery needs. store.Store documents its methods.
 type Log interface {
 	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
 	Renew(ctx context.Context, session, epoch string, last int64) error
@@ -45,46 +43,48 @@ type Log interface {
 	Listen(session string, l store.Listener) (stop func())
 }
 
-// Config tunes delivery. No value of it changes which chunks a viewer gets.
+// Config tunes delivery. No setting changes which chunks a viewer gets.
 type Config struct {
 	// Node names this node in welcome events.
 	Node string
 	// Heartbeat is the longest silence on a connection. 15 s is well below the idle
 	// time-outs of common proxies, 30 s and more.
 	Heartbeat time.Duration
-	// Reconcile is how long a feed goes without reading the log. It bounds the delay of
-	// a chunk whose every announcement was lost.
+	// Reconcile is how long a feed goes without reading the log. It limits the delay of a chunk
+	// whose announcements were all lost.
 	Reconcile time.Duration
-	// Kept is how long the store keeps a log after it was read, at least; 0: for ever. A log that is viewed is
-	// read three times as often, if that is more often than Reconcile says.
+	// Kept is how long the store keeps a log after a read, at least; 0 means for ever. A watched
+	// log is read at least three times in that period.
 	Kept time.Duration
-	// Window is how many bytes of events a feed keeps; WindowTotal bounds all of them.
+	// Window is how many bytes of events a feed keeps. WindowTotal limits all feeds together.
 	Window, WindowTotal int
-	// SnapshotMax is how many bytes a snapshot may have (Ask.Snapshot): it says what the beginning of
-	// a longer log says. 4 MiB is what some 50,000 words are, a chunk each, with room for tools' data.
+	// SnapshotMax is the largest snapshot in bytes (Ask.Snapshot). A snapshot of a longer log
+	// covers only the log's beginning. 4 MiB holds some 50,000 words, one chunk each, with room for
+	// tool data.
 	SnapshotMax int
-	// WriteTimeout is how long a viewer's socket may take nothing at all.
+	// WriteTimeout is how long a viewer's socket may accept no bytes at all.
 	WriteTimeout time.Duration
-	// Linger is how long a feed outlives its last viewer: a reload finds it warm.
+	// Linger is how long a feed outlives its last viewer, so that a reload finds it warm.
 	Linger time.Duration
-	// Feeds is how many logs are watched at once; 0: no bound. Each is a subscription, and a read
-	// of Redis in each reconcile interval: 20,000 of them keep half a Redis busy.
+	// Feeds is how many logs may be watched at once; 0 means no limit. Each is a subscription and
+	// one read of Redis per reconcile interval: 20,000 feeds keep half a Redis busy.
 	Feeds int
-	// Reads is how many reads of Redis are under way at once, at most, for feeds, and as
-	// many for viewers: after a restart of Redis every feed has to read its log.
+	// Reads is the maximum number of concurrent Redis reads for feeds, and separately for viewers.
+	// After a restart of Redis, every feed must read its log.
 	Reads int
-	// Plain leaves all connections to the HTTP server, also those that could be taken over.
+	// Plain leaves all connections to the HTTP server, even those that could be taken over.
 	Plain bool
-	// Back takes a connection that was taken over, once its response has ended as HTTP ends one, and what
-	// was read behind its request (Returned); nil: it is closed.
+	// Back receives a connection that was taken over, after its response has ended as HTTP ends
+	// one, with the bytes that were read after its request (Returned). If Back is nil, the
+	// connection is closed.
 	Back func(c net.Conn, read []byte)
-	// Tracer follows chunks; nil: nobody does.
+	// Tracer follows chunks; nil means that chunks are not traced.
 	Tracer Tracer
 
 	Logger *slog.Logger
 }
 
-// DefaultConfig is what the flags start from.
+// DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
 	return Config{
 		Heartbeat:    15 * time.Second,
@@ -131,7 +131,7 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// interval is how long a feed goes without reading the log.
+// interval returns how long a feed goes without reading the log.
 func (c Config) interval() time.Duration {
 	if c.Kept > 0 {
 		return min(c.Reconcile, c.Kept/3)
@@ -139,7 +139,7 @@ func (c Config) interval() time.Duration {
 	return c.Reconcile
 }
 
-// Cause names why a response ended. Every one ends for exactly one cause.
+// Cause names why a response ended. Every response ends for exactly one cause.
 type Cause string
 
 const (
@@ -147,15 +147,15 @@ const (
 	Done     Cause = "done"     // until=done was met
 	Deleted  Cause = "deleted"  // the session was deleted
 	Gone     Cause = "gone"     // the client went away
-	Slow     Cause = "slow"     // the socket took nothing for the write timeout
+	Slow     Cause = "slow"     // the socket accepted nothing for the write timeout
 	Shutdown Cause = "shutdown" // this node drains
-	Expired  Cause = "expired"  // what allowed it has run out (Ask.Expires)
-	Replaced Cause = "replaced" // another connection has taken its place
-	Cut      Cause = "cut"      // it was asked for, to see that nothing is lost by it
+	Expired  Cause = "expired"  // the viewer's permission has expired (Ask.Expires)
+	Replaced Cause = "replaced" // another connection has replaced it
+	Cut      Cause = "cut"      // somebody asked for it, to show that nothing is lost
 	Full     Cause = "full"     // there was no room for it
-	Outside  Cause = "outside"  // the log has not what follows the cursor, and Raw and Fold have no way to say so
+	Outside  Cause = "outside"  // the chunks after the cursor are gone, and Raw and Fold cannot say so
 )
 
-// Clean says whether a response that ended for this cause is ended as HTTP ends one,
-// or aborted. Several clients take a clean end for the end of the answer.
+// Clean reports whether a response that ended for this cause ends as HTTP ends one. Other responses
+// are aborted, because several clients take a clean end for the end of the answer.
 func (c Cause) Clean() bool { return c == Ended || c == Done || c == Deleted }

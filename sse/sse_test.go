@@ -21,8 +21,7 @@ import (
 	"gapless/store"
 )
 
-// Every test runs twice: over responses of a server, and over connections that were taken
-// over from one.
+// Every test runs twice: over a server's responses, and over connections that were taken over.
 func TestMain(m *testing.M) { goleak.VerifyTestMain(twice{m}) }
 
 type twice struct{ m *testing.M }
@@ -47,8 +46,8 @@ type event struct {
 	name, id, data string
 }
 
-// parse reads a stream as the standard says an EventSource does, and the rest that is
-// no whole event.
+// parse reads a stream as the standard specifies for EventSource. It returns the rest that is not a
+// whole event.
 func parse(stream []byte) (events []event, rest []byte) {
 	for {
 		block, after, ok := bytes.Cut(stream, []byte("\n\n"))
@@ -77,7 +76,7 @@ func parse(stream []byte) (events []event, rest []byte) {
 	}
 }
 
-// screen is a client that keeps what it is given, as a page would.
+// screen is a client that keeps what it receives, as a page would.
 type screen struct {
 	cursor int64    // the last number
 	chunks []string // since the last reset
@@ -85,10 +84,10 @@ type screen struct {
 	resets []string
 	epoch  string
 	seen   int   // events parsed so far
-	said   *said // by a snapshot, since the last reset
+	said   *said // from a snapshot, since the last reset
 }
 
-// take looks at events that came on one connection, and says what is wrong with them.
+// take checks events that came on one connection, and returns what is wrong with them.
 func (s *screen) take(events []event) error {
 	for ; s.seen < len(events); s.seen++ {
 		e := events[s.seen]
@@ -140,17 +139,17 @@ func (s *screen) take(events []event) error {
 	return nil
 }
 
-// sink is a response, or a connection that was taken over, that takes what it is given.
+// sink is a response, or a connection that was taken over, that accepts what is written to it.
 type sink struct {
 	taken    bool
 	gone     func() // is called when the peer closes its end,
 	left     bool   // which it has
 	closed   bool
 	room     int           // bytes that fit before the socket is full, once; 0: all
-	pace     time.Duration // how long it takes what is written and has to wait
+	pace     time.Duration // how long a write that has to wait takes
 	deadline time.Time
 	stall    chan struct{} // while it is not nil and open, the socket takes nothing
-	free     int           // behind so many bytes
+	free     int           // after this many bytes
 	mu       sync.Mutex
 	header   http.Header
 	body     []byte
@@ -205,7 +204,7 @@ func (s *sink) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// bytes is the body as far as it came.
+// bytes returns the body that has arrived.
 func (s *sink) bytes() (body []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -304,7 +303,7 @@ func (s *sink) unwatch() {
 	s.gone = nil
 }
 
-// leave is the peer's going.
+// leave closes the peer's end.
 func (s *sink) leave() {
 	s.mu.Lock()
 	gone := s.gone
@@ -320,15 +319,15 @@ func (s *sink) events() []event {
 	return events
 }
 
-// watcher is a viewer that runs.
+// watcher is a running viewer.
 type watcher struct {
 	*sink
 	screen
 	cut  func()
-	done chan Cause // gets the cause when the response has ended
+	done chan Cause // receives the cause when the response has ended
 }
 
-// watch has a viewer of the hub run until cut, and close or the end of the log.
+// watch runs a viewer of the hub until cut, and close or the end of the log.
 func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	t.Helper()
 	v, err := h.View(a)
@@ -338,11 +337,11 @@ func watch(t testing.TB, h *Hub, a Ask) *watcher {
 	return view(t, h, v, &sink{taken: takenOver && !a.Raw})
 }
 
-// view has a viewer given what there is, into a sink.
+// view writes to a sink what a viewer gets.
 func view(t testing.TB, h *Hub, v *Viewer, to *sink) *watcher {
 	t.Helper()
 	w := &watcher{sink: to, done: make(chan Cause, 1)}
-	if takenOver && !v.Raw { // those are never taken over
+	if takenOver && !v.Raw { // Raw viewers are never taken over
 		w.cut = w.sink.leave
 		go h.sit(v, w.sink, []byte{}, nil, 0, Told{func() {}, func(c Cause, _ bool) { w.done <- c }})
 		return w
@@ -383,7 +382,7 @@ func (w *watcher) check(first int64, elements []string) error {
 			want = append(want, encoded(seq, e))
 		}
 	}
-	kept := w.chunks // without those that the log does not keep any more
+	kept := w.chunks // without those that the log no longer keeps
 	if gone := first - w.first; gone > 0 {
 		kept = kept[min(gone, int64(len(kept))):]
 	}
@@ -396,7 +395,7 @@ func (w *watcher) check(first int64, elements []string) error {
 	return nil
 }
 
-// encoded is what viewers are given of an element.
+// encoded returns what viewers get for an element.
 func encoded(seq int64, element string) string {
 	chunk, _ := store.AppendElement(nil, seq, element)
 	return string(chunk)

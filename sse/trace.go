@@ -2,33 +2,34 @@ package sse
 
 import "sync/atomic"
 
-// Tracer follows chunks (traces.Traces). Config.Tracer is nil where nobody does.
+// Tracer follows chunks (traces.Traces). Config.Tracer is nil if chunks are not traced.
 type Tracer interface {
-	// Arrived says that a chunk has come to this node, live or by a read. It answers what is
-	// to be called when a viewer's socket has it, or nil if this chunk is not followed. It does not wait.
+	// Arrived reports that a chunk has come to this node, live or by a read. It returns a function
+	// to call when a viewer's socket has the chunk, or nil if the chunk is not followed. It does
+	// not block.
 	Arrived(session, epoch string, seq int64, live bool) (wrote func(connection string))
 }
 
-// followed is the newest chunks of a feed that are followed, oldest first. It does not
-// change: with one more there is another one.
+// followed holds the newest chunks of a feed that are followed, oldest first. It never changes: one
+// more chunk makes a new one.
 type followed []*onItsWay
 
 // onItsWay is a chunk that waits for its viewers.
 type onItsWay struct {
 	seq   int64
-	left  atomic.Int32 // how many more viewers are told of
+	left  atomic.Int32 // how many more viewers are reported
 	wrote func(connection string)
 }
 
-// Of one chunk the first few viewers are told of: the thousandth says no more. Of one log so
-// many chunks wait for theirs: what is older than that, a viewer catches up on.
+// The first few viewers of a chunk are reported: the thousandth adds nothing. The last few chunks
+// of a log wait for viewers: a viewer that gets an older chunk is catching up.
 const (
 	followedViewers = 8
 	followedChunks  = 64
-	foundMost       = 1024 // are told of that one read has found: after a long absence of Redis there are more
+	foundMost       = 1024 // at most this many chunks of one read are traced: after a long absence of Redis there are more
 )
 
-// follow tells the tracer of the chunks behind from in w, which is not published yet. mu is held.
+// follow reports to the tracer the chunks after from in w, which is not published yet. mu is held.
 func (f *feed) follow(w *window, from int64, live bool) {
 	tracer := f.hub.cfg.Tracer
 	if tracer == nil {
@@ -51,8 +52,8 @@ func (f *feed) follow(w *window, from int64, live bool) {
 	f.followed.Store(&all)
 }
 
-// told says that the viewer has chunks behind from, up to to. What was there before it came is
-// no news, however late it is given.
+// told reports that the viewer has the chunks after from, up to to. It does not report chunks that
+// were there before the viewer came.
 func (v *Viewer) told(from, to int64) {
 	all := v.feed.followed.Load()
 	if all == nil {

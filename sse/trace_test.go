@@ -9,7 +9,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// notes is a Tracer that writes down what it is told of each chunk with an even number.
+// notes is a Tracer that records the chunks with an even number.
 type notes struct {
 	mu             sync.Mutex
 	arrived        []string
@@ -32,8 +32,9 @@ func (n *notes) Arrived(session, epoch string, seq int64, live bool) func(string
 	}
 }
 
-// A tracer is told of what comes while somebody views, live or by a read, and of the first viewers that
-// have it; not of what was there before, nor of a viewer that comes later and is given it then.
+// A tracer learns of chunks that come while somebody views, live or by a read, and of the first
+// viewers that have them. It does not learn of earlier chunks, nor of a viewer that comes later and
+// gets the chunk then.
 func TestTracer_isToldOfWhatComes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log, told := &storetest.Log{}, &notes{wrote: map[int64][]string{}}
@@ -75,7 +76,7 @@ func TestTracer_isToldOfWhatComes(t *testing.T) {
 	})
 }
 
-// So also where fewer view than are told of: the one that comes later has a place, and does not get it.
+// The same holds if fewer viewers exist than are reported: a later viewer gets no free place.
 func TestTracer_isNotToldOfWhoComesLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log, told := &storetest.Log{}, &notes{wrote: map[int64][]string{}}

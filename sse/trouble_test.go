@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Reads that fail and reads that succeed, in turn: the log says so once in a while, and that it is over once it is.
+// Reads fail and succeed in turn. That is logged once in a while, and so is its end.
 func TestTrouble_isSaidOnceInAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer

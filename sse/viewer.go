@@ -12,84 +12,85 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// Ask is what a viewer wants.
+// Ask describes what a viewer wants.
 type Ask struct {
 	Session    string
 	Connection string // names this connection in logs, and to the client
-	Cursor     int64  // the last number that it has; Latest: whatever is the last one now
-	Epoch      string // that the log had a moment ago, if that is known: it is not viewed as it was before
-	Unknown    bool   // it came with an id that is no number: from the start, by a reset
-	UntilDone  bool   // its response ends behind the next chunk that ends a message, or with the log
-	Raw        bool   // it is given only what was ingested as events, as that came
-	Snapshot   bool   // what there is already, if it has nothing, comes as one event
-	// Expires is when what allows it to view runs out; zero: never.
+	Cursor     int64  // the last number that it has; Latest: the log's current last number
+	Epoch      string // the log's epoch a moment ago, if that is known: an older window is not used
+	Unknown    bool   // its id was not a number: it begins at the start, with a reset
+	UntilDone  bool   // its response ends after the next chunk that ends a message, or with the log
+	Raw        bool   // it receives only chunks that were ingested as events, in their original form
+	Snapshot   bool   // if it has nothing yet, it receives the existing chunks as one event
+	// Expires is when its permission to view expires; zero: never.
 	Expires time.Time
-	// Fold, if not nil, makes another protocol of the stream: it appends to b what comes of whole
-	// events (Chunks reads them), and says whether nothing more is to come: then the response ends
-	// cleanly. It is first called without events, for what a response begins with, and last, with ended, when
-	// the log has ended. There is no way to say a reset: the response is broken off.
+	// Fold, if not nil, translates the stream into another protocol. It appends to b what whole
+	// events become (Chunks reads them), and reports whether that was the last output. Then the
+	// response ends cleanly. Fold is called first without events, for the beginning of the
+	// response. It is called last with ended set, when the log has ended. It cannot express a
+	// reset: then the response is broken off.
 	Fold func(b, events []byte, ended bool) (out []byte, over bool)
 }
 
-// Latest is the cursor of a viewer that wants nothing of what is there already.
+// Latest is the cursor of a viewer that wants no chunks from before it came.
 const Latest = -1
 
-// Viewer is one SSE connection: a cursor over a log. It runs in the goroutine of
-// whoever calls its methods, and has none of its own.
+// Viewer is one SSE connection: a cursor over a log. It runs in the goroutine that calls its
+// methods, and starts none itself.
 type Viewer struct {
 	Ask
 	hub      *Hub
 	feed     *feed
-	epoch    string // of the log that the cursor is in; empty: none yet, and the cursor is what was asked for
-	joined   bool   // the cursor was compared with the log,
-	joinedAt int64  // whose last number was this then
-	ticket   uint64 // the read that a window must rest on, where that matters (fresh)
+	epoch    string // of the cursor's log; empty: none yet, and the cursor is the one that was asked for
+	joined   bool   // the cursor was compared with the log, whose last number
+	joinedAt int64  // was joinedAt then
+	ticket   uint64 // the read that the window must come from, where that matters (fresh)
 
-	shown atomic.Int64 // the cursor, for those who count; -1: not joined yet
-	tally int          // of live writes, of which some are measured
+	shown atomic.Int64 // the cursor, for metrics; -1: not joined yet
+	tally int          // of live writes, some of which are measured
 
-	behind bool      // it has nothing, and is to be given a snapshot
-	noRoom bool      // there was none for that, and it has not been given chunks since
-	snap   *snapshot // the one, until it is written
+	behind bool      // it has nothing, and must get a snapshot
+	noRoom bool      // there was no memory for a snapshot, and it has received no chunks since
+	snap   *snapshot // its snapshot, until it is written
 
-	hand      *page     // one that was read just now, until something of it is taken
-	pageBytes int       // how large the next one is to be
-	pageAt    time.Time // when the last one came
+	hand      *page     // a page that was read for it, until some of it is taken
+	pageBytes int       // the size of the next page
+	pageAt    time.Time // when the last page came
 
-	retry time.Duration // how long it waits before it tries again, when the feed did not know the log that was read
+	retry time.Duration // how long to wait before the next try, after the feed did not know the log that was read
 
-	raw []byte // Raw or Fold: what was made of the last events
-	got bool   // Raw: it has been given something, now or on a former connection
-	// early: Raw or Fold, which cannot be told a reset, without a cursor, and it was given nothing yet:
-	// it begins at the first chunk that is kept, whichever that is by then.
+	raw []byte // Raw or Fold: the output for the last events
+	got bool   // Raw: it has received something, now or on an earlier connection
+	// early means that a Raw or Fold viewer, which cannot get a reset, came without a cursor and
+	// has received nothing yet. It begins at the first chunk that is still kept by then.
 	early bool
 
 	pace atomic.Int64 // Slow's pause
 
-	// Its feed's mu guards these: who writes to it, and why it has to go.
-	seat    *seat // where its connection was taken over
+	// Its feed's mu guards these: who writes to it, and why it must leave.
+	seat    *seat // not nil if its connection was taken over
 	writer  *Writer
 	leaving Cause
 }
 
-// bare says whether the viewer is given no events of ours.
+// bare reports whether the viewer gets none of our own events.
 func (v *Viewer) bare() bool { return v.Raw || v.Fold != nil }
 
-// A page is small at first, since what is read for a viewer that then stands still is read
-// for nothing, and grows for one that is quick.
+// A page is small at first, because what is read for a viewer that then stalls is wasted. Pages
+// grow for a viewer that is quick.
 const (
 	leastPage = segmentSize
 	mostPage  = 64 * segmentSize
 	quickPage = 250 * time.Millisecond
 )
 
-// ErrDraining says that this node takes no viewers any more.
+// ErrDraining means that this node takes no more viewers.
 var ErrDraining = errors.New("this node is draining")
 
-// ErrFull says that this node watches as many logs as it may (Config.Feeds), and not this one.
+// ErrFull means that this node watches as many logs as it may (Config.Feeds), and not this one.
 var ErrFull = errors.New("this node watches no more logs")
 
-// View begins to view. Close must be called. Errors: ErrDraining, ErrFull.
+// View begins to view. The caller must call Close. Errors: ErrDraining, ErrFull.
 func (h *Hub) View(a Ask) (*Viewer, error) {
 	v := &Viewer{Ask: a, hub: h, pageBytes: leastPage, got: a.Cursor > 0}
 	v.early = v.bare() && a.Cursor == 0 && !a.Unknown
@@ -104,13 +105,13 @@ func (h *Hub) View(a Ask) (*Viewer, error) {
 	return v, nil
 }
 
-// Close lets go of the feed.
+// Close leaves the feed.
 func (v *Viewer) Close() {
 	v.drop()
 	v.hub.leave(v)
 }
 
-// drop lets go of the snapshot.
+// drop releases the snapshot.
 func (v *Viewer) drop() {
 	if v.snap != nil {
 		v.hub.snapshots.drop(v.snap)
@@ -118,8 +119,8 @@ func (v *Viewer) drop() {
 	}
 }
 
-// Leave breaks the viewer's response off, or the one that is about to begin, for a cause that is
-// not the log's: Shutdown, Expired, Replaced or Cut.
+// Leave breaks off the viewer's response, even one that has not begun, for a cause outside the log:
+// Shutdown, Expired, Replaced or Cut.
 func (v *Viewer) Leave(c Cause) {
 	v.feed.mu.Lock()
 	if v.leaving == "" {
@@ -135,11 +136,11 @@ func (v *Viewer) Leave(c Cause) {
 	}
 }
 
-// Slow has the viewer given one chunk at a time, and that pause behind each; 0: as fast as it takes
-// them. It is then what a bad line makes of one: late, and nothing else.
+// Slow delivers one chunk at a time to the viewer, with a pause after each; 0 means full speed. It
+// simulates a slow line: chunks come late, and nothing else changes.
 func (v *Viewer) Slow(pause time.Duration) { v.pace.Store(int64(pause)) }
 
-// expire has the viewer leave when its right runs out, unless stop is called first.
+// expire makes the viewer leave when its permission expires, unless stop is called first.
 func (v *Viewer) expire() (stop func() bool) {
 	if v.Expires.IsZero() {
 		return func() bool { return true }
@@ -147,7 +148,7 @@ func (v *Viewer) expire() (stop func() bool) {
 	return time.AfterFunc(time.Until(v.Expires), func() { v.Leave(Expired) }).Stop
 }
 
-// farewell is what a viewer is told before its response is broken off for cause c.
+// farewell returns the last bytes for a viewer before its response is broken off for cause c.
 func (v *Viewer) farewell(c Cause) []byte {
 	switch {
 	case v.bare():
@@ -156,7 +157,7 @@ func (v *Viewer) farewell(c Cause) []byte {
 		return appendNamed(nil, "expired", expired{"expired"}, 0, v.Cursor)
 	case c == Expired:
 		return appendNamed(nil, "expired", expired{"expired"}, 0, noID)
-	case c == Shutdown && !v.joined: // so that it comes back all the same
+	case c == Shutdown && !v.joined: // so that it reconnects nevertheless
 		return appendRetry(nil, retry())
 	}
 	return nil
@@ -167,11 +168,11 @@ func (v *Viewer) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("session", v.Session), slog.String("connection", v.Connection), slog.Int64("cursor", v.Cursor))
 }
 
-// Over waits, for as long as patience, or longer if that may be so, until the log is known, and says whether there is
-// nothing to view and never will be: the log has Ended or was Deleted, and the cursor
-// has all of it; or, for a Raw viewer, what follows the cursor is not to be had
-// (Outside). It is empty when there is something to view, or when patience ends first:
-// then Serve is to be called, which counts how the stream ends.
+// Over waits until the log is known, for at most patience, or longer if the log may have ended at
+// the cursor. It returns Ended or Deleted if there is nothing to view and never will be: the cursor
+// has all of a log that ended, or the log was deleted. For a Raw viewer it returns Outside if the
+// chunks after the cursor are gone. It returns "" if there is something to view or patience runs
+// out. Then the caller must call Serve, which counts how the stream ends.
 func (v *Viewer) Over(ctx context.Context, patience time.Duration) Cause {
 	cause, epoch := v.over(ctx, patience)
 	if cause != "" {
@@ -181,8 +182,9 @@ func (v *Viewer) Over(ctx context.Context, patience time.Duration) Cause {
 	return cause
 }
 
-// Nothing is what a response without content says when Over has found that the log has Ended, or was Deleted: which
-// log that is, and which of the two. A client that has another log knows then that it has not got all of this one.
+// Nothing returns the headers of a response without content, after Over has returned Ended or
+// Deleted. They name the log's epoch and the cause. A client with another log learns from them that
+// it does not have all of this one.
 func (v *Viewer) Nothing(c Cause) http.Header { return nothingFollows(v.epoch, c) }
 
 func nothingFollows(epoch string, c Cause) http.Header {
@@ -223,13 +225,14 @@ func (v *Viewer) over(ctx context.Context, patience time.Duration) (c Cause, epo
 	}
 }
 
-// mayHaveAll says whether a viewer that has waited for so long is to wait on, for a log which may have ended where its
-// cursor is: what is slow is not Redis being away. It is no longer silent than a heartbeat interval.
+// mayHaveAll reports whether a viewer that has waited this long should wait on, because the log may
+// have ended at its cursor. It waits for a slow Redis, not for an unreachable one, and for less
+// than a heartbeat interval.
 func (v *Viewer) mayHaveAll(waited time.Duration) bool {
 	return v.Cursor != 0 && !v.hub.trouble.within(waited) && waited < v.hub.cfg.Heartbeat*3/4
 }
 
-// nothing says why there is nothing to view in w and never will be, if so. w is known, and fresh.
+// nothing returns why there is nothing to view in w and never will be, or "". w is known and fresh.
 func (v *Viewer) nothing(w *window) (cause Cause, cursor int64) {
 	if cursor = v.Cursor; cursor == Latest {
 		cursor = w.Last
@@ -243,8 +246,8 @@ func (v *Viewer) nothing(w *window) (cause Cause, cursor int64) {
 	return cause, cursor
 }
 
-// rawFollows says whether, for all that is known before ctx ends, a chunk that was
-// ingested as an event follows the cursor in a log that has ended.
+// rawFollows reports whether a chunk that was ingested as an event follows the cursor in a log that
+// has ended. If it cannot tell before ctx ends, it returns true.
 func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 	m := &w.memory
 	for cursor < w.Last {
@@ -263,7 +266,7 @@ func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 		case r := <-v.hub.read(v.feed, w.Epoch, cursor+1, mostPage):
 			p, _ := r.Val.(*page)
 			if r.Err != nil || p.Epoch != w.Epoch || p.base() > cursor || p.nextSeq() <= cursor+1 {
-				return true // let it be seen when it is viewed
+				return true // the viewer will find out
 			}
 			m = &p.memory
 		case <-ctx.Done():
@@ -273,10 +276,10 @@ func (v *Viewer) rawFollows(ctx context.Context, w *window, cursor int64) bool {
 	return false
 }
 
-// fresh says whether w can decide about a viewer that has just come. Other nodes may
-// know more: the cursor may be one of theirs, and an end or a deletion may be past, with
-// a new life begun. So may the epoch in which a cursor before w was given out. And the cursor
-// may be the log's end, of which this node has only heard. Then the log is read once more first.
+// fresh reports whether w can decide about a viewer that has just come. Other nodes may know more.
+// The cursor may be one of theirs. An end or a deletion may be over, and a new life begun. The
+// epoch in which a cursor before w was given out may be over, too. And the cursor may be the log's
+// end, which this node has only heard of. In these cases, the log is read once more first.
 func (v *Viewer) fresh(w *window) bool {
 	within := v.Cursor <= w.Last && (v.Cursor <= 0 || v.Cursor >= w.base())
 	if within && !w.Ended && !w.Deleted && (v.Epoch == "" || v.Epoch == w.Epoch) {
@@ -286,7 +289,7 @@ func (v *Viewer) fresh(w *window) bool {
 		switch settled, newest := v.feed.settled(w); {
 		case settled:
 			return true
-		case !newest: // the next one may say it without a read
+		case !newest: // the newer window may decide without a read
 			return false
 		}
 	}
@@ -296,8 +299,9 @@ func (v *Viewer) fresh(w *window) bool {
 	return w.read >= v.ticket
 }
 
-// settled says whether the log was read up to the last chunk in w that may be its end: one that
-// came live only looks like it until a read says so. newest is false when there is a newer window.
+// settled reports whether the log was read up to the last chunk in w that may be its end. A chunk
+// that came live only looks like the end until a read confirms it. newest is false if w was
+// replaced.
 func (f *feed) settled(w *window) (settled, newest bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -305,17 +309,17 @@ func (f *feed) settled(w *window) (settled, newest bool) {
 	return newest && f.sure >= w.lastStop, newest
 }
 
-// step is what a viewer is to be given next.
+// step is what a viewer gets next.
 type step struct {
 	events []byte
-	cursor int64 // the viewer's, when the events are written
-	chunks bool  // they are chunks
-	end    Cause // nothing more comes behind the events
-	fetch  bool  // what comes next is no longer in the window
+	cursor int64 // the viewer's cursor when the events are written
+	chunks bool  // whether the events are chunks
+	end    Cause // the response ends after the events, for this cause
+	fetch  bool  // the next chunks are no longer in the window
 }
 
-// next decides, without waiting, what window w means for this viewer. An empty step:
-// nothing, wait for the next window.
+// next decides, without waiting, what window w means for this viewer. An empty step means that the
+// viewer must wait for the next window.
 func (v *Viewer) next(w *window) step {
 	if !w.known() {
 		return step{}
@@ -344,7 +348,7 @@ func (v *Viewer) next(w *window) step {
 	reason, to := v.misplaced(w, cursor)
 	switch {
 	case reason == "":
-	case reason == resetTrimmed && v.behind: // its snapshot may say what is gone since, or says where it begins
+	case reason == resetTrimmed && v.behind: // its snapshot may contain what was trimmed, or says where it begins
 	case v.early && reason != resetDeleted:
 		cursor, v.Cursor = to, to
 	case v.Fold != nil, v.Raw && reason != resetDeleted:
@@ -389,13 +393,13 @@ func (v *Viewer) next(w *window) step {
 	if p == nil {
 		return step{cursor: cursor, fetch: true}
 	}
-	if to := p.base(); to > cursor && !p.has(cursor) { // trimmed since the feed has read
+	if to := p.base(); to > cursor && !p.has(cursor) { // trimmed since the feed's last read
 		if v.bare() && !v.early {
 			return step{cursor: cursor, end: Outside}
 		}
 		if !v.early {
 			v.behind = v.Snapshot && !v.noRoom && to < w.Last
-			v.hand = p // by the time that it is read again, its beginning may be gone, too
+			v.hand = p // by the next read, its beginning may be gone, too
 			v.hub.metrics.resets.WithLabelValues(resetTrimmed).Inc()
 			return step{cursor: to, events: appendReset(nil, resetTrimmed, cursor, to, p.Bounds)}
 		}
@@ -406,8 +410,8 @@ func (v *Viewer) next(w *window) step {
 	return s
 }
 
-// fold is next for a viewer that has a snapshot, which fits. Where that begins later than the viewer wanted, the
-// chunks before it are no longer kept.
+// fold is next for a viewer that has a snapshot which fits. If the snapshot begins later than the
+// viewer wanted, the chunks before it are no longer kept.
 func (v *Viewer) fold(w *window, cursor int64) step {
 	s := v.snap
 	if s.base > cursor {
@@ -425,7 +429,7 @@ func (v *Viewer) fold(w *window, cursor int64) step {
 	return given
 }
 
-// take is the events behind cursor, up to last, that memory has.
+// take returns the events after cursor, up to last, that memory has.
 func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 	events, cursor, stopped, ok := m.after(cursor, last, v.UntilDone)
 	s := step{events: events, cursor: cursor, chunks: len(events) > 0}
@@ -436,7 +440,7 @@ func (v *Viewer) take(m *memory, cursor, last int64) (step, bool) {
 	return s, ok
 }
 
-// fetch begins to read the page behind the cursor, or to fold the log.
+// fetch begins to read the page after the cursor, or to fold the log.
 func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	if v.behind {
 		return v.hub.fold(v.feed, w.Epoch, v.Cursor, w.Last)
@@ -449,7 +453,7 @@ func (v *Viewer) fetch(w *window) <-chan singleflight.Result {
 	return v.hub.read(v.feed, w.Epoch, v.Cursor+1, v.pageBytes)
 }
 
-// fetched takes a page or a snapshot, or says how long to wait before the next try.
+// fetched takes a page or a snapshot, or returns how long to wait before the next try.
 func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration) {
 	if r.Err == errOther {
 		return v.unknown()
@@ -462,7 +466,7 @@ func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration)
 		v.retry = 0
 		if v.drop(); len(s.event) > 0 && v.hub.snapshots.hold(s) {
 			v.snap = s
-		} else { // there is no room for it: the chunks say the same
+		} else { // there is no memory for it: the chunks say the same
 			v.behind, v.noRoom = false, true
 		}
 		return 0
@@ -475,18 +479,18 @@ func (v *Viewer) fetched(r singleflight.Result, w *window) (pause time.Duration)
 	return 0
 }
 
-// unknown is what fetched does about a log that the feed does not know yet: the feed tells by a window.
+// unknown handles a log that the feed does not know yet. The feed will publish a window for it.
 func (v *Viewer) unknown() (pause time.Duration) {
 	v.feed.doubt()
 	v.retry = min(max(2*v.retry, firstRetry), v.hub.cfg.Reconcile)
 	return v.retry
 }
 
-// awayPause is how long a viewer waits before it asks a Redis that did not answer again.
+// awayPause is how long a viewer waits before it tries again after a failed read of Redis.
 const awayPause = 500 * time.Millisecond
 
-// misplaced says why, if so, what follows the cursor is not what window w has behind
-// it, and where the cursor has to go.
+// misplaced returns the reason of a reset if window w does not continue the cursor, or "". to is
+// where the cursor must go.
 func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 	start := w.base()
 	switch {
@@ -507,14 +511,14 @@ func (v *Viewer) misplaced(w *window, cursor int64) (reason string, to int64) {
 	return "", cursor
 }
 
-// Head is Serve for a viewer that wants only to know how its response begins (HEAD).
+// Head is Serve for a viewer that wants only the beginning of its response (HEAD).
 func (v *Viewer) Head(to http.ResponseWriter) {
 	v.hub.metrics.ended.WithLabelValues(string(Done)).Inc()
 	Head(to)
 }
 
-// Serve gives the viewer all there is, and then what comes, until the response has to
-// end, and says why. ctx is the request's.
+// Serve gives the viewer everything there is, and then what comes, until the response must end. It
+// returns the cause. ctx is the request's context.
 func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 	defer context.AfterFunc(v.hub.leaving, func() { time.AfterFunc(rand.N(v.hub.spread+1), func() { w.leave(Shutdown) }) })()
 	v.feed.mu.Lock()
@@ -540,10 +544,10 @@ func (v *Viewer) Serve(ctx context.Context, w *Writer) Cause {
 	return c
 }
 
-// begin is what a response begins with.
+// begin returns the beginning of a response.
 func (v *Viewer) begin() []byte {
 	begin := []byte(heartbeat)
-	if v.Raw { // it has no welcome that could say this
+	if v.Raw { // a raw stream has no welcome event to carry it
 		begin = appendRetry(begin, retry())
 	}
 	if v.Fold != nil {
@@ -552,14 +556,14 @@ func (v *Viewer) begin() []byte {
 	return begin
 }
 
-// serve is Serve behind the response's first bytes. A viewer that has all there is, and wait
-// takes it, is left there: no cause.
+// serve is Serve after the response's first bytes. When the viewer has everything and wait accepts
+// it, serve returns no cause.
 func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) Cause {
 	beat := time.NewTimer(v.hub.cfg.Heartbeat - time.Since(w.wrote))
 	defer beat.Stop()
-	var reading <-chan singleflight.Result // the page that is under way
-	var pause <-chan time.Time             // before the next
-	var rest <-chan time.Time              // of one that is slowed down
+	var reading <-chan singleflight.Result // the read that is under way
+	var pause <-chan time.Time             // before the next read
+	var rest <-chan time.Time              // between chunks, for a viewer that is slowed down
 	for {
 		window := v.feed.window.Load()
 		s := v.next(window)
@@ -571,7 +575,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 				events = v.raw
 				v.got = v.got || len(events) > 0
 				v.early = v.early && !v.got
-				if s.end == Done && !v.got { // what is done had nothing for it
+				if s.end == Done && !v.got { // the message that ended had nothing for it
 					s.end = ""
 				}
 			}
@@ -613,7 +617,7 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 		if wait != nil && more != ready && reading == nil && pause == nil && rest == nil && wait(window) {
 			return ""
 		}
-		select { // with more ready, it still notices in time that it must go
+		select { // even if more is ready, it soon notices that it must leave
 		case <-more:
 		case r := <-reading:
 			reading = nil
@@ -642,7 +646,8 @@ func (v *Viewer) serve(ctx context.Context, w *Writer, wait func(*window) bool) 
 	}
 }
 
-// broken is why a write failed. A viewer that has to leave, perhaps while it catches up, is told so.
+// broken returns why a write failed. A viewer that must leave gets its farewell, even while it
+// catches up.
 func (v *Viewer) broken(w *Writer) Cause {
 	if w.err == errLeft {
 		w.last(v.farewell(w.why))
@@ -650,8 +655,8 @@ func (v *Viewer) broken(w *Writer) Cause {
 	return w.cause()
 }
 
-// note counts what was written: chunks behind from, up to to. w is the window that they came
-// from, or nil if it is long ago.
+// note counts what was written: the chunks after from, up to to. w is the window that they came
+// from, or nil if it is no longer current.
 func (v *Viewer) note(chunks bool, from, to int64, w *window) {
 	if !v.behind {
 		v.drop()
@@ -669,12 +674,13 @@ func (v *Viewer) note(chunks bool, from, to int64, w *window) {
 	v.shown.Store(to)
 }
 
-// ready is a window that is there already.
+// ready stands for a window that is already there.
 var ready = func() <-chan struct{} {
 	c := make(chan struct{})
 	close(c)
 	return c
 }()
 
-// retry is after how many ms a client shall come back: not all of them at once.
+// retry returns after how many ms a client should reconnect. It is random, so that clients do not
+// all come at once.
 func retry() int { return 1000 + rand.IntN(2000) }

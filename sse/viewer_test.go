@@ -22,7 +22,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// started is a hub on a log whose subscriptions are acknowledged.
+// started returns a hub on a log whose subscriptions are acknowledged.
 func started(t *testing.T, cfg Config, log *storetest.Log) *Hub {
 	h := NewHub(cfg, log)
 	t.Cleanup(h.Close)
@@ -53,7 +53,7 @@ func names(events []event) string {
 	return strings.Join(s, ", ")
 }
 
-// The wire, to the byte.
+// This test compares the wire byte by byte.
 func TestWire_isAsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -108,7 +108,7 @@ func TestViewer_heartbeats_onlyWhenSilent(t *testing.T) {
 	})
 }
 
-// Where the cursor is not in the log: said aloud, and then what there is.
+// If the cursor is not in the log, the viewer gets a reset, and then what there is.
 func TestViewer_cursorOutsideTheLog_isReset(t *testing.T) {
 	for name, c := range map[string]struct {
 		ask  Ask
@@ -169,7 +169,7 @@ func TestViewer_sessionThatDoesNotExist(t *testing.T) {
 	})
 }
 
-// A cursor that comes from a node which is ahead of this one is not ahead of the log.
+// A cursor from a node that is ahead of this one is not ahead of the log.
 func TestViewer_nodeIsBehind_looksBeforeItSaysAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -187,7 +187,8 @@ func TestViewer_nodeIsBehind_looksBeforeItSaysAhead(t *testing.T) {
 }
 
 // Promise: Ends, once and for good.
-// Who wants events alone waits for the end of a message of which something was given, not of one before it.
+// A Raw viewer waits for the end of a message of which it received something, not for an earlier
+// end.
 func TestViewer_untilDone_ofEventsAlone(t *testing.T) {
 	for _, window := range []int{0, 1 << 20} {
 		synctest.Test(t, func(t *testing.T) {
@@ -213,7 +214,7 @@ func TestViewer_untilDone_ofEventsAlone(t *testing.T) {
 	}
 }
 
-// Nor does one see a log as it was before the epoch that its caller knows of.
+// A viewer does not get a log from before the epoch that its caller knows of, either.
 func TestViewer_nodeDoesNotKnowTheEpoch_looksFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -266,7 +267,8 @@ func TestViewer_endOfTheLog(t *testing.T) {
 	})
 }
 
-// A chunk that looks like the end, and was copied or forged, ends nothing: the log has ended where the store says so.
+// A chunk that looks like the end, and was copied or forged, ends nothing. The log has ended when
+// the store says so.
 func TestViewer_whatLooksLikeTheEnd_endsNothing(t *testing.T) {
 	for _, window := range []int{0, 1 << 20} {
 		for _, live := range []bool{false, true} {
@@ -345,7 +347,7 @@ func TestViewer_whatLooksLikeTheEnd_endsNothing(t *testing.T) {
 	}
 }
 
-// A log that is viewed is read before it expires, however soon that is; and no more often than that needs.
+// A viewed log is read before it expires, however soon that is, and no more often than needed.
 func TestHub_logThatIsViewedIsReadBeforeItExpires(t *testing.T) {
 	for _, c := range []struct{ kept, reconcile time.Duration }{
 		{time.Second, 2 * time.Second}, {time.Second, 10 * time.Second}, {3 * time.Second, 2 * time.Second}, {24 * time.Hour, 2 * time.Second}, {0, 2 * time.Second},
@@ -380,7 +382,7 @@ func TestHub_logThatIsViewedIsReadBeforeItExpires(t *testing.T) {
 	}
 }
 
-// timed is a log that knows when it was read.
+// timed is a log that records when it was read.
 type timed struct {
 	*storetest.Log
 	mu sync.Mutex
@@ -394,8 +396,8 @@ func (l *timed) Read(ctx context.Context, session string, from int64, bytes, cou
 	return l.Log.Read(ctx, session, from, bytes, count)
 }
 
-// A viewer that cannot be told a reset begins at the first chunk that is kept, as long as it was given nothing: of any
-// epoch, of a log that was trimmed, and of one that is trimmed at the moment.
+// A viewer that cannot get a reset begins at the first chunk that is kept, while it has received
+// nothing. That holds in any epoch, after a trim, and during one.
 func TestViewer_thatCannotBeTold_beginsWhereTheLogDoes(t *testing.T) {
 	push := func(log *storetest.Log, n int) {
 		for range n {
@@ -411,9 +413,9 @@ func TestViewer_thatCannotBeTold_beginsWhereTheLogDoes(t *testing.T) {
 		}
 	}
 	for name, c := range map[string]struct {
-		before func(log *storetest.Log) // it views
-		after  func(log *storetest.Log) // it has viewed what there is
-		more   bool                     // of what comes after
+		before func(log *storetest.Log) // runs while it views
+		after  func(log *storetest.Log) // runs after it has received everything
+		more   bool                     // whether it also gets what comes after
 	}{
 		"trimmed":                     {func(log *storetest.Log) { push(log, 6); log.Trim(3) }, nil, true},
 		"all trimmed":                 {func(log *storetest.Log) { push(log, 6); log.Trim(6) }, func(log *storetest.Log) { push(log, 2) }, true},
@@ -468,7 +470,8 @@ func TestViewer_thatCannotBeTold_beginsWhereTheLogDoes(t *testing.T) {
 	}
 }
 
-// One that is given nothing is overtaken by a log that is trimmed as fast as it grows, and still begins.
+// A viewer that receives nothing is overtaken by a log that is trimmed as fast as it grows, and
+// still begins.
 func TestViewer_thatCannotBeTold_isNotOvertakenForEver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -485,7 +488,7 @@ func TestViewer_thatCannotBeTold_isNotOvertakenForEver(t *testing.T) {
 		h := started(t, cfg, log)
 		log.Hold()
 		w := plainly(t, h, log, Ask{Raw: true})
-		for i := range 20 { // whenever it has learned where the log begins, that is trimmed
+		for i := range 20 { // whenever it has learned where the log begins, that part is trimmed
 			for log.Asked() {
 				log.Snapshot()
 				log.Reply()
@@ -514,7 +517,7 @@ func TestViewer_thatCannotBeTold_isNotOvertakenForEver(t *testing.T) {
 	})
 }
 
-// plainly is now, of a viewer whose connection is never taken over.
+// plainly is now for a viewer whose connection is never taken over.
 func plainly(t *testing.T, h *Hub, log *storetest.Log, a Ask) *watcher {
 	t.Helper()
 	a.Session = "s"
@@ -541,16 +544,17 @@ func plainly(t *testing.T, h *Hub, log *storetest.Log, a Ask) *watcher {
 	return w
 }
 
-// Promise: Ends. A viewer that comes back with the end's number is told so (204) from the moment the end was given out,
-// although the log has not been read since. One that comes back in the middle of an answer costs no read.
+// Promise: Ends. A viewer that reconnects with the end's number gets a 204 as soon as the end was
+// given out, although the log has not been read since. A viewer that reconnects in the middle of an
+// answer costs no read.
 func TestViewer_endThatWasOnlyHeard_isTheEnd(t *testing.T) {
 	for name, c := range map[string]struct {
-		last   string // is heard live
-		ends   bool   // the log has ended by it
-		more   bool   // another chunk is heard after it
+		last   string // heard live
+		ends   bool   // whether it ends the log
+		more   bool   // whether another chunk is heard after it
 		cursor int64
 		want   Cause
-		reads  int // that the viewer costs beside the one that the feed does by itself
+		reads  int // reads that the viewer costs, besides the one that the feed makes anyway
 	}{
 		"the end":                   {`{"seq":3,"ts":1795424741692,"type":"end"}`, true, false, 3, Ended, 1},
 		"the end, by latest":        {`{"seq":3,"ts":1795424741692,"type":"end"}`, true, false, Latest, Ended, 1},
@@ -687,7 +691,7 @@ func TestHub_drain_spreadsViewers(t *testing.T) {
 	})
 }
 
-// A viewer is held while Redis is away, from the beginning if need be.
+// A viewer is held while Redis is unreachable, even from the beginning.
 func TestViewer_redisAway_isHeld(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &flaky{Log: &storetest.Log{}}
@@ -729,7 +733,7 @@ func TestViewer_redisAway_isHeld(t *testing.T) {
 	})
 }
 
-// Feeds outlive their last viewer a little, and then let go.
+// Feeds outlive their last viewer a little, and are then dropped.
 func TestFeed_lingers_thenLetsGoOfItsSubscription(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -754,8 +758,7 @@ func TestFeed_lingers_thenLetsGoOfItsSubscription(t *testing.T) {
 	})
 }
 
-// Where there are as many feeds as there may be, one that nobody views makes room, the longest idle first; one that is viewed
-// does not.
+// At the limit of feeds, the longest idle one makes room. A feed with viewers does not.
 func TestHub_idleFeedsMakeRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -779,7 +782,7 @@ func TestHub_idleFeedsMakeRoom(t *testing.T) {
 		if h.feeds["b"] != nil || h.feeds["a"] == nil || len(h.feeds) != 3 {
 			t.Errorf("the feeds are %v", slices.Sorted(maps.Keys(h.feeds)))
 		}
-		again := view("a") // is idle no more
+		again := view("a") // no longer idle
 		if v, err := h.View(Ask{Session: "d"}); !errors.Is(err, ErrFull) {
 			t.Errorf("%v, %v", v, err)
 		}
@@ -790,7 +793,7 @@ func TestHub_idleFeedsMakeRoom(t *testing.T) {
 	})
 }
 
-// A feed of a session that does not exist goes with its last viewer.
+// The feed of a session that does not exist is dropped with its last viewer.
 func TestHub_nothingLingersForAnAbsentLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -807,7 +810,7 @@ func TestHub_nothingLingersForAnAbsentLog(t *testing.T) {
 	})
 }
 
-// One read of the history serves all who come at once.
+// One read of the history serves all viewers that come at once.
 func TestHub_storm_oneHistoryRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -834,7 +837,7 @@ func TestHub_storm_oneHistoryRead(t *testing.T) {
 	})
 }
 
-// Promise: Independent. A viewer that is stalled keeps one segment, and delays nobody.
+// Promise: Independent. A stalled viewer holds one segment, and delays nobody.
 func TestViewer_stalled_delaysNobodyAndGetsEverything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -894,7 +897,7 @@ func TestWriter_socketTakesNothing_isSlow(t *testing.T) {
 	})
 }
 
-// flaky is a log that is away at times.
+// flaky is a log that is unreachable at times.
 type flaky struct {
 	*storetest.Log
 	away atomic.Bool
@@ -909,7 +912,7 @@ func (f *flaky) Read(ctx context.Context, session string, from int64, bytes, cou
 	return f.Log.Read(ctx, session, from, bytes, count)
 }
 
-// Property: memory gives exactly what was put in, within its limit, from any cursor.
+// Property: memory returns exactly what was put in, within its limit, from any cursor.
 func TestMemory_givesWhatWasPutIn(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		limit := rapid.SampledFrom([]int{0, 1, 100, 1000, 50_000, 1 << 30}).Draw(rt, "limit")
@@ -924,7 +927,7 @@ func TestMemory_givesWhatWasPutIn(t *testing.T) {
 				rt.Fatalf("%d bytes are kept, %d allowed", m.size, limit)
 			}
 		}
-		for n, m := range older { // also those that were not the last: nothing behind them shows
+		for n, m := range older { // older ones, too: they do not see what was appended later
 			for cursor := int64(0); cursor <= int64(n+1); cursor++ {
 				got, last, _, ok := m.after(cursor, 1<<40, false)
 				if ok != (cursor+1 >= m.firstSeq()) {
@@ -941,7 +944,7 @@ func TestMemory_givesWhatWasPutIn(t *testing.T) {
 	})
 }
 
-// Whatever an element holds, its event is one event, and says what the element says.
+// Whatever an element contains, its event is one event, and says what the element says.
 func FuzzEvent(f *testing.F) {
 	for _, s := range []string{`{"a":1}`, "x\n\nid: 9\ndata: y", "\r", "data: \xff", "", "{\"a\":\"\u2028\"}", "\x00", "\ufeff{}"} {
 		f.Add(int64(7), s)
@@ -968,7 +971,7 @@ func FuzzEvent(f *testing.F) {
 	})
 }
 
-// A viewer that is stalled leaves on time all the same.
+// A stalled viewer leaves on time nevertheless.
 func TestHub_drain_stalledViewer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -992,8 +995,8 @@ func TestHub_drain_stalledViewer(t *testing.T) {
 	})
 }
 
-// The log was trimmed behind the back of a node that heard nothing of it: one reset,
-// not a war between what the feed knows and what the log says.
+// The log was trimmed, and a node heard nothing of it. The viewer gets one reset, not an endless
+// exchange between what the feed knows and what the log says.
 func TestViewer_trimmedBeyondTheWindow_oneReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -1020,7 +1023,7 @@ func TestViewer_trimmedBeyondTheWindow_oneReset(t *testing.T) {
 	})
 }
 
-// A viewer that has caught up keeps nothing of the history.
+// A viewer that has caught up holds nothing of the history.
 func TestViewer_caughtUp_keepsNoPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -1055,7 +1058,7 @@ func TestViewer_caughtUp_keepsNoPage(t *testing.T) {
 	})
 }
 
-// Reading the log and finding nothing new wakes nobody.
+// A read that finds nothing new wakes nobody.
 func TestFeed_reconciles_wakesNobodyForNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}
@@ -1074,8 +1077,8 @@ func TestFeed_reconciles_wakesNobodyForNothing(t *testing.T) {
 	})
 }
 
-// Behind the end of a response its connection is another request's: a node that drains
-// leaves it alone.
+// After the end of a response, its connection belongs to another request. A node that drains leaves
+// it alone.
 func TestWriter_leaveBehindTheEnd_touchesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := started(t, testConfig(), &storetest.Log{})

@@ -13,41 +13,41 @@ import (
 	"time"
 )
 
-// Writer writes one SSE response, in pieces that a socket takes at once, and notices a
-// socket that takes nothing.
+// Writer writes one SSE response, in pieces that a socket takes at once. It detects a socket that
+// takes nothing.
 //
-// A write deadline alone cannot tell a slow reader from a dead one: the kernel takes
-// megabytes for a reader, and then nothing for a long while, although bytes leave all
-// the time. So the send buffer is small, a write is at most 16 KiB, and one that is
-// blocked is given up only when the peer has acknowledged nothing for the time-out.
+// A write deadline alone cannot tell a slow reader from a dead one. The kernel takes megabytes for
+// a reader and then nothing for a long while, although bytes leave all the time. So the send buffer
+// is small and a write is at most 16 KiB. A blocked write fails only after the peer has
+// acknowledged nothing for the timeout.
 type Writer struct {
 	out     out
-	conn    net.Conn // nil where several responses share it, as in HTTP/2
+	conn    net.Conn // nil if several responses share it, as in HTTP/2
 	http10  bool
 	timeout time.Duration
 	wrote   time.Time // when the last write ended
 	err     error
 
 	left    chan struct{} // closed by leave
-	why     Cause         // given to leave, before left is closed
+	why     Cause         // the cause that leave was given, set before left is closed
 	writing atomic.Uint64 // odd while a write is under way
 
 	mu      sync.Mutex
 	leaving bool
 	watch   *time.Timer // runs look
-	seen    uint64      // what look saw last: writing,
-	acked   uint64      // the bytes that the peer had acknowledged,
-	since   time.Time   // and when that changed
+	seen    uint64      // the value of writing at the last look
+	acked   uint64      // the bytes that the peer had acknowledged then
+	since   time.Time   // when one of the two last changed
 }
 
-// out is where a response goes.
+// out is the destination of a response.
 type out interface {
 	io.Writer
 	Flush() error
 	SetWriteDeadline(time.Time) error
 }
 
-// response is a server's own.
+// response is the out of net/http.
 type response struct {
 	http.ResponseWriter
 	*http.ResponseController
@@ -55,53 +55,53 @@ type response struct {
 
 type connKey struct{}
 
-// WithConn gives a request's context the connection that it came on
-// (http.Server.ConnContext), for Hub.NewWriter.
+// WithConn stores a request's connection in its context (http.Server.ConnContext), for
+// Hub.NewWriter.
 func WithConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
 
-// Conn is the connection that a request came on, or nil.
+// Conn returns the connection that a request came on, or nil.
 func Conn(ctx context.Context) net.Conn {
 	c, _ := ctx.Value(connKey{}).(net.Conn)
 	return c
 }
 
-// sendBuffer is what the kernel is asked to hold for a viewer: enough for 3 MB/s over
-// 10 ms, little enough that a viewer's pace shows.
+// sendBuffer is the size of a viewer's send buffer in the kernel. It suffices for 3 MB/s over 10
+// ms, and is small enough that a viewer's pace shows.
 const sendBuffer = 32 << 10
 
-// sharedBuffer is the same for a connection of many streams (HTTP/2): what one of them has
-// put into it is in front of all others.
+// sharedBuffer is the same for a connection of many streams (HTTP/2), where the bytes of one stream
+// delay all others.
 const sharedBuffer = 4 * sendBuffer
 
 var errLeft = errors.New("the response has to end")
 
-// NewWriter begins the response: status 200, the headers of a stream, nothing of it
-// kept back. End must be called.
+// NewWriter begins the response: status 200, the headers of a stream, and no buffering. The caller
+// must call End.
 func (h *Hub) NewWriter(to http.ResponseWriter, r *http.Request) *Writer {
 	conn := Conn(r.Context())
 	switch {
 	case conn == nil:
 	case r.ProtoMajor != 1:
 		setSendBuffer(conn, sharedBuffer)
-		conn = nil // what its peer acknowledges is perhaps another stream's
+		conn = nil // the bytes that its peer acknowledges may be another stream's
 	default:
 		setSendBuffer(conn, sendBuffer)
 	}
 	ctl := http.NewResponseController(to)
-	_ = ctl.SetWriteDeadline(time.Time{}) // the server's own is for responses that end soon
+	_ = ctl.SetWriteDeadline(time.Time{}) // the server's own deadline is for short responses
 	w := h.newWriter(response{to, ctl}, conn)
 	w.http10 = conn != nil && r.ProtoMinor == 0
 	streamHeader(to.Header())
 	if r.ProtoMajor == 2 && h.leaving.Err() != nil {
-		to.Header().Set("Connection", "close") // it makes a GOAWAY of it: else the viewer would come back on this connection
+		to.Header().Set("Connection", "close") // net/http sends a GOAWAY for it: otherwise the viewer would reconnect on this connection
 	}
 	to.WriteHeader(http.StatusOK)
 	return w
 }
 
-// newWriter begins to watch over the writes of a response. stop ends that.
+// newWriter begins to supervise the writes of a response. stop ends that.
 func (h *Hub) newWriter(to out, conn net.Conn) *Writer {
 	w := &Writer{out: to, conn: conn, timeout: h.cfg.WriteTimeout, wrote: time.Now(), left: make(chan struct{})}
 	w.mu.Lock()
@@ -110,23 +110,23 @@ func (h *Hub) newWriter(to out, conn net.Conn) *Writer {
 	return w
 }
 
-// Head is the response to a HEAD: what a stream begins with, and no stream.
+// Head responds to a HEAD: the headers of a stream, without the stream.
 func Head(to http.ResponseWriter) {
 	streamHeader(to.Header())
 	to.WriteHeader(http.StatusOK)
 }
 
-// streamHeader is the header of every stream.
+// streamHeader sets the headers of every stream.
 func streamHeader(header http.Header) http.Header {
 	header.Set("Content-Type", "text/event-stream")
 	header.Set("Cache-Control", "no-cache, no-transform")
 	header.Set("X-Accel-Buffering", "no") // nginx
-	header.Set("Incremental", "?1")       // RFC 10036: to be passed on as it comes
+	header.Set("Incremental", "?1")       // RFC 10036: intermediaries should forward it as it comes
 	return header
 }
 
-// write returns when the kernel has all of p, or with the error that ends the response: errLeft
-// if that has to end and nothing of p was written.
+// write returns when the kernel has all of p, or with the error that ends the response. That is
+// errLeft if the response must end and nothing of p was written.
 func (w *Writer) write(p []byte) error {
 	var until time.Time
 	for begun := false; len(p) > 0 && w.err == nil; begun = true {
@@ -140,7 +140,7 @@ func (w *Writer) write(p []byte) error {
 				w.err = errLeft
 			case w.why != Expired:
 				w.err = os.ErrDeadlineExceeded
-			default: // what is half written is finished: the last event is to be read
+			default: // finish what is half written, so that the last event can be read
 				if until.IsZero() {
 					until = time.Now().Add(lastWord)
 				}
@@ -162,8 +162,8 @@ func (w *Writer) put(p []byte) {
 	}
 }
 
-// look runs four times in the write timeout, so that a write itself sets no timer. A
-// write is over when it is the same one, and no byte of it was acknowledged, for that long.
+// look runs four times per write timeout, so that a write itself sets no timer. It fails a write
+// that has stayed the same, without an acknowledged byte, for the timeout.
 func (w *Writer) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -186,9 +186,10 @@ func (w *Writer) look() {
 	}
 }
 
-// leave has the response end now for a cause of ours, even if its socket takes nothing. The
-// first cause counts. It may come late: behind End the connection is another request's. The deadline
-// is for a write that is under way, and no other: HTTP/2 ends a stream by it, and last has still something to say.
+// leave ends the response for a cause of ours, even while the socket is blocked. The first cause
+// counts. It may be called after End, when the connection serves another request. It sets a
+// deadline only for a write under way: an expired deadline ends an HTTP/2 stream, and last may
+// still have to write.
 func (w *Writer) leave(c Cause) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -202,16 +203,16 @@ func (w *Writer) leave(c Cause) {
 		return
 	}
 	now := time.Now()
-	if c == Expired { // an event that is half written is finished, if the socket takes it: the last one is to be read
+	if c == Expired { // a half-written event is finished if the socket takes it, so that the last one can be read
 		now = now.Add(lastWord)
 	}
 	_ = w.out.SetWriteDeadline(now)
 }
 
-// lastWord is how long a viewer whose right has run out has to take what is being written.
+// lastWord is how long a viewer whose permission has expired has to take what is being written.
 const lastWord = time.Second
 
-// last writes after leave, if the socket takes it at once and nothing is half written.
+// last writes after leave, if the socket takes it at once and no event is half written.
 func (w *Writer) last(p []byte) {
 	if w.err == errLeft {
 		w.err = nil
@@ -222,7 +223,7 @@ func (w *Writer) last(p []byte) {
 	}
 }
 
-// cause names why a write failed.
+// cause returns why a write failed.
 func (w *Writer) cause() Cause {
 	select {
 	case <-w.left:
@@ -235,14 +236,17 @@ func (w *Writer) cause() Cause {
 	return Gone
 }
 
-// End ends the response as its cause demands: by returning nil, which ends it as HTTP
-// ends one, or by a panic with http.ErrAbortHandler, which breaks the connection off.
+// End ends the response as its cause demands. It returns nil for a clean end, or panics with
+// http.ErrAbortHandler, which breaks the connection off.
 func (w *Writer) End(c Cause) error {
 	w.stop()
 	if c.Clean() {
+		if w.err == nil || w.err == errLeft { // leave may have set a deadline for a write that was just over
+			_ = w.out.SetWriteDeadline(time.Now().Add(w.timeout))
+		}
 		return nil
 	}
-	if w.http10 { // its responses have no end but that of the connection: a reset says it was none
+	if w.http10 { // its responses end only with the connection: a reset shows that this is no regular end
 		if tcp := tcpConn(w.conn); tcp != nil {
 			_ = tcp.SetLinger(0)
 		}
@@ -250,7 +254,7 @@ func (w *Writer) End(c Cause) error {
 	panic(http.ErrAbortHandler)
 }
 
-// stop ends the watch over writes: behind it the connection is another's.
+// stop ends the supervision of writes, because the connection then belongs to another request.
 func (w *Writer) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -258,9 +262,9 @@ func (w *Writer) stop() {
 	w.watch.Stop()
 }
 
-// Refuse sends a viewer away before its first event, in the only way after which every
-// client comes back: a stream that says when, and breaks off. Where there was no room for it
-// (Full), that is later: those who are refused are not to be all that a node does.
+// Refuse sends a viewer away before its first event, in the only way after which every client
+// reconnects: a stream that says when, and breaks off. If the node is full (Full), clients
+// reconnect later, so that refusals do not keep the node busy.
 func (w *Writer) Refuse(c Cause) error {
 	after := retry()
 	if c == Full {
@@ -270,7 +274,7 @@ func (w *Writer) Refuse(c Cause) error {
 	return w.End(c)
 }
 
-// tcpConn is what is under TLS, and under whoever counts connections.
+// tcpConn returns the TCP connection under TLS and other wrappers, or nil.
 func tcpConn(c net.Conn) *net.TCPConn {
 	for {
 		t, ok := c.(interface{ NetConn() net.Conn })

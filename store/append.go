@@ -12,66 +12,60 @@ import (
 type Batch struct {
 	Chunks   []Chunk
 	Producer Producer
-	// Life is what a former Append of the same upload was told, or 0: when the session was
-	// deleted since, the error is ErrSessionDeleted, also if it was made anew. NoNew: no session is
-	// made for it.
+	// Life is the Appended.Life of an earlier Append of the same upload, or 0. If the session was deleted since, the
+	// error is ErrSessionDeleted, even if the session exists again. With NoNew, Append does not create the session.
 	Life int64
-	// Lease is asked for by the messages of this batch, if not 0: each ends as failed when
-	// for so long no append belongs to it or names it.
+	// Lease, if not 0, is the lease of this batch's messages: a message fails after this time without an append that
+	// adds to it or names it.
 	Lease time.Duration
-	// Hold is what becomes of Messages, the open ones of an upload, which Token names: one
-	// word, of its own. Without a Hold they are messages that are named to renew their lease,
-	// or to begin it.
+	// Hold is the state of the upload that holds Messages, its open messages. Token names the upload: one word, unique
+	// to it. Without a Hold, Append renews the lease of Messages, or begins them.
 	Hold     Hold
 	Token    string
 	Messages []string
 }
 
-// Producer is whose numbers the chunks of a batch have. Without an ID they have none.
+// Producer says whose numbers the chunks of a batch have. Without an ID they have none.
 type Producer struct {
 	ID     string
 	Epoch  int64
 	Number int64 // of the first chunk; from 0 in each epoch
 }
 
-// Hold says how it stands with an upload.
+// Hold is the state of an upload.
 type Hold string
 
 const (
-	HoldNone   Hold = ""       // it is no upload
-	HoldOpen   Hold = "open"   // it is under way: a sign of life of its messages, for as long as Config.Grace
-	HoldLook   Hold = "look"   // the same, and an error if one of them was ended from elsewhere
-	HoldClosed Hold = "closed" // it has ended as it should
-	HoldLeft   Hold = "left"   // it was answered before its end: its producer may go on in another way
-	HoldBroken Hold = "broken" // its connection broke: its messages fail, at once or after the grace
+	HoldNone   Hold = ""       // the batch is not an upload
+	HoldOpen   Hold = "open"   // it is under way: a sign of life for its messages, for as long as Config.Grace
+	HoldLook   Hold = "look"   // the same, and an error if another caller ended one of them
+	HoldClosed Hold = "closed" // it has ended properly
+	HoldLeft   Hold = "left"   // it got its response before its end: its producer may continue in another way
+	HoldBroken Hold = "broken" // its connection broke: its messages fail, at once or after the grace period
 )
 
 // Appended says where the chunks of a batch are in the log.
 type Appended struct {
 	Epoch string
-	// First and Last are the numbers of the batch's first and last chunk. Without a
-	// producer's numbers, those between are its own as well. 0: chunks were known by their
-	// producer's numbers, which are too old for the log to say where they are.
+	// First and Last are the numbers of the batch's first and last chunk. Without producer numbers, all numbers between
+	// them belong to the batch. They are 0 if the log contains the chunks' producer numbers, but no longer says which
+	// chunks have them.
 	First, Last int64
-	// Count is how many chunks of the log the batch is, and Known how many of them were
-	// there before.
+	// Count is the number of the batch's chunks in the log. Known is how many of them were there before.
 	Count, Known int
 	Life         int64
-	Made         bool // the session was made for it
+	Made         bool // Append created the session
 }
 
-// NoNew is the Batch.Life of an append to a session that has to be there (ErrNotMade).
+// NoNew is the Batch.Life of an append to a session that must exist (ErrNotMade).
 const NoNew = -1
 
-// Append adds a batch to the log of a session, which is made if need be: all of its
-// chunks, or, with an error, none. Chunks that the log has under the same producer's
-// numbers are not added again.
+// Append adds a batch to the log of a session, and creates the session if necessary. It adds all chunks or, with an
+// error, none. It does not add chunks again that the log contains under the same producer's numbers.
 //
-// Errors: *RefusedError with ErrSessionEnded, *MessageEndedError or ErrProducerConflict
-// in it, ErrSessionEnded or *MessageEndedError where no chunk is to blame,
-// ErrSessionDeleted, *FullError (in a *RefusedError, if a chunk is to blame), ErrNotMade,
-// *FencedError, *GapError, ErrAway (surely nothing was stored),
-// ErrOutcomeUnknown.
+// If a chunk is to blame, the error is a *RefusedError that wraps ErrSessionEnded, *MessageEndedError, *FullError or
+// ErrProducerConflict. Otherwise it is ErrSessionEnded, *MessageEndedError, *FullError, ErrSessionDeleted, ErrNotMade,
+// *FencedError, *GapError, ErrAway (surely nothing was stored) or ErrOutcomeUnknown.
 func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, error) {
 	a, err := s.appendOnce(ctx, session, b)
 	if err == nil {
@@ -81,10 +75,10 @@ func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, 
 	return a, err
 }
 
-// appendOnce appends what of b the log does not have.
+// appendOnce appends the part of b that the log does not contain.
 func (s *Store) appendOnce(ctx context.Context, session string, b Batch) (Appended, error) {
 	var all Appended
-	skipped := 0 // chunks of b that were found in the log
+	skipped := 0 // chunks of b that the log already contained
 	for {
 		a, known, err := s.append(ctx, session, b)
 		if err == nil && known != nil {
@@ -99,7 +93,7 @@ func (s *Store) appendOnce(ctx context.Context, session string, b Batch) (Append
 				continue
 			}
 		}
-		if len(b.Chunks) == 0 && all.Known > 0 && over(err) { // what has ended since is no matter to what is known
+		if len(b.Chunks) == 0 && all.Known > 0 && over(err) { // stored chunks stay valid, whatever has ended since
 			return all, nil
 		}
 		if refused, ok := errors.AsType[*RefusedError](err); ok {
@@ -111,13 +105,13 @@ func (s *Store) appendOnce(ctx context.Context, session string, b Batch) (Append
 	}
 }
 
-// over says whether err is only that nothing more is wanted.
+// over reports whether err only means that the log or the message has ended.
 func over(err error) bool {
 	_, ended := errors.AsType[*MessageEndedError](err)
 	return ended || errors.Is(err, ErrSessionEnded)
 }
 
-// add puts what follows behind a.
+// add appends the chunks after a.
 func (a *Appended) add(next Appended) {
 	if next.Count == 0 {
 		if a.Count == 0 {
@@ -133,7 +127,7 @@ func (a *Appended) add(next Appended) {
 	a.Known += next.Known
 }
 
-// append is one call of a script: of the one that knows every case, if there may be more to it than most have.
+// append makes one call of a script. It uses append.lua unless push.lua can handle the batch.
 func (s *Store) append(ctx context.Context, session string, b Batch) (Appended, *known, error) {
 	size := 0
 	for _, c := range b.Chunks {
@@ -198,15 +192,15 @@ func (b Batch) token() string {
 	return b.Token
 }
 
-// other is what push.lua answers to an append that it leaves to append.lua.
+// other is the reply of push.lua to an append that it leaves to append.lua.
 const other = "other"
 
-// again is what a script answers that has done a slice of what has to be done first, or has not had its turn yet (log.lua: slice,
-// run.lua).
+// again is the reply of a script that has done a slice of work that must come first, or that has not had its turn yet
+// (log.lua: slice, run.lua).
 const again = "again"
 
-// ordinary says whether push.lua may know what is to be done: chunks that leave the one message open which they belong to, if any,
-// of nobody with numbers, who asks for no lease, and holds no other message.
+// ordinary reports whether push.lua can handle the batch: only chunks of one message, or of none, that leave it open;
+// no producer numbers, no lease, no other held message.
 func (b Batch) ordinary() bool {
 	if len(b.Chunks) == 0 || len(b.Chunks) > pushMost || b.Producer.ID != "" || b.Lease != 0 || b.Hold != HoldNone && b.Hold != HoldOpen {
 		return false
@@ -223,10 +217,10 @@ func (b Batch) ordinary() bool {
 	return len(b.Messages) == 1 && b.Messages[0] == id
 }
 
-// pushMost is how many chunks push.lua is given: it takes them apart in one go, and Lua has a limit.
+// pushMost is the most chunks that push.lua gets: it unpacks them in one call, which Lua limits.
 const pushMost = 256
 
-// pushed are what push.lua is told.
+// pushed returns the arguments for push.lua.
 func (b Batch) pushed() []any {
 	token := ""
 	if len(b.Messages) > 0 {
@@ -240,7 +234,7 @@ func (b Batch) pushed() []any {
 	return args
 }
 
-// arguments are what append.lua is told.
+// arguments returns the arguments for append.lua.
 func (b Batch) arguments() []any {
 	args := make([]any, 0, 8+len(b.Messages)+6*len(b.Chunks))
 	if b.Life == 0 && b.Producer.ID == "" && b.Lease == 0 && b.Hold == HoldNone && len(b.Messages) == 0 {
@@ -265,8 +259,7 @@ func (b Batch) arguments() []any {
 	return args
 }
 
-// replyFields reads a script's reply, whose numbers come as text or as integers, and
-// keeps the first mistake.
+// replyFields reads a script's reply, whose numbers are text or integers. It keeps the first error.
 type replyFields struct {
 	all []any
 	err error

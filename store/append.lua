@@ -1,17 +1,18 @@
 -- Checks, numbers, pushes, trims, refreshes and publishes chunks: all of them, or none. Its arguments:
 --
---   how many of the following there are (0: it is an append that nothing is to be known of), and they:
---     which life of the session the upload began in, or 0: a deleted one is not gone on with; -1: no session is
---       made for it
---     the producer's id, or nothing; its epoch; its number of the first chunk
---     the lease (ms) that is asked for, or 0
---     what becomes of the messages that the upload holds: open (it goes on), look (the same, and may it?), closed (it
---       has ended), left (it was answered before its end), broken (its connection was); nothing for what is no upload
---     a token that is the upload's own
---     those messages
---   and then for each chunk: the message it belongs to; what it does (nothing, or its type: message, done,
+--   the number of arguments in the following group (0: an append without any of them), and the group:
+--     the incarnation of the session in which the upload began, or 0; an upload does not continue in a deleted
+--       session; -1: do not create the session
+--     the producer's id, or empty; its epoch; its number for the first chunk
+--     the requested lease (ms), or 0
+--     the state of the upload that holds the messages: open (it continues), look (it continues if it is allowed
+--       to), closed (it has ended), left (it got its response before its end), broken (its connection failed);
+--       empty for an append that is not an upload
+--     the upload's token
+--     the messages that it holds
+--   and then for each chunk: the message it belongs to; what it does (empty, or its type: message, done,
 --   failed, cancelled, end); its members as text, without the opening brace; and for a producer with numbers:
---   how many numbers it takes; how many bytes of the members were filled in; c, or t if it takes a number a byte
+--   how many numbers it uses; how many bytes of the members the server added; c, or t if it uses one number per byte
 local skip, stride, chunks
 local life, producer, epoch, number, lease, hold, token, held, is_held
 local none, grace = {}, tonumber(ARGV[9])
@@ -39,19 +40,21 @@ local function refuse(...)
   return answer(...)
 end
 
--- A producer's numbers go on without a hole in each of its epochs. p:<id> is
+-- A producer's numbers are consecutive within each of its epochs. p:<id> is
 --
 --   <epoch> <the next number> <seq of its newest chunk> <seq of the first of its newest run> <c|t> <filled>
 --
--- and a run is consecutive chunks of the log whose numbers are consecutive as well, all alike: a member of the
--- sorted set at KEYS[4], in the order of
+-- A run is a sequence of similar chunks in the log whose producer numbers are consecutive too. It is a member of the
+-- sorted set at KEYS[4]:
 --
 --   <id> <number of the first, 16 digits> <its seq> <c|t> <filled>
 --
--- in which a number is found without a scan. Runs of text are short, since a number's place in them is not known.
+-- The order of the set finds a number without a scan. Runs of text are short, because the place of a number in them is
+-- unknown.
 -- d:<id> is the epoch of a producer whose session was deleted.
--- has_room says whether the log may have another message or producer, and counts it in. The hash has a dozen fields
--- beside their names.
+--
+-- has_room reports whether the log may have another message or producer, and counts it. The hash has a dozen fields
+-- besides messages and producers.
 local room
 local function has_room()
   room = (room or tonumber(ARGV[10]) + 12 - redis.call('HLEN', session)) - 1
@@ -61,7 +64,7 @@ end
 local position, behind
 local function place(n) return producer .. ' ' .. string.format('%016.0f', n) end
 
--- locate finds out where the producer has got to, and refuses what does not go on there.
+-- locate finds the producer's position, and refuses numbers that do not continue from there.
 local function locate(runs)
   local text = log and redis.call('HGET', session, 'p:' .. producer)
   local gone = log and log.deletions > 0 and redis.call('HGET', session, 'd:' .. producer)
@@ -70,7 +73,7 @@ local function locate(runs)
     local e, n, seq, first, form, filled = text:match('^(%d+) (%d+) (%d+) (%d+) (%l) (%d+)$')
     position = { text = text, epoch = tonumber(e), next = tonumber(n), seq = tonumber(seq), first = tonumber(first), form = form, filled = filled }
   end
-  if position and runs == 0 then position.first = 0 end -- the index has died with the list
+  if position and runs == 0 then position.first = 0 end -- the index expired with the list
   if position and epoch < position.epoch then return refuse('producer_fenced', int(position.epoch)) end
   if not position or epoch > position.epoch then
     if number > 0 then return refuse('producer_gap', '0') end
@@ -78,7 +81,7 @@ local function locate(runs)
   elseif number > position.next then
     return refuse('producer_gap', int(position.next))
   elseif number < position.next and chunks == 0 then
-    behind = true -- it sends again what is known: no matter what has ended since
+    behind = true -- it repeats stored chunks, so it does not matter what has ended since
   elseif number < position.next then
     local to = number
     for i = 1, chunks do to = to + tonumber(field(i, 4)) end
@@ -90,9 +93,9 @@ local function locate(runs)
   end
 end
 
--- advance writes down where the producer has got to. Its chunks are those that come after head. It is done before they
--- are pushed, and undone where that fails (retreat): so that a script that fails halfway never leaves chunks that would
--- be stored once more when they are sent again.
+-- advance records the producer's new position. The producer's chunks are those after head. The script calls it before
+-- it pushes them, and calls retreat if the push fails: a script that fails halfway never leaves chunks that a retry
+-- would store again.
 local function advance(head)
   local seq, runs = head, {}
   position.runs = runs
@@ -117,9 +120,9 @@ local function advance(head)
     write('HSET', session, 'numbered', '1')
   end
   if position.fresh and log.deletions > 0 then write('HDEL', session, 'd:' .. producer) end
-  -- Runs whose chunks are all gone. A producer has no end, so some of all producers' are looked at, at random: about
-  -- three times as many as were added, a stretch of neighbours at once, since a run ends where the next one begins. A
-  -- stretch goes backwards, so that the first runs are met as often as others.
+  -- Removes runs whose chunks are all trimmed. Producers never end, so this checks random runs of all producers: about
+  -- three times as many as were added. It reads neighbours together, because a run ends where the next one begins. It
+  -- reads them backwards, so that first runs are found as often as others.
   local added, stretch, gone = #runs / 2, 24, {}
   if log.base > 0 and added > 0 then
     for _, start in ipairs(redis.call('ZRANDMEMBER', index, math.ceil((2 + 3 * added) / stretch))) do
@@ -134,25 +137,26 @@ local function advance(head)
   end
 end
 
--- retreat undoes that, as far as Redis lets it.
+-- retreat undoes advance, as far as Redis allows.
 local function retreat()
   for i = 2, #position.runs, 2 do redis.pcall('ZREM', index, position.runs[i]) end
   if position.text then redis.pcall('HSET', session, 'p:' .. producer, position.text)
   else redis.pcall('HDEL', session, 'p:' .. producer) end
 end
 
--- What becomes of a message's lease when something of it is heard. An upload that holds it is not touched, nor is
--- the grace that it left to its producer; but the producer that is back needs none.
+-- hear updates a message's lease after a sign of life. It does not change the upload that holds the message, nor the
+-- grace period granted to an absent producer. A producer that is back needs no grace.
 local function hear(id, has_chunk)
   local m = message(id)
   begin_message(m, has_chunk)
   if lease > 0 and m.length ~= lease then m.length, m.changed, m.deadline = lease, true, nil end
-  if is_held[id] and hold ~= '' then return end -- the upload says what becomes of it
+  if is_held[id] and hold ~= '' then return end -- hear_all handles the upload's own messages
   local back = m.producer == producer
   if m.token == '-' or m.token == '~' and back then
     rest(m)
   elseif back and producer ~= '' then
-    -- By its numbers its upload is no more: it may not know that yet. If it does go on, it holds the message again.
+    -- The producer's numbers show that its upload is gone, though the upload may not know yet. If it continues, it
+    -- holds the message again.
     m.token, m.changed = '~', true
     renew(m, math.max(m.length, grace))
   elseif m.length > 0 then
@@ -160,12 +164,12 @@ local function hear(id, has_chunk)
   end
 end
 
--- hear_all has the messages hear of their chunks, and of what becomes of the upload.
+-- hear_all updates messages after their chunks, and after a change of the upload that holds them.
 local function hear_all()
   for i = 1, chunks do
     local id, kind = field(i, 1), field(i, 2)
     if id == '' or kind == 'end' then
-      -- It is of no message.
+      -- It belongs to no message.
     elseif kind == '' or kind == 'message' and message(id).open then
       hear(id, true)
     elseif kind ~= 'message' then
@@ -182,8 +186,8 @@ local function hear_all()
     elseif hold == '' then
       if lease > 0 or m.length > 0 then hear(id) end
     elseif hold == 'open' or hold == 'look' then
-      -- The newest upload of a producer holds the message; one of another producer's only when nobody does. One
-      -- that sends again what is known does not begin it anew.
+      -- A producer's newest upload holds the message. An upload of another producer holds it only if no other upload
+      -- does. An upload that repeats stored chunks does not reopen it.
       if m.open or not behind then
         hear(id)
         if ours or m.token == '-' or m.producer == producer and hold == 'open' then
@@ -192,7 +196,7 @@ local function hear_all()
         end
       end
     elseif not m.open or not ours and m.token ~= '-' then
-      -- It is another's to say.
+      -- Another upload decides.
     elseif hold == 'closed' then
       rest(m)
       if m.new and m.length == 0 then m.dropped, m.changed = true, true end
@@ -214,10 +218,10 @@ local function work()
   must_write()
   take_arguments()
   position, behind, room = nil, false, nil
-  local runs = producer ~= '' and redis.call('ZCARD', index) -- it fails on a key of another type
+  local runs = producer ~= '' and redis.call('ZCARD', index) -- fails if the key has another type
   local first = chunks > 0 and field(1, 1)
   open(first ~= '' and first or nil)
-  if log and (log.learned or log.unfinished) then return refuse('again') end -- which messages have ended is not known yet
+  if log and (log.learned or log.unfinished) then return refuse('again') end -- which messages have ended is still unknown
   if log and life > 0 and log.deletions + 1 > life then return refuse('session_deleted') end
   if producer ~= '' then
     local refusal = locate(runs)
@@ -252,7 +256,7 @@ local function work()
     end
     ended = kind == 'end'
   end
-  if writes then redis.call('ZCARD', opens) end -- it fails as well
+  if writes then redis.call('ZCARD', opens) end -- fails if the key has another type
   if chunks == 0 and not behind and (hold == '' or hold == 'look') then
     if ended and (hold == 'look' or #held > 0) then return refuse('session_ended', -1) end
     for _, id in ipairs(held) do
@@ -269,12 +273,12 @@ local function work()
 
   local made = not log or log.deleted
   if made then
-    -- A message that is named makes no session, unless something is to become of it.
+    -- Naming a message creates no session unless the call changes the message.
     if chunks == 0 and producer == '' and hold == '' and lease == 0 then return refuse('nothing', log and log.last or 0) end
     if life < 0 then return refuse('not_made') end
     if log then revive() else make() end
   end
-  -- Nothing is refused any more.
+  -- From here on the script refuses nothing.
 
   local head, members = log.last, {}
   for i = 1, chunks do members[i] = field(i, 3) end

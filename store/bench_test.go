@@ -10,11 +10,11 @@ import (
 	"gapless/store/storetest"
 )
 
-// What an append and a read cost with a real Redis, from one caller and from many at once.
+// These benchmarks measure an append and a read with a real Redis, for one caller and for many at once.
 
 func BenchmarkAppend(b *testing.B) { appendBy(b, func(*store.Store) {}) }
 
-// The same without the script of ordinary appends, for comparison.
+// The same without push.lua, for comparison.
 func BenchmarkAppend_byTheScriptThatKnowsEveryCase(b *testing.B) {
 	appendBy(b, (*store.Store).Thorough)
 }

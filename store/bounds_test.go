@@ -11,8 +11,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// A log keeps its newest chunks, within so many bytes and so many chunks, and says where they begin. The newest is kept
-// whatever its size.
+// A log keeps its newest chunks, within its limits of bytes and chunks, and reports where they begin. The newest chunk
+// is kept whatever its size.
 func TestHistoryBytes_keepsTheNewest(t *testing.T) {
 	const most = 4 << 10
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
@@ -45,7 +45,7 @@ func TestHistoryBytes_keepsTheNewest(t *testing.T) {
 	}
 }
 
-// The same holds for a list to which only other programs push, whenever a script meets it.
+// The same holds for a list to which only other programs push, after every script.
 func TestHistoryBytes_ofAForeignList(t *testing.T) {
 	r := storetest.Redis(t)
 	for _, c := range []struct {
@@ -81,7 +81,7 @@ func TestHistoryBytes_ofAForeignList(t *testing.T) {
 	}
 }
 
-// A full Redis refuses what would make it grow. What exists can be read, cancelled and deleted, and there are tickets.
+// A full Redis refuses only what needs memory. What exists can be read, cancelled and deleted, and tickets work.
 func TestFull_whatExistsIsServed(t *testing.T) {
 	ctx := t.Context()
 	r := storetest.Redis(t)

@@ -12,14 +12,14 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// Chunk is a chunk that has no number yet: a JSON object, checked, as members that
-// the append script puts behind the number and the time.
+// Chunk is a checked chunk that has no number yet: a JSON object, as the members that the append script puts after the
+// number and the time.
 type Chunk struct {
 	members   string // `"type":"delta","content":"…"}`: without the opening brace, on one line
-	filled    int    // how many bytes of members, from the first, were not posted
+	filled    int    // how many bytes of members, from the first, the server added
 	messageID string
-	kind      string // what it does: nothing, or message, done, failed, cancelled, end
-	text      string // a piece of a text body, which takes a producer's number a byte; else empty
+	kind      string // what it does: empty, or message, done, failed, cancelled, end
+	text      string // a piece of a text body, which uses one producer number per byte; else empty
 	fill      Fill   // of text
 }
 
@@ -31,41 +31,39 @@ const (
 	TypeFailed    = "failed"
 	TypeCancelled = "cancelled"
 	TypeEnd       = "end"
-	TypeReasoning = "reasoning" // what a model thinks aloud: as delta, but none of what it says
+	TypeReasoning = "reasoning" // a model's reasoning: like delta, but not part of its answer
 )
 
-// MaxMessageID is the longest message id, in bytes. The server remembers the ids of
-// messages that have ended.
+// MaxMessageID is the maximum length of a message id, in bytes. The server remembers the ids of messages that have
+// ended.
 const MaxMessageID = 256
 
-// MaxDepth is how deep a chunk's arrays and objects may be in one another. Ruby's reader of JSON
-// stops at 100, others at 512 or a thousand: a viewer has to be able to read what it is sent.
+// MaxDepth is the maximum nesting depth of a chunk's arrays and objects. Ruby's JSON parser stops at 100, others at 512
+// or 1000. Every viewer must be able to read the chunk.
 const MaxDepth = 100
 
-// Overhead is what a chunk's event has beyond its members, each part at its longest:
-// "data: ", the opening brace, number, time, the line of its id, and the heartbeats of an
-// hour before it, which are of the same block. Two common clients give up at a block, not
-// a line, of 64 KiB.
+// Overhead is the maximum size of a chunk's event without its members: "data: ", the opening brace, number, time, and
+// the line of its id. It includes one hour of heartbeats before the event, which belong to the same block. Two common
+// clients fail at a block, not a line, of 64 KiB.
 const Overhead = len("data: "+`{"seq":9007199254740991,"ts":1795424741692,`+"\nid: 9007199254740991\n\n") + 240*len(":\n")
 
-// ChunkError says what is wrong with a chunk as posted.
+// ChunkError describes what is wrong with a chunk as posted.
 type ChunkError struct {
 	Code   string // invalid_json, invalid_utf8, duplicate_member, reserved_member, invalid_chunk, chunk_too_deep, chunk_too_large
-	Member string // as a JSON pointer, where there is one
+	Member string // a JSON pointer; empty if no member is to blame
 	Detail string
-	Limit  int // in bytes, where a limit was passed
+	Limit  int // the exceeded limit in bytes, if any
 }
 
 func (e *ChunkError) Error() string { return e.Detail }
 
-// Fill is what a chunk says when it does not say it itself. Empty fills nothing.
+// Fill contains the members that a chunk gets if it does not set them itself. Empty members fill nothing.
 type Fill struct{ MessageID, Role string }
 
-// ParseChunk checks one chunk as posted. limit bounds its event in a stream, in bytes.
+// ParseChunk checks one chunk as posted. limit is the maximum size of its event in a stream, in bytes.
 //
-// Names are compared as RFC 8259 compares them: exactly, after unescaping. A name that
-// stands twice, text that is not UTF-8 and text after the object are errors, since
-// readers differ in what they make of them. The bytes of all values are kept.
+// It compares names as RFC 8259 does: exactly, after unescaping. Duplicate names, invalid UTF-8 and text after the
+// object are errors, because readers treat them differently. ParseChunk preserves the bytes of all values.
 func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	var c Chunk
 	if !utf8.Valid(text) {
@@ -75,7 +73,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	if deep(text) {
 		return c, &ChunkError{Code: "chunk_too_deep", Limit: MaxDepth, Detail: fmt.Sprintf("the chunk is nested deeper than %d arrays and objects", MaxDepth)}
 	}
-	if len(text) > limit { // the names of a large object are not kept for nothing
+	if len(text) > limit { // check first, so that the names of a large object are not kept for nothing
 		line := jsontext.Value(bytes.Clone(text))
 		if err := line.Compact(); err != nil {
 			return c, syntaxError(err)
@@ -86,7 +84,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	}
 	reader := readers.Get().(*reader)
 	defer func() {
-		reader.of(nil) // nobody keeps what was read
+		reader.of(nil) // drop the reference to text
 		readers.Put(reader)
 	}()
 	dec := reader.of(text)
@@ -101,7 +99,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	}
 	typ, members := "", 0
 	hasType, hasMessage, hasRole, complete, says := false, false, false, false, false
-	var unknown []string // the first of those that have no meaning here
+	var unknown []string // the first names that have no meaning here
 	for dec.PeekKind() != '}' {
 		name, err := dec.ReadToken()
 		if err != nil {
@@ -175,7 +173,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	if !hasRole {
 		missing.Role = fill.Role
 	}
-	// One that only names its message, or whose it is, says that much.
+	// A chunk that only names its message or its role says that much.
 	if about := hasMessage || hasRole || missing != (Fill{}); !says && (len(unknown) > 0 || !about) {
 		switch typ {
 		case "":
@@ -199,7 +197,7 @@ func ParseChunk(text []byte, fill Fill, limit int) (Chunk, error) {
 	return c, c.check(limit)
 }
 
-// deep says whether JSON is deeper than MaxDepth. Of what is none, another reader says so.
+// deep reports whether JSON is nested deeper than MaxDepth. Invalid JSON is left to another reader.
 func deep(text []byte) bool {
 	if bytes.Count(text, []byte{'{'})+bytes.Count(text, []byte{'['}) <= MaxDepth { // nearly always
 		return false
@@ -236,11 +234,11 @@ func tooLarge(got, limit int) error {
 		Detail: fmt.Sprintf("the chunk becomes an event of up to %d bytes: the limit is %d (-chunk-max)", got, limit)}
 }
 
-// mostDigits is how long a number may be as it is written: a double has fewer, and Python stops at 4,300.
+// mostDigits is the maximum length of a written number. A double has fewer digits, and Python stops at 4,300.
 const mostDigits = 1000
 
-// unreadable is the first number in JSON, shortened, that common readers cannot read, or take for infinite or nothing: those that are no double. Empty:
-// there is none.
+// unreadable returns the first number in value, shortened, that common readers cannot read or would take for infinity
+// or zero, because it is no double. It returns an empty string if none exists.
 func unreadable(value []byte) string {
 	for i, quoted := 0, false; i < len(value); i++ {
 		switch b := value[i]; {
@@ -264,14 +262,14 @@ func unreadable(value []byte) string {
 	return ""
 }
 
-// double says whether a number is one that is neither infinite nor, unless it says so, zero.
+// double reports whether a number is a finite double, and zero only if it is written as zero.
 func double(text string) bool {
 	f, err := strconv.ParseFloat(text, 64)
 	digits, _, _ := strings.Cut(strings.ToLower(text), "e")
 	return err == nil && (f != 0 || strings.Trim(digits, "-0.") == "")
 }
 
-// assemble puts what is filled in before what was posted.
+// assemble puts the filled members before the posted ones.
 func assemble[text string | []byte](fill Fill, asDelta bool, posted text) Chunk {
 	filled := ""
 	if asDelta {
@@ -289,10 +287,10 @@ func assemble[text string | []byte](fill Fill, asDelta bool, posted text) Chunk 
 	return Chunk{members: filled + string(posted), filled: len(filled), messageID: fill.MessageID}
 }
 
-// reader reads one text of JSON, and then another.
+// reader reads one JSON text after another.
 type reader struct {
 	dec  jsontext.Decoder
-	text bytes.Buffer // what the decoder reads without a copy
+	text bytes.Buffer // the text, which the decoder reads without a copy
 }
 
 var readers = sync.Pool{New: func() any { return new(reader) }}
@@ -303,10 +301,10 @@ func (r *reader) of(text []byte) *jsontext.Decoder {
 	return &r.dec
 }
 
-// posted is what the producer sent of the chunk: its members without those that were filled in.
+// posted returns the part of the chunk that the producer sent: its members without the filled ones.
 func (c Chunk) posted() string { return c.members[c.filled:] }
 
-// Numbers is how many of a producer's numbers the chunk takes.
+// Numbers returns how many of a producer's numbers the chunk uses.
 func (c Chunk) Numbers() int64 {
 	if c.text != "" {
 		return int64(len(c.text))
@@ -314,21 +312,21 @@ func (c Chunk) Numbers() int64 {
 	return 1
 }
 
-// Opens says whether the chunk leaves its message unfinished.
+// Opens reports whether the chunk leaves its message unfinished.
 func (c Chunk) Opens() bool { return c.kind == "" }
 
-// Ends says whether it ends its message.
+// Ends reports whether the chunk ends its message.
 func (c Chunk) Ends() bool {
 	return c.kind == TypeDone || c.kind == TypeFailed || c.kind == TypeCancelled
 }
 
-// EndsLog says whether it ends the log.
+// EndsLog reports whether the chunk ends the log.
 func (c Chunk) EndsLog() bool { return c.kind == TypeEnd }
 
-// MessageID is the message that the chunk belongs to; empty: none.
+// MessageID returns the id of the chunk's message, or an empty string if it belongs to none.
 func (c Chunk) MessageID() string { return c.messageID }
 
-// NewChunk makes a chunk of the server's own. Empty members are left out.
+// NewChunk returns a chunk made by the server. It omits empty members.
 func NewChunk(typ, messageID, role, content string) Chunk {
 	var b strings.Builder
 	b.WriteString(`"type":` + quote(typ))
@@ -341,15 +339,15 @@ func NewChunk(typ, messageID, role, content string) Chunk {
 	return Chunk{members: b.String(), messageID: messageID, kind: kindOf(typ)}
 }
 
-// NewFailed makes the chunk that ends a message whose producer failed.
+// NewFailed returns the chunk that ends a message whose producer failed.
 func NewFailed(messageID, role, reason string) Chunk {
 	return NewChunk(TypeFailed, messageID, role, "").With("reason", reason)
 }
 
-// With is a chunk of the server's own with one more member, which is text.
+// With returns a chunk made by the server with one more member, which is text.
 func (c Chunk) With(name, text string) Chunk { return c.with(name, quote(text)) }
 
-// WithJSON is With, of a member that is JSON, of which the same is asked as of a chunk that is posted.
+// WithJSON is With for a JSON member, which must satisfy the rules for posted chunks.
 func (c Chunk) WithJSON(name string, value []byte) (Chunk, error) {
 	line := jsontext.Value(bytes.Clone(value))
 	if deep(append([]byte{'{'}, line...)) || !line.IsValid() {
@@ -367,15 +365,14 @@ func (c Chunk) with(name, value string) Chunk {
 	return c
 }
 
-// NewEnding makes the chunk that a producer leaves to the server: done or end.
+// NewEnding returns the chunk that a producer leaves to the server: done or end.
 func NewEnding(typ string, fill Fill) Chunk {
 	c := assemble(fill, false, `"type":`+quote(typ)+`}`)
 	c.kind = kindOf(typ)
 	return c
 }
 
-// NewEvent makes a chunk of an event that an event stream brought: its name, if it has
-// one, and its data, to the byte.
+// NewEvent returns a chunk for an event of an event stream: its name, if it has one, and its data, byte for byte.
 func NewEvent(name, data string, fill Fill, limit int) (Chunk, error) {
 	posted := `"raw":` + quote(data) + `}`
 	if name != "" {
@@ -385,8 +382,8 @@ func NewEvent(name, data string, fill Fill, limit int) (Chunk, error) {
 	return c, c.check(limit)
 }
 
-// NewTexts makes chunks of a piece of text, which is whole characters: one, or more
-// where the limit demands it. A producer's numbers count its bytes.
+// NewTexts returns the chunks for a piece of text, which must be whole characters. It returns one chunk, or more if the
+// limit demands it. A producer's numbers count the bytes of the text.
 func NewTexts(text string, fill Fill, limit int) ([]Chunk, error) {
 	if c := newText(text, fill); c.Size() <= limit {
 		return []Chunk{c}, nil
@@ -414,8 +411,7 @@ func newText(text string, fill Fill) Chunk {
 	return c
 }
 
-// kindOf is what a chunk of a type does: the types that are not named here are pieces of
-// a message, and leave it open.
+// kindOf returns what a chunk of a type does. Types that are not named here are pieces of a message, and leave it open.
 func kindOf(typ string) string {
 	switch typ {
 	case TypeMessage, TypeDone, TypeFailed, TypeCancelled, TypeEnd:
@@ -426,13 +422,13 @@ func kindOf(typ string) string {
 
 func quote(s string) string {
 	b, err := jsontext.AppendQuote(nil, s)
-	if err != nil { // not UTF-8: the replacement character stands for what is not text
+	if err != nil { // not UTF-8: use the replacement character
 		b, _ = jsontext.AppendQuote(nil, strings.ToValidUTF8(s, "\uFFFD"))
 	}
 	return string(b)
 }
 
-// Text is what a member says that is a string; else nothing.
+// Text returns the value of a string, or an empty string for other values.
 func Text(v jsontext.Value) string {
 	if v.Kind() != '"' {
 		return ""
@@ -441,7 +437,7 @@ func Text(v jsontext.Value) string {
 }
 
 func unquote(v jsontext.Value) string {
-	b, _ := jsontext.AppendUnquote(nil, v) // the decoder has read it: it is a string
+	b, _ := jsontext.AppendUnquote(nil, v) // the decoder has read it, so it is a string
 	return string(b)
 }
 
@@ -457,12 +453,12 @@ func syntaxError(err error) *ChunkError {
 	return e
 }
 
-// AppendElement appends what viewers and pages are given of list element number seq:
-// the element itself when it is one line of JSON object in valid UTF-8, and else an
-// object that carries its text. Whatever is in the list is a chunk. ends is what it says that it ends.
+// AppendElement appends list element number seq as viewers and pages receive it: the element itself if it is a JSON
+// object on one line in valid UTF-8, otherwise an object that contains its text. So every element becomes a chunk. ends
+// is what the chunk claims to end.
 //
-// One that the append script wrote says its number, which is another one when it was written in an earlier epoch, or
-// was copied from another log: then seq takes its place.
+// An element that the append script wrote contains its number. If that differs because the element was written in an
+// earlier epoch, or was copied from another log, seq replaces it.
 func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends Ending) {
 	start := len(b)
 	if n, ours := Number(element); ours && n != seq {
@@ -485,17 +481,17 @@ func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends Endi
 	return append(append(b, quote(element)...), '}'), 0
 }
 
-// Ending is what a chunk says that it ends.
+// Ending is what a chunk claims to end.
 type Ending uint8
 
-// A chunk may be both, and what it says of its message is so. But that it ends the log is only so where the log has ended
-// (Bounds.Ended), which the API does: anybody may push what looks like that chunk, or copy it from another log.
+// A chunk may be both. Its claim about its message is true. Its claim about the log is true only if the log has ended
+// (Bounds.Ended), which the API checks: any program may push such a chunk, or copy it from another log.
 const (
 	EndsMessage Ending = 1 << iota
 	EndsLog
 )
 
-// endingOf is what a chunk of a type says that it ends.
+// endingOf returns what a chunk of a type claims to end.
 func endingOf(typ string) Ending {
 	switch typ {
 	case TypeDone, TypeFailed, TypeCancelled:
@@ -506,10 +502,11 @@ func endingOf(typ string) Ending {
 	return 0
 }
 
-// head is what a chunk begins with that the append script wrote.
+// head is the beginning of every chunk that the append script wrote.
 const head = `{"seq":`
 
-// Number tells a chunk that the append script wrote by its first bytes, and its number.
+// Number reports whether the append script wrote a chunk, and returns the chunk's number. It reads only the first
+// bytes.
 func Number(element string) (seq int64, ours bool) {
 	rest, ok := strings.CutPrefix(element, head)
 	if !ok {
@@ -528,7 +525,7 @@ func Number(element string) (seq int64, ours bool) {
 	return seq, true
 }
 
-// Ends is what a chunk, as AppendElement wrote it, says that it ends.
+// Ends returns what a chunk claims to end. The chunk must be written by AppendElement.
 func Ends(chunk []byte) (ends Ending) {
 	if ends, ok := flat(chunk); ok {
 		return ends
@@ -544,8 +541,7 @@ func Ends(chunk []byte) (ends Ending) {
 	return ends
 }
 
-// Raw is the event that a chunk, as AppendElement wrote it, was ingested from. ok is
-// false for chunks of other kinds.
+// Raw returns the event from which a chunk, as written by AppendElement, was ingested. ok is false for other chunks.
 func Raw(chunk []byte) (name, data string, ok bool) {
 	if !bytes.Contains(chunk, []byte(`"raw"`)) && !bytes.Contains(chunk, []byte(`\u`)) {
 		return "", "", false
@@ -562,13 +558,13 @@ func Raw(chunk []byte) (name, data string, ok bool) {
 			oneLine = !strings.ContainsAny(name, "\r\n")
 		}
 	})
-	if ok = ok && oneLine && !strings.Contains(data, "\r"); !ok { // what other hands pushed may be no event
+	if ok = ok && oneLine && !strings.Contains(data, "\r"); !ok { // a chunk that another program pushed may be no event
 		return "", "", false
 	}
 	return name, data, true
 }
 
-// EachMember calls f for the members of a chunk or of an element, as far as it is a JSON object.
+// EachMember calls f for each member of a chunk or of an element, as far as it is a JSON object.
 func EachMember(object []byte, f func(name string, value jsontext.Value)) {
 	dec := jsontext.NewDecoder(bytes.NewBuffer(object), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	if _, err := dec.ReadToken(); err != nil {
@@ -588,9 +584,9 @@ func EachMember(object []byte, f func(name string, value jsontext.Value)) {
 	}
 }
 
-// Size is the most bytes that the chunk's event in a stream has.
+// Size returns the maximum size of the chunk's event in a stream, in bytes.
 func (c Chunk) Size() int { return len(c.members) + Overhead }
 
-// Members is the chunk's members as the append script gets them: a number and a time,
-// an opening brace before them, make an element.
+// Members returns the chunk's members for the append script. An opening brace, a number and a time before them make an
+// element.
 func (c Chunk) Members() string { return c.members }

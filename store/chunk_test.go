@@ -51,7 +51,7 @@ func TestParseChunk_saysWhatIsWrong(t *testing.T) {
 	}
 }
 
-// stored is a chunk as the append script writes it.
+// stored returns a chunk as the append script writes it.
 func stored(t testing.TB, text string, fill store.Fill) string {
 	t.Helper()
 	c, err := store.ParseChunk([]byte(text), fill, 64<<10)
@@ -88,11 +88,11 @@ func TestParseChunk_keepsWhatWasPosted(t *testing.T) {
 	}
 }
 
-// A chunk that says nothing is a mistake, and the error says which one it probably is.
+// A chunk that says nothing is an error, which names the probable mistake.
 func TestParseChunk_refusesWhatSaysNothingAndSaysWhatWasMeant(t *testing.T) {
 	for _, c := range []struct {
 		text           string
-		member, detail string // as far as it must say so
+		member, detail string // the part of the detail that must be there
 	}{
 		{`{}`, "", `give it one of them`},
 		{`{"type":"delta"}`, "", `of type "delta"`},
@@ -125,8 +125,7 @@ func TestParseChunk_refusesWhatSaysNothingAndSaysWhatWasMeant(t *testing.T) {
 	}
 }
 
-// Whatever is posted: it is refused, or it is one line of JSON that carries its number
-// and every member once.
+// Every posted text is either refused or becomes one line of JSON that contains its number and every member once.
 func FuzzParseChunk(f *testing.F) {
 	for _, s := range []string{`{}`, `{"content":"a"}`, `{"type":"end","x":[1,{"y":null}]}`, "{\n}", `{"a":"\u2028"}`, `{"\u0073eq":1}`} {
 		f.Add([]byte(s))
@@ -189,11 +188,11 @@ func TestAppendElement_whateverIsInTheListIsAChunk(t *testing.T) {
 		{"\xff", `{"seq":5,"type":"foreign","content":"` + "\uFFFD" + `"}`},
 		{"{\"a\":\"\xff\"}", `{"seq":5,"type":"foreign","content":"{\"a\":\"` + "\uFFFD" + `\"}"}`},
 		{"id: 9\n\ndata: x", `{"seq":5,"type":"foreign","content":"id: 9\n\ndata: x"}`},
-		// As the append script writes them: seq is the number that they have now.
+		// As the append script writes them: seq is their current number.
 		{`{"seq":5,"ts":1,"a":"é"}`, `{"seq":5,"ts":1,"a":"é"}`},
 		{`{"seq":1234567,"ts":1,"a":"é"}`, `{"seq":5,"ts":1,"a":"é"}`},
 		{`{"seq":1,"ts":1,"seq":9,"data":{"seq":1}}`, `{"seq":5,"ts":1,"seq":9,"data":{"seq":1}}`},
-		// As others write them: seq means nothing.
+		// As other programs write them: seq means nothing.
 		{`{"seq":7,"a":1}`, `{"seq":7,"a":1}`},
 		{`{"seq": 7,"ts":1}`, `{"seq": 7,"ts":1}`},
 		{`{"ts":1,"seq":7}`, `{"ts":1,"seq":7}`},
@@ -206,7 +205,7 @@ func TestAppendElement_whateverIsInTheListIsAChunk(t *testing.T) {
 	}
 }
 
-// Promise: seq in the data is the event's id, whatever it was when the chunk was written. Nothing else of it changes.
+// Promise: seq in the data equals the event's id, whatever it was when the chunk was written. Nothing else changes.
 func TestAppendElement_saysItsNumber(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		number := rapid.Int64Range(1, 9999999999999999)
@@ -244,8 +243,7 @@ func TestEnds(t *testing.T) {
 
 var elements = flag.Int("elements", 20_000, "how many elements at random are read as others read them")
 
-// Whatever text is in a list: what is JSON, and what ends something, is told as a plain
-// reading of it tells.
+// For every text in a list, valid JSON and endings are recognised exactly as an ordinary JSON parser does.
 func TestElement_isReadAsAnybodyReadsIt(t *testing.T) {
 	parts := []string{
 		"{", "}", "[", "]", ":", ",", `"`, `\`, `\u`, `\ud800`, `\u00e9`, "é", "\xff", "done", "end", "true", "null", "1", "-", ".", "e5", "0", " ", "\t", "\n", "\x01",
@@ -317,7 +315,8 @@ func TestChunk_withMoreMembersIsStillOneLine(t *testing.T) {
 	}
 }
 
-// Numbers are kept as they are written, where every reader of JSON knows them: others read as infinite or as nothing, or not at all.
+// Numbers are kept as written if every JSON reader can read them. Other numbers are refused: some readers take them for
+// infinity or zero, or fail.
 func TestParseChunk_refusesNumbersThatOthersCannotRead(t *testing.T) {
 	long := strings.Repeat("9", 5000)
 	for number, ok := range map[string]bool{

@@ -10,8 +10,8 @@ import (
 	"gapless/store"
 )
 
-// Redis's clock is what leases run by, and somebody may set it: what is alive and says so
-// does not end by that, and what is dead still does.
+// Leases run by Redis's clock, which somebody may set. A live message that gives signs of life survives that, and a
+// dead one still ends.
 func TestClock_stepsEndNothingThatIsAlive(t *testing.T) {
 	t.Parallel()
 	redis := miniredis.RunT(t)
@@ -20,7 +20,7 @@ func TestClock_stepsEndNothingThatIsAlive(t *testing.T) {
 	var offset atomic.Int64
 	stop := make(chan struct{})
 	done := make(chan struct{})
-	go func() { // ended below
+	go func() { // ends below
 		defer close(done)
 		for {
 			redis.SetTime(time.Now().Add(time.Duration(offset.Load())))
@@ -37,7 +37,7 @@ func TestClock_stepsEndNothingThatIsAlive(t *testing.T) {
 	for _, step := range []time.Duration{time.Hour, -2 * time.Hour, 20 * time.Minute, -time.Second, 4500 * time.Millisecond, 0} {
 		offset.Add(int64(step))
 		for begun := time.Now(); time.Since(begun) < 4500*time.Millisecond; time.Sleep(50 * time.Millisecond) {
-			mustRead(t, s, "s", 1, lots, lots) // viewers look, too
+			mustRead(t, s, "s", 1, lots, lots) // viewers read, too
 			alive.must(t, s)
 		}
 		batch{Hold: store.HoldOpen, Chunks: []store.Chunk{of("m")}}.must(t, s)
@@ -49,7 +49,7 @@ func TestClock_stepsEndNothingThatIsAlive(t *testing.T) {
 	}
 	offset.Add(int64(-time.Hour))
 	time.Sleep(50 * time.Millisecond)
-	alive.must(t, s) // and is dead from here on
+	alive.must(t, s) // it is dead from here on
 	if took := untilLost(t, s); took < 2700*time.Millisecond || took > 30*time.Second {
 		t.Errorf("the death was noticed after %v", took)
 	}

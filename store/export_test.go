@@ -9,11 +9,10 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Appends answers how many appends wait for their turn, and how many runs of them are under way: of the script that
-// knows every case.
+// Appends returns how many appends wait for their turn, and how many runs of append.lua are under way.
 func (s *Store) Appends() (waiting, under int) { return s.pipes[scriptAppend].state() }
 
-// Pushes answers the same of the script of ordinary appends.
+// Pushes returns the same for push.lua.
 func (s *Store) Pushes() (waiting, under int) { return s.pipes[scriptPush].state() }
 
 func (p *pipe) state() (waiting, under int) {
@@ -22,10 +21,10 @@ func (p *pipe) state() (waiting, under int) {
 	return len(p.waiting), p.under
 }
 
-// Thorough has the script that knows every case do all appends.
+// Thorough makes append.lua do all appends.
 func (s *Store) Thorough() { s.thorough = true }
 
-// CountOrdinary counts in n the appends that were ordinary, in others those that only looked so.
+// CountOrdinary counts in n the appends that were ordinary, and in others those that only seemed so.
 func (s *Store) CountOrdinary(n, others *int) {
 	run := s.pipes[scriptPush].run
 	s.pipes[scriptPush].run = func(ctx context.Context, calls []*call) {
@@ -40,22 +39,22 @@ func (s *Store) CountOrdinary(n, others *int) {
 	}
 }
 
-// Resting says whether runs wait for nobody, since a turn was given up.
+// Resting reports whether runs do not wait for the network, because a turn timed out.
 func (s *Store) Resting() bool { return s.pipes[scriptPush].turn.rest.Load() > 0 }
 
-// FlushAll has Redis forget everything.
+// FlushAll makes Redis forget everything.
 func (s *Store) FlushAll(ctx context.Context) { s.rdb.FlushAll(ctx) }
 
-// Keys is all keys of Redis.
+// Keys returns all keys of Redis.
 func (s *Store) Keys(ctx context.Context) []string { return s.rdb.Keys(ctx, "*").Val() }
 
-// Held is what a node remembers after many sessions.
+// Held describes what a node remembers after many sessions.
 type Held struct {
 	Kept   int
 	Newest bool
 }
 
-// MemoryHolds has a memory note n sessions.
+// MemoryHolds makes a memory note n sessions.
 func MemoryHolds(n int) Held {
 	var m memory
 	for i := range n {
@@ -64,20 +63,20 @@ func MemoryHolds(n int) Held {
 	return Held{len(m.newer) + len(m.older), m.get(fmt.Sprint(n-50_000)).last == 1}
 }
 
-// RefusalIn is the code for what Redis answered, or nothing.
+// RefusalIn returns the code of a Redis error, or an empty string.
 func RefusalIn(text string) string { return refusalIn(text) }
 
-// Classify tells "surely not executed" from "not known".
+// Classify distinguishes "surely not executed" from "unknown".
 func Classify(err error) error { return classify(err) }
 
-// ScriptError is an error reply of Redis.
+// ScriptError returns an error reply of Redis.
 func ScriptError(text string) error { return scriptError(text) }
 
-// HintFailed and WritesRefused are what scripts tell.
+// HintFailed and WritesRefused record what scripts report.
 func (s *Store) HintFailed(text string)    { s.hintFailed(text) }
 func (s *Store) WritesRefused(text string) { s.writesRefused(text) }
 
-// Scripts are the texts of all scripts.
+// Scripts returns the texts of all scripts.
 func Scripts() string {
 	return luaLog + luaRun + luaPush + luaAppend + luaRead + luaSession + luaTicket
 }
@@ -90,7 +89,8 @@ func NewQueue(places int, patience time.Duration) Queue { return Queue{newQueue(
 func (q Queue) Enter(ctx context.Context, caller string) error { return q.enter(ctx, caller) }
 func (q Queue) Leave()                                         { q.leave() }
 
-// Order is in what order calls go that wait, each named <caller>-<call>, of which most go at once.
+// Order returns the order in which waiting calls run. Each is named <caller>-<call>, and at most most of them run at
+// once.
 func Order(most int, names []string) (order []string) {
 	p := pipe{calls: most}
 	for _, name := range names {
@@ -135,7 +135,7 @@ func (s *Store) WithClock() {
 	}
 }
 
-// ReadOnlyFor has the store find that its Redis has been read-only for so long.
+// ReadOnlyFor makes the store believe that its Redis has been read-only for a duration.
 func (s *Store) ReadOnlyFor(d time.Duration) {
 	s.refusals.mu.Lock()
 	defer s.refusals.mu.Unlock()

@@ -14,7 +14,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// fair is a store of a Redis that notes how long each of its commands takes.
+// fair is a store on a Redis that records how long each of its commands takes.
 type fair struct {
 	*store.Store
 	redis *storetest.Server
@@ -30,7 +30,7 @@ func newFair(t testing.TB, change func(*store.Config)) fair {
 	}), r}
 }
 
-// longest is how long the longest script took since the last call.
+// longest returns the duration of the longest script since the last call.
 func (f fair) longest(t testing.TB) time.Duration {
 	all, err := f.redis.SlowLogGet(t.Context(), -1).Result()
 	if err != nil {
@@ -46,7 +46,7 @@ func (f fair) longest(t testing.TB) time.Duration {
 	return longest
 }
 
-// cpu is how long Redis' main thread has worked.
+// cpu returns the CPU time of Redis' main thread.
 func (f fair) cpu(t testing.TB) (sum time.Duration) {
 	for line := range strings.Lines(f.redis.Info(t.Context(), "cpu").Val()) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
@@ -61,7 +61,7 @@ func (f fair) cpu(t testing.TB) (sum time.Duration) {
 	return sum
 }
 
-// messages are n chunks, each of a message of its own.
+// messages returns n chunks, each of its own message.
 func messages(from, n int) (all []store.Chunk) {
 	for i := range n {
 		all = append(all, store.NewChunk(store.TypeDelta, fmt.Sprint("message-", from+i), "assistant", "x"))
@@ -69,7 +69,7 @@ func messages(from, n int) (all []store.Chunk) {
 	return all
 }
 
-// worst are the states and calls of which a script has most to do, within the limits.
+// worst lists the states and calls in which a script has most to do, within the limits.
 var worst = []struct {
 	name  string
 	build func(t testing.TB, s fair)
@@ -205,7 +205,7 @@ func openMessages(lease time.Duration) func(t testing.TB, s fair) {
 	}
 }
 
-// largeLog is 64 MiB, or 100,000 chunks, whatever is less.
+// largeLog builds a log of 64 MiB or 100,000 chunks, whichever is less.
 func largeLog(size int) func(t testing.TB, s fair) {
 	return func(t testing.TB, s fair) {
 		chunk := delta(strings.Repeat("x", size))
@@ -235,7 +235,7 @@ func newest(ctx context.Context, s fair) error {
 	return err
 }
 
-// warm has Redis know the scripts, and have memory.
+// warm makes Redis load the scripts and allocate memory.
 func warm(t testing.TB, s fair) {
 	for range 2 {
 		mustAppend(t, s.Store, "warm", messages(0, 1000)...)
@@ -247,7 +247,7 @@ func warm(t testing.TB, s fair) {
 	}
 }
 
-// A run takes of each caller one call before it takes another one's second.
+// A run takes one call of each caller before the second call of any caller.
 func TestPipe_callersTakeTurns(t *testing.T) {
 	var waiting []string
 	for i := range 200 {
@@ -259,7 +259,7 @@ func TestPipe_callersTakeTurns(t *testing.T) {
 	}
 }
 
-// runs is how many scripts Redis has run.
+// runs returns how many scripts Redis has run.
 func (f fair) runs(t testing.TB) (n int) {
 	for line := range strings.Lines(f.redis.Info(t.Context(), "commandstats").Val()) {
 		calls := 0
@@ -269,14 +269,14 @@ func (f fair) runs(t testing.TB) (n int) {
 	return n
 }
 
-// calls is how many scripts Redis runs meanwhile.
+// calls returns how many scripts Redis runs during what.
 func (f fair) calls(t testing.TB, what func()) int {
 	before := f.runs(t)
 	what()
 	return f.runs(t) - before
 }
 
-// What is due to many messages is done in slices, each by a script, and is done whole when the call returns.
+// Work that concerns many messages is done in slices, each by one script, and is complete when the call returns.
 func TestFair_muchIsDoneInSlices(t *testing.T) {
 	const many, slice = 2000, 250
 	ctx := t.Context()
@@ -320,7 +320,7 @@ func TestFair_muchIsDoneInSlices(t *testing.T) {
 	due := func() bool {
 		return s.redis.Do(ctx, "eval", "local t = redis.call('TIME') return t[1] * 1000 > tonumber(redis.call('HGET', KEYS[1], 'due') or 1e15) and 1 or 0", 1, "chat:session:due").Val() == int64(1)
 	}
-	for b.Last < 2*many { // asked for a sign of life, then lost: some in the same call, if that takes long
+	for b.Last < 2*many { // asked for a sign of life, then lost: some in the same call, if it takes long
 		eventually(t, "leases are due", due)
 		inSlices("leases", func() {
 			var err error
@@ -333,7 +333,7 @@ func TestFair_muchIsDoneInSlices(t *testing.T) {
 		t.Errorf("the log has %d chunks", b.Last)
 	}
 
-	// Half of what the hash knows are producers, which a deletion keeps.
+	// Half of the entries in the hash are producers, which a deletion keeps.
 	fill("gone", 0)
 	for i := range many / 20 {
 		producer := store.Producer{ID: fmt.Sprint("p", i), Epoch: 3}
@@ -357,8 +357,8 @@ func TestFair_muchIsDoneInSlices(t *testing.T) {
 	}
 }
 
-// A deletion that broke off is gone on with by whoever uses the session next, before anything else: what it left of messages
-// and producers is not the new session's.
+// The next call for the session finishes an interrupted deletion before anything else. The new session does not contain
+// its messages and producers.
 func TestFair_aDeletionIsGoneOnWith(t *testing.T) {
 	for name, use := range map[string]func(t *testing.T, s fair){
 		"append": func(t *testing.T, s fair) {
@@ -402,7 +402,7 @@ func TestFair_aDeletionIsGoneOnWith(t *testing.T) {
 	}
 }
 
-// Calls that come together share runs of a script, and each is done, however many a run has time for.
+// Concurrent calls share runs of a script. Each call completes, however few fit into one run.
 func TestFair_aRunEndsInTime(t *testing.T) {
 	s := newFair(t, nil)
 	var wg sync.WaitGroup
@@ -425,7 +425,7 @@ func TestFair_aRunEndsInTime(t *testing.T) {
 	}
 }
 
-// A page is read in slices, and is what the log has, whatever its chunks' sizes are.
+// A page is read in slices, and equals the log, whatever the sizes of its chunks.
 func TestFair_aPageOfSlices(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		t.Run(order, func(t *testing.T) {
@@ -460,7 +460,7 @@ func TestFair_aPageOfSlices(t *testing.T) {
 	}
 }
 
-// BenchmarkFair says how long Redis is kept at most by one script.
+// BenchmarkFair measures how long one script blocks Redis at most.
 func BenchmarkFair(b *testing.B) {
 	for _, w := range worst {
 		b.Run(w.name, func(b *testing.B) {

@@ -7,13 +7,14 @@ import (
 	"unicode/utf8"
 )
 
-// flat looks at an element in one go: it is ok when it is one line of JSON object, in valid UTF-8, whose values are
-// text, whole numbers, true, false and null, without a \u; and ends is what it says that it ends. Nearly all elements are like this. Of one that is not ok nothing is known.
+// flat checks an element in one pass. ok is true if the element is a JSON object on one line, in valid UTF-8, whose
+// values are text, whole numbers, true, false and null, without a \u. Nearly all elements are. ends is what the element
+// claims to end. If ok is false, nothing is known about the element.
 func flat(e []byte) (ends Ending, ok bool) {
 	if len(e) < len(`{"":0}`) || e[0] != '{' {
 		return 0, false
 	}
-	var high uint64 // has bit 7 of a byte that is not ASCII
+	var high uint64 // has bit 7 of some byte set if a byte was not ASCII
 	for i := 1; i < len(e); i++ {
 		from := i + 1
 		if i = textEnd(e, i, &high); i < 0 || i+2 >= len(e) || e[i] != ':' {
@@ -60,8 +61,8 @@ func flat(e []byte) (ends Ending, ok bool) {
 // ones has a 1 in each byte.
 const ones = 0x0101010101010101
 
-// textEnd is where the text that begins at i, with its quote, has ended; -1 if it is none, or one that flat leaves to
-// others. Bytes are looked at eight at once: https://graphics.stanford.edu/~seander/bithacks.html#HasLessInWord.
+// textEnd returns where the quoted text that begins at i ends, or -1 if it is no text, or a text that flat does not
+// handle. It reads eight bytes at once: https://graphics.stanford.edu/~seander/bithacks.html#HasLessInWord.
 func textEnd(e []byte, i int, high *uint64) int {
 	if e[i] != '"' {
 		return -1

@@ -9,8 +9,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// A right is taken away, so that scripts fail in their middle. A chunk with a producer number is stored once, however often
-// it is sent, also after the right is given back; and a log that could not be deleted is as it was.
+// A permission is revoked, so that scripts fail halfway. A chunk with a producer number is stored once, however often
+// it is sent, even after the permission is granted again. A log that could not be deleted is unchanged.
 func TestRights_aScriptThatFailsHalfwayStoresNothingTwiceAndDestroysNothing(t *testing.T) {
 	for _, right := range []string{"hset", "zadd", "hdel", "time", "rpush", "pexpire", "zremrangebylex"} {
 		t.Run(right, func(t *testing.T) {
@@ -36,7 +36,7 @@ func TestRights_aScriptThatFailsHalfwayStoresNothingTwiceAndDestroysNothing(t *t
 				t.Errorf("without the right there are %d chunks", n)
 			}
 			doLine(t, r, user)
-			// What the attempt left behind is not taken for where the chunk is: others come before it now.
+			// The remains of the attempt do not count as the chunk's position, because other chunks come before it now.
 			before := r.LLen(t.Context(), "chat:history:s").Val()
 			for range 9 {
 				eventually(t, "it takes chunks again", func() bool {
@@ -52,7 +52,7 @@ func TestRights_aScriptThatFailsHalfwayStoresNothingTwiceAndDestroysNothing(t *t
 			if err != nil || known.Known != 1 || known.First != stored.First || before == 2 && known.First != 12 {
 				t.Errorf("it is stored as %+v, and known as %+v (%v)", stored, known, err)
 			}
-			other := open(t, func(cfg *store.Config) { cfg.Redis = as(r, "half") }) // which remembers nothing
+			other := open(t, func(cfg *store.Config) { cfg.Redis = as(r, "half") }) // it remembers nothing
 			b, err := other.Describe(t.Context(), "old")
 			gone := errors.Is(err, store.ErrNotFound)
 			if err != nil && !gone || deleted == nil && !gone || !gone && (b.First != 1 || b.Last != 3) {

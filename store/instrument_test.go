@@ -13,10 +13,10 @@ import (
 	"gapless/store/storetest"
 )
 
-// who is the key of a caller in its context.
+// who is the context key of a caller.
 type who struct{}
 
-// spy is told of each command.
+// spy sees each command.
 type spy struct {
 	calls, nobodys atomic.Int64
 }
@@ -39,7 +39,7 @@ func (s *spy) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// Whoever is told of the client's commands knows whose they are, also of one that several share.
+// A hook on the client's commands knows the caller of each command, even of a command that several callers share.
 func TestInstrument_knowsWhoseACommandIs(t *testing.T) {
 	redisServer, told := storetest.Redis(t), &spy{}
 	s := open(t, func(c *store.Config) {

@@ -14,7 +14,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// saying is what a log's chunks say of messages: "type message_id reason", in order.
+// saying returns what a log's chunks say about messages: "type message_id reason", in order.
 func saying(t testing.TB, s *store.Store, id string) (all []string) {
 	t.Helper()
 	for _, element := range mustRead(t, s, id, 1, lots, lots).Elements {
@@ -54,7 +54,7 @@ func (b batch) must(t testing.TB, s *store.Store) {
 
 const lost = "failed m producer_lost"
 
-// untilLost reads until the message was declared lost, and answers how long that took.
+// untilLost reads until the message is declared lost, and returns how long that took.
 func untilLost(t *testing.T, s *store.Store) time.Duration {
 	t.Helper()
 	for begun := time.Now(); ; time.Sleep(5 * time.Millisecond) {
@@ -67,10 +67,10 @@ func untilLost(t *testing.T, s *store.Store) time.Duration {
 	}
 }
 
-// short is a grace that is soon over, and that a test on a busy machine is well within.
+// short is a grace period that ends soon, but that a test on a busy machine does not exceed.
 func short(c *store.Config) { c.Grace = 2 * time.Second }
 
-// ended checks that a message has exactly one end, and takes nothing more.
+// ended checks that a message has exactly one end, and accepts no more chunks.
 func ended(t *testing.T, s *store.Store, how string) {
 	t.Helper()
 	err := batch{Chunks: []store.Chunk{of("m")}}.to(t, s)
@@ -88,7 +88,7 @@ func ended(t *testing.T, s *store.Store, how string) {
 	}
 }
 
-// A message whose lease nobody renews ends once, whoever looks.
+// A message whose lease nobody renews ends once, however many callers read the log.
 func TestLease_lapsesOnceAlthoughManyLook(t *testing.T) {
 	t.Parallel()
 	r := storetest.Redis(t)
@@ -135,7 +135,7 @@ func TestLease_isNotThereUnlessAskedFor(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
 	batch{Chunks: []store.Chunk{of("m")}}.must(t, s)
-	batch{Messages: []string{"other"}}.must(t, s) // nothing begins by being named without a lease
+	batch{Messages: []string{"other"}}.must(t, s) // naming a message without a lease does not begin it
 	hash := r.HGetAll(t.Context(), "chat:session:s").Val()
 	if hash["m:m"] != "open" || hash["due"] != "" || hash["m:other"] != "" {
 		t.Fatal(hash)
@@ -146,7 +146,7 @@ func TestLease_isNotThereUnlessAskedFor(t *testing.T) {
 	}
 }
 
-// An upload that is under way is a sign of life; when its node dies, nobody gives any more.
+// An upload under way is a sign of life. When its node dies, the signs stop.
 func TestHold_openUploadCountsAsAlive_aDeadNodesDoesNot(t *testing.T) {
 	t.Parallel()
 	both(t, short, func(t *testing.T, s *store.Store) {
@@ -208,7 +208,7 @@ func TestHold_broken_hasAGraceWithNumbers(t *testing.T) {
 		batch{Producer: p, Chunks: []store.Chunk{of("m")}, Hold: store.HoldOpen, Messages: []string{"m"}}.must(t, s)
 		p.Number++
 		batch{Producer: p, Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
-		// Others neither renew it nor take it away.
+		// Other producers neither renew it nor take it over.
 		batch{Chunks: []store.Chunk{of("m")}}.must(t, s)
 		if took := untilLost(t, s); took < 1800*time.Millisecond {
 			t.Fatal(took)
@@ -230,14 +230,14 @@ func TestHold_broken_aProducerThatComesBackInTimeGoesOn(t *testing.T) {
 		batch{Producer: p, Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
 		time.Sleep(300 * time.Millisecond)
 		batch{Producer: p, Chunks: []store.Chunk{of("m")}}.must(t, s)
-		time.Sleep(4 * time.Second) // longer than any grace: that was asked of an upload, and this is none
+		time.Sleep(4 * time.Second) // longer than any grace period: that is for uploads, and this is none
 		if all := saying(t, s, "s"); !slices.Equal(all, []string{"delta m", "delta m"}) {
 			t.Fatal(all)
 		}
 	})
 }
 
-// While Redis is away nobody can renew a lease: what was to end meanwhile is asked first.
+// Nobody can renew a lease while Redis is away. So a message that expired meanwhile is asked once more.
 func TestLease_isAskedOnceMoreBeforeItLapses(t *testing.T) {
 	t.Parallel()
 	r := storetest.Redis(t)
@@ -343,7 +343,7 @@ func TestOpen_tellsWhatIsUnfinished(t *testing.T) {
 	})
 }
 
-// Ids are any text.
+// Ids may be any text.
 func TestCancel_ofAnIDThatNeedsQuoting(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		for _, id := range []string{`"`, `\`, "a b", "é🍞", "</script>", "\u2028\x00\x1f", "open 1 2 =", "%d%%"} {
@@ -359,7 +359,7 @@ func TestCancel_ofAnIDThatNeedsQuoting(t *testing.T) {
 	})
 }
 
-// Nothing of a message comes behind its cancelled chunk.
+// No chunk of a message follows its cancelled chunk.
 func TestCancel_racingWithAppends(t *testing.T) {
 	r := storetest.Redis(t)
 	a := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -401,7 +401,7 @@ func TestCancel_racingWithAppends(t *testing.T) {
 	}
 }
 
-// What other hands push counts: it begins messages, and ends them.
+// Chunks that other programs push count: they begin and end messages.
 func TestForeign_messagesAreKnownToTheAPI(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		r := storetest.Redis(t)
@@ -438,7 +438,7 @@ func TestForeign_messagesAreKnownToTheAPI(t *testing.T) {
 		if err != nil || !slices.Equal(c.Messages, []string{"m3", "m4"}) {
 			t.Fatal(order, c, err)
 		}
-		// It cannot be refused, and it does not begin the message again.
+		// It cannot be refused, and it does not reopen the message.
 		push(`{"message_id":"m3","content":"b","is_complete":true}`)
 		if how("m3") != store.Stopped {
 			t.Fatal(order)
@@ -449,7 +449,7 @@ func TestForeign_messagesAreKnownToTheAPI(t *testing.T) {
 	}
 }
 
-// What is sent again is known, whatever has ended since: it is not told to stop.
+// A producer that repeats stored chunks is not told to stop, whatever has ended since.
 func TestHold_look_ofAProducerThatSendsAgainWhatIsKnown(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		p := store.Producer{ID: "p"}
@@ -503,7 +503,7 @@ func hold(how store.Hold, token string, p store.Producer, chunks ...store.Chunk)
 	return batch{Hold: how, Token: token, Producer: p, Messages: []string{"m"}, Chunks: chunks}
 }
 
-// stays reads for longer than any lease of these tests takes, and nothing may come.
+// stays reads for longer than any lease of these tests lasts, and expects no more chunks.
 func stays(t *testing.T, s *store.Store, want ...string) {
 	t.Helper()
 	for begun := time.Now(); time.Since(begun) < 4*time.Second; time.Sleep(50 * time.Millisecond) {
@@ -513,8 +513,8 @@ func stays(t *testing.T, s *store.Store, want ...string) {
 	}
 }
 
-// A message is held by the newest upload of its producer. What becomes of the others is no
-// matter to it; and one of another producer's neither ends it nor takes it away.
+// The newest upload of a message's producer holds it. Its other uploads do not affect it, and an upload of another
+// producer neither ends it nor takes it over.
 func TestHold_isOfTheUploadThatHasIt(t *testing.T) {
 	t.Parallel()
 	nobody, p, q := store.Producer{}, store.Producer{ID: "p"}, store.Producer{ID: "q"}
@@ -596,7 +596,7 @@ func TestHold_isOfTheUploadThatHasIt(t *testing.T) {
 				if _, _, err := s.Create(t.Context(), "s"); err != nil {
 					t.Fatal(err)
 				}
-				p.Epoch++ // else the deletion counts
+				p.Epoch++ // otherwise the deletion counts
 				q.Epoch++
 				test(t)
 			})
@@ -604,7 +604,7 @@ func TestHold_isOfTheUploadThatHasIt(t *testing.T) {
 	})
 }
 
-// Behind the end of the log there is nothing.
+// Nothing follows the end of the log.
 func TestEnd_nothingLapsesOrIsCancelledBehindIt(t *testing.T) {
 	t.Parallel()
 	both(t, short, func(t *testing.T, s *store.Store) {
@@ -618,7 +618,7 @@ func TestEnd_nothingLapsesOrIsCancelledBehindIt(t *testing.T) {
 	})
 }
 
-// What has said nothing has nothing to fail, unless somebody waits for it.
+// A message without a chunk does not fail, unless a viewer waits for it.
 func TestHold_ofAMessageWithoutAChunk(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })
@@ -634,11 +634,11 @@ func TestHold_ofAMessageWithoutAChunk(t *testing.T) {
 		}
 	}
 	hold(store.HoldLook, "a", store.Producer{}).must(t, s)
-	hold(store.HoldBroken, "a", store.Producer{}).must(t, s) // it was to come, and never will
+	hold(store.HoldBroken, "a", store.Producer{}).must(t, s) // it was announced, and will never come
 	ended(t, s, "failed")
 }
 
-// Naming a message makes no session, and does not bring one back.
+// Naming a message creates no session, and does not revive one.
 func TestLease_namingAMessageMakesNothing(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -658,7 +658,7 @@ func TestLease_namingAMessageMakesNothing(t *testing.T) {
 	}
 }
 
-// Ended messages cost a lapse nothing.
+// A lapse does not read ended messages.
 func TestLease_lapseReadsOnlyWhatIsOpen(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); short(c) })

@@ -13,41 +13,40 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Listener hears of one session. Both methods are called on the receive loop of a
-// connection that many sessions share: they must not block.
+// Listener receives the notifications of one session. Its methods run on the receive loop of a connection that many
+// sessions share, so they must not block.
 type Listener interface {
-	// Live hands over what was published: a chunk's bytes, Hint, or anything else that
-	// a foreign producer sends.
+	// Live receives a published message: a chunk's bytes, Hint, or anything else that another producer sends.
 	Live(payload string)
-	// Resync says that messages may have been missed: the subscription was
-	// acknowledged, for the first time or again.
+	// Resync reports that messages may have been missed: Redis acknowledged the subscription, for the first time or
+	// again.
 	Resync()
 }
 
-// Listen subscribes l to a session until stop is called. Nothing is heard before the
-// first Resync. A session has one Listener: a later one takes the place of the former.
+// Listen subscribes l to a session until stop is called. l receives nothing before the first Resync. A session has one
+// Listener: a later one replaces the earlier.
 func (s *Store) Listen(session string, l Listener) (stop func()) {
 	return s.ears.listen(s.key("stream", session), l)
 }
 
-// ListenUploads subscribes l to the names of sessions whose uploads have to look whether
-// they may go on (HoldLook): Live hands over a session's id. There is one such Listener.
+// ListenUploads subscribes l to the names of sessions whose uploads must check whether they may continue (HoldLook).
+// Live receives a session's id. Only one such Listener exists.
 func (s *Store) ListenUploads(l Listener) (stop func()) {
 	return s.ears.listenWide(s.cfg.Prefix+uploads, l)
 }
 
-// ears hold the Pub/Sub connections.
+// ears holds the Pub/Sub connections.
 type ears interface {
 	listen(channel string, l Listener) (stop func())
-	// listenWide is for a channel that is no session's.
+	// listenWide is for a channel that belongs to no session.
 	listenWide(channel string, l Listener) (stop func())
-	// redial has every connection made anew: another server has become the master.
+	// redial replaces every connection, because another server has become the master.
 	redial()
-	count() int // channels
+	count() int // number of channels
 	close()
 }
 
-// spread is the sessions of one server, spread over a few connections.
+// spread distributes the sessions of one server over a few connections.
 type spread []*subscriber
 
 func newSpread(rdb redis.UniversalClient, cfg Config, m *metrics, r *refusals) spread {
@@ -87,10 +86,10 @@ func (s spread) close() {
 	wg.Wait()
 }
 
-// kind is how channels are subscribed to.
+// kind is a way to subscribe to channels.
 type kind struct {
 	subscribe, unsubscribe func(ps *redis.PubSub, ctx context.Context, channels ...string) error
-	acknowledged, ended    string // the kinds of the answers
+	acknowledged, ended    string // the kinds of the replies
 }
 
 var (
@@ -98,37 +97,33 @@ var (
 	sharded  = kind{(*redis.PubSub).SSubscribe, (*redis.PubSub).SUnsubscribe, "ssubscribe", "sunsubscribe"}
 )
 
-// subscriber is one Pub/Sub connection, shared by many sessions, with the loop that
-// receives from it.
+// subscriber is one Pub/Sub connection, shared by many sessions, with the loop that receives from it.
 //
-// go-redis reconnects by itself and then subscribes to everything again; what was
-// published in between is lost. The acknowledgements of that come in through the loop,
-// and each is a Resync. What go-redis does not notice is a peer that went silent
-// without a reset, so the loop asks for a pong and, when none comes, begins again
-// with a new connection. A connection on which a subscription is refused is kept for those that are not, and is made anew
-// now and then, in case the rights have changed.
+// go-redis reconnects by itself and then subscribes to everything again; messages published in between are lost. The
+// loop receives the acknowledgements, and each is a Resync. go-redis does not notice a peer that goes silent without a
+// reset. So the loop asks for a pong and, if none comes, dials again. If Redis refuses a subscription, the connection
+// is kept for the others, and is replaced now and then, in case the permissions have changed.
 type subscriber struct {
 	kind
 	open     func(ctx context.Context) (*redis.PubSub, error)
-	misfit   func() // a channel is not, or not any more, this server's; may be nil
+	misfit   func() // called when a channel does not, or no longer, belong to this server; may be nil
 	ping     time.Duration
 	metrics  *metrics
 	trouble  *refusals
 	log      *slog.Logger
-	patience time.Duration // how long a connection on which something is refused is kept; only the loop uses it
+	patience time.Duration // how long to keep a connection on which something is refused; only the loop uses it
 	quit     context.CancelFunc
 	done     chan struct{} // closed when the loop has ended
 
-	// wire is held while listeners change and Redis is told so, so that both happen in
-	// the same order: an unsubscribe that overtakes a later subscribe would leave a
-	// listener that hears nothing.
+	// wire is held while listeners change and Redis learns of it, so that both happen in the same order. An unsubscribe
+	// that overtakes a later subscribe would leave a listener that hears nothing.
 	wire sync.Mutex
-	ps   *redis.PubSub // under wire; nil while none is connected
+	ps   *redis.PubSub // guarded by wire; nil while not connected
 
 	mu        sync.RWMutex
 	listeners map[string]Listener // by channel
-	heard     map[string]bool     // channels whose subscription stands
-	alone     bool                // each channel is subscribed to by a command of its own: Redis refuses a command as a whole
+	heard     map[string]bool     // channels whose subscription Redis acknowledged
+	alone     bool                // subscribe to each channel by a separate command, because a refusal applies to a whole command
 }
 
 func newSubscriber(cfg Config, m *metrics, r *refusals, k kind, open func(ctx context.Context) (*redis.PubSub, error), misfit func()) *subscriber {
@@ -137,7 +132,7 @@ func newSubscriber(cfg Config, m *metrics, r *refusals, k kind, open func(ctx co
 		kind: k, open: open, misfit: misfit, ping: cfg.Ping, metrics: m, trouble: r, log: cfg.Logger, patience: leastPatience,
 		quit: cancel, done: make(chan struct{}), listeners: map[string]Listener{}, heard: map[string]bool{},
 	}
-	// Ended by close, which waits for it. Only it receives.
+	// close ends it and waits for it. Only it receives.
 	go func() {
 		defer close(s.done)
 		s.run(ctx)
@@ -155,7 +150,7 @@ func (s *subscriber) close() {
 	<-s.done
 }
 
-// redial has the loop begin again with a new connection.
+// redial makes the loop dial again.
 func (s *subscriber) redial() {
 	s.wire.Lock()
 	defer s.wire.Unlock()
@@ -195,7 +190,7 @@ func (s *subscriber) remove(channel string, l Listener) {
 	}
 }
 
-// tell begins again after a write failed: what Redis knows is not known. wire is held.
+// tell closes the connection after a failed write, because Redis may or may not know of the change. wire must be held.
 func (s *subscriber) tell(err error) {
 	if err != nil {
 		_ = s.ps.Close()
@@ -203,7 +198,7 @@ func (s *subscriber) tell(err error) {
 	}
 }
 
-// run keeps a connection for as long as the subscriber lives.
+// run keeps a connection while the subscriber lives.
 func (s *subscriber) run(ctx context.Context) {
 	const least, most = 20 * time.Millisecond, time.Second
 	pause := least
@@ -211,7 +206,7 @@ func (s *subscriber) run(ctx context.Context) {
 		ps, err := s.connect(ctx)
 		if err == nil {
 			var answered bool
-			if answered, err = s.receive(ctx, ps); answered { // a connection alone says nothing: a proxy may have no Redis
+			if answered, err = s.receive(ctx, ps); answered { // a connection alone proves nothing: it may be a proxy without a Redis
 				pause = least
 			}
 			if !errors.Is(err, errRefused) {
@@ -236,7 +231,7 @@ func (s *subscriber) run(ctx context.Context) {
 				slog.String("redis", s.trouble.at), slog.Any("err", err))
 		}
 		s.amiss()
-		select { // jittered, so that the nodes do not come back to a restarted Redis all at once
+		select { // jittered, so that the nodes do not all return to a restarted Redis at once
 		case <-time.After(pause/2 + rand.N(pause)):
 		case <-ctx.Done():
 		}
@@ -250,7 +245,7 @@ func (s *subscriber) amiss() {
 	}
 }
 
-// connect makes a connection that is subscribed to all that anybody listens to.
+// connect makes a connection and subscribes it to every channel that has a listener.
 func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
 	ps, err := s.open(ctx)
 	if err != nil {
@@ -269,26 +264,26 @@ func (s *subscriber) connect(ctx context.Context) (*redis.PubSub, error) {
 	s.mu.RUnlock()
 	batch := 1000
 	if s.alone || s.kind.acknowledged == sharded.acknowledged {
-		batch = 1 // the channels of one command must be of one slot
+		batch = 1 // the channels of one command must belong to one slot
 	}
 	for i := 0; i < len(channels); i += batch {
 		if err := s.subscribe(ps, ctx, channels[i:min(i+batch, len(channels))]...); err != nil {
 			return nil, errors.Join(err, ps.Close())
 		}
 	}
-	if err := ctx.Err(); err != nil { // close has not seen this one
+	if err := ctx.Err(); err != nil { // close has not seen this connection
 		return nil, errors.Join(err, ps.Close())
 	}
 	s.ps = ps
 	return ps, nil
 }
 
-// leastPatience and mostPatience bound how long a connection is kept on which a subscription is refused.
+// leastPatience and mostPatience limit how long a connection is kept on which a subscription is refused.
 const leastPatience, mostPatience = time.Second, 30 * time.Second
 
-// receive hands out what comes until the connection fails or falls silent. answered is true when Redis has answered.
+// receive delivers messages until the connection fails or falls silent. answered reports whether Redis has replied.
 func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) (answered bool, failed error) {
-	asked, refused := false, time.Time{} // refused: when a subscription was refused on this connection
+	asked, refused := false, time.Time{} // when a subscription was refused on this connection
 	for {
 		wait := s.ping
 		if !refused.IsZero() {
@@ -310,11 +305,11 @@ func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) (answered bo
 		} else {
 			asked = false
 		}
-		if redis.HasErrorPrefix(err, "MOVED") { // the answer to a subscription; the connection is well
+		if redis.HasErrorPrefix(err, "MOVED") { // the reply to a subscription; the connection is fine
 			s.amiss()
 			continue
 		}
-		if reply := redis.Error(nil); errors.As(err, &reply) && refusalIn(reply.Error()) == RedisDenied { // so it is here
+		if reply := redis.Error(nil); errors.As(err, &reply) && refusalIn(reply.Error()) == RedisDenied { // Redis refused the subscription
 			s.deny(ctx, reply.Error())
 			if refused.IsZero() {
 				refused = time.Now()
@@ -336,14 +331,14 @@ func (s *subscriber) receive(ctx context.Context, ps *redis.PubSub) (answered bo
 			case l == nil:
 			case m.Kind == s.acknowledged:
 				l.Resync()
-			case m.Kind == s.ended: // nobody here has asked for it: its slot has moved
+			case m.Kind == s.ended: // nobody here asked for it: its slot has moved
 				s.amiss()
 			}
 		}
 	}
 }
 
-// deny says that a subscription was refused.
+// deny records that Redis refused a subscription.
 func (s *subscriber) deny(ctx context.Context, text string) {
 	s.metrics.deaf.Inc()
 	s.mu.Lock()
@@ -355,7 +350,7 @@ func (s *subscriber) deny(ctx context.Context, text string) {
 	}
 }
 
-// note writes down whether a subscription stands, and answers who listens.
+// note records whether Redis has acknowledged a subscription, and returns the channel's listener.
 func (s *subscriber) note(channel string, stands bool) Listener {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -367,7 +362,7 @@ func (s *subscriber) note(channel string, stands bool) Listener {
 	return s.listeners[channel]
 }
 
-// hears says whether a subscription stands.
+// hears reports whether Redis has acknowledged a subscription.
 func (s *subscriber) hears(channel string) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -391,15 +386,15 @@ func (s *subscriber) listener(channel string) Listener {
 	return s.listeners[channel]
 }
 
-// shards is the sessions of a Cluster: a connection for each master, since a sharded
-// channel is heard only where its slot is. What belongs where is compared now and then,
-// and whenever something is amiss; what is missed until then, the reads of the log find.
+// shards holds the sessions of a Cluster. It has a connection to each master, because only the master of its slot
+// delivers a sharded channel. It compares channels and masters now and then, and whenever something seems wrong. Reads
+// of the log find what is missed until then.
 type shards struct {
 	cluster *redis.ClusterClient
 	cfg     Config
 	metrics *metrics
 	trouble *refusals
-	wide    *subscriber // of ordinary channels: every server hears of them
+	wide    *subscriber // for ordinary channels, which every server delivers
 	kick    chan struct{}
 	quit    context.CancelFunc
 	done    chan struct{}
@@ -422,7 +417,7 @@ func newShards(cluster *redis.ClusterClient, cfg Config, m *metrics, r *refusals
 		masters: map[string]*subscriber{}, homes: map[string]home{},
 	}
 	s.wide = newSubscriber(cfg, m, r, ordinary, func(ctx context.Context) (*redis.PubSub, error) { return cluster.Subscribe(ctx), nil }, nil)
-	go func() { // ended by close, which waits for it
+	go func() { // close ends it and waits for it
 		defer close(s.done)
 		s.tend(ctx)
 	}()
@@ -449,7 +444,7 @@ func (s *shards) listen(channel string, l Listener) (stop func()) {
 	}
 }
 
-// settle brings a channel to the master that has its slot now. mu is held.
+// settle subscribes a channel at the master that has its slot now. mu must be held.
 func (s *shards) settle(channel string, h home) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.Timeout)
 	defer cancel()
@@ -477,9 +472,9 @@ func (s *shards) settle(channel string, h home) {
 	sub.add(channel, h.l)
 }
 
-// open connects to the master at an address, by the client that the cluster has for it.
+// open connects to the master at an address, through the cluster's client for it.
 func (s *shards) open(ctx context.Context, address string) (ps *redis.PubSub, err error) {
-	var mu sync.Mutex // the masters are asked at the same time
+	var mu sync.Mutex // ForEachMaster calls the function concurrently
 	err = s.cluster.ForEachMaster(ctx, func(ctx context.Context, master *redis.Client) error {
 		mu.Lock()
 		defer mu.Unlock()
@@ -494,7 +489,7 @@ func (s *shards) open(ctx context.Context, address string) (ps *redis.PubSub, er
 	return ps, nil
 }
 
-// amiss has everything compared soon.
+// amiss requests a comparison soon.
 func (s *shards) amiss() {
 	select {
 	case s.kick <- struct{}{}:
@@ -502,7 +497,7 @@ func (s *shards) amiss() {
 	}
 }
 
-// tend keeps channels where their slots are, and lets go of masters that have none.
+// tend keeps channels at the masters of their slots, and drops masters without channels.
 func (s *shards) tend(ctx context.Context) {
 	const calm, hasty = 5 * time.Second, 100 * time.Millisecond
 	for {
@@ -510,7 +505,7 @@ func (s *shards) tend(ctx context.Context) {
 		case <-time.After(calm):
 		case <-s.kick:
 			s.cluster.ReloadState(ctx)
-			select { // it takes a moment; and many kicks are one
+			select { // a move takes a moment, and this merges many kicks
 			case <-time.After(hasty):
 			case <-ctx.Done():
 			}
@@ -526,7 +521,7 @@ func (s *shards) tend(ctx context.Context) {
 	}
 }
 
-// compare settles every channel, and answers the masters that are left without one.
+// compare settles every channel, and returns the masters that are left without one.
 func (s *shards) compare() (idle []*subscriber) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

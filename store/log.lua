@@ -1,61 +1,63 @@
--- The log as Redis holds it: what every script begins with. One run serves several callers, each with a log and
--- arguments of its own (run.lua): a script is the function `work`, which begins with `open`, ends with `finish`, and
--- returns its caller's reply.
+-- The log as Redis holds it. Every script begins with this file. One run serves several callers, each with its own log
+-- and arguments (run.lua). A script is the function `work`, which begins with `open`, ends with `finish`, and returns
+-- its caller's reply.
 --
 --   KEYS     five for each caller:
 --            the history list, the session hash, the live channel,
---            which of a producer's numbers are where in the log (append.lua),
---            the messages that are open, by the time at which they end by themselves
---   ARGV[1]  something new and random, for epochs that have to begin
+--            the index: where a producer's numbers are in the log (append.lua),
+--            the open messages, by the time at which they expire
+--   ARGV[1]  a new random value, for epochs that have to begin
 --   ARGV[2]  time to live of the list, ms      ARGV[3]  time to live of the hash, ms
 --   ARGV[4]  oldest-first | newest-first: which end of the list producers push to
 --   ARGV[5]  PUBLISH | SPUBLISH
 --   ARGV[6]  the hint: a message that only says "read the log"
---   ARGV[7]  the channel on which a session is named whose uploads have to look whether they may go on
+--   ARGV[7]  the channel that names a session whose uploads must check whether they may continue
 --   ARGV[8]  how many chunks to keep
---   ARGV[9]  the grace, ms: how long a message outlives the upload that it came from
+--   ARGV[9]  the grace period, ms: how long a message outlives the upload that it came from
 --   ARGV[10] how many messages and producers a log may have
---   ARGV[11] 1: reads may be served by a Redis that is read-only; 2: it has been so for long, and nothing else can be read
+--   ARGV[11] 1: a read-only Redis may serve reads; 2: Redis has been read-only for long, and no other can be read
 --   ARGV[12] how many bytes of chunks to keep, 0: all
 --   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or
---   nothing, 0, nothing), how many arguments it has, and they
+--   empty, 0, empty), the number of its arguments, and the arguments
 --
--- Scripts are not rolled back. So everything that can fail (a key of another type, a Redis that refuses writes) is tried
--- before anything is written, and what fails after the first write is never told as "not done" (run.lua).
+-- Redis does not roll scripts back. So a script tries everything that can fail (a key of another type, a Redis that
+-- refuses writes) before its first write, and never reports a failure after the first write as "not done" (run.lua).
 local newest_first = ARGV[4] == 'newest-first'
 
--- The log at hand. log is what `open` found; nil when there is neither hash nor list. lost is where a log goes on that
--- the caller's node remembers and Redis has lost. messages are those that were looked at, news is what was pushed and is
--- to be published; look says that uploads may have to end. note tells the caller what was refused. Its arguments are
--- ARGV[at + 1] to ARGV[at + count].
+-- The current caller's log. `open` sets log, or leaves it nil if neither hash nor list exists. lost is where a log
+-- continues that the caller's node remembers and Redis has lost. messages are the messages read so far. news are the
+-- pushed chunks to publish. look means that uploads may have to end. note reports to the caller what Redis refused. The
+-- caller's arguments are ARGV[at + 1] to ARGV[at + count].
 local history, session, channel, index, opens
 local log, lost, messages, news, look, note
 local memory = {}
-local due_written -- the earliest of its deadlines, as it is written down
+local due_written -- the earliest deadline of a message, as recorded in the hash
 local at, count
 local written
 
--- Redis serves nobody else while a script runs. So what may be much is done in slices: a script does one, and the next
--- script goes on. spent is what this run has cost so far, in steps of about a quarter of a microsecond. A caller whose
--- run has spent a slice is asked to come again (run.lua). slice_of_messages is how many messages a slice has.
+-- Redis serves no other client while a script runs. So long work is done in slices: a script does one slice, and the
+-- next script continues. spent is the cost of this run so far, in units of about a quarter of a microsecond. After a run
+-- has spent a slice, its remaining callers must call again (run.lua). slice_of_messages is the number of messages in a
+-- slice.
 local slice, slice_of_messages, spent = 8000, 250, 0
 
 local function int(n) return string.format('%.0f', n) end
 
--- write is a command that changes something.
+-- write runs a command that changes something.
 local function write(...)
   local reply = redis.call(...)
   written = true
   return reply
 end
 
--- write_many is write with any number of arguments, names and values in turn or names alone: unpack has limits.
+-- write_many is write for any number of arguments, names and values in turn or names alone: unpack is limited.
 local function write_many(command, key, all)
   for i = 1, #all, 1000 do write(command, key, unpack(all, i, math.min(i + 999, #all))) end
 end
 
--- writable reports whether Redis takes writes. To set an empty part of a text that does not exist changes nothing, and
--- is refused like any other write: by a full Redis, a replica, one without its replicas or its disk, and for want of rights.
+-- writable reports whether Redis accepts writes. Setting an empty part of a nonexistent string changes nothing. But
+-- Redis refuses it like any other write if it is full, is a replica, lacks its replicas or its disk, or if the user
+-- lacks the permission.
 local refusal, unrefreshed
 local function writable()
   if refusal == nil then
@@ -65,12 +67,12 @@ local function writable()
   return not refusal
 end
 
--- must_write is for calls that mean to change something: they fail before they begin.
+-- must_write is for calls that intend to change something. They fail before they begin.
 local function must_write()
   if not writable() then error({ err = refusal }) end
 end
 
--- publish announces something. An announcement is a hint: its failure is told, and fails nothing.
+-- publish announces something. An announcement is a hint: a failure is noted and fails nothing else.
 local function publish(command, to, message)
   local reply = redis.pcall(command, to, message)
   if type(reply) == 'table' and reply.err then note = 'unheard ' .. reply.err end
@@ -85,7 +87,7 @@ local function now()
   return clock
 end
 
--- An epoch of the log at hand: no two logs have the same, nor has one it twice.
+-- An epoch for the current log. No two logs have the same epoch, and no log has the same epoch twice.
 local begun = 0
 local function epoch_of(hash)
   return hash:sub(1, 8) .. '-' .. hash:sub(9, 12) .. '-4' .. hash:sub(14, 16) .. '-8' .. hash:sub(18, 20) .. '-' .. hash:sub(21, 32)
@@ -95,14 +97,14 @@ local function new_epoch()
   return epoch_of(redis.sha1hex(ARGV[1] .. begun))
 end
 
--- Numbers of two epochs never meet: every epoch but the first begins right after a multiple of a million that is far
--- above everything known to have been given out. Another node may have given out a little more.
+-- Numbers of two epochs never meet. Every epoch but the first begins after a multiple of a million that is far above
+-- every number known to be in use. Another node may have used a few more.
 local block, margin = 1000000, 500000
 local function next_base(top) return math.ceil((top + margin) / block) * block end
 local function block_of(number) return math.floor(number / block) * block end
 
--- Chunks are addressed by position, 1 for the oldest. An index from the end that producers push to
--- would move under a pushed element, so each order counts from the other end.
+-- Positions count from the oldest chunk, which is 1. An index that counts from the end to which producers push would
+-- change with every push, so each order counts from the other end.
 local function range(i, j)
   if not newest_first then return redis.call('LRANGE', history, i - 1, j - 1) end
   local found, out = redis.call('LRANGE', history, -j, -i), {}
@@ -110,9 +112,9 @@ local function range(i, j)
   return out
 end
 
--- The mark of a position is what tells its element from another one: its hash, if it is one of ours, which says its number
--- and its time. Elements of other programs repeat ("the"), so there it is the hashes of up to eight, from that one
--- backwards, cut short. Nothing stands there: no mark.
+-- The mark of a position identifies its element. For our own elements it is a hash, because they contain their number
+-- and time. Elements of other programs can repeat ("the"), so their mark is the truncated hashes of up to eight
+-- elements, from this one backwards. An empty position has no mark.
 local mark_length = 16
 local function ours(element) return element:find('^{"seq":[1-9]%d*,"ts":') ~= nil end
 
@@ -127,7 +129,8 @@ local function mark(position)
   return table.concat(parts)
 end
 
--- matches reports whether a position still has a mark, as far as it can be told: what was trimmed cannot be compared.
+-- matches reports whether a position still has a mark. It returns true if it cannot tell: trimmed elements cannot be
+-- compared.
 local function matches(position, text, tip)
   if position < 1 or #text < mark_length then return true end
   if #text == 40 then
@@ -142,25 +145,26 @@ local function matches(position, text, tip)
   return true
 end
 
--- alike reports whether two marks of one number may be of the same elements: also when these are no longer in the list.
+-- alike reports whether two marks of one number may belong to the same elements, even if the list no longer contains
+-- them.
 local function alike(a, b)
   local both = math.min(#a, #b)
   return (#a == 40) == (#b == 40) and a:sub(1, both) == b:sub(1, both)
 end
 
--- A message is what the hash has under m:<its id>:
+-- The hash holds a message under m:<its id>:
 --
 --   open                                               it has begun and not ended
---   open <deadline> <length> <token> <producer>        ... and ends by itself at the deadline (ms) if nobody is heard of
---   late <deadline> <length> <token> <producer>        ... which has been asked for a sign of life, for the last time
+--   open <deadline> <length> <token> <producer>        ... and expires at the deadline (ms) without a sign of life
+--   late <deadline> <length> <token> <producer>        ... and was asked for a sign of life, for the last time
 --   done | failed | cancelled                          a chunk ended it
---   stopped                                            the call to cancel it did
+--   stopped                                            a call cancelled it
 --
--- and new instead of open, newlate instead of late, while it has no chunk. length is the lease that was asked
--- for (ms), 0 for none. token names the upload that holds the message: while it is under way, that is a sign of
--- life. It is ~ when that upload is gone and its producer may come back, - when there is none. producer is whose
--- upload that is, empty for one without numbers.
--- Chunks without a message_id belong to no message: nothing of them is left unfinished.
+-- While a message has no chunk, it is new instead of open, or newlate instead of late. length is the requested lease
+-- (ms), 0 for none. token names the upload that holds the message; an upload under way is a sign of life. The token is
+-- ~ if that upload is gone and its producer may come back, and - if no upload holds the message. producer is the
+-- producer of that upload, empty if it has no numbers.
+-- Chunks without a message_id belong to no message, so they leave nothing unfinished.
 local function parse(text)
   if not text then return { length = 0, token = '-', producer = '' } end
   local word, deadline, length, token, producer = text:match('^(%l+) (%d+) (%d+) (%S+) (.*)$')
@@ -177,7 +181,7 @@ local function message(id)
   return messages[id]
 end
 
--- read_messages reads many messages at once, for those who ask for each of them then.
+-- read_messages reads many messages at once, for callers that then ask for each of them.
 local function read_messages(ids)
   local names, unread, taken = {}, {}, {}
   for _, id in ipairs(ids) do
@@ -193,7 +197,7 @@ local function read_messages(ids)
   spent = spent + 4 * #names
 end
 
--- begin_message begins a message, or says that one has a chunk.
+-- begin_message begins a message, or records that it has a chunk.
 local function begin_message(m, has_chunk)
   if not m.open then m.open, m.new, m.changed = true, true, true end
   if m.new and has_chunk then m.new, m.changed = false, true end
@@ -201,23 +205,23 @@ end
 
 local function close_message(id, how) messages[id] = { how = how, length = 0, changed = true } end
 
--- The last part of a lease is for asking once more: after an outage of Redis nobody could renew one.
+-- The last part of a lease leaves time to ask once more: during an outage of Redis no client could renew its lease.
 local function last_call(length) return math.min(math.floor(length / 5), 5000) end
 
--- renew moves the deadline on. Not for every word of an answer: only when that makes a difference.
+-- renew moves the deadline, but only if that makes a difference: a long answer does not write for every word.
 local function renew(m, length)
   local deadline = now() + length - last_call(length)
   if m.deadline and not m.late and deadline >= m.deadline and deadline - m.deadline < length / 16 then return end
   m.deadline, m.late, m.changed = deadline, false, true
 end
 
--- rest lets go of an upload's hold: what stays is the lease that was asked for.
+-- rest releases an upload's hold. The requested lease stays.
 local function rest(m)
   if m.token ~= '-' or m.deadline and m.length == 0 then m.token, m.producer, m.changed = '-', '', true end
   if m.length > 0 then renew(m, m.length) else m.deadline = nil end
 end
 
--- save writes down what became of messages, and the earliest of their deadlines.
+-- save records the changed messages, and the earliest of their deadlines.
 local function save()
   local due, states, gone, opened, closed = log.due, {}, {}, {}, {}
   for id, m in pairs(messages) do
@@ -250,14 +254,15 @@ local function save()
   if due then write('HSET', session, 'due', int(due)) else write('HDEL', session, 'due') end
 end
 
--- derived is the epoch that a log has when Redis refuses to write one down: every node and every read derives the same,
--- from the epoch that is written down (or from the first element, if none is) and the base.
+-- derived returns the epoch of a log while Redis refuses to record one. Every node and every read derives the same
+-- epoch, from the recorded epoch (or from the first element, if none is recorded) and the base.
 local function derived(base)
   return epoch_of(redis.sha1hex(session .. ' ' .. (log.recorded or range(1, 1)[1] or '') .. ' ' .. int(base)))
 end
 
--- begin starts an epoch whose numbers go on after `base`: whatever is in the list is numbered from there. What a replica
--- lacks, its master may have: that ends no epoch, for a while. (Of a first one nothing was given out.)
+-- begin starts an epoch whose numbers continue after `base`; the elements in the list are numbered from there. If a
+-- replica lacks something, its master may have it, so that ends no epoch for a while. (A first epoch may begin, because
+-- no number was in use before it.)
 local function begin(base, epoch)
   if base > 0 and ARGV[11] ~= '2' and not writable() and refusal:find('READONLY', 1, true) == 1 then error({ err = refusal }) end
   log.epoch, log.base, log.former, log.last = epoch or writable() and new_epoch() or derived(base), base, base, base + log.length
@@ -265,24 +270,23 @@ local function begin(base, epoch)
   log.learned, log.begun = nil, true
 end
 
--- top is the highest number known to have been given out.
+-- top is the highest number known to be in use.
 local function top() return math.max(log.last_seen, log.last, memory.last) end
 
--- make begins a log where there is nothing.
+-- make creates a log where none exists.
 local function make()
   log = { base = 0, last = 0, last_seen = 0, former = 0, length = 0, bytes = 0, deletions = 0 }
   due_written = nil
   if lost then begin(lost.base, lost.epoch) else begin(0) end
 end
 
--- revive makes a deleted session an empty one again, with an epoch of its own.
+-- revive turns a deleted session into an empty one, with a new epoch.
 local function revive()
   log.deleted, log.created_at, log.revived = false, nil, true
   begin(next_base(top()))
 end
 
--- seen writes down how far the log goes and what stands there, so that the next script can tell this
--- list from another one.
+-- seen records the last number and its mark, so that the next script can tell this list from another one.
 local function seen()
   if log.last_seen == log.last and log.base == log.base_seen and not log.begun and log.learned == log.learned_seen and
     log.bytes == log.bytes_seen then return end
@@ -299,11 +303,11 @@ local function seen()
   elseif log.learned_seen then write('HDEL', session, 'learned') end
 end
 
--- call_uploads has the session's uploads check whether they may go on. The live channel ends with the session's id, which
--- has neither a colon nor a brace.
+-- call_uploads makes the session's uploads check whether they may continue. The live channel ends with the session's
+-- id, which contains neither a colon nor a brace.
 local function call_uploads() publish('PUBLISH', ARGV[7], (channel:match('([^:{}]+)}?$'))) end
 
--- refresh has the log live on. That is tried: a log can be read without it.
+-- refresh extends the log's time to live. A failure does not matter to a read.
 local function refresh()
   local reply = redis.pcall('PEXPIRE', history, ARGV[2])
   if type(reply) == 'table' and reply.err then unrefreshed = reply.err end
@@ -311,8 +315,8 @@ local function refresh()
   if log.numbered then redis.pcall('PEXPIRE', index, ARGV[2]) end
 end
 
--- trim takes away the oldest chunks that are more than a log keeps, by number or by bytes: of many, a slice. The newest one
--- stays, whatever it is.
+-- trim removes the oldest chunks beyond the log's limits of number and bytes, at most a slice of them. The newest chunk
+-- always stays.
 local function trim()
   local most, most_bytes, n, size, step = tonumber(ARGV[8]), tonumber(ARGV[12]), 0, 0, 1
   local function over()
@@ -327,7 +331,7 @@ local function trim()
   if n == 0 then return end
   local reply
   if newest_first then reply = redis.pcall('LTRIM', history, 0, -1 - n) else reply = redis.pcall('LTRIM', history, n, -1) end
-  if reply.err then -- what was appended is stored all the same
+  if reply.err then -- the append is stored all the same
     unrefreshed = reply.err
     return
   end
@@ -336,8 +340,8 @@ local function trim()
   spent = spent + 2 * n + size / 128
 end
 
--- finish writes down all there is to know, and publishes last. A first epoch needs no telling: its first
--- chunk does. Where Redis refuses writes, a read goes on without.
+-- finish records everything and publishes last. It does not announce a first epoch: the first chunk does. If Redis
+-- refuses writes, a read continues without them.
 local function finish()
   local over = log.length > tonumber(ARGV[8]) or tonumber(ARGV[12]) > 0 and log.bytes > tonumber(ARGV[12])
   if over and not log.learned and writable() then trim() end
@@ -364,14 +368,14 @@ local function add(members)
     news[#news + 1] = elements[i]
     log.bytes = log.bytes + #elements[i]
   end
-  for i = 1, #elements, 1000 do -- unpack has limits
+  for i = 1, #elements, 1000 do -- unpack is limited
     write(newest_first and 'LPUSH' or 'RPUSH', history, unpack(elements, i, math.min(i + 999, #elements)))
   end
   spent = spent + 12 * #elements
   log.length, log.last, log.tip = log.length + #elements, log.last + #elements, elements[#elements] or log.tip
 end
 
--- conclude ends messages by a chunk of the server's own.
+-- conclude ends messages with chunks that the server makes.
 local function conclude(ids, kind, how, more)
   local members = {}
   table.sort(ids)
@@ -384,8 +388,8 @@ end
 
 local function lose(ids) conclude(ids, 'failed', 'failed', ',"reason":"producer_lost"') end
 
--- lapse ends the messages whose deadline is past, or a slice of them. Whichever script comes first does it, so that nobody
--- needs to be alive for it.
+-- lapse ends the messages whose deadline has passed, at most a slice of them. Whichever script comes first does it, so
+-- no process has to stay alive for it.
 local function lapse()
   local lost, stale = {}, {}
   local ids = redis.call('ZRANGEBYSCORE', opens, '-inf', int(now()), 'LIMIT', 0, slice_of_messages)
@@ -408,8 +412,8 @@ local function lapse()
   if #lost > 0 then lose(lost) end
 end
 
--- sweep takes away what the hash of a deleted log has of messages, a slice of it, and keeps of its producers which there
--- were, so that one that repeats itself does not bring back what was deleted.
+-- sweep removes the messages of a deleted log from its hash, a slice at a time. It records the epochs of the log's
+-- producers, so that a producer that repeats itself does not bring back what was deleted.
 local function sweep()
   if not writable() then return end
   local found = redis.call('HSCAN', session, log.sweep, 'COUNT', 2 * slice_of_messages)
@@ -426,8 +430,8 @@ local function sweep()
   spent = spent + 8 * #found[2]
 end
 
--- learn finds out which messages the chunks after a number begin or end, and how many bytes they are: other programs pushed
--- them. It learns a slice.
+-- learn finds the messages that the chunks after a number begin or end, and the size of these chunks, which other
+-- programs pushed. It handles a slice.
 local function learn(after)
   local cost, step, i = 0, 16, after - log.base + 1
   while i <= log.length and cost < slice do
@@ -441,7 +445,7 @@ local function learn(after)
         local ok, chunk = pcall(cjson.decode, element)
         local id = ok and type(chunk) == 'table' and chunk.message_id
         if type(id) == 'string' and id ~= '' then
-          if not messages[id] then cost = cost + 24 end -- it is read, and written
+          if not messages[id] then cost = cost + 24 end -- it is read and written
           local kind, m = chunk.type, message(id)
           if kind == 'done' or kind == 'failed' or kind == 'cancelled' then
             if not m.how then close_message(id, kind) end
@@ -460,16 +464,16 @@ local function learn(after)
   spent = spent + cost
 end
 
--- known reads the element at a position, the last one that was seen, and how long the list is: mostly that is
--- where it ends.
+-- known returns the element at a position, the last one seen, and the length of the list. The list usually ends at that
+-- position.
 local function known(position)
   if position < 1 then return nil, redis.call('LLEN', history) end
   local found = range(position, position + 1)
   return found[1], #found == 1 and position or redis.call('LLEN', history)
 end
 
--- compare_memory holds the log against what the caller's node remembers: chunks that it acknowledged, or gave out. If
--- they are not there, Redis has lost them, and the epoch ends in which their numbers meant something.
+-- compare_memory compares the log with what the caller's node remembers: chunks that it acknowledged or delivered. If
+-- they are missing, Redis has lost them, and their epoch ends.
 local function has_memory()
   if memory.last == log.last_seen and #memory.mark >= mark_length and #log.mark >= mark_length then return alike(memory.mark, log.mark) end
   return log.last >= memory.last and matches(memory.last - log.base, memory.mark)
@@ -480,10 +484,10 @@ local function compare_memory()
   if memory.epoch == log.epoch then
     if not has_memory() then begin(next_base(top())) end
   elseif log.former < memory.last then
-    if derived(block_of(memory.last)) == memory.epoch then -- it was begun by a read that could not write it down
+    if derived(block_of(memory.last)) == memory.epoch then -- a read began it and could not record it
       begin(block_of(memory.last), memory.epoch)
       if not has_memory() then begin(next_base(top())) end
-    elseif memory.mark == '-' then -- nothing was ever given out in it
+    elseif memory.mark == '-' then -- no number of it was ever used
       begin(memory.last, memory.epoch)
     else
       begin(next_base(top()))
@@ -491,7 +495,7 @@ local function compare_memory()
   end
 end
 
--- open reads the log's bounds, and a message's state if it is told one, finds out whether the list is still the one
+-- open reads the log's bounds, and the state of a message if it gets an id. It checks whether the list is still the one
 -- that was seen last, and does what is due.
 local function open(id)
   local h = redis.call('HMGET', session, 'epoch', 'base', 'last_seen', 'mark', 'former', 'ended',
@@ -509,28 +513,28 @@ local function open(id)
     epoch = h[1], recorded = h[1], base = base, last_seen = last_seen, former = tonumber(h[5] or 0), base_seen = base, ended = h[6], deleted = h[7],
     created_at = h[8], updated_at = h[9], deletions = tonumber(h[10] or 0), due = h[11] and tonumber(h[11]), numbered = h[12],
     learned = h[13] and tonumber(h[13]), learned_seen = h[13] and tonumber(h[13]), sweep = h[14],
-    bytes = 0, -- what the list has up to the number that it was learned to
+    bytes = 0, -- the size of the list up to the learned number
     mark = h[4] or '', length = length, last = base + length, tip = false, -- (a table that grows costs as much as a command)
   }
   due_written = log.due
   local bytes, sized_base, sized_last = (h[15] or ''):match('^(%d+) (%d+) (%d+)$')
   if sized_base == h[2] and sized_last == h[3] then log.bytes, log.bytes_seen = tonumber(bytes), tonumber(bytes) end
   if id then messages[id] = parse(h[16]) end
-  if not log.epoch then -- a list that another program began
+  if not log.epoch then -- another program began the list
     log.epoch = ''
     if memory.last == 0 then begin(0, memory.epoch == derived(0) and memory.epoch or nil) end
   elseif log.deleted then
     log.base, log.last = log.last_seen, log.last_seen
     if log.sweep then sweep() end
-    if log.sweep then -- until that is done, it stays deleted
+    if log.sweep then -- until the sweep is done, the log stays deleted
       length, log.length, log.unfinished = 0, 0, true
     elseif length > 0 then
       revive()
     end
   elseif length == 0 then
-    log.base = log.last_seen -- expired: the same log, with nothing of it left
+    log.base = log.last_seen -- expired: the same log, now empty
   elseif log.last_seen > log.base and not (tip and matches(log.last_seen - log.base, log.mark, tip)) then
-    -- Another list stands where the known one stood. A read that could not write that down may have begun its epoch.
+    -- Another list has replaced the known one. A read that could not record that may have begun its epoch.
     if memory.last > 0 and derived(block_of(memory.last)) == memory.epoch then begin(block_of(memory.last), memory.epoch)
     else begin(next_base(top())) end
   end
@@ -545,8 +549,8 @@ end
 
 local function argument(k) return ARGV[at + k] end
 
--- Every reply begins with a status and what the node is to remember: the epoch, the last number, its mark; and a note of
--- what Redis has refused meanwhile. A mark of - says that the epoch has given out nothing yet.
+-- Every reply begins with a status and what the node has to remember: the epoch, the last number, its mark, and a note
+-- of what Redis refused. A mark of - means that no number of the epoch is in use.
 local function answer(status, ...)
   if not log then return { status, '', 0, '', note or '', ... } end
   return { status, log.epoch, log.last, log.last == log.former and '-' or log.mark, note or '', ... }

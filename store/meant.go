@@ -8,16 +8,16 @@ import (
 	"github.com/agext/levenshtein"
 )
 
-// A chunk of type delta, reasoning or message that says nothing is an empty line in every reader. Its sender has
-// nearly always called something by another name, so the error says which member was probably meant.
+// A chunk of type delta, reasoning or message that says nothing is an empty line in every reader. Nearly always its
+// sender used another name for a member, so the error suggests the right one.
 
-// saying are the members by which a chunk says something.
+// saying contains the members by which a chunk says something.
 var saying = map[string]bool{
 	"content": true, "data": true, "event": true, "raw": true, "is_complete": true,
 	"reason": true, "detail": true, "finish_reason": true, "usage": true, "refusal": true,
 }
 
-// otherNames are what other APIs call a member, in lower case and without what joins words.
+// otherNames maps other APIs' names for a member, in lower case and without separators, to ours.
 var otherNames = map[string]string{
 	"text": "content", "txt": "content", "delta": "content", "token": "content", "tokens": "content", "message": "content", "msg": "content", "body": "content",
 	"value": "content", "word": "content", "words": "content", "chunk": "content", "answer": "content", "response": "content", "output": "content",
@@ -29,7 +29,7 @@ var otherNames = map[string]string{
 	"reasoningcontent": "content", "thinking": "content", "thought": "content",
 }
 
-// nothingSaid is the error of a chunk of type kind whose members, all unknown or none, say nothing.
+// nothingSaid returns the error for a chunk of type kind whose members, all unknown or none, say nothing.
 func nothingSaid(kind string, unknown []string) *ChunkError {
 	e := &ChunkError{Code: "invalid_chunk", Detail: fmt.Sprintf(`a chunk of type %q needs "content" or "data"`, kind)}
 	if len(unknown) == 0 {
@@ -60,7 +60,7 @@ func nothingSaid(kind string, unknown []string) *ChunkError {
 	return e
 }
 
-// meantBy is the member that somebody means who writes name; empty: who knows.
+// meantBy returns the member that name probably means, or an empty string if it cannot tell.
 func meantBy(name string) string {
 	if len(name) > 32 {
 		return ""
@@ -86,7 +86,7 @@ func brief(name string) string {
 	return name
 }
 
-// pointer is a name as a part of a JSON pointer (RFC 6901).
+// pointer returns a name as a part of a JSON pointer (RFC 6901).
 func pointer(name string) string {
 	return strings.NewReplacer("~", "~0", "/", "~1").Replace(brief(name))
 }

@@ -2,29 +2,29 @@ package store
 
 import "sync"
 
-// memory is what a node remembers of logs: of each the epoch, the highest number that this node acknowledged or gave
-// out, and the mark of that number, which tells what stood there from what may stand there later. Every script is told what
-// its caller's node remembers (log.lua: compare_memory). So a log that comes back shorter, or other, from a failover or a
-// restart is noticed, also when nobody views it at that moment, and gets a new epoch.
+// memory is what a node remembers of logs: the epoch, the highest number that this node acknowledged or delivered, and
+// the mark of that number. The mark tells its chunk from another one that may later have the number. Every script gets
+// what its caller's node remembers (log.lua: compare_memory). So a script notices a log that is shorter or different
+// after a failover or a restart, even if nobody was viewing it, and gives it a new epoch.
 //
-// Numbers only grow, also from one epoch to the next, so what is remembered is what has the highest number.
+// Numbers only grow, also from one epoch to the next, so the entry with the highest number wins.
 //
-// It is bounded: two generations, of which the older is forgotten when the newer is full. What is used moves to the
-// newer one.
+// The memory is limited to two generations. When the newer is full, the older is forgotten. An entry that is used moves
+// to the newer one.
 type memory struct {
 	mu           sync.Mutex
 	newer, older map[string]remembered
 }
 
-// remembered is what a node remembers of one log. A zero last: nothing.
+// remembered is what a node remembers of one log. If last is zero, it is empty.
 type remembered struct {
 	epoch string
 	last  int64
 	mark  string
 }
 
-// memorySize is how many logs a generation has: a node remembers at least as many of those that it used last, and at most twice as
-// many. 50,000 are some 10 MB.
+// memorySize is the number of logs in a generation. A node remembers at least that many of the logs that it used last,
+// and at most twice as many. 50,000 take about 10 MB.
 const memorySize = 50_000
 
 func (m *memory) get(session string) remembered {
@@ -39,7 +39,7 @@ func (m *memory) get(session string) remembered {
 	return r
 }
 
-// note remembers r, unless a higher number is remembered.
+// note remembers r, unless memory has a higher number.
 func (m *memory) note(session string, r remembered) {
 	if r.last == 0 {
 		return
@@ -55,7 +55,7 @@ func (m *memory) note(session string, r remembered) {
 	}
 }
 
-// set is called with mu held.
+// set remembers r. mu must be held.
 func (m *memory) set(session string, r remembered) {
 	if _, ok := m.newer[session]; !ok && len(m.newer) >= memorySize || m.newer == nil {
 		m.newer, m.older = map[string]remembered{}, m.newer

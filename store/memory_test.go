@@ -9,11 +9,11 @@ import (
 	"gapless/store/storetest"
 )
 
-// pushed is what another program pushes: it has no number, and may repeat itself.
+// pushed returns an element as another program pushes it: without a number, and possibly repeated.
 func pushed(word string) string { return fmt.Sprintf(`{"content":%q}`, word) }
 
-// A node that acknowledged or gave out chunks notices when Redis comes back without them, also when as many others, or
-// more, have taken their numbers. It is told in the very call, and told once.
+// A node that acknowledged or delivered chunks notices when Redis comes back without them, even if at least as many
+// others have taken their numbers. The very next call reports it, once.
 func TestMemory_whatWasGivenOutAndIsLostEndsTheEpoch(t *testing.T) {
 	push := func(r *storetest.Server, words ...string) {
 		for _, w := range words {
@@ -107,7 +107,7 @@ func TestMemory_whatWasGivenOutAndIsLostEndsTheEpoch(t *testing.T) {
 	}
 }
 
-// snapshot returns what brings Redis back to where it is now, as a failover does to a replica that is behind.
+// snapshot returns a function that restores the current state of Redis, as a failover to a lagging replica does.
 func snapshot(t *testing.T, r *storetest.Server) (restore func()) {
 	kept := map[string]string{}
 	for _, key := range r.Keys(t.Context(), "*").Val() {
@@ -123,7 +123,7 @@ func snapshot(t *testing.T, r *storetest.Server) (restore func()) {
 	}
 }
 
-// What is not lost ends no epoch: a trim, an expiry, another node's appends, another node's new epoch.
+// These end no epoch: a trim, an expiry, another node's appends, another node's new epoch.
 func TestMemory_whatIsNotLostEndsNoEpoch(t *testing.T) {
 	r := storetest.Redis(t)
 	on := func(c *store.Config) { c.Redis, c.HistoryMax = r.URL(), 5 }
@@ -149,7 +149,7 @@ func TestMemory_whatIsNotLostEndsNoEpoch(t *testing.T) {
 		r.RPush(t.Context(), "chat:history:s", pushed("the"))
 	}
 	same("pushes")
-	mustAppend(t, other, "s", delta("x"), delta("y"), delta("z")) // what the mark of the pushes covers is trimmed in part
+	mustAppend(t, other, "s", delta("x"), delta("y"), delta("z")) // trims a part of what the mark of the pushes covers
 	same("trims of pushes")
 	r.Del(t.Context(), "chat:history:s")
 	same("expiry")
@@ -157,8 +157,8 @@ func TestMemory_whatIsNotLostEndsNoEpoch(t *testing.T) {
 	same("what follows an expiry")
 }
 
-// A log that Redis has lost with all that said so goes on where its numbers mean nothing else: a reader is told before
-// the first chunk, with the epoch and the numbers that the chunk then has, and no key is made for that.
+// A log that Redis has lost completely continues at numbers that were never used. Before the first chunk, a reader
+// learns the epoch and the number that the chunk will have. No key is created for that.
 func TestMemory_aLogThatIsGoneGoesOnElsewhere(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		for i := range int64(3) {
@@ -189,7 +189,7 @@ func TestMemory_aLogThatIsGoneGoesOnElsewhere(t *testing.T) {
 	})
 }
 
-// Of two nodes one remembers more. Whichever comes first, neither is told a number that meant something else to it.
+// One of two nodes remembers more. Whichever comes first, neither receives a number that meant something else to it.
 func TestMemory_nodesThatRememberDifferentlyAgree(t *testing.T) {
 	r := storetest.Redis(t)
 	on := func(c *store.Config) { c.Redis = r.URL() }
@@ -215,7 +215,7 @@ func TestMemory_nodesThatRememberDifferentlyAgree(t *testing.T) {
 	}
 }
 
-// A node remembers many sessions, and no more than it may.
+// The memory of a node holds many sessions, but is limited.
 func TestMemory_isBounded(t *testing.T) {
 	sizes := store.MemoryHolds(200_000)
 	if kept := sizes.Kept; kept < 50_000 || kept > 100_000 {
@@ -226,8 +226,8 @@ func TestMemory_isBounded(t *testing.T) {
 	}
 }
 
-// A refused write hides nothing: what is in Redis can be read, with the same epoch each time and by each node, also a log that
-// other programs began meanwhile; and when writes are taken again, it has that epoch still.
+// A refused write hides nothing. Redis can be read, with the same epoch each time and on each node, even if other
+// programs began the log meanwhile. When Redis accepts writes again, the epoch stays the same.
 func TestRead_needsNoWrite(t *testing.T) {
 	for name, refuse := range map[string]func(r *storetest.Server, on bool){
 		"full": func(r *storetest.Server, on bool) {
@@ -275,8 +275,8 @@ func TestRead_needsNoWrite(t *testing.T) {
 	}
 }
 
-// A failover may lose chunks and leave a master that takes no writes for want of replicas: what was lost is told all the
-// same, once, by the epoch that is written down later.
+// A failover may lose chunks and leave a master that accepts no writes for lack of replicas. The loss is still reported
+// once, with the epoch that is recorded later.
 func TestRead_lossIsToldWhileWritesAreRefused(t *testing.T) {
 	r := storetest.Redis(t)
 	s, other := open(t, func(c *store.Config) { c.Redis = r.URL() }), open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -308,7 +308,7 @@ func TestRead_lossIsToldWhileWritesAreRefused(t *testing.T) {
 	}
 }
 
-// A hint may fail: a user of Redis without rights to channels stores as ever, and is not told otherwise.
+// A hint may fail: a Redis user without permissions on channels stores as before, without an error.
 func TestAppend_anAnnouncementThatIsRefusedFailsNothing(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -329,7 +329,7 @@ func TestAppend_anAnnouncementThatIsRefusedFailsNothing(t *testing.T) {
 	}
 }
 
-// What fails after the first write is never told as "not done".
+// A failure after the first write is never reported as "not done".
 func TestAppend_whatFailsInTheMiddleIsInDoubt(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -347,8 +347,8 @@ func TestAppend_whatFailsInTheMiddleIsInDoubt(t *testing.T) {
 	}
 }
 
-// The first read of a long list that other programs pushed is cheap, and so is every other call of ours: what the list says
-// of messages is learned in slices, and an append waits until it is known.
+// The first read of a long list that other programs pushed is cheap, and so is every other call. The messages in the
+// list are learned in slices, and an append waits until they are known.
 func TestLearn_aMillionElementsInSlices(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.HistoryMax = r.URL(), 10_000_000 })

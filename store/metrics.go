@@ -7,7 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// metrics is what the store says of itself to Prometheus.
+// metrics holds the store's Prometheus metrics.
 type metrics struct {
 	seconds  *prometheus.HistogramVec // by script
 	errors   *prometheus.CounterVec   // by script and kind
@@ -22,13 +22,13 @@ type metrics struct {
 
 // Kinds of error in gapless_redis_errors_total.
 const (
-	kindAway    = "away"    // it was surely not executed: Redis cannot be reached
-	kindRefused = "refused" // it was surely not executed: Redis refuses it, as it refuses others
-	kindUnknown = "unknown" // its answer was lost
+	kindAway    = "away"    // surely not executed: Redis cannot be reached
+	kindRefused = "refused" // surely not executed: Redis refuses it, like others
+	kindUnknown = "unknown" // its reply was lost
 	kindFault   = "fault"   // it failed, and will fail again
 )
 
-// hintOther is the code of a hint that failed for no reason that has one.
+// hintOther is the code of a hint that failed for a reason without its own code.
 const hintOther = "other"
 
 func newMetrics(subscriptions func() int) *metrics {
@@ -61,7 +61,7 @@ func newMetrics(subscriptions func() int) *metrics {
 	}
 	for _, name := range scriptNames {
 		m.seconds.WithLabelValues(name)
-		for _, kind := range []string{kindAway, kindRefused, kindUnknown, kindFault} { // so that a rate is known from the first one on
+		for _, kind := range []string{kindAway, kindRefused, kindUnknown, kindFault} { // so that a rate includes the first error
 			m.errors.WithLabelValues(name, kind)
 		}
 	}
@@ -88,5 +88,5 @@ func (m *metrics) ran(which int, begun time.Time, err error) {
 	}
 }
 
-// Metrics are the store's collectors for a Prometheus registry.
+// Metrics returns the store's collectors for a Prometheus registry.
 func (s *Store) Metrics() []prometheus.Collector { return s.metrics.all }

@@ -16,11 +16,10 @@ import (
 	"gapless/store/storetest"
 )
 
-// Redis as it is run in production: over TLS and with a password, watched by Sentinels,
-// as a Cluster.
+// Redis as it runs in production: over TLS and with a password, with Sentinels, and as a Cluster.
 
-// tail is what a listener's owner has: it reads the log whenever it is told to, and now
-// and then; it never misses anything for long.
+// tail does what the owner of a listener does: it reads the log after every notification, and now and then, so it never
+// misses a chunk for long.
 type tail struct {
 	s  *store.Store
 	id string
@@ -50,7 +49,7 @@ func (l *tail) heard() int {
 	return l.live
 }
 
-// numbered appends one chunk with its number, until it is acknowledged.
+// numbered appends one chunk with its producer number, until it is acknowledged.
 func numbered(ctx context.Context, s *store.Store, id string, i int) error {
 	for {
 		_, err := s.Append(ctx, id, store.Batch{
@@ -101,7 +100,7 @@ func TestTLS_verifiesTheServerAndLogsIn(t *testing.T) {
 	}
 }
 
-// A password that was not escaped is not printed, whatever becomes of the URL that it breaks.
+// A password that was not escaped is never printed, whatever happens to the URL that it breaks.
 func TestConfig_printsNothingOfAPassword(t *testing.T) {
 	const head, tail = "s3same", "0pensesame"
 	for _, between := range []string{"/", "#", "?", "@", "%", "%zz", " ", ":", "\\", "[", "]", "^", "`", "{", "\"", "<", "é", "語", "\t", "\n", "\x00", "&", ";", "=", "+", ",", "//", "/?#", "@/", "#@", "12/", "://", "%2"} {
@@ -190,7 +189,7 @@ func TestConfig_prefix(t *testing.T) {
 	}
 }
 
-// The keys of a session are in one slot, and its channel is a sharded one.
+// The keys of a session are in one slot, and its channel is sharded.
 func TestCluster_contract(t *testing.T) {
 	c := storetest.Cluster(t)
 	for _, prefix := range []string{"chat:", "staging:"} {
@@ -211,7 +210,7 @@ func testClusterContract(t *testing.T, c *storetest.Clustered, prefix string) {
 			t.Fatal(list)
 		}
 		e.wait(t, "the chunk", func() bool { return slices.Equal(e.heard, list) })
-		// A foreign producer's, too.
+		// A message of another producer arrives, too.
 		if err := c.SPublish(t.Context(), prefix+"stream:{"+id+"}", "x").Err(); err != nil {
 			t.Fatal(err)
 		}
@@ -224,7 +223,7 @@ func testClusterContract(t *testing.T, c *storetest.Clustered, prefix string) {
 	e := newEar()
 	defer s.ListenUploads(e)()
 	e.wait(t, "the acknowledgement", func() bool { return e.resyncs == 1 })
-	for i := range 6 { // whichever server a session is on
+	for i := range 6 { // whichever server has the session
 		id := fmt.Sprint("u", i)
 		mustAppend(t, s, id, of("m"))
 		if _, err := s.Cancel(t.Context(), id, ""); err != nil {
@@ -234,9 +233,8 @@ func testClusterContract(t *testing.T, c *storetest.Clustered, prefix string) {
 	}
 }
 
-// follow runs producers and listeners of many sessions while something happens to Redis:
-// every chunk that is acknowledged is in the log, once, in order; and afterwards chunks
-// are announced again.
+// follow runs producers and listeners of many sessions while something happens to Redis. Every acknowledged chunk is in
+// the log, once, in order, and afterwards chunks are announced again.
 func follow(t *testing.T, s *store.Store, sessions int, happen func()) {
 	t.Helper()
 	ctx, cancel := storetest.Watch(t.Context(), t)
@@ -313,7 +311,7 @@ func TestCluster_slotsMoveUnderLoad(t *testing.T) {
 	})
 }
 
-// A master is lost, and what it had is on its replica: with -wait-replicas, all of it.
+// A master is lost, and its replica has its data: with -wait-replicas, all of it.
 func TestCluster_masterIsLostUnderLoad(t *testing.T) {
 	c := storetest.Cluster(t)
 	s := open(t, func(cfg *store.Config) { cfg.Redis, cfg.WaitReplicas = c.URL(), 1 })
@@ -321,7 +319,7 @@ func TestCluster_masterIsLostUnderLoad(t *testing.T) {
 		lost := c.MasterOf("chat:stream:{s0}")
 		lost.Kill()
 		storetest.Eventually(t, "another takes over", func() bool { return c.MasterOf("chat:stream:{s0}") != lost })
-		lost.Start() // else the new master has no replica, and nothing can be acknowledged
+		lost.Start() // otherwise the new master has no replica, and nothing can be acknowledged
 	})
 }
 
@@ -336,7 +334,7 @@ func TestSentinel_failoverUnderLoad(t *testing.T) {
 	})
 }
 
-// Promise: Durable, in the words of -wait-replicas.
+// Promise: Durable, as defined by -wait-replicas.
 func TestWaitReplicas_isAcknowledgedWhenReplicasHaveIt(t *testing.T) {
 	w := storetest.Sentinel(t)
 	s := open(t, func(cfg *store.Config) {
@@ -352,7 +350,7 @@ func TestWaitReplicas_isAcknowledgedWhenReplicasHaveIt(t *testing.T) {
 	if !errors.Is(err, store.ErrOutcomeUnknown) {
 		t.Fatal(err)
 	}
-	// It is stored; and it is acknowledged only when the replica has it, also when it is known.
+	// It is stored, and acknowledged only once the replica has it, even for a retry.
 	_, err = s.Append(t.Context(), "s", store.Batch{Producer: store.Producer{ID: "p"}, Chunks: []store.Chunk{delta("b")}})
 	if !errors.Is(err, store.ErrOutcomeUnknown) {
 		t.Fatal(err)

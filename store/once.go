@@ -10,20 +10,19 @@ import (
 	"strings"
 )
 
-// known is what the log has of a producer's numbers, from those of a batch on.
+// known is what the log contains of a producer's numbers, beginning with a batch's first.
 type known struct {
 	epoch string
 	life  int64
 	runs  []run
-	end   int64 // the number behind the last run
+	end   int64 // the number after the last run
 }
 
-// run is consecutive chunks of a log that have consecutive numbers of a producer
-// (append.lua).
+// run is a sequence of chunks of a log that have consecutive numbers of a producer (append.lua).
 type run struct {
 	number, seq int64
-	text        bool // each chunk takes a number a byte
-	filled      int  // how many bytes of each one's members were not posted
+	text        bool // each chunk uses one number per byte
+	filled      int  // how many bytes of each chunk's members the server added
 }
 
 func parseKnown(r *replyFields) (*known, error) {
@@ -60,8 +59,8 @@ func parseRun(member string) (r run, err error) {
 	return r, errors.Join(errs[:]...)
 }
 
-// at is the run that has a number, and the number behind it. ok is false where the index
-// does not go back so far.
+// at returns the run that contains a number, and the number after the run. ok is false if the index does not go back so
+// far.
 func (k *known) at(number int64) (r run, end int64, ok bool) {
 	end = k.end
 	for i := len(k.runs) - 1; i >= 0; i-- {
@@ -73,11 +72,10 @@ func (k *known) at(number int64) (r run, end int64, ok bool) {
 	return run{}, end, false
 }
 
-// compare holds what the log has of a batch against what was posted now, as it was
-// posted, and takes it off the batch. It answers where that is in the log, and how many
-// of the batch's chunks it was. What is no longer kept is not compared.
+// compare compares the log with a batch, as posted, and removes from the batch what the log contains. It returns how
+// many of the batch's chunks these are, and where they are in the log. It does not compare what was trimmed.
 //
-// A log does not change under its numbers, so it need not be of one instant.
+// The reads need not be of one instant, because a log does not change under its numbers.
 func (s *Store) compare(ctx context.Context, session string, b *Batch, k *known) (taken int, found Appended, err error) {
 	c := comparison{batch: b, elements: elements{store: s, ctx: ctx, session: session, epoch: k.epoch}, number: b.Producer.Number}
 	to := c.number
@@ -101,23 +99,23 @@ func (s *Store) compare(ctx context.Context, session string, b *Batch, k *known)
 	}
 	b.Chunks, b.Producer.Number = b.Chunks[c.i:], c.number
 	if c.off > 0 {
-		b.Chunks = slices.Clone(b.Chunks) // it is the caller's
+		b.Chunks = slices.Clone(b.Chunks) // the caller owns the old slice
 		rest := b.Chunks[0]
 		b.Chunks[0] = newText(rest.text[c.off:], rest.fill)
 	}
 	return c.i, c.found, nil
 }
 
-// comparison goes along a batch and the log.
+// comparison advances through a batch and the log.
 type comparison struct {
 	batch    *Batch
 	elements elements
-	number   int64 // the next to be compared,
-	i, off   int   // which is in this chunk, this many bytes in
+	number   int64 // the next number to compare
+	i, off   int   // its chunk in the batch, and its byte offset there
 	found    Appended
 }
 
-// advance goes past n numbers, or to the end of a chunk. It answers how many it were.
+// advance passes n numbers, or fewer at the end of a chunk. It returns how many numbers it passed.
 func (c *comparison) advance(n int64) int64 {
 	chunk := &c.batch.Chunks[c.i]
 	n = min(n, chunk.Numbers()-int64(c.off))
@@ -127,7 +125,7 @@ func (c *comparison) advance(n int64) int64 {
 	return n
 }
 
-// pass takes what follows, up to number to, for what was posted before.
+// pass treats everything up to number to as posted before.
 func (c *comparison) pass(to int64) {
 	for c.number < to {
 		c.advance(to - c.number)
@@ -135,7 +133,7 @@ func (c *comparison) pass(to int64) {
 	}
 }
 
-// note counts chunk seq of the log in; 0: nobody knows which.
+// note counts chunk seq of the log. 0 means an unknown chunk.
 func (c *comparison) note(seq int64) {
 	f := &c.found
 	if seq != 0 && seq == f.Last {
@@ -170,7 +168,7 @@ func (c *comparison) chunks(r run, to int64) error {
 	return nil
 }
 
-// text compares bytes: the same text may come in other pieces now.
+// text compares bytes, because the same text may come in other pieces now.
 func (c *comparison) text(r run, to int64) error {
 	for seq, number := r.seq, r.number; number < to; seq++ {
 		element, kept, err := c.elements.at(seq)
@@ -178,7 +176,7 @@ func (c *comparison) text(r run, to int64) error {
 			return err
 		}
 		text := contentOf(element)
-		if !kept || text == "" { // where the others begin is not known either
+		if !kept || text == "" { // then the beginnings of the other chunks are unknown too
 			c.pass(to)
 			return nil
 		}
@@ -198,7 +196,7 @@ func (c *comparison) text(r run, to int64) error {
 	return nil
 }
 
-// postedOf is what was posted of an element of the log. A Chunk's is Chunk.posted.
+// postedOf returns the posted part of an element of the log. For a Chunk it is Chunk.posted.
 func postedOf(element string, filled int) string {
 	_, members, _ := strings.Cut(element, `,"ts":`)
 	_, members, _ = strings.Cut(members, ",")
@@ -207,11 +205,11 @@ func postedOf(element string, filled int) string {
 
 func contentOf(element string) string {
 	var chunk struct{ Content string }
-	_ = json.Unmarshal([]byte(element), &chunk) // what is not ours says nothing
+	_ = json.Unmarshal([]byte(element), &chunk) // an element of another program has no content here
 	return chunk.Content
 }
 
-// elements reads a log here and there, mostly forwards.
+// elements reads parts of a log, mostly forwards.
 type elements struct {
 	store          *Store
 	ctx            context.Context
@@ -219,7 +217,7 @@ type elements struct {
 	page           Page
 }
 
-// at is the element at seq, if it is kept.
+// at returns the element at seq, if it is kept.
 func (e *elements) at(seq int64) (element string, kept bool, err error) {
 	if has := e.page.From <= seq && seq < e.page.Next(); !has {
 		if e.page.Epoch != "" && seq < e.page.First {

@@ -16,10 +16,9 @@ import (
 	"gapless/store/storetest"
 )
 
-// Promise: Once. An append that is retried with the same producer numbers takes effect
-// once.
+// Promise: Once. An append that is retried with the same producer numbers takes effect once.
 
-// posted makes a chunk as a producer posts it.
+// posted returns a chunk as a producer posts it.
 func posted(t testing.TB, text string) store.Chunk {
 	t.Helper()
 	c, err := store.ParseChunk([]byte(text), store.Fill{}, 64<<10)
@@ -38,7 +37,7 @@ func texts(t testing.TB, text string, fill store.Fill) []store.Chunk {
 	return chunks
 }
 
-// contents is what the log's chunks say.
+// contents returns the contents of the log's chunks.
 func contents(t testing.TB, s *store.Store, id string) (all []string) {
 	t.Helper()
 	for _, element := range mustRead(t, s, id, 1, lots, lots).Elements {
@@ -60,7 +59,7 @@ func TestOnce_aRetryIsAnsweredWithTheNumbersItHas(t *testing.T) {
 			t.Fatal(first, err)
 		}
 		mustAppend(t, s, "s", delta("of somebody else"))
-		// All of it again, more of it, a part of it.
+		// All of it again, more of it, and a part of it.
 		again, err := s.Append(t.Context(), "s", store.Batch{Producer: p, Chunks: []store.Chunk{a, b}})
 		if err != nil || again.First != 1 || again.Last != 2 || again.Count != 2 || again.Known != 2 || again.Epoch != first.Epoch {
 			t.Fatal(again, err)
@@ -102,7 +101,7 @@ func TestOnce_gapsAreRefusedWithTheExpectedNumber(t *testing.T) {
 	})
 }
 
-// What was posted is compared, not what the server filled in.
+// The posted part is compared, not what the server added.
 func TestOnce_otherContentIsAConflict_filledInMembersAreNot(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		parse := func(text string, fill store.Fill) []store.Chunk {
@@ -139,7 +138,7 @@ func TestOnce_otherContentIsAConflict_filledInMembersAreNot(t *testing.T) {
 			{0, parse(`{"content":"b"}`, store.Fill{MessageID: "m1"}), true},
 			{0, texts(t, "a", store.Fill{MessageID: "m1"}), true},
 			{1, parse(`{"message_id":"m1","content":"b"}`, store.Fill{}), false},
-			{1, parse(`{"content":"b"}`, store.Fill{MessageID: "m1"}), true}, // the same in the end, and not what was posted
+			{1, parse(`{"content":"b"}`, store.Fill{MessageID: "m1"}), true}, // equal in the log, but posted differently
 			{2, parse(` { } `, store.Fill{MessageID: "m9"}), false},
 			{3, parse(`{}`, store.Fill{MessageID: "m8"}), false},
 			{3, parse(`{"role":"r"}`, store.Fill{}), true},
@@ -152,7 +151,7 @@ func TestOnce_otherContentIsAConflict_filledInMembersAreNot(t *testing.T) {
 		if p := mustRead(t, s, "s", 1, lots, lots); p.Last != 4 {
 			t.Fatal(p)
 		}
-		// Which chunk of a batch it is.
+		// The error names the chunk of the batch.
 		err := at(0, append(parse(`{"content":"a"}`, store.Fill{}), parse(`{"content":"no"}`, store.Fill{})...))
 		if refused, ok := errors.AsType[*store.RefusedError](err); !ok || refused.Index != 1 {
 			t.Fatal(err)
@@ -160,7 +159,7 @@ func TestOnce_otherContentIsAConflict_filledInMembersAreNot(t *testing.T) {
 	})
 }
 
-// An index from of refused chunks counts those that were known.
+// The index of a refused chunk counts the chunks that were known.
 func TestOnce_aRefusedChunkBehindKnownOnesIsCountedFromTheFirst(t *testing.T) {
 	s := open(t, nil)
 	p := store.Producer{ID: "p"}
@@ -172,7 +171,7 @@ func TestOnce_aRefusedChunkBehindKnownOnesIsCountedFromTheFirst(t *testing.T) {
 	if refused, ok := errors.AsType[*store.RefusedError](err); !ok || refused.Index != 3 {
 		t.Fatal(err)
 	}
-	// What has ended meanwhile is not asked of what is known.
+	// Known chunks are accepted, whatever has ended meanwhile.
 	if a, err := s.Append(t.Context(), "s", store.Batch{Producer: p, Chunks: []store.Chunk{one, done}}); err != nil || a.Known != 2 {
 		t.Fatal(a, err)
 	}
@@ -209,7 +208,7 @@ func TestOnce_aNewEpochFencesTheOldOneAndCountsFromZero(t *testing.T) {
 		if err, ok := errors.AsType[*store.FencedError](say(3, 2, "d")); !ok || err.Epoch != 7 {
 			t.Fatal(err)
 		}
-		if err := say(7, 0, "a"); !errors.Is(err, store.ErrProducerConflict) { // of the old epoch it is not
+		if err := say(7, 0, "a"); !errors.Is(err, store.ErrProducerConflict) { // it is not of the old epoch
 			t.Fatal(err)
 		}
 		// An epoch may begin without a chunk.
@@ -225,7 +224,7 @@ func TestOnce_aNewEpochFencesTheOldOneAndCountsFromZero(t *testing.T) {
 	})
 }
 
-// Chunks that are not kept any more are known by their numbers.
+// Chunks that were trimmed are known by their numbers.
 func TestOnce_olderThanKeptIsAnsweredByNumber(t *testing.T) {
 	both(t, func(c *store.Config) { c.HistoryMax = 10 }, func(t *testing.T, s *store.Store) {
 		p := store.Producer{ID: "p"}
@@ -257,7 +256,7 @@ func TestOnce_olderThanKeptIsAnsweredByNumber(t *testing.T) {
 	})
 }
 
-// The index of what is gone goes, too.
+// The index of trimmed chunks is trimmed, too.
 func TestOnce_theIndexIsTrimmedWithTheLogAndDiesWithIt(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.HistoryMax = r.URL(), 20 })
@@ -283,7 +282,7 @@ func TestOnce_theIndexIsTrimmedWithTheLogAndDiesWithIt(t *testing.T) {
 	}
 }
 
-// model is what a log and its producers must be after a history of appends.
+// model describes a log and its producers after a history of appends.
 type model struct {
 	log       []piece
 	producers map[string]*modelProducer
@@ -299,14 +298,14 @@ type modelProducer struct {
 	units []unit
 }
 
-// unit is what has a number: a chunk, or a byte of a text.
+// unit is a thing with a producer number: a chunk, or a byte of a text.
 type unit struct {
 	what  string
 	chunk bool
 	at    int // in the log
 }
 
-// append answers what an append must.
+// append returns what an append must return.
 func (m *model) append(p store.Producer, parts []piece) (want string) {
 	state := m.producers[p.ID]
 	switch {
@@ -379,8 +378,7 @@ func said(a store.Appended, err error) string {
 	return fmt.Sprint("ok ", a.First, " ", a.Last)
 }
 
-// Whatever producers and their zombies send, in whatever pieces, once or again: the log
-// is what a simple model of it says.
+// Producers and their zombies send anything, in any pieces, once or again. The log must equal that of a simple model.
 func TestOnce_anyHistoryOfAppendsIsWhatAModelSays(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		runs := 0
@@ -406,7 +404,7 @@ func TestOnce_anyHistoryOfAppendsIsWhatAModelSays(t *testing.T) {
 				for range rapid.IntRange(1, 4).Draw(t, "parts") {
 					part := piece{rapid.StringMatching(`[ab]{1,2}`).Draw(t, "content"), rapid.Bool().Draw(t, "chunk")}
 					if state != nil && p.Epoch == state.epoch && next < len(state.units) && rapid.IntRange(0, 9).Draw(t, "true") > 0 {
-						// Mostly a retry says what was said, if not in the same pieces.
+						// Mostly a retry repeats the same text, though perhaps in other pieces.
 						u := state.units[next]
 						part = piece{u.what, u.chunk}
 						for n := rapid.IntRange(0, 4).Draw(t, "more"); n > 0 && !u.chunk && next+len(part.content) < len(state.units) && !state.units[next+len(part.content)].chunk; n-- {
@@ -456,7 +454,7 @@ func TestOnce_anyHistoryOfAppendsIsWhatAModelSays(t *testing.T) {
 	})
 }
 
-// Two producers with one id and the same numbers, on two nodes: they are one to the log.
+// Two producers with one id and the same numbers, on two nodes, are one producer to the log.
 func TestOnce_zombiesOfOneEpochAppendTogetherWhatOneWould(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		const count = 300
@@ -489,8 +487,8 @@ func TestOnce_zombiesOfOneEpochAppendTogetherWhatOneWould(t *testing.T) {
 	})
 }
 
-// Epochs race: of an epoch that is fenced nothing comes behind the first chunk of the
-// next one, and each epoch's chunks are its first ones, in order.
+// Epochs race: no chunk of a fenced epoch follows the first chunk of the next epoch, and each epoch's chunks are its
+// first ones, in order.
 func TestOnce_epochsRace(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		var wg sync.WaitGroup
@@ -533,8 +531,7 @@ func TestOnce_epochsRace(t *testing.T) {
 	})
 }
 
-// The list expires, and the producers' index with it; the producer goes on, and what it
-// appends from then on is compared again.
+// The list expires, and the producers' index with it. The producer continues, and later retries are compared again.
 func TestOnce_afterTheListExpired(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -546,7 +543,7 @@ func TestOnce_afterTheListExpired(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.Del(t.Context(), "chat:history:s", "chat:producers:s") // what expiry does to both
+	r.Del(t.Context(), "chat:history:s", "chat:producers:s") // expiry does this to both
 	for i := int64(3); i < 5; i++ {
 		if a, err := say(i, fmt.Sprintf(`{"content":"%d"}`, i)); err != nil || a.First != i+1 {
 			t.Fatal(a, err)
@@ -563,7 +560,7 @@ func TestOnce_afterTheListExpired(t *testing.T) {
 	}
 }
 
-// Numbers that were trimmed are passed over, not looked for one by one.
+// Trimmed numbers are skipped, not searched one by one.
 func TestOnce_manyTrimmedNumbersCostFewReads(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.HistoryMax = r.URL(), 1000 })
@@ -586,11 +583,11 @@ func TestOnce_manyTrimmedNumbersCostFewReads(t *testing.T) {
 	}
 }
 
-// More runs than one answer of the script has.
+// A retry covers more runs than one reply of the script contains.
 func TestOnce_aRetryAcrossManyRuns(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		var all []store.Chunk
-		for i := range 2200 { // each unlike the one before it
+		for i := range 2200 { // each differs from the one before it
 			all = append(all, posted(t, []string{`{"content":"x"}`, `{"type":"t","content":"y"}`}[i%2]))
 		}
 		b := store.Batch{Producer: store.Producer{ID: "p"}, Chunks: all}
@@ -607,7 +604,7 @@ func TestOnce_aRetryAcrossManyRuns(t *testing.T) {
 	})
 }
 
-// The index of a producer that has gone is trimmed by the others.
+// Other producers trim the index of a producer that has gone.
 func TestOnce_theIndexOfManyProducersIsTrimmed(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.HistoryMax = r.URL(), 50 })
@@ -620,12 +617,12 @@ func TestOnce_theIndexOfManyProducersIsTrimmed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := r.ZCard(t.Context(), "chat:producers:s").Val(); n > 350 { // one of each that has gone, 50 that are kept
+	if n := r.ZCard(t.Context(), "chat:producers:s").Val(); n > 350 { // one for each producer that has gone, 50 that are kept
 		t.Fatalf("%d runs", n)
 	}
 }
 
-// A producer that repeats itself does not bring back what was deleted.
+// A producer that repeats itself does not revive a deleted session.
 func TestOnce_aDeletedSessionStaysSo(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		say := func(p store.Producer) error {
@@ -664,7 +661,7 @@ func TestOnce_aDeletedSessionStaysSo(t *testing.T) {
 	})
 }
 
-// A retry of what is known is answered so, whatever has ended since.
+// A retry of known chunks succeeds, whatever has ended since.
 func TestOnce_aRetryWithALease(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		b := store.Batch{
@@ -679,7 +676,7 @@ func TestOnce_aRetryWithALease(t *testing.T) {
 	})
 }
 
-// A limit that hardly has room for a character ends in an error, not in a loop.
+// A limit with hardly any room for a character causes an error, not a loop.
 func TestNewTexts_aCharacterThatDoesNotFit(t *testing.T) {
 	fill := store.Fill{MessageID: strings.Repeat("m", 200)}
 	for limit := store.Overhead + 200; limit < store.Overhead+300; limit++ {
@@ -697,7 +694,7 @@ func TestNewTexts_aCharacterThatDoesNotFit(t *testing.T) {
 	}
 }
 
-// An end of the log is of no message.
+// The end of a log belongs to no message.
 func TestAppend_endOfTheLogInTheNameOfAMessageThatHasEnded(t *testing.T) {
 	s := open(t, nil)
 	end, err := store.ParseChunk([]byte(`{"type":"end"}`), store.Fill{MessageID: "m"}, 64<<10)

@@ -7,10 +7,9 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Overhear calls heard with each message that is published for a session, from the moment on at which Redis has
-// acknowledged that (begun), until ctx ends. All who overhear share a connection. heard must not block. What it misses
-// nobody is told: this is half of the viewer that loses chunks, which the demo shows beside ours, and nothing else may
-// be made of it.
+// Overhear calls heard with each message published for a session until ctx ends. It calls begun once Redis has
+// acknowledged the subscription. All calls share a connection. heard must not block. Overhear does not report messages
+// that it misses. It exists only for the viewer that loses chunks, which the demo shows next to ours.
 func (s *Store) Overhear(ctx context.Context, session string, begun func(), heard func(payload string)) error {
 	o := &s.overheard
 	o.mu.Lock()
@@ -47,10 +46,10 @@ func (s *Store) Overhear(ctx context.Context, session string, begun func(), hear
 	return context.Cause(ctx)
 }
 
-// overheard is what is overheard, by session.
+// overheard holds the calls of Overhear, by session.
 type overheard struct {
 	mu   sync.Mutex
-	ears ears // nil: nobody has overheard anything yet
+	ears ears // nil until the first call
 	of   map[string]*crowd
 }
 
@@ -62,11 +61,11 @@ func (o *overheard) close() {
 	}
 }
 
-// crowd is those who overhear one session.
+// crowd is the set of callers that overhear one session.
 type crowd struct {
 	stop   func()
 	mu     sync.Mutex
-	stands bool // its subscription was acknowledged
+	stands bool // Redis has acknowledged its subscription
 	all    map[*overhearer]struct{}
 }
 
@@ -89,7 +88,7 @@ func (c *crowd) Resync() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.stands {
-		return // once more: what was missed is missed
+		return // a resubscription: missed messages stay missed
 	}
 	c.stands = true
 	for one := range c.all {
@@ -97,7 +96,7 @@ func (c *crowd) Resync() {
 	}
 }
 
-// newEars makes what listens, with a number of connections to each server.
+// newEars returns ears with a number of connections to each server.
 func (s *Store) newEars(connections int) ears {
 	cfg := s.cfg
 	cfg.Listeners = connections

@@ -11,7 +11,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// Twenty who overhear, of two sessions, each from its own beginning on, share one connection.
+// Twenty calls of Overhear on two sessions, each with its own beginning, share one connection.
 func TestOverhear_sharesAConnection(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)

@@ -14,8 +14,8 @@ import (
 	"gapless/store/storetest"
 )
 
-// While Redis is silent, a few commands are on their way, whose outcome is not known; those
-// that wait behind them were surely not executed, and are not later.
+// While Redis is silent, a few commands are under way, and their outcome is unknown. Those that wait after them were
+// surely not executed, now or later.
 func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.Timeout = redis.URL(), 3*time.Second })
@@ -25,7 +25,7 @@ func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
 	errs := make([]error, count)
 	var wg sync.WaitGroup
 	for i := range count {
-		if i == 1 { // the first one is on its way
+		if i == 1 { // the first one is under way
 			until(t, s.Pushes, 0, 1)
 		}
 		wg.Go(func() {
@@ -54,8 +54,8 @@ func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
 	mustAppend(t, s, "s", delta("last"))
 }
 
-// Appends that come together go together: Redis is written to far less often than they are many. Each
-// one is executed once, and gets the answer that is its own.
+// Concurrent appends are batched: Redis receives far fewer writes than appends. Each append runs once, and gets its own
+// reply.
 func TestPipe_manyGoTogether(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
@@ -92,7 +92,7 @@ func TestPipe_manyGoTogether(t *testing.T) {
 	}
 }
 
-// A connection that breaks takes a whole batch along: none of it is executed twice.
+// A connection that breaks takes a whole batch with it. No call of it is executed twice.
 func TestPipe_aBatchThatBreaksIsNotRepeated(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
@@ -151,8 +151,8 @@ func TestPipe_aBatchThatBreaksIsNotRepeated(t *testing.T) {
 	}
 }
 
-// Those that share a run of the script have nothing else in common: the mistake of one is its own, logs that begin
-// in it have epochs of their own, a message is one session's, and each channel hears of its own log.
+// Calls that share a run of the script do not affect each other. An error concerns one caller, new logs have their own
+// epochs, a message belongs to one session, and each channel receives only its own log.
 func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
@@ -174,7 +174,7 @@ func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
 	ids := []string{"right1", "wrong1", "right2", "wrong2", "right1", "wrong3", "right3", "first", "ends"}
 	epochs, errs := make([]string, len(ids)), make([]error, len(ids))
 	for i, id := range slices.Backward(ids) {
-		if id == "right3" { // behind the end of another session's message
+		if id == "right3" { // after the end of another session's message
 			untilAppends(t, s, 2, 1)
 		}
 		wg.Go(func() {
@@ -231,7 +231,7 @@ func TestPipe_thoseThatGoTogetherAreApart(t *testing.T) {
 	}
 }
 
-// The same of ordinary appends, with those among them that only look so.
+// The same for ordinary appends, some of which only seem ordinary.
 func TestPipe_ordinaryAppendsThatGoTogetherAreApart(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = redis.URL() })
@@ -265,7 +265,7 @@ func TestPipe_ordinaryAppendsThatGoTogetherAreApart(t *testing.T) {
 	if _, after, ok := strings.Cut(redis.Info(t.Context(), "commandstats").Val(), "cmdstat_evalsha:calls="); ok {
 		_, _ = fmt.Sscanf(after, "%d", &runs)
 	}
-	if runs < 3 || runs > 2+6 { // the six that are not ordinary go on by themselves
+	if runs < 3 || runs > 2+6 { // the six that are not ordinary run separately
 		t.Errorf("%d runs", runs)
 	}
 	for i, id := range ids {

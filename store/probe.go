@@ -14,32 +14,31 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// A probe asks Redis whether it can be read and whether it takes writes, and tries the rights of its user. PING says none
-// of that: it succeeds on a demoted master, and fails while a full disk stops nothing but writes.
+// A probe checks whether Redis can be read and accepts writes, and tries the permissions of its user. PING proves
+// neither: it succeeds on a demoted master, and fails while a full disk stops only writes.
 //
-// The read is the script that reads logs. The writes are the commands of the scripts, sent after MULTI: Redis checks each
-// when it is queued, for rights, memory, replicas and disk, exactly as it does when it executes it. DISCARD then drops
-// them, so nothing is written.
+// The read is the script that reads logs. The writes are the commands of the scripts, sent after MULTI. When Redis
+// queues a command, it checks permissions, memory, replicas and disk exactly as when it executes it. DISCARD then drops
+// the commands, so nothing is written.
 
 const (
-	// probeEvery bounds how often Redis is probed, however often /readyz is asked.
+	// probeEvery is the minimum time between two probes, however often /readyz is called.
 	probeEvery = 500 * time.Millisecond
-	// refusedProbe is how often it is probed by the node itself while something is refused.
+	// refusedProbe is how often the node itself probes Redis while Redis refuses something.
 	refusedProbe = time.Second
 	probeTimeout = time.Second
 )
 
-// probes is the last probe.
+// probes holds the last probe.
 type probes struct {
-	turn    chan struct{} // held by the one that probes
+	turn    chan struct{} // held by the probing goroutine
 	at      time.Time
 	err     error
-	missing []string    // rights that its user does not have
+	missing []string    // permissions that its user does not have
 	simple  atomic.Bool // its user may not do what try does
 }
 
-// Probe reports whether Redis can be read, and has Writes know whether it takes writes. Calls in quick succession share
-// what one of them found.
+// Probe reports whether Redis can be read, and updates Writes. Calls in quick succession share one result.
 func (s *Store) Probe(ctx context.Context) error {
 	p := &s.probes
 	select {
@@ -49,7 +48,7 @@ func (s *Store) Probe(ctx context.Context) error {
 		return &AwayError{Code: RedisAway, Err: ctx.Err()}
 	}
 	if p.at.IsZero() || time.Since(p.at) >= probeEvery {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeTimeout) // others are told what it finds
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeTimeout) // other callers share the result
 		defer cancel()
 		p.err = s.probe(ctx)
 		p.at = time.Now()
@@ -57,7 +56,7 @@ func (s *Store) Probe(ctx context.Context) error {
 	return p.err
 }
 
-// probe probes each master. Its error is nil when one of them can be read.
+// probe probes each master. Its error is nil if one of them can be read.
 func (s *Store) probe(ctx context.Context) error {
 	ids := s.probed(ctx)
 	reads, writes := make([]error, len(ids)), make([]error, len(ids))
@@ -68,11 +67,11 @@ func (s *Store) probe(ctx context.Context) error {
 			c := &call{session: id, args: []any{1, 0, 0, 0}}
 			s.exec(ctx, scriptRead, []*call{c})
 			if reads[i] = classify(c.err); reads[i] != nil {
-				s.refusals.note(context.WithoutCancel(ctx), reads[i]) // that it took too long says something, too
+				s.refusals.note(context.WithoutCancel(ctx), reads[i]) // a timeout says something, too
 			} else {
 				s.refusals.answered()
 			}
-			if s.cfg.Redis != Embedded && (reads[i] == nil || Why(reads[i]) == RedisDenied) { // which right is it?
+			if s.cfg.Redis != Embedded && (reads[i] == nil || Why(reads[i]) == RedisDenied) { // find the missing permission
 				missing[i], writes[i] = s.try(ctx, id)
 			}
 		})
@@ -94,7 +93,7 @@ func (s *Store) probe(ctx context.Context) error {
 	return nil
 }
 
-// probed are sessions that nobody can have, one for each master.
+// probed returns session ids that no client can have, one for each master.
 func (s *Store) probed(ctx context.Context) []string {
 	const id = "!probe"
 	if !s.clustered {
@@ -114,8 +113,8 @@ func (s *Store) probed(ctx context.Context) []string {
 	return ids
 }
 
-// Rights are the commands that the user of -redis needs, each with arguments under which it would do nothing of
-// importance. A name that begins with @ stands for a key or a channel.
+// The commands that the user of -redis needs, each with arguments that make it harmless. A name that begins with @
+// stands for a key or a channel.
 var (
 	rightsToWrite = []string{
 		"EVALSHA 0 1 @session", "EVAL return 1 @session", "TIME",
@@ -129,11 +128,11 @@ var (
 	rightsOfMasters = []string{"SPUBLISH @stream v", "SSUBSCRIBE @stream", "SUNSUBSCRIBE @stream"} // of a Cluster
 )
 
-// try queues what the scripts do to a session. It returns the rights that are missing, as ACL SETUSER names them, and why
-// writes would be refused.
+// try queues the commands of the scripts for a session. It returns the missing permissions, in the syntax of ACL
+// SETUSER, and why Redis would refuse writes.
 func (s *Store) try(ctx context.Context, id string) (missing []string, refusal error) {
 	for {
-		// Each connection of the pool that is from before a failover is found out once, as in sendScript.
+		// Each pooled connection from before a failover is found once, as in sendScript.
 		if missing, refusal = s.tryOnce(ctx, id); !errors.Is(refusal, errStale) {
 			return missing, refusal
 		}
@@ -145,7 +144,7 @@ func (s *Store) tryOnce(ctx context.Context, id string) (missing []string, refus
 	if err != nil {
 		return nil, classify(fmt.Errorf("%w: %w", errNoMaster, err))
 	}
-	if s.probes.simple.Load() { // what is missing is known by then
+	if s.probes.simple.Load() { // the missing permissions are known by then
 		return s.probes.missing, classify(master.SetRange(ctx, s.key("stream", id), 0, "").Err())
 	}
 	c := master.Conn()
@@ -199,12 +198,12 @@ func (s *Store) tryOnce(ctx context.Context, id string) (missing []string, refus
 	return missing, refusal
 }
 
-// queued is a command of the lists of rights, for a session.
+// queued returns a command of the lists of permissions, for a session.
 func (s *Store) queued(id string, fields []string) []any {
 	argv := make([]any, 0, len(fields)+1)
 	for i, f := range fields {
 		switch {
-		case i == 2 && fields[0] == "EVAL": // its text has a space
+		case i == 2 && fields[0] == "EVAL": // its text contains a space
 			argv[1] = "return 1"
 			argv = append(argv, 1)
 		case f == "@uploads":
@@ -220,7 +219,7 @@ func (s *Store) queued(id string, fields []string) []any {
 	return argv
 }
 
-// lack names the right that is missing when a command was denied.
+// lack names the permission that is missing after a command was denied.
 func (s *Store) lack(cmd *redis.Cmd, err error) string {
 	text := err.Error()
 	switch {
@@ -232,7 +231,7 @@ func (s *Store) lack(cmd *redis.Cmd, err error) string {
 	return "+" + cmd.Name()
 }
 
-// lacks says which rights are missing, whenever that changes. Only the one that probes calls it.
+// lacks logs which permissions are missing, whenever that changes. Only the probing goroutine may call it.
 func (s *Store) lacks(missing []string) {
 	slices.Sort(missing)
 	missing = slices.Compact(missing)
@@ -248,10 +247,10 @@ func (s *Store) lacks(missing []string) {
 		slog.String("missing", strings.Join(missing, " ")), slog.String("remedy", "ACL SETUSER, with the whole line of docs/redis.md, ACL SETUSER"))
 }
 
-// watch probes Redis at the start, and for as long as it refuses something: so that a refusal is known to be over also when
+// watch probes Redis at the start, and while Redis refuses something. So the node notices the end of a refusal even if
 // nobody appends.
 func (s *Store) watch(ctx context.Context) {
-	_ = s.Probe(ctx) // what it finds is noted
+	_ = s.Probe(ctx) // it notes its result itself
 	for {
 		select {
 		case <-s.refusals.wake:

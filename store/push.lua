@@ -1,25 +1,25 @@
--- The ordinary append: chunks of one message that is open, or of none, behind a log that is as its last script left
--- it and in which nothing is due. Nearly all are, and this takes two thirds of the time of append.lua, which knows
--- every case. What is not ordinary is answered `other`: nothing was done, and append.lua is to do it. What is done
--- here is what append.lua would have done.
+-- The ordinary append: chunks of one open message, or of none, after a log that is unchanged since its last script and
+-- in which nothing is due. Nearly all appends are ordinary, and this takes two thirds of the time of append.lua, which
+-- handles every case. If an append is not ordinary, the reply is `other`: nothing was done, and the caller must use
+-- append.lua. This script does what append.lua would have done.
 --
 --   KEYS     four for each caller: the history list, the session hash, the live channel, the index of producers' numbers
 --   ARGV[1]  time to live of the list, ms      ARGV[2]  time to live of the hash, ms
 --   ARGV[3]  oldest-first | newest-first       ARGV[4]  PUBLISH | SPUBLISH
---   ARGV[5]  how many chunks to keep           ARGV[6]  the grace, ms
+--   ARGV[5]  how many chunks to keep           ARGV[6]  the grace period, ms
 --   ARGV[7]  how many bytes of chunks to keep, 0: all
---   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or nothing, 0,
---   nothing); which life of the session its upload began in, or 0 or less; the message; the token by which an upload holds
---   it, or nothing; how many chunks; and of each its members, without the opening brace
+--   and then for each caller: what its node remembers of the log (an epoch, a number, the mark of that number; or empty,
+--   0, empty); the incarnation of the session in which its upload began, or 0 or less; the message; the token of the
+--   upload that holds it, or empty; the number of chunks; and the members of each chunk, without the opening brace
 local newest_first, call, pcall_redis, sha1hex = ARGV[3] == 'newest-first', redis.call, redis.pcall, redis.sha1hex
 local other = { 'other' }
 local at, written, compared = nil, nil, {}
-local clock, now, stamp -- the time of the run, as a number, as text, and as its chunks say it
+local clock, now, stamp -- the time of the run: as a number, as text, and as the ts member of its chunks
 
 local function int(n) return string.format('%.0f', n) end
 
--- is_held reports whether an upload holds a message, by what the hash has of it, and need not say so again (log.lua:
--- parse, renew).
+-- is_held reports whether an upload holds a message, given the message's state, and does not need to renew the deadline
+-- yet (log.lua: parse, renew).
 local function is_held(text, token)
   local deadline, holder = text:match('^open (%d+) 0 (%S+) $')
   if holder ~= token then return false end
@@ -33,7 +33,7 @@ local function range(history, i, j)
   return call('LRANGE', history, i - 1, j - 1)
 end
 
--- remembers reports whether the log has what the caller's node remembers of it (log.lua: compare_memory).
+-- remembers reports whether the log contains what the caller's node remembers of it (log.lua: compare_memory).
 local function remembers(history, epoch, base, last, mark)
   local known_epoch, known_last, known_mark = ARGV[at + 1], tonumber(ARGV[at + 2]), ARGV[at + 3]
   if known_last == 0 or compared[history] then return true end
@@ -42,12 +42,12 @@ local function remembers(history, epoch, base, last, mark)
   if #known_mark < 16 then return true end
   if known_last == last and #mark >= 16 then return known_mark == mark end
   if position < 1 then return true end
-  if #known_mark ~= 40 then return false end -- of several elements
+  if #known_mark ~= 40 then return false end -- a mark of several elements
   local found = range(history, position, position)
   return #found == 1 and sha1hex(found[1]) == known_mark
 end
 
--- surplus returns how many of the oldest chunks are more than a log keeps, and how many bytes they are (log.lua: trim).
+-- surplus returns the number of the oldest chunks beyond the log's limits, and their size in bytes (log.lua: trim).
 local most, most_bytes = tonumber(ARGV[5]), tonumber(ARGV[7])
 local function surplus(history, length, bytes)
   local n, size, step = 0, 0, 1
@@ -82,7 +82,7 @@ local function push(history, session, channel, index)
   if h[8] and clock >= tonumber(h[8]) then return other end
   if id ~= '' and not (h[12] and (token == '' and h[12] == 'open' or token ~= '' and is_held(h[12], token))) then return other end
 
-  -- The list has to be the one that was seen last, and no longer than it was, and to have what the node remembers.
+  -- The list must be the one that was seen last, no longer than it was, and contain what the node remembers.
   local length, found = last - base, nil
   if length == 0 then found = call('LRANGE', history, 0, 0) else found = range(history, length, length + 1) end
   if #found ~= math.min(length, 1) or length > 0 and sha1hex(found[1]) ~= h[4] then return other end
@@ -101,7 +101,7 @@ local function push(history, session, channel, index)
   if n > 0 then
     local reply
     if newest_first then reply = pcall_redis('LTRIM', history, 0, -1 - n) else reply = pcall_redis('LTRIM', history, n, -1) end
-    if reply.err then n, size = 0, 0 -- what was appended is stored all the same
+    if reply.err then n, size = 0, 0 -- the append is stored all the same
     else call('HSET', session, 'base', int(base + n)) end
   end
   call('HSET', session, 'last_seen', int(last + count), 'mark', mark, 'updated_at', now, 'sized', int(bytes - size) .. ' ' .. int(base + n) .. ' ' .. int(last + count))
@@ -122,7 +122,7 @@ for i = 1, #KEYS / 4 do
   local k = 4 * i
   written = false
   local ok, reply = pcall(push, KEYS[k - 3], KEYS[k - 2], KEYS[k - 1], KEYS[k])
-  if not ok then -- what else can be wrong before the first write is for append.lua to tell
+  if not ok then -- append.lua reports whatever else is wrong before the first write
     reply = written and { 'broken', type(reply) == 'table' and reply.err or tostring(reply) } or other
   end
   replies[i] = reply

@@ -21,12 +21,12 @@ import (
 	"gapless/store/storetest"
 )
 
-// twin is a store on an embedded Redis of its own, whose clock is the test's.
+// twin is a store on its own embedded Redis, whose clock the test sets.
 type twin struct {
 	*store.Store
 	redis *miniredis.Miniredis
 	heard *miniredis.Subscriber
-	news  []string // what was published
+	news  []string // the published messages
 	all   chan struct{}
 }
 
@@ -67,7 +67,7 @@ func (w *twin) close() {
 	w.redis.Close()
 }
 
-// state is all that Redis has, and has said, without the epoch's value.
+// state returns everything that Redis holds and has published, without the epoch's value.
 func (w *twin) state() string {
 	var b strings.Builder
 	epoch := w.redis.HGet("chat:session:s", "epoch")
@@ -104,14 +104,13 @@ func (w *twin) state() string {
 	return text
 }
 
-// What push.lua does is what append.lua would have done: of two logs to which the same happens at the same times,
-// one with its ordinary appends done by push.lua and one without, everything is equal: what callers are told, what
-// Redis holds and for how long, and what was published.
+// push.lua does what append.lua would have done. The same happens to two logs at the same times. Only in the first does
+// push.lua do the ordinary appends. Everything is equal: replies, keys, times to live, and published messages.
 func TestPush_isWhatTheScriptThatKnowsEveryCaseWouldDo(t *testing.T) {
 	ordinary, others := 0, 0
 	rapid.Check(t, func(r *rapid.T) {
 		order := rapid.SampledFrom([]string{store.OldestFirst, store.NewestFirst}).Draw(r, "order")
-		bytes := rapid.SampledFrom([]int{0, 1 << 10}).Draw(r, "bytes") // of some fifteen chunks
+		bytes := rapid.SampledFrom([]int{0, 1 << 10}).Draw(r, "bytes") // about fifteen chunks
 		a, b := newTwin(t, order, bytes), newTwin(t, order, bytes)
 		defer a.close()
 		defer b.close()
@@ -123,7 +122,7 @@ func TestPush_isWhatTheScriptThatKnowsEveryCaseWouldDo(t *testing.T) {
 			now = now.Add(passed)
 			for _, w := range []*twin{a, b} {
 				w.redis.SetTime(now)
-				w.redis.FastForward(max(passed, 0)) // clocks are set back, lives are not
+				w.redis.FastForward(max(passed, 0)) // clocks can be set back, times to live cannot
 			}
 			what := rapid.SampledFrom([]string{
 				"append", "append", "append", "append", "append", "append", "append", "append", "append", "append", "append", "append",
@@ -194,7 +193,7 @@ func TestPush_isWhatTheScriptThatKnowsEveryCaseWouldDo(t *testing.T) {
 				case "delete":
 					return ended(w.Delete(ctx, "s"))
 				case "end":
-					if step%3 > 0 { // there is nothing to see behind it
+					if step%3 > 0 { // nothing can happen after it
 						return ""
 					}
 					batch.Chunks = append(batch.Chunks, store.NewChunk(store.TypeEnd, "", "", ""))
@@ -223,7 +222,7 @@ func TestPush_isWhatTheScriptThatKnowsEveryCaseWouldDo(t *testing.T) {
 	}
 }
 
-// Where too few replicas answer, what push.lua leaves to append.lua is stored all the same, like everything else.
+// If too few replicas reply, the appends that push.lua leaves to append.lua are stored all the same, like all others.
 func TestPush_whatItLeavesIsStoredAlsoWithoutReplicas(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.WaitReplicas, c.WaitTimeout = r.URL(), 1, 20*time.Millisecond })
@@ -238,7 +237,7 @@ func TestPush_whatItLeavesIsStoredAlsoWithoutReplicas(t *testing.T) {
 	}
 }
 
-// A run that panics is not the last: the next one is as if nothing had been.
+// After a run that panics, the next one works as if nothing had happened.
 func TestPipe_aRunThatPanicsIsNotTheLast(t *testing.T) {
 	r := storetest.Redis(t)
 	hook := &panics{}
@@ -259,7 +258,7 @@ func TestPipe_aRunThatPanicsIsNotTheLast(t *testing.T) {
 	mustAppend(t, s, "s", delta("c"))
 }
 
-// panics is a hook of the client.
+// panics is a hook of the client that panics while it is on.
 type panics struct{ on atomic.Bool }
 
 func (*panics) DialHook(next redis.DialHook) redis.DialHook { return next }
@@ -275,7 +274,7 @@ func (p *panics) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// Whose processors are all busy does not wait for the network to be looked at: a turn that takes long is given up.
+// A node whose processors are all busy does not wait for the network poller: a turn that takes long is given up.
 func TestPipe_aBusyNodeWaitsForNobody(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })

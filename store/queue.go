@@ -8,22 +8,22 @@ import (
 	"time"
 )
 
-// queue lets large reads in, a few at a time. Callers take turns: one that asks for many reads waits for itself, and another
-// one's read is the next. A read whose context is over is not sent.
+// queue admits a few large reads at a time. Callers take turns: between two reads of one caller, the others get a turn.
+// A read whose context has ended is not sent.
 type queue struct {
-	patience time.Duration // how long one waits for its turn
+	patience time.Duration // the maximum wait for a turn
 
 	mu      sync.Mutex
-	free    int // places that nobody has
+	free    int // free places
 	callers []string
-	waiting map[string][]chan struct{} // by caller; each caller stands in callers once, the next one first
+	waiting map[string][]chan struct{} // by caller; each waiting caller is in callers once, in order
 }
 
 func newQueue(places int, patience time.Duration) *queue {
 	return &queue{patience: patience, free: places, waiting: map[string][]chan struct{}{}}
 }
 
-// enter waits for a place, which leave gives back.
+// enter waits for a place. leave returns the place.
 func (q *queue) enter(ctx context.Context, caller string) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%w: %w", errTurn, ctx.Err())
@@ -64,14 +64,14 @@ func (q *queue) enter(ctx context.Context, caller string) error {
 	return fmt.Errorf("%w: %w", errTurn, why)
 }
 
-// leave gives a place back.
+// leave returns a place.
 func (q *queue) leave() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.pass()
 }
 
-// pass gives a place to the next caller. mu is held.
+// pass gives a place to the next caller. mu must be held.
 func (q *queue) pass() {
 	if len(q.callers) == 0 {
 		q.free++
@@ -91,12 +91,12 @@ func (q *queue) pass() {
 
 type callerKey struct{}
 
-// WithCaller says on whose behalf the store is asked: callers take turns where there is a queue. Without one it is the session's.
+// WithCaller names the caller of the store's methods. Callers take turns in a queue. The default is the session.
 func WithCaller(ctx context.Context, caller string) context.Context {
 	return context.WithValue(ctx, callerKey{}, caller)
 }
 
-// callerOf is who takes turns with others.
+// callerOf returns the caller that takes turns with others.
 func callerOf(ctx context.Context, session string) string {
 	if caller, ok := ctx.Value(callerKey{}).(string); ok {
 		return caller

@@ -13,7 +13,7 @@ import (
 	"gapless/store"
 )
 
-// One caller's many reads wait for each other; another caller's is the next.
+// Many reads of one caller wait for each other, and the next turn goes to another caller.
 func TestQueue_callersTakeTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := store.NewQueue(1, time.Minute)
@@ -42,7 +42,7 @@ func TestQueue_callersTakeTurns(t *testing.T) {
 	})
 }
 
-// A read that nobody waits for any more takes no turn, and leaves no trace.
+// A read whose caller has gone takes no turn, and leaves no trace.
 func TestQueue_dropsWhatIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := store.NewQueue(1, time.Minute)

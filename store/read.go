@@ -11,48 +11,50 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Bounds are what one instant knew of a log.
+// Bounds describes a log at one instant.
 type Bounds struct {
-	Epoch string // empty: there is no such session
-	// First and Last bound what is kept; when nothing is, First is Last+1.
+	Epoch string // empty: the session does not exist
+	// First and Last are the bounds of the kept chunks. If none are kept, First is Last+1.
 	First, Last int64
-	// Former is the number after which this epoch began: a cursor below it means another log. No chunk ever had it.
+	// Former is the number after which this epoch began. A cursor below it belongs to another log. No chunk ever had
+	// this number.
 	Former               int64
 	Ended, Deleted       bool
 	CreatedAt, UpdatedAt time.Time
 }
 
-// Exists reports whether there is such a session: not one that was deleted, nor one that this node remembers and Redis has lost.
+// Exists reports whether the session exists. It is false for a deleted session, and for a session that this node
+// remembers and Redis has lost.
 func (b Bounds) Exists() bool { return b.Epoch != "" && !b.Deleted && !b.CreatedAt.IsZero() }
 
-// Page is consecutive chunks of a log, and its bounds at the instant they were read.
+// Page is a sequence of consecutive chunks of a log, with the log's bounds at the instant of the read.
 type Page struct {
 	Bounds
 	From     int64    // the number of the first element
 	Elements []string // as they are in the list
 }
 
-// Next is the number behind the page.
+// Next returns the number after the page.
 func (p Page) Next() int64 { return p.From + int64(len(p.Elements)) }
 
-// Newest asks Read for the end of the log.
+// Newest makes Read return the end of the log.
 const Newest = 0
 
-// Read answers the chunks from number from on (those that are kept), or the Newest:
-// as many as fit into the given number of bytes, but one at least, and at most count
-// (0: only the bounds); of many, fewer may be answered than would fit. There is more when Page.Next() <= Page.Last.
+// Read returns the chunks of a log beginning with number from, as far as they are kept, or the Newest. It returns as
+// many as fit into the given number of bytes, but at least one, and at most count (0: only the bounds). It may return
+// fewer than would fit. More follow if Page.Next() <= Page.Last.
 //
-// The log of a session that does not exist has an empty Epoch, and reading it makes
-// nothing. ErrAway means away, never empty.
+// If the session does not exist, the Epoch is empty, and Read creates nothing. An unreachable Redis is always ErrAway,
+// never an empty log.
 func (s *Store) Read(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
 	p, err := s.readSlice(ctx, session, from, bytes, count)
 	size := 0
 	for _, element := range p.Elements {
 		size += len(element)
 	}
-	// What follows is of one instant with it as long as the epoch is the same: a log does not change under its numbers.
+	// Within one epoch the slices belong together, because a log does not change under its numbers.
 	for n := len(p.Elements); err == nil && n > 0 && from != Newest && p.Next() <= p.Last && size < bytes && len(p.Elements) < count; {
-		// (Between two slices others have their turn.)
+		// Other callers get their turn between two slices.
 		var next Page
 		if next, err = s.readSlice(ctx, session, p.Next(), bytes-size, count-len(p.Elements)); err != nil {
 			break
@@ -75,7 +77,7 @@ func (s *Store) Read(ctx context.Context, session string, from int64, bytes, cou
 	return p, nil
 }
 
-// readSlice reads as much of a page as Redis can give without others having to wait for long.
+// readSlice reads as much of a page as Redis can return without making others wait for long.
 func (s *Store) readSlice(ctx context.Context, session string, from int64, bytes, count int) (Page, error) {
 	alone := 0
 	if bytes >= aloneLeast {
@@ -91,9 +93,9 @@ func (s *Store) readSlice(ctx context.Context, session string, from int64, bytes
 	return p, err
 }
 
-// A page of aloneLeast bytes, or more, is read by LRANGE alone if all of the list has no more bytes than aloneMost. That reads
-// aloneSlice bytes at once, or somewhat more: the elements are not all alike, but all of them are aloneMost. The script reads no more
-// than sliceMost. Each takes Redis a few milliseconds.
+// LRANGE alone reads a page of at least aloneLeast bytes, if the list has at most aloneMost bytes. It reads about
+// aloneSlice bytes at once. It may read more, because the elements differ in size, but never more than aloneMost. The
+// script reads at most sliceMost. Each read takes Redis a few milliseconds.
 const (
 	aloneLeast = largeRead
 	aloneMost  = 8 << 20
@@ -101,8 +103,8 @@ const (
 	sliceMost  = 256 << 10
 )
 
-// read asks the script. Where it answers that the elements are to be read without it, that is where they
-// begin, and size is how many bytes the list has; else size is 0.
+// read calls the script. If the script replies that the elements should be read without it, p begins where they begin,
+// and size is the size of the list in bytes; otherwise size is 0.
 func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, size int64, failed error) {
 	wanted := bytes
 	bytes = min(bytes, sliceMost)
@@ -140,8 +142,8 @@ func (s *Store) read(ctx context.Context, session string, from int64, bytes, cou
 	return p, 0, nil
 }
 
-// readAlone reads the bounds and, in the same transaction, what stands where p begins, of a list that has so
-// many bytes. It is not ok when that was trimmed, or is gone, since p.
+// readAlone reads, in one transaction, the bounds of a list of size bytes and the elements where p begins. ok is false
+// if these have been trimmed, or are gone, since p.
 func (s *Store) readAlone(ctx context.Context, session string, p Page, size int64, bytes, count int) (page Page, ok bool, failed error) {
 	begun := time.Now()
 	defer func() { s.metrics.ran(scriptRead, begun, failed) }()
@@ -166,7 +168,7 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, size int6
 		return tx.Process(ctx, bounds)
 	})
 	if reply := redis.Error(nil); errors.As(err, &reply) || errors.Is(err, errStale) {
-		return p, false, nil // the script is not known any more, or a command is not allowed: the script that does it all says why
+		return p, false, nil // Redis forgot the script, or denies a command: the script that does it all says why
 	}
 	if err != nil {
 		return p, false, classify(err)
@@ -184,7 +186,7 @@ func (s *Store) readAlone(ctx context.Context, session string, p Page, size int6
 	if r.err != nil {
 		return p, false, fmt.Errorf("%v: %w", r.err, errReply)
 	}
-	if page.First != p.First { // what stands there has another number
+	if page.First != p.First { // the elements there have other numbers now
 		return p, false, nil
 	}
 	if s.cfg.HistoryOrder == NewestFirst {
@@ -215,7 +217,7 @@ func (r *replyFields) time(i int) time.Time {
 	return time.UnixMilli(ms).UTC()
 }
 
-// certain is the error of a call whose outcome nobody needs to know, since it can be made again.
+// certain converts the error of a call that is safe to repeat, so that its outcome does not matter.
 func certain(err error) error {
 	if half, ok := errors.AsType[*HalfDoneError](err); ok {
 		return classify(scriptError(half.Text))

@@ -1,17 +1,18 @@
--- The bounds of the log and chunks of it, all of one instant. Its arguments: the first number wanted, or 0 for the
--- newest that fit; how many bytes of chunks to answer at most (read.go: sliceMost), but one chunk at least; how many chunks at most, 0 for
--- only the bounds. The chunks are answered as they were read, in parts: to copy them would cost as much again.
+-- Returns the bounds of the log and some of its chunks, all of one instant. The first argument is the first number
+-- wanted, or 0 for the newest chunks that fit. The second is the maximum size of the chunks in bytes (read.go:
+-- sliceMost), though the script always returns one chunk. The third is the maximum number of chunks, 0 for only the
+-- bounds. The reply contains the chunks in parts, as they were read: copying them would cost as much again.
 --
--- A chunk that comes through Lua costs Redis six times what it costs alone. So where many are wanted of a list that is
--- not larger than the fourth argument says, the answer is only where they begin, and how many bytes the list
--- has: the caller has bounds and chunks read in one transaction.
+-- A chunk that passes through Lua costs Redis six times as much as one that does not. So if many chunks are wanted from
+-- a list that is not larger than the fourth argument, the reply is only where they begin, and the size of the list in
+-- bytes. The caller then reads bounds and chunks in one transaction.
 --
--- Waiting for a session creates no keys: where there is nothing, nothing is written. Reading needs no write: where Redis
--- refuses one, the answer says so, and is the same.
+-- Waiting for a session creates no keys: if the session does not exist, nothing is written. Reading needs no write: if
+-- Redis refuses one, the reply says so and is otherwise the same.
 local function work()
   open()
   if not log then
-    -- What Redis has lost goes on elsewhere, as soon as somebody appends: viewers are to know now.
+    -- Redis has lost the log. The next append continues it elsewhere, and viewers must know that now.
     if not lost then return answer('absent') end
     return { 'lost', lost.epoch, lost.base, '-', '', lost.base, lost.base, 0, 0, '', '', lost.base + 1, {} }
   end
@@ -25,7 +26,7 @@ local function work()
   if not newest and not log.learned and log.bytes <= tonumber(argument(4)) and math.min(most, log.length - last) >= 1000 then
     return reply('large', log.base + first, log.bytes)
   end
-  local taken, size, step, parts = 0, 0, 8, {} -- how large they are is not known yet
+  local taken, size, step, parts = 0, 0, 8, {} -- the size of the chunks is not known yet
   while taken < most and (size < bytes or taken == 0) and (newest and first > 1 or not newest and last < log.length) do
     step = math.min(step, most - taken)
     local part

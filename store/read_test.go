@@ -14,7 +14,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// between does something before each transaction, and counts them.
+// between calls do before each transaction, and counts the transactions.
 type between struct {
 	do    func()
 	count int
@@ -24,7 +24,7 @@ func (b *between) DialHook(next redis.DialHook) redis.DialHook          { return
 func (b *between) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
 func (b *between) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(ctx context.Context, cmds []redis.Cmder) error {
-		if slices.ContainsFunc(cmds, probes) { // the store tries its rights when it is opened
+		if slices.ContainsFunc(cmds, probes) { // the store tries its permissions when it is opened
 			return next(ctx, cmds)
 		}
 		b.count++
@@ -35,10 +35,10 @@ func (b *between) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Proc
 	}
 }
 
-// probes reports whether a command is one by which a store tries what it may do.
+// probes reports whether a store uses a command to try its permissions.
 func probes(cmd redis.Cmder) bool { return strings.Contains(fmt.Sprint(cmd.Args()), "!probe") }
 
-// large is a store on a Redis, with many chunks in log s, of whatever sizes.
+// large returns a store with many chunks of random sizes in log s.
 func large(t *testing.T, order string, n, most int, change func(*store.Config)) (*store.Store, *redis.Client, *between) {
 	t.Helper()
 	server, b := storetest.Redis(t), &between{}
@@ -52,7 +52,7 @@ func large(t *testing.T, order string, n, most int, change func(*store.Config)) 
 	for i := 0; i < n; i += 500 {
 		var chunks []store.Chunk
 		if i > 0 {
-			most = 801 - most // now large ones, now small ones
+			most = 801 - most // large and small ones in turn
 		}
 		for k := range 500 {
 			chunks = append(chunks, delta(fmt.Sprint(i+k, strings.Repeat("x", rand.IntN(most)))))
@@ -80,8 +80,7 @@ func listOf(t *testing.T, client *redis.Client, order string) []string {
 	return list
 }
 
-// Where many chunks are wanted of a list that is not too large, Redis is asked for the list itself: the pages are as
-// they always are.
+// If many chunks of a list that is not too large are wanted, Redis returns the list itself. The pages are the same.
 func TestRead_manyChunksAtOnce(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		t.Run(order, func(t *testing.T) {
@@ -117,7 +116,7 @@ func TestRead_manyChunksAtOnce(t *testing.T) {
 	}
 }
 
-// What becomes of the log between the two questions is not mixed into the page.
+// A change of the log between the two requests does not affect the page.
 func TestRead_manyChunksAtOnce_whileTheLogChanges(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		for name, hand := range map[string]func(t *testing.T, s *store.Store, client *redis.Client){
@@ -181,8 +180,8 @@ func push(t *testing.T, client *redis.Client, order, element string) {
 	}
 }
 
-// How large chunks are is not known before they are read: a list that is too large for memory is read by the
-// script, which counts.
+// The size of chunks is unknown before they are read. The script reads a list that is too large for memory, because it
+// counts bytes.
 func TestRead_manyLargeChunks_areCountedByTheScript(t *testing.T) {
 	s, _, b := large(t, store.OldestFirst, 2000, 1, nil)
 	for range 40 {

@@ -13,12 +13,12 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Why Redis did not execute a command. Clients, logs and metrics are told these words.
+// Reasons why Redis did not execute a command. Clients, logs and metrics see these words.
 const (
-	RedisAway     = "redis_away"     // it cannot be reached, or is not ready
+	RedisAway     = "redis_away"     // Redis cannot be reached, or is not ready
 	RedisFull     = "redis_full"     // OOM: maxmemory is reached
-	RedisReadOnly = "redis_readonly" // READONLY, MISCONF, NOREPLICAS: it takes no writes now
-	RedisDenied   = "redis_denied"   // NOAUTH, WRONGPASS, NOPERM: it does not let us in, or not do this
+	RedisReadOnly = "redis_readonly" // READONLY, MISCONF, NOREPLICAS: Redis accepts no writes now
+	RedisDenied   = "redis_denied"   // NOAUTH, WRONGPASS, NOPERM: Redis denies access, or this command
 )
 
 // WritesOK is what Store.Writes returns while Redis refuses nothing.
@@ -26,7 +26,7 @@ const WritesOK = "ok"
 
 var refusalCodes = []string{RedisAway, RedisFull, RedisReadOnly, RedisDenied}
 
-// AwayError says that Redis surely did not execute a command, and why. It is an ErrAway.
+// AwayError means that Redis surely did not execute a command, and gives the reason. It is an ErrAway.
 type AwayError struct {
 	Code string // RedisAway, RedisFull, RedisReadOnly or RedisDenied
 	Err  error
@@ -42,7 +42,7 @@ func (e *AwayError) Error() string {
 
 func (e *AwayError) Unwrap() []error { return []error{ErrAway, e.Err} }
 
-// Why returns the code of an error that is an ErrAway, and an empty text for any other.
+// Why returns the code of an error that is an ErrAway, and an empty string for any other.
 func Why(err error) string {
 	if e, ok := errors.AsType[*AwayError](err); ok {
 		return e.Code
@@ -53,16 +53,16 @@ func Why(err error) string {
 	return ""
 }
 
-// What Redis says when it refuses a command. A script reports an error as it is, or, depending on the version of Redis, with
-// words around it ("ERR Error running script …: @user_script: 1: -OOM command not allowed …").
+// The words of Redis when it refuses a command. A script returns the error unchanged or, depending on the version of
+// Redis, with a prefix ("ERR Error running script …: @user_script: 1: -OOM command not allowed …").
 var (
 	refusedWord = regexp.MustCompile(`(?:^|[ :-])(OOM|READONLY|MISCONF|NOREPLICAS|NOAUTH|WRONGPASS|NOPERM|DENIED) `)
 	deniedWords = []string{"The user executing the script can't", "ACL failure in script", "ERR invalid password", "ERR Client sent AUTH"}
-	// Commands that do nothing when they are refused, but which the scripts send after their first write.
+	// Commands that have no effect when refused, but which the scripts send after their first write.
 	hintWords = regexp.MustCompile(`publish to the channel|one of the channels|'s?publish'|access the '[^']*' channel`)
 )
 
-// refusalIn returns the code for what Redis answered, and an empty text when it is no refusal.
+// refusalIn returns the code of a Redis error, or an empty string if it is no refusal.
 func refusalIn(text string) string {
 	if m := refusedWord.FindStringSubmatch(text); m != nil {
 		switch m[1] {
@@ -86,18 +86,18 @@ func refusalIn(text string) string {
 	return ""
 }
 
-// notReady are the other error replies by which Redis says that it did nothing.
+// notReady lists the other error replies after which Redis has done nothing.
 var notReady = []string{
 	"LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "NOSCRIPT", "MOVED", "ASK ", "ERR max number of clients", "ERR DB index is out of range",
 }
 
-// leadsElsewhere says whether an answer comes from a server that is not, or not any more, the master: then the address may
-// lead to the master when it is dialled again.
+// leadsElsewhere reports whether a reply comes from a server that is not, or no longer, the master. Dialling its
+// address again may then reach the master.
 func leadsElsewhere(text string) bool {
 	return strings.Contains(text, "READONLY ") || strings.HasPrefix(text, "MASTERDOWN") || strings.HasPrefix(text, "LOADING")
 }
 
-// remedyOf is what an operator can do about a refusal.
+// remedyOf returns what an operator can do about a refusal.
 func remedyOf(code, text string) string {
 	switch {
 	case strings.Contains(text, "embedded redis") && code == RedisFull:
@@ -122,7 +122,7 @@ func remedyOf(code, text string) string {
 	return "start Redis there, or name another one with -redis"
 }
 
-// seldom lets something be said at most once in a while.
+// seldom permits an event at most once per interval.
 type seldom struct {
 	every time.Duration
 	mu    sync.Mutex
@@ -139,37 +139,37 @@ func (s *seldom) now() bool {
 	return false
 }
 
-// refusals knows what Redis refuses now, and says so: in the log, to an operator, at most once a minute for each reason.
+// refusals knows what Redis refuses now. It logs this for the operator, at most once a minute for each reason.
 type refusals struct {
-	at      string // where Redis is, without a password
+	at      string // the address of Redis, without a password
 	log     *slog.Logger
 	metrics *metrics
-	moved   func() // called when Redis takes writes again after it was not the master
+	moved   func() // called when Redis accepts writes again after it was not the master
 	wake    chan struct{}
-	hints   seldom // lines about what could not be announced,
-	deaf    seldom // about subscriptions that are refused,
-	lost    seldom // and about Pub/Sub connections that were lost
+	hints   seldom // limits lines about failed announcements,
+	deaf    seldom // about refused subscriptions,
+	lost    seldom // and about lost Pub/Sub connections
 
-	well atomic.Bool // code is empty and nothing is left to say
+	well atomic.Bool // code is empty and nothing is left to log
 
 	mu        sync.Mutex
-	code      string    // why the last command was refused; empty: it was not
-	last      time.Time // when something was refused last
+	code      string    // why the last command was refused; empty if it was not
+	last      time.Time // when Redis last refused something
 	said      map[string]*seldom
 	told      bool // the log says that something is refused
-	elsewhere bool // an answer came from a server that is no master
-	// elsewhereSince is when the first such answer came after the last write that was taken.
+	elsewhere bool // a server that is no master has replied
+	// elsewhereSince is the time of the first such reply after the last accepted write.
 	elsewhereSince time.Time
-	reached        bool // Redis has answered since the start
+	reached        bool // Redis has replied since the start
 }
 
-// Redis is away for moments at each failover: that is said more often than what takes an operator to end it.
+// Redis is away for moments at each failover. That is logged more often than refusals that only an operator can end.
 const (
 	awayEvery    = 30 * time.Second
 	refusedEvery = time.Minute
 	hintsEvery   = 30 * time.Second
-	// settled is how long nothing may be refused before the log says that all is well: a Redis at the brim of its memory
-	// refuses one write and takes the next.
+	// settled is how long Redis must refuse nothing before the log says that all is well. A Redis whose memory is
+	// nearly full refuses one write and accepts the next.
 	settled = 5 * time.Second
 )
 
@@ -208,7 +208,7 @@ func (r *refusals) refused(code, text string) {
 			what = "redis denies access"
 		}
 		level := slog.LevelWarn
-		if !r.reached && (code == RedisAway || code == RedisDenied) { // most likely -redis is wrong, and nobody else will mend it
+		if !r.reached && (code == RedisAway || code == RedisDenied) { // most likely -redis is wrong, and only a person can fix that
 			level = slog.LevelError
 		}
 		r.log.LogAttrs(context.Background(), level, what, slog.String("code", code), slog.String("redis", r.at),
@@ -220,7 +220,7 @@ func (r *refusals) refused(code, text string) {
 	}
 }
 
-// answered notes that Redis has answered as it should.
+// answered notes that Redis has replied properly.
 func (r *refusals) answered() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -260,9 +260,9 @@ func (r *refusals) gauge() {
 	}
 }
 
-// note takes from an error, which is classified, what it says of Redis.
+// note records what a classified error says about Redis.
 func (r *refusals) note(ctx context.Context, err error) {
-	if err == nil || ctx.Err() != nil || errors.Is(err, errTurn) || errors.Is(err, errStale) { // this says nothing of Redis
+	if err == nil || ctx.Err() != nil || errors.Is(err, errTurn) || errors.Is(err, errStale) { // this says nothing about Redis
 		return
 	}
 	half, halfDone := errors.AsType[*HalfDoneError](err)
@@ -277,7 +277,7 @@ func (r *refusals) note(ctx context.Context, err error) {
 	}
 }
 
-// deepest is what an error says without our own words around it.
+// deepest returns the text of an error without the words that we wrapped around it.
 func deepest(err error) string {
 	var reply redis.Error
 	if errors.As(err, &reply) {
@@ -303,8 +303,8 @@ func deepest(err error) string {
 	}
 }
 
-// writesRefused notes what became of a write that a read would have done: text is why Redis refused it, or empty when
-// Redis executed it.
+// writesRefused notes the result of a write that a read tried. text is why Redis refused it, or empty if Redis executed
+// it.
 func (s *Store) writesRefused(text string) {
 	if text == "" {
 		s.refusals.accepted()
@@ -315,12 +315,13 @@ func (s *Store) writesRefused(text string) {
 	}
 	code := refusalIn(text)
 	if code == "" {
-		code = RedisReadOnly // nobody has named it yet
+		code = RedisReadOnly // an unknown refusal
 	}
 	s.refusals.refused(code, text)
 }
 
-// hintFailed notes that what was stored could not be announced; text is why, and empty when it was.
+// hintFailed notes that a stored chunk could not be announced. text is the reason, or empty if the announcement
+// succeeded.
 func (s *Store) hintFailed(text string) {
 	if text == "" {
 		return
@@ -337,7 +338,7 @@ func (s *Store) hintFailed(text string) {
 	}
 }
 
-// Writes returns WritesOK, or the code of why Redis refuses writes as far as this node knows.
+// Writes returns WritesOK, or the code of the reason why Redis refuses writes, as far as this node knows.
 func (s *Store) Writes() string {
 	s.refusals.mu.Lock()
 	defer s.refusals.mu.Unlock()
@@ -347,8 +348,8 @@ func (s *Store) Writes() string {
 	return s.refusals.code
 }
 
-// tolerant says which reads a Redis that is read-only may serve: none (0) before its address was dialled again; then those of logs
-// that go on (1); and when it has been so for readOnlyPatience, all (2): what it has is all that there is.
+// tolerant returns which reads a read-only Redis may serve. Until its address is dialled again it is none (0), then
+// reads of logs that continue (1). After readOnlyPatience it is all reads (2), because no better data exists.
 func (s *Store) tolerant() int {
 	s.refusals.mu.Lock()
 	since := s.refusals.elsewhereSince

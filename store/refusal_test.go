@@ -22,9 +22,10 @@ import (
 	"gapless/store/storetest"
 )
 
-// A Redis that refuses: each reason has its name, nothing is stored, logs are read all the same, and it goes on by itself.
+// Redis refuses commands: each reason has its name, nothing is stored, logs are readable all the same, and the store
+// recovers by itself.
 
-// lines is a log that tests look into.
+// lines is a log that tests can read.
 type lines struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -46,7 +47,7 @@ func (l *lines) logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelInfo}))
 }
 
-// eventually waits for something that has to come.
+// eventually waits for something that must happen.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	begun := time.Now()
@@ -58,7 +59,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// value is what the metric of this name has, summed over its labels or for one.
+// value returns a metric, summed over its labels or for one label.
 func value(t *testing.T, s *store.Store, name, label string) (sum float64) {
 	t.Helper()
 	registry := prometheus.NewRegistry()
@@ -77,7 +78,7 @@ func value(t *testing.T, s *store.Store, name, label string) (sum float64) {
 	return sum
 }
 
-// refusals are ways to have a Redis refuse writes, and to end that.
+// refusals are ways to make a Redis refuse writes, and to end that.
 var refusals = map[string]struct {
 	code          string
 	begin, end    func(ctx context.Context, r *storetest.Server) error
@@ -155,7 +156,7 @@ func TestRefusal_hasItsNameStoresNothingAndPasses(t *testing.T) {
 			for range 200 {
 				_, err := s.Append(ctx, "s", store.Batch{Chunks: []store.Chunk{delta("b")}})
 				if errors.Is(err, store.ErrOutcomeUnknown) {
-					continue // the connection was killed under it
+					continue // its connection was killed
 				}
 				if !errors.Is(err, store.ErrAway) || store.Why(err) != c.code {
 					t.Fatalf("an append: %v, code %q", err, store.Why(err))
@@ -197,7 +198,7 @@ func TestRefusal_hasItsNameStoresNothingAndPasses(t *testing.T) {
 	}
 }
 
-// What Redis 6, 7 and later, and servers that are like it, say.
+// The replies of Redis 6, 7 and later, and of compatible servers.
 func TestRefusal_isKnownInEveryForm(t *testing.T) {
 	for text, want := range map[string]string{
 		"OOM command not allowed when used memory > 'maxmemory'.":                                                                       store.RedisFull,
@@ -235,7 +236,7 @@ func TestRefusal_isKnownInEveryForm(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
-	// Scripts announce what they have stored: what is refused then was done.
+	// Scripts announce what they have stored, so a refusal at that point means that it was done.
 	for _, text := range []string{
 		"ERR The user executing the script can't publish to the channel mentioned in the command script: cab, on @user_script:1.",
 		"ERR ACL failure in script: User x has no permissions to run the 'publish' command",
@@ -247,11 +248,11 @@ func TestRefusal_isKnownInEveryForm(t *testing.T) {
 	}
 }
 
-// Where its user may not publish, everything is stored, acknowledged and read; the log and a metric say what is missing.
+// If its user may not publish, everything is stored, acknowledged and read. The log and a metric say what is missing.
 func TestRefusal_withoutChannelsAppendsSucceed(t *testing.T) {
 	ctx := t.Context()
 	r := storetest.Redis(t)
-	if err := r.Do(ctx, "ACL", "SETUSER", "x", "on", ">s3same", "~chat:*", "+@all").Err(); err != nil { // as Redis 7 makes users
+	if err := r.Do(ctx, "ACL", "SETUSER", "x", "on", ">s3same", "~chat:*", "+@all").Err(); err != nil { // the default for new users in Redis 7
 		t.Fatal(err)
 	}
 	var log lines
@@ -285,7 +286,7 @@ func TestRefusal_withoutChannelsAppendsSucceed(t *testing.T) {
 	}
 }
 
-// An address that moved at a failover: nobody closes the connections to the former master, which lives on as a replica.
+// An address moves at a failover. Nobody closes the connections to the old master, which continues as a replica.
 func TestFailover_anAddressThatMovesIsDialledAgain(t *testing.T) {
 	ctx := t.Context()
 	master := storetest.Redis(t)
@@ -299,7 +300,7 @@ func TestFailover_anAddressThatMovesIsDialledAgain(t *testing.T) {
 	defer s.Listen("s", l)()
 	<-l.again
 	var wg sync.WaitGroup
-	for i := range 20 { // connections in the pool
+	for i := range 20 { // fills the pool
 		wg.Go(func() { mustAppend(t, s, fmt.Sprint("p", i), delta("a")) })
 	}
 	wg.Wait()
@@ -346,7 +347,7 @@ func TestFailover_anAddressThatMovesIsDialledAgain(t *testing.T) {
 	}
 }
 
-// A former master that has fallen silent is not asked on one connection of the pool after the other.
+// After a timeout on an old master that is silent, the other pooled connections to it are not tried.
 func TestFailover_aFormerMasterThatIsSilentCostsOneTimeout(t *testing.T) {
 	r := storetest.Redis(t)
 	f := forward(t, r.Addr())
@@ -370,7 +371,7 @@ func TestFailover_aFormerMasterThatIsSilentCostsOneTimeout(t *testing.T) {
 	}
 }
 
-// A proxy that takes connections and has no Redis: nothing was sent but a greeting.
+// A proxy accepts connections and has no Redis: nothing was sent but a greeting.
 func TestRefusal_aProxyWithoutRedisIsAway(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -402,7 +403,7 @@ func TestRefusal_aProxyWithoutRedisIsAway(t *testing.T) {
 	}
 }
 
-// One that takes connections and says nothing is told of at the start as well.
+// A server that accepts connections and never replies is logged at the start, too.
 func TestRefusal_aServerThatNeverAnswersIsSaidAtTheStart(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -417,7 +418,7 @@ func TestRefusal_aServerThatNeverAnswersIsSaidAtTheStart(t *testing.T) {
 	}
 }
 
-// Channels that its user may not hear do not keep it from those that it may; and a right that comes is used.
+// Channels that the user may not subscribe to do not affect the others, and a permission granted later is used.
 func TestListen_aSubscriptionThatIsRefusedIsAskedForNowAndThen(t *testing.T) {
 	ctx := t.Context()
 	r := storetest.Redis(t)
@@ -483,7 +484,7 @@ func TestProbe_isCheapHoweverOftenItIsAsked(t *testing.T) {
 	}
 }
 
-// forwarder is a TCP proxy whose target can be changed: an address that moves. It closes nothing by itself.
+// forwarder is a TCP proxy whose target can change: an address that moves. It closes nothing by itself.
 type forwarder struct {
 	addr   string
 	target atomic.Value
@@ -535,7 +536,7 @@ func forward(t *testing.T, target string) *forwarder {
 	return f
 }
 
-// mute swallows what comes on the connections that there are.
+// mute drops everything that arrives on the existing connections.
 func (f *forwarder) mute() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -556,8 +557,8 @@ func (u unless) Write(p []byte) (int, error) {
 	return u.to.Write(p)
 }
 
-// A log that needs another epoch, as one that another program has replaced, is not read from a replica at once: what the
-// replica lacks its master may have. After half a minute there is no master to wait for.
+// A log that needs another epoch, because another program replaced it, is not read from a replica at once: its master
+// may have what the replica lacks. After half a minute the node no longer waits for a master.
 func TestReadOnly_aLogThatNeedsAnotherEpochIsReadAfterAWhile(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(cfg *store.Config) { cfg.Redis = r.URL() })
@@ -585,7 +586,7 @@ func TestReadOnly_aLogThatNeedsAnotherEpochIsReadAfterAWhile(t *testing.T) {
 	if err != nil || len(first.Elements) != 2 || first.From != 1_000_001 {
 		t.Fatalf("%+v, %v", first, err)
 	}
-	// Every read derives the same epoch. It lasts until Redis takes writes, and then the log has one that is written down.
+	// Every read derives the same epoch. It lasts until Redis accepts writes; then the log records its epoch.
 	if again, err := s.Read(ctx, "s", 1, 1<<20, 100); err != nil || again.Epoch != first.Epoch {
 		t.Errorf("%+v, %v", again, err)
 	}

@@ -13,7 +13,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// rightsLine is the line of docs/redis.md that gives a Redis user its rights.
+// rightsLine returns the line of docs/redis.md that grants a Redis user its permissions.
 func rightsLine(t *testing.T) []string {
 	t.Helper()
 	page, err := os.ReadFile("../docs/redis.md")
@@ -38,7 +38,7 @@ func doLine(t *testing.T, r *storetest.Server, line []string) {
 	}
 }
 
-// everything does all that a Store can do.
+// everything calls everything that a Store can do.
 func everything(t *testing.T, s *store.Store, r *storetest.Server, id string) {
 	t.Helper()
 	ctx := t.Context()
@@ -75,7 +75,7 @@ func everything(t *testing.T, s *store.Store, r *storetest.Server, id string) {
 	}
 	_, err = s.Cancel(ctx, id, "m")
 	check("cancel", err)
-	many := make([]store.Chunk, 1500) // so many that some are trimmed, and that a page of them is read alone
+	many := make([]store.Chunk, 1500) // enough that some are trimmed, and that LRANGE alone reads a page
 	for i := range many {
 		many[i] = delta(fmt.Sprint(i))
 	}
@@ -111,7 +111,7 @@ func everything(t *testing.T, s *store.Store, r *storetest.Server, id string) {
 	check("create, with scripts that are forgotten", err)
 }
 
-// With the rights of docs/redis.md, and no others, everything works.
+// With the permissions of docs/redis.md, and no others, everything works.
 func TestRights_thoseOfTheDocumentationAreEnough(t *testing.T) {
 	r := storetest.Redis(t)
 	doLine(t, r, rightsLine(t))
@@ -129,7 +129,7 @@ func TestRights_thoseOfTheDocumentationAreEnough(t *testing.T) {
 	}
 }
 
-// In a Cluster some more are needed, which docs/redis.md names as well.
+// A Cluster needs a few more, which docs/redis.md names as well.
 func TestRights_thoseOfTheDocumentationAreEnoughForACluster(t *testing.T) {
 	page, err := os.ReadFile("../docs/redis.md")
 	if err != nil {
@@ -172,14 +172,14 @@ func TestRights_thoseOfTheDocumentationAreEnoughForACluster(t *testing.T) {
 			t.Errorf("Redis has denied something: %v", denied)
 		}
 	}
-	// One of the masters is full: logs are read, and writes are refused.
+	// One of the masters is full: logs are readable, and writes are refused.
 	if err := c.MasterOf("chat:history:{s1}").ConfigSet(t.Context(), "maxmemory", "100kb").Err(); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "it is known", func() bool { return s.Probe(t.Context()) == nil && s.Writes() == store.RedisFull })
 }
 
-// Each right that is missing is named when a node starts; so none of those in docs/redis.md is too much, and none is missing there.
+// Each missing permission is named when a node starts. So docs/redis.md lists no permission too many or too few.
 func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 	r := storetest.Redis(t)
 	line := rightsLine(t)
@@ -195,7 +195,7 @@ func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 		rest[2] = user
 		rest = slices.DeleteFunc(rest, func(word string) bool { return word == missing })
 		doLine(t, r, rest)
-		if missing == "+exec" { // it would execute what is tried
+		if missing == "+exec" { // it would execute the probe's commands
 			continue
 		}
 		var log lines
@@ -208,7 +208,7 @@ func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, "the log names "+missing, func() bool { return strings.Contains(log.String(), "missing="+missing+" ") })
-		if missing == "+discard" || missing == "+multi" { // what tries the rights has left no transaction open
+		if missing == "+discard" || missing == "+multi" { // the probe has left no transaction open
 			for range 20 {
 				mustAppend(t, s, user, delta("a"))
 			}
@@ -218,7 +218,7 @@ func TestRights_thoseThatAreMissingAreNamedAtTheStart(t *testing.T) {
 		}
 		s.Close()
 	}
-	// The commands of the scripts are all in the line.
+	// The line contains all commands of the scripts.
 	for _, m := range regexp.MustCompile(`(?:call|write|pcall|pcall_redis|publish)\(\s*'([A-Z]+)'(?:, '([A-Z]+)')?|'([LR]PUSH)'`).FindAllStringSubmatch(store.Scripts(), -1) {
 		name := strings.ToLower(m[1] + m[3])
 		if name == "memory" {

@@ -1,4 +1,5 @@
--- What every script ends with: its callers one by one. A mistake of one, such as a key of another type, is its own.
+-- Every script ends with this file, which runs its callers one by one. An error of one caller, such as a key of another
+-- type, does not affect the others.
 local replies, next_at = {}, 12
 for i = 1, #KEYS / 5 do
   local k = 5 * i
@@ -13,8 +14,8 @@ for i = 1, #KEYS / 5 do
   if not ok then answer = { written and 'broken' or 'error', type(answer) == 'table' and answer.err or tostring(answer) } end
   replies[i] = answer
 end
--- A replica takes no writes: this was the master, perhaps, until a moment ago. Told as an error of the whole, it has the client
--- drop the connection and dial again. Nothing was done.
+-- A replica accepts no writes. Perhaps it was the master until a moment ago. An error for the whole script makes the
+-- client drop the connection and dial again. Nothing was done.
 local readonly = refusal or unrefreshed
 if readonly and readonly:find('READONLY', 1, true) == 1 and ARGV[11] == '0' then return redis.error_reply(readonly) end
 return replies

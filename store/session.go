@@ -8,13 +8,12 @@ import (
 	"slices"
 )
 
-// Create makes a session, and says whether it was made now. A deleted one is made
-// anew: with another epoch, and numbers that go on.
+// Create creates a session, and reports whether it did. A deleted session gets a new epoch, and its numbers continue.
 func (s *Store) Create(ctx context.Context, session string) (b Bounds, created bool, err error) {
 	return s.session(ctx, session, "create")
 }
 
-// Describe answers a session's bounds. ErrNotFound: there is none, or it was deleted.
+// Describe returns a session's bounds. The error is ErrNotFound if the session does not exist or was deleted.
 func (s *Store) Describe(ctx context.Context, session string) (Bounds, error) {
 	p, err := s.Read(ctx, session, 1, 0, 0)
 	if err != nil {
@@ -26,7 +25,7 @@ func (s *Store) Describe(ctx context.Context, session string) (Bounds, error) {
 	return p.Bounds, nil
 }
 
-// Delete removes the log and leaves a tombstone. ErrNotFound: there never was one.
+// Delete removes the log and leaves a tombstone. The error is ErrNotFound if the session never existed.
 func (s *Store) Delete(ctx context.Context, session string) error {
 	reply, err := s.runSession(ctx, session, s.cfg.WaitReplicas > 0, "delete")
 	if err != nil {
@@ -37,8 +36,8 @@ func (s *Store) Delete(ctx context.Context, session string) error {
 		return ErrNotFound
 	}
 	for r.err == nil && r.int(11) == 1 {
-		// It is deleted. What is left of a large one is swept up in slices; where that breaks off, whoever uses the session next
-		// goes on (log.lua: sweep).
+		// The session is deleted. The rest of a large one is removed in slices. If that breaks off, the next call for
+		// the session continues (log.lua: sweep).
 		reply, err := s.runSession(ctx, session, false, "delete")
 		if err != nil {
 			break
@@ -50,9 +49,9 @@ func (s *Store) Delete(ctx context.Context, session string) error {
 	return r.err
 }
 
-// Renew ends an epoch in which numbers up to last were given out, because the log in
-// Redis is found not to be the one that they came from: what is in the list is
-// numbered anew, in an epoch whose numbers are far above. Where the epoch has ended already, nothing changes.
+// Renew ends an epoch in which numbers up to last are in use, because the log in Redis is not the one that they belong
+// to. The list is numbered anew, in an epoch whose numbers are far higher. If the epoch has ended already, Renew
+// changes nothing.
 func (s *Store) Renew(ctx context.Context, session, epoch string, last int64) error {
 	_, _, err := s.session(ctx, session, "renew", epoch, last)
 	return err
@@ -65,10 +64,10 @@ type Cancelled struct {
 	Messages    []string
 }
 
-// Cancel ends a message, or, without one, all that are unfinished: from the cancelled
-// chunk on the log takes none of that message. Cancelling again changes nothing.
+// Cancel ends a message or, if message is empty, all unfinished messages. After the cancelled chunk the log accepts no
+// chunk of that message. Cancelling again changes nothing.
 //
-// Errors: ErrNotFound, ErrMessageUnknown, *MessageEndedError (it has ended by itself),
+// The errors are ErrNotFound, ErrMessageUnknown, *MessageEndedError (the message has ended by itself) and
 // ErrSessionEnded.
 func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled, error) {
 	var all Cancelled
@@ -90,7 +89,7 @@ func (s *Store) Cancel(ctx context.Context, session, message string) (Cancelled,
 	}
 }
 
-// cancel ends a message, or a slice of all that are unfinished, and says whether there may be more of them.
+// cancel ends a message, or a slice of all unfinished messages, and reports whether more may follow.
 func (s *Store) cancel(ctx context.Context, session, message string) (c Cancelled, more bool, failed error) {
 	reply, err := s.runSession(ctx, session, s.cfg.WaitReplicas > 0, "cancel", message)
 	if err != nil {
@@ -119,13 +118,13 @@ func (s *Store) cancel(ctx context.Context, session, message string) (c Cancelle
 	}
 }
 
-// Open answers which messages are unfinished, in no order that means anything, and the log's bounds. They are asked for in
-// slices: one that begins or ends meanwhile may be among them or not. ErrNotFound: there is no such session.
+// Open returns the unfinished messages, in no particular order, and the log's bounds. It reads in slices: a message
+// that begins or ends meanwhile may or may not be included. The error is ErrNotFound if the session does not exist.
 func (s *Store) Open(ctx context.Context, session string) (b Bounds, ids []string, failed error) {
-	found := map[string]struct{}{} // a slice may repeat some
+	found := map[string]struct{}{} // slices may overlap
 	for cursor := "0"; ; {
 		reply, err := s.runSession(ctx, session, false, "open", cursor)
-		if err = certain(err); err != nil { // what it changes, any other call would
+		if err = certain(err); err != nil { // any other call would change the same
 			return Bounds{}, nil, fmt.Errorf("open messages of session %s: %w", session, err)
 		}
 		r := fields(reply)
@@ -150,8 +149,8 @@ func (s *Store) Open(ctx context.Context, session string) (b Bounds, ids []strin
 	}
 }
 
-// runSession runs the session script, as often as it takes to know the log, or to have its turn (log.lua: slice). In a Redis
-// that is full, what exists can be cancelled and deleted, all the same.
+// runSession runs the session script until it knows the log and has had its turn (log.lua: slice). When Redis is full,
+// cancel and delete still work.
 func (s *Store) runSession(ctx context.Context, session string, wait bool, args ...any) (reply []any, err error) {
 	which := scriptSession
 	var full error
@@ -161,7 +160,7 @@ func (s *Store) runSession(ctx context.Context, session string, wait bool, args 
 			which, full = scriptSessionFull, err
 			continue
 		}
-		if err != nil && full != nil && !errors.Is(err, ErrOutcomeUnknown) { // it is of a version that cannot do that
+		if err != nil && full != nil && !errors.Is(err, ErrOutcomeUnknown) { // this version of Redis cannot do that
 			return nil, full
 		}
 		if err != nil || reply[0] != again {

@@ -1,8 +1,9 @@
--- Makes, deletes, begins anew, cancels, and tells what is open. Its arguments: create | delete | renew | cancel | open; of renew then the epoch
--- that is to end and the highest number that was given out in it; of cancel a message, or nothing for a slice of all that
--- are open; of open where the former slice has ended, 0 for the first.
+-- Creates or deletes a session, begins a new epoch, cancels messages, or lists the open ones. Its first argument:
+-- create | delete | renew | cancel | open. renew also gets the epoch to end and the highest number used in it. cancel
+-- gets a message, or an empty text for a slice of all open messages. open gets the position where the last slice ended,
+-- 0 for the first.
 --
--- delete, cancel and open say at the end of their replies whether there is more to do, or where it goes on.
+-- The replies to delete, cancel and open end with whether there is more to do, or with the next position.
 local function work()
   local what = argument(1)
   must_write()
@@ -25,13 +26,13 @@ local function work()
 
   if what == 'delete' then
     if log.deleted then return reply('ok', log.sweep and 1 or 0) end
-    -- What stays: where the numbers have got to, so that they go on; how often this has happened, so that an upload from
-    -- before it does not write into what comes after; and which producers there were (log.lua: sweep).
-    -- The tombstone comes first: a script that fails after it has lost nothing that it would need.
+    -- The hash keeps the last number, so that numbers continue; the count of deletions, so that an upload from before
+    -- does not write into the next log; and the producers (log.lua: sweep).
+    -- The tombstone comes first: a script that fails after it has lost nothing that it needs.
     log.deleted, log.sweep = int(now()), '0'
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',
       'former', int(log.former), 'deletions', int(log.deletions + 1), 'deleted', log.deleted, 'sweep', log.sweep)
-    if type(redis.pcall('UNLINK', history, index, opens)) == 'table' then write('DEL', history, index, opens) end -- a right of its own
+    if type(redis.pcall('UNLINK', history, index, opens)) == 'table' then write('DEL', history, index, opens) end -- UNLINK needs its own permission
     write('HDEL', session, 'created_at', 'updated_at', 'ended', 'due', 'numbered', 'learned', 'sized')
     sweep()
     redis.pcall('PEXPIRE', session, ARGV[3])
@@ -44,7 +45,7 @@ local function work()
     if log.deleted then return answer('absent') end
     local ids, id, status, more = {}, argument(2), 'ok', 0
     if id == '' then
-      save() -- so that the set has those that were learnt just now
+      save() -- so that the set contains the messages just learned
       local found, stale = log.ended and {} or redis.call('ZRANGE', opens, 0, slice_of_messages - 1), {}
       read_messages(found)
       for _, one in ipairs(found) do
@@ -71,7 +72,7 @@ local function work()
   if what == 'open' then
     if log.deleted then return answer('absent') end
     save() -- as above
-    -- A scan misses none that is open all the while, whatever else happens between its slices.
+    -- A scan finds every message that stays open, whatever else happens between its slices.
     local found = log.ended and { '0', {} } or redis.call('ZSCAN', opens, argument(2), 'COUNT', 2 * slice_of_messages)
     local some, ids = {}, {}
     for i = 1, #found[2], 2 do some[#some + 1] = found[2][i] end
@@ -83,7 +84,7 @@ local function work()
     return reply('ok', ids, found[1])
   end
 
-  -- renew: compare and set, so that of several nodes that notice, one does it.
+  -- renew compares and sets, so that only one of several nodes does it.
   if log.epoch == argument(2) and not log.deleted then begin(next_base(math.max(top(), tonumber(argument(3))))) end
   finish()
   return reply('ok')

@@ -12,43 +12,43 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Listed is a session and its bounds as the last script left them.
+// Listed is a session with its bounds after its last script.
 type Listed struct {
 	ID string
 	Bounds
 }
 
-// scanned is how many keys Redis looks at in one SCAN: about a millisecond's work.
+// scanned is how many keys Redis checks in one SCAN: about a millisecond's work.
 const scanned = 1000
 
-// Sessions returns up to count sessions whose ids begin with a prefix and come after another id, in
-// the order of their bytes. It changes nothing, and does not make a log live longer.
+// Sessions returns up to count sessions whose ids begin with prefix and come after another id, in the order of their
+// bytes. It changes nothing, and does not extend a log's life.
 //
-// Redis has no index of sessions: the names of all its keys are read for it. A list that another program pushed
-// to is a session as soon as it was read or written here.
+// Redis has no index of sessions, so Sessions reads the names of all keys. A list that another program pushed to counts
+// as a session once it has been read or written here.
 func (s *Store) Sessions(ctx context.Context, prefix, after string, count int) ([]Listed, error) {
 	var all []Listed
 	for len(all) < count {
 		ids, err := s.names(ctx, prefix, after, count)
 		if err != nil {
-			return nil, fmt.Errorf("list sessions: %w", classify(err))
+			return nil, fmt.Errorf("list sessions: %w", certain(classify(err)))
 		}
 		if len(ids) == 0 {
 			break
 		}
 		found, err := s.listed(ctx, ids)
 		if err != nil {
-			return nil, fmt.Errorf("list sessions: %w", classify(err))
+			return nil, fmt.Errorf("list sessions: %w", certain(classify(err)))
 		}
 		all, after = append(all, found...), ids[len(ids)-1]
 	}
 	return all[:min(count, len(all))], nil
 }
 
-// names returns the ids of the first count keys. Some may be of sessions that were deleted.
+// names returns the ids of the first count keys. Some may belong to deleted sessions.
 func (s *Store) names(ctx context.Context, prefix, after string, count int) (ids []string, err error) {
 	start, end, _ := strings.Cut(s.key("session", "\n"), "\n")
-	match := start + prefix + "*" // neither has a character that means something in a pattern
+	match := start + prefix + "*" // neither contains a pattern character
 	var mu sync.Mutex
 	scan := func(ctx context.Context, c redis.Cmdable) error {
 		for cursor := uint64(0); ; {
@@ -64,7 +64,7 @@ func (s *Store) names(ctx context.Context, prefix, after string, count int) (ids
 			}
 			if len(ids) > 2*count+scanned || next == 0 {
 				slices.Sort(ids)
-				ids = slices.Compact(ids) // SCAN may say a key twice
+				ids = slices.Compact(ids) // SCAN may return a key twice
 				ids = ids[:min(count, len(ids))]
 			}
 			mu.Unlock()

@@ -25,7 +25,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func open(t testing.TB, change func(*store.Config)) *store.Store {
 	t.Helper()
 	cfg := store.DefaultConfig()
-	cfg.Timeout = 30 * time.Second // a busy machine's Redis is slow to answer, too
+	cfg.Timeout = 30 * time.Second // Redis is slow to reply on a busy machine
 	if change != nil {
 		change(&cfg)
 	}
@@ -37,7 +37,7 @@ func open(t testing.TB, change func(*store.Config)) *store.Store {
 	return s
 }
 
-// both runs a test on the embedded Redis and on a real one: the scripts must not care.
+// both runs a test on the embedded Redis and on a real one, which must not differ.
 func both(t *testing.T, change func(*store.Config), test func(t *testing.T, s *store.Store)) {
 	t.Run("embedded", func(t *testing.T) { test(t, open(t, change)) })
 	t.Run("redis", func(t *testing.T) {
@@ -90,7 +90,7 @@ func TestAppend_numbersWithoutHoles(t *testing.T) {
 	})
 }
 
-// Promise: Durable; the numbers of concurrent appends are their places in the list.
+// Promise: Durable. The numbers of concurrent appends are their places in the list.
 func TestAppend_concurrently_eachChunkOnceAtItsNumber(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		const producers, each = 8, 25
@@ -192,7 +192,7 @@ func TestAppend_trimsAndSaysSo(t *testing.T) {
 	}
 }
 
-// Property: a page is what was asked for, at any budget, from either end.
+// Property: a page contains what was requested, within any limits, from either end.
 func TestRead_pagesAreConsecutiveAndWithinTheirBudget(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		both(t, func(c *store.Config) { c.HistoryOrder = order }, func(t *testing.T, s *store.Store) {
@@ -219,7 +219,7 @@ func TestRead_pagesAreConsecutiveAndWithinTheirBudget(t *testing.T) {
 					}
 				}
 				fits := size <= bytes || len(p.Elements) == 1
-				var more int // the size of the one that would be next
+				var more int // the size of the next element
 				switch {
 				case from == store.Newest:
 					if p.Next() != n+1 {
@@ -242,8 +242,8 @@ func TestRead_pagesAreConsecutiveAndWithinTheirBudget(t *testing.T) {
 	}
 }
 
-// Whatever is asked of a log of whatever length, in either order: also where it ends just where a part that was
-// read of it does.
+// Every read of a log of every length, in either order, works, even if the log ends exactly where a part of the read
+// does.
 func TestRead_ofEveryLength(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		both(t, func(c *store.Config) { c.HistoryOrder = order }, func(t *testing.T, s *store.Store) {
@@ -312,8 +312,8 @@ func TestContract_keysAndBytes(t *testing.T) {
 	}
 }
 
-// The hash outlives the list, however long that is kept: an ended log whose hash were gone first would be open again, and
-// its numbers would begin again.
+// The hash outlives the list, however long the list is kept. If the hash of an ended log were gone first, the log would
+// be open again, and its numbers would restart.
 func TestContract_theHashOutlivesTheList(t *testing.T) {
 	for name, url := range map[string]string{"redis": storetest.Redis(t).URL(), "miniredis": "redis://" + miniredis.RunT(t).Addr()} {
 		opt, err := redis.ParseURL(url)
@@ -350,7 +350,7 @@ func TestContract_theHashOutlivesTheList(t *testing.T) {
 	}
 }
 
-// Foreign elements count by position, whatever they say.
+// Elements of other programs count by position, whatever they contain.
 func TestContract_foreignProducers(t *testing.T) {
 	for _, order := range []string{store.OldestFirst, store.NewestFirst} {
 		r := storetest.Redis(t)
@@ -383,7 +383,7 @@ func TestIdentity_expiredLogGoesOn(t *testing.T) {
 	if p := mustRead(t, s, "s", 1, lots, lots); p.Epoch != a.Epoch || p.First != 3 || p.Last != 2 {
 		t.Fatalf("%+v", p)
 	}
-	r.RPush(t.Context(), "chat:history:s", `{"content":"c"}`) // what was seen as empty stays known as that
+	r.RPush(t.Context(), "chat:history:s", `{"content":"c"}`) // elements after an empty log keep its epoch
 	if p := mustRead(t, s, "s", 1, lots, lots); p.Epoch != a.Epoch || p.First != 3 || p.Last != 3 {
 		t.Fatalf("%+v", p)
 	}
@@ -422,7 +422,7 @@ func TestIdentity_anotherListIsAnotherEpoch(t *testing.T) {
 	}
 }
 
-// Of several nodes that notice, one begins the new epoch.
+// Only one of several nodes begins the new epoch.
 func TestRenew_isCompareAndSet(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		a := mustAppend(t, s, "s", delta("a"), delta("b"))
@@ -466,7 +466,7 @@ func TestSession_madeDescribedDeletedMadeAnew(t *testing.T) {
 		if p := mustRead(t, s, "s", 1, lots, lots); !p.Deleted || len(p.Elements) != 0 || p.Last != 2 {
 			t.Fatalf("%+v", p)
 		}
-		// An upload that began before does not write into what comes after.
+		// An upload that began before does not write into the new log.
 		if _, err := s.Append(ctx, "s", store.Batch{Life: a.Life, Chunks: []store.Chunk{delta("late")}}); !errors.Is(err, store.ErrSessionDeleted) {
 			t.Fatal(err)
 		}
@@ -488,7 +488,7 @@ func TestEmbedded_logsExpire(t *testing.T) {
 	mustAppend(t, s, "s", delta("a"))
 	deadline := time.Now().Add(storetest.Patience)
 	for mustDescribe := func() store.Bounds {
-		// Describing is a use, which would keep the log for ever: wait longer than it is kept.
+		// Describe counts as a use, which would keep the log for ever. So the test waits longer than the time to live.
 		time.Sleep(1100 * time.Millisecond)
 		b, err := s.Describe(t.Context(), "s")
 		if err != nil {
@@ -505,7 +505,7 @@ func TestEmbedded_logsExpire(t *testing.T) {
 	}
 }
 
-// A key of another type fails before anything is written.
+// A key of another type causes an error before anything is written.
 func TestAppend_keyOfAnotherType_writesNothing(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -521,7 +521,7 @@ func TestAppend_keyOfAnotherType_writesNothing(t *testing.T) {
 	}
 }
 
-// What was surely not stored, and what may have been, are told apart.
+// Errors distinguish what was surely not stored from what may have been.
 func TestAway_isToldFromUnknown(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Timeout = 2 * time.Second })
@@ -533,7 +533,7 @@ func TestAway_isToldFromUnknown(t *testing.T) {
 	r.Signal(syscall.SIGCONT)
 	r.Kill()
 	var err error
-	for range 20 { // connections of the pool that were cut have to be found out first
+	for range 20 { // broken connections of the pool must be found first
 		if _, err = s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("c")}}); errors.Is(err, store.ErrAway) {
 			break
 		}
@@ -546,7 +546,7 @@ func TestAway_isToldFromUnknown(t *testing.T) {
 	}
 }
 
-// A restarted Redis has forgotten the scripts, and nobody notices.
+// A restarted Redis has forgotten the scripts, which no caller notices.
 func TestRun_scriptsAreLoadedAgain(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -557,7 +557,7 @@ func TestRun_scriptsAreLoadedAgain(t *testing.T) {
 	}
 }
 
-// ear hears.
+// ear is a Listener that records everything.
 type ear struct {
 	mu       sync.Mutex
 	heard    []string
@@ -623,7 +623,7 @@ func TestListen_hearsAfterTheFirstResync(t *testing.T) {
 	})
 }
 
-// Promise: a hint is only a hint. Every loss of the connection is said.
+// Promise: a hint is only a hint. Every loss of the connection is reported.
 func TestListen_connectionKilled_resync(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
@@ -649,7 +649,7 @@ func TestListen_redisRestarted_resync(t *testing.T) {
 	other.wait(t, "the other's", func() bool { return other.resyncs >= 1 })
 }
 
-// A peer that vanished without a reset is noticed, which go-redis does not do.
+// The listener notices a peer that vanished without a reset, which go-redis does not.
 func TestListen_silentPeer_isNoticed(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Ping = time.Second })
@@ -658,7 +658,7 @@ func TestListen_silentPeer_isNoticed(t *testing.T) {
 	e.wait(t, "the acknowledgement", func() bool { return e.resyncs >= 1 })
 	before := r.Do(t.Context(), "CLIENT", "LIST", "TYPE", "pubsub").String()
 	r.Signal(syscall.SIGSTOP)
-	time.Sleep(3 * time.Second) // the fault itself: it is silent for longer than two pings
+	time.Sleep(3 * time.Second) // the fault itself: Redis is silent for longer than two pings
 	r.Signal(syscall.SIGCONT)
 	e.wait(t, "the acknowledgement on a new connection", func() bool { return e.resyncs >= 2 })
 	after := r.Do(t.Context(), "CLIENT", "LIST", "TYPE", "pubsub").String()
@@ -674,7 +674,7 @@ func id(list string) string {
 	return list[i : i+8]
 }
 
-// Subscriptions come and go without a trace.
+// No subscription is left after its listener.
 func TestListen_manySessions_noSubscriptionIsLeft(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL() })

@@ -11,51 +11,48 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// A ticket lets a page's EventSource in, which can send no header and has no cookie of another
-// domain. It stands in a URL, and URLs are written down: in proxies' logs, in histories, on
-// screens. So it is worth as little as can be.
+// A ticket admits a page's EventSource, which can send no header and has no cookie of another domain. The ticket is in
+// a URL, and URLs are recorded: in proxies' logs, in histories, on screens. So a ticket is worth as little as possible.
 //
-// It opens one grant, to read one session, and only within TicketLife. EventSource comes back
-// with the same URL whenever its connection breaks, and may never have read the first response:
-// so "used once" cannot mean one request. It means one grant: the URL works again while the
-// grant lives, which is renewed while a connection stands, and lapses TicketLife after the last
-// one has gone. There is one connection at a time: the newest takes the place of the former,
-// since a former one of the same page may be half dead for minutes, unknown to anybody. Whoever
-// learns the URL after that finds it spent. Whoever learns it earlier and uses it puts the page
-// out of its place, which shows, and the page puts them out when it comes back; nothing tells the
-// two apart that a network change would not change as well.
+// A ticket opens one grant, to read one session, and only within TicketLife. EventSource reconnects with the same URL
+// whenever its connection breaks, and may never have read the first response. So "used once" cannot mean one request.
+// It means one grant: the URL works again while the grant lives. A standing connection renews the grant, and the grant
+// lapses TicketLife after the last connection has gone. Only one connection exists at a time. The newest replaces the
+// earlier one, because an earlier connection of the same page may be half dead for minutes without anybody noticing.
+// Anyone who learns the URL after that finds it spent. Anyone who learns it earlier and uses it displaces the page, and
+// the user notices. The page displaces them when it reconnects. Nothing tells the two apart that a network change would
+// not change as well.
 //
-// The grant never outlives the token that it was made by. Redis keeps the ticket's hash alone,
-// under which nobody can come in, and one script decides, so that of two nodes that are asked at
-// once there is one after the other. A ticket that Redis has lost is spent; a connection that
-// stands keeps its grant, and brings it back.
+// The grant never outlives the token with which it was made. Redis stores only the ticket's hash, which admits nobody.
+// One script decides, so two nodes that are asked at once are served one after the other. A ticket that Redis has lost
+// is spent. A standing connection keeps its grant, and restores it.
 
-// TicketLife is how long a ticket waits to be used, and its grant for a connection to come
-// back: a minute is a tunnel, or a page that is slow to load.
+// TicketLife is how long a ticket may remain unused, and how long its grant waits for a connection to come back. A
+// minute covers a tunnel, or a page that loads slowly.
 const TicketLife = time.Minute
 
-// ErrTicketSpent says that a ticket opens nothing: it was never made, was not used in time, is
-// another session's, or its grant has lapsed.
+// ErrTicketSpent means that a ticket admits nobody: it was never made, was not used in time, belongs to another
+// session, or its grant has lapsed.
 var ErrTicketSpent = errors.New("the ticket is spent")
 
-// ErrTicketReplaced says that another connection has come in with a ticket.
+// ErrTicketReplaced means that another connection has entered with the ticket.
 var ErrTicketReplaced = errors.New("another connection has come in with the ticket")
 
-// TicketName is what a ticket is called in Redis: it tells nobody the ticket.
+// TicketName returns the name of a ticket in Redis, which does not reveal the ticket.
 func TicketName(ticket string) string {
 	sum := sha256.Sum256([]byte(ticket))
 	return hex.EncodeToString(sum[:])
 }
 
-// MakeTicket makes a ticket of this name good for a session. until is when its grant ends at
-// the latest; zero: never. ErrAway: it may not be good for anything.
+// MakeTicket makes a ticket of this name good for a session. until is when its grant ends at the latest, or zero for
+// never. After ErrAway the ticket may be good for nothing.
 func (s *Store) MakeTicket(ctx context.Context, name, session string, until time.Time) error {
 	_, err := s.ticket(ctx, "make", name, session, "", until)
 	return err
 }
 
-// EnterTicket lets a connection in, in place of any former one, and says until when; zero:
-// for ever. Errors: ErrTicketSpent, ErrAway.
+// EnterTicket admits a connection, in place of any earlier one, and returns when its grant ends, or zero for never. The
+// errors are ErrTicketSpent and ErrAway.
 func (s *Store) EnterTicket(ctx context.Context, name, session, connection string) (until time.Time, err error) {
 	r, err := s.ticket(ctx, "enter", name, session, connection, time.Time{})
 	if err != nil {
@@ -68,14 +65,14 @@ func (s *Store) EnterTicket(ctx context.Context, name, session, connection strin
 	return until, r.err
 }
 
-// RenewTicket keeps the grant of a connection that stands. Errors: ErrTicketReplaced, ErrAway.
+// RenewTicket renews the grant of a standing connection. The errors are ErrTicketReplaced and ErrAway.
 func (s *Store) RenewTicket(ctx context.Context, name, session, connection string, until time.Time) error {
 	_, err := s.ticket(ctx, "renew", name, session, connection, until)
 	return err
 }
 
-// ListenTickets subscribes l to the names of tickets with which another connection has come
-// in, perhaps: RenewTicket tells. There is one such Listener.
+// ListenTickets subscribes l to the names of tickets with which another connection may have entered. RenewTicket tells
+// whether it has. Only one such Listener exists.
 func (s *Store) ListenTickets(l Listener) (stop func()) {
 	return s.ears.listenWide(s.cfg.Prefix+tickets, l)
 }
@@ -93,14 +90,14 @@ func (s *Store) ticket(ctx context.Context, what, name, session, connection stri
 		return cmd, classify(err)
 	}
 	cmd, err := send(scriptTicket)
-	if Why(err) == RedisFull { // they are small, and soon gone
+	if Why(err) == RedisFull { // tickets are small and short-lived
 		if other, failed := send(scriptTicketFull); failed == nil {
 			cmd, err = other, nil
 		}
 	}
 	s.metrics.ran(scriptTicket, begun, err)
 	s.refusals.note(ctx, err)
-	if errors.Is(err, ErrOutcomeUnknown) { // to do any of it again does no harm
+	if errors.Is(err, ErrOutcomeUnknown) { // every call is safe to repeat
 		err = fmt.Errorf("%w: %v", ErrAway, err)
 	}
 	if err != nil {
@@ -118,7 +115,7 @@ func (s *Store) ticket(ctx context.Context, what, name, session, connection stri
 	return nil, fmt.Errorf("%s ticket of %s: status %q: %w", what, session, r.status(), errReply)
 }
 
-// until is a time of which 0 means never.
+// until returns the time in a field, in which 0 means never.
 func (r *replyFields) until(i int) time.Time {
 	ms := r.int(i)
 	if ms == 0 {

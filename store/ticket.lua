@@ -1,14 +1,14 @@
--- A ticket: who may come in with it, and which connection its one grant is used by.
+-- A ticket: which session it admits to, and which connection uses its one grant.
 --
 --   KEYS[1]  the ticket, a hash: session, until (ms; 0: never), connection (once it has been used)
 --   ARGV[1]  make | enter | renew
 --   ARGV[2]  the session
---   ARGV[3]  the connection that comes in, or is there
---   ARGV[4]  make, renew: until when it may be used at all, ms; 0: for ever
---   ARGV[5]  how long it is kept, ms, when nobody comes in, or is there
---   ARGV[6]  the time now, ms, by the node's clock, as the expiry of tokens is
---   ARGV[7]  the channel on which is said that somebody has come in again
---   ARGV[8]  the ticket's name on it
+--   ARGV[3]  the connection that enters, or renews
+--   ARGV[4]  make, renew: when the ticket expires, ms; 0: never
+--   ARGV[5]  how long it is kept, ms, while no connection enters or renews
+--   ARGV[6]  the time now, ms, by the node's clock, like the expiry of tokens
+--   ARGV[7]  the channel that announces a second entry
+--   ARGV[8]  the ticket's name on that channel
 local ticket, session, connection, now = KEYS[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
 
 local function keep(till)
@@ -33,8 +33,8 @@ if ARGV[1] == 'enter' then
   return { 'ok', held[2] }
 end
 
--- renew: what is gone while its connection stands was lost with Redis, or not renewed while Redis was
--- away. The first to come back has it again.
+-- renew: a ticket that is gone while its connection stands was lost with Redis, or was not renewed during an outage.
+-- The first connection to come back gets it again.
 if held[3] and held[3] ~= connection then return { 'replaced' } end
 if not held[3] then redis.call('HSET', ticket, 'session', session, 'until', ARGV[4], 'connection', connection) end
 keep(tonumber(ARGV[4]))

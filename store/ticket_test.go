@@ -25,7 +25,7 @@ func TestTicket_opensOneGrantForOneSession(t *testing.T) {
 				t.Errorf("%.4s of %s: %v", name, session, err)
 			}
 		}
-		if err := s.RenewTicket(ctx, b, "s", "c0", time.Time{}); err != nil { // one whose entry was lost with a master
+		if err := s.RenewTicket(ctx, b, "s", "c0", time.Time{}); err != nil { // its entry was lost with a master
 			t.Error(err)
 		}
 		for name, want := range map[string]time.Time{a: until, b: {}} {
@@ -35,7 +35,7 @@ func TestTicket_opensOneGrantForOneSession(t *testing.T) {
 			if err := s.RenewTicket(ctx, name, "s", "c1", want); err != nil {
 				t.Error(err)
 			}
-			if got, err := s.EnterTicket(ctx, name, "s", "c2"); err != nil || !got.Equal(want) { // it comes back
+			if got, err := s.EnterTicket(ctx, name, "s", "c2"); err != nil || !got.Equal(want) { // the page reconnects
 				t.Errorf("%v, not %v: %v", got, want, err)
 			}
 			if err := s.RenewTicket(ctx, name, "s", "c1", want); !errors.Is(err, store.ErrTicketReplaced) {
@@ -119,8 +119,7 @@ func TestTicket_livesAMinuteWithoutAConnection(t *testing.T) {
 	}
 }
 
-// A Redis that lost everything has lost no grant whose connection stands, and gives none
-// to two.
+// After Redis lost everything, a standing connection keeps its grant, and no two connections have the same one.
 func TestTicket_aConnectionThatStandsBringsItsGrantBack(t *testing.T) {
 	both(t, nil, func(t *testing.T, s *store.Store) {
 		ctx, name := t.Context(), store.TicketName("a")
@@ -137,7 +136,7 @@ func TestTicket_aConnectionThatStandsBringsItsGrantBack(t *testing.T) {
 	})
 }
 
-// However many come at once, at whatever nodes, one has the grant.
+// However many connections enter at once, at whichever nodes, only one has the grant.
 func TestTicket_raceOfTwoNodes(t *testing.T) {
 	r := storetest.Redis(t)
 	nodes := [2]*store.Store{}
@@ -173,7 +172,7 @@ func TestTicket_raceOfTwoNodes(t *testing.T) {
 	}
 }
 
-// entering makes a ticket, and is heard when somebody comes in with it again.
+// entering makes a ticket, and listens for another entry with it.
 func entering(t *testing.T, s, other *store.Store) {
 	t.Helper()
 	ctx, name := t.Context(), store.TicketName("a")

@@ -1,7 +1,7 @@
-// The page: one session's log, shown as a conversation, and beside it how it came.
+// The page: one session's log, shown as a conversation, and next to it how it arrived.
 //
-// The log is the only source of what is shown. A question is drawn when it comes back as
-// a chunk, not when it is sent, so every tab and every reload shows the same thing.
+// Only the log decides what is shown. A question is drawn when it comes back as a chunk, not when
+// it is sent, so every tab and every reload shows the same.
 
 import { follow } from '/gapless.js';
 import { Markdown } from '/markdown.js';
@@ -14,7 +14,8 @@ const scroll = $('scroll');
 const ask = $('ask');
 const stop = $('stop');
 
-// ---- the session, which is in the URL: so F5, a second tab or a link show the same
+// ---- the session, which is in the URL, so that a reload, a second tab or a link shows the same
+// one
 
 const url = new URL(location.href);
 if (!url.searchParams.get('session')) {
@@ -23,7 +24,7 @@ if (!url.searchParams.get('session')) {
 }
 const api = `/v1/sessions/${encodeURIComponent(url.searchParams.get('session'))}`;
 
-// ---- the token, where the server wants one: it is in this variable, and nowhere else
+// ---- the token, if the server requires one: it is kept only in this variable
 
 let token = '';
 
@@ -36,7 +37,7 @@ async function call(path, init = {}) {
   return response;
 }
 
-// An EventSource cannot send the token; a ticket stands for it.
+// An EventSource cannot send the token, so a ticket replaces it.
 async function ticket() {
   if (!token) return ''; // an open server, or a cookie
   const response = await call(`${api}/tickets`, { method: 'POST' });
@@ -53,7 +54,7 @@ $('login').addEventListener('submit', (e) => {
 });
 
 function newId() {
-  // randomUUID exists in secure contexts only: not on http://192.168.0.7:8080.
+  // randomUUID exists only in secure contexts: not on http://192.168.0.7:8080.
   return crypto.randomUUID?.() ??
     Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
 }
@@ -62,10 +63,10 @@ function newId() {
 
 let messages = [];       // in the order of their first chunks
 const byId = new Map();
-const dirty = new Set(); // messages whose drawing is behind
+const dirty = new Set(); // messages that must be drawn again
 let current = null;      // the message of the last chunk
 let awaited = '';        // the id of an answer that we asked for and that has not begun
-const wordless = new Set(); // ids of messages that were done without a word: they never begin
+const wordless = new Set(); // ids of messages that ended without text: they never begin
 
 const endings = ['done', 'failed', 'cancelled'];
 
@@ -73,7 +74,7 @@ function take(chunk, seq, { source }) {
   plot.mark(source, seq);
   if (source === 'live' && Number.isFinite(chunk.ts)) note.latency(Date.now() - chunk.ts);
   const text = typeof chunk.content === 'string' ? chunk.content : '';
-  if (chunk.type === 'end' && !text) return; // the server says whether it is one: over
+  if (chunk.type === 'end' && !text) return; // only the server knows whether the log has ended: see over
   const end = endings.includes(chunk.type) ? chunk.type : chunk.is_complete === true ? 'done' : '';
   const m = messageOf(seq, chunk, text || (end && end !== 'done'));
   if (!m) return;
@@ -89,15 +90,15 @@ function take(chunk, seq, { source }) {
   dirty.add(m);
 }
 
-// The log has ended: what has not ended by then never will.
+// The log has ended: a message that has not ended by then never will.
 function over() {
   for (const m of messages) if (m.status === 'streaming') settle(m, 'unfinished');
   draw();
 }
 
-// What the log holds already comes as whole messages.
+// The existing chunks come as whole messages.
 function restore(snapshot) {
-  const asked = awaited; // it may come behind what is restored
+  const asked = awaited; // it may come after what is restored
   clear('');
   awaited = asked;
   plot.mark('snapshot', snapshot.last_seq, snapshot.first_seq);
@@ -117,16 +118,16 @@ function restore(snapshot) {
   }
 }
 
-// Finds the message that a chunk belongs to, or begins one. Chunks without a message_id
-// have nothing but their neighbours: consecutive ones of a role are one message.
+// Finds the message that a chunk belongs to, or begins one. Chunks without a message_id belong to
+// their neighbours: consecutive ones of a role are one message.
 function messageOf(seq, chunk, hasSomethingToShow) {
   const role = typeof chunk.role === 'string' ? chunk.role : 'assistant';
   const named = typeof chunk.message_id === 'string' && chunk.message_id !== '';
   let m = named ? byId.get(chunk.message_id)
     : current?.anonymous && !current.ended && role === current.role ? current : undefined;
   if (!m) {
-    // Nothing begins with a chunk that has nothing to show: the `done` of an answer whose
-    // text was trimmed, or what an unknown producer says to unknown clients.
+    // A chunk without anything to show begins no message. It is the `done` of an answer whose text
+    // was trimmed, or a chunk from an unknown producer to unknown clients.
     if (!hasSomethingToShow && (!named || chunk.type === 'done')) {
       if (named) wordless.add(chunk.message_id);
       return undefined;
@@ -134,7 +135,7 @@ function messageOf(seq, chunk, hasSomethingToShow) {
     m = begin(named ? chunk.message_id : `chunk-${seq}`, role, seq);
     m.anonymous = !named;
   }
-  if (current !== m && current?.anonymous && !current.ended) settle(current, 'done'); // it cannot go on
+  if (current !== m && current?.anonymous && !current.ended) settle(current, 'done'); // nothing can continue it
   current = m;
   return m;
 }
@@ -153,14 +154,14 @@ function begin(id, role, seq) {
   actions.append(element('button', { type: 'button', className: 'quiet copy-message', textContent: 'Copy' }));
   if (role === 'assistant') actions.append(element('button', { type: 'button', className: 'quiet again', textContent: 'Ask again' }));
   head.append(range);
-  // What a model thinks aloud is folded, and is none of what it says.
+  // The model's reasoning is folded, and is not part of its text.
   const thinking = element('details', { className: 'thinking', hidden: true });
   const thoughts = element('div', { className: 'thoughts' });
   thinking.append(element('summary', {}), thoughts);
   article.append(head, thinking, body, label, actions);
   Object.assign(article.dataset, { id, role });
   log.append(article);
-  // Only what the model says is Markdown: what others wrote is shown as they wrote it.
+  // Only the model's text is Markdown. Other text is shown as it was written.
   const markdown = role === 'assistant' ? new Markdown(body) : undefined;
   const words = markdown ? undefined : body.appendChild(document.createTextNode(''));
   const m = { id, role, text: '', status: 'streaming', ended: false, anonymous: false, aloud: false,
@@ -176,7 +177,7 @@ function say(m, text) {
   m.undrawn += text;
 }
 
-// ts is when, in ms; ms is how long all of it took.
+// ts is the chunk's time in ms; ms is the total duration.
 function think(m, text, ts, ms = 0) {
   m.thought += text;
   m.unthought += text;
@@ -221,25 +222,25 @@ function remark(text) {
   log.append(element('p', { className: 'note', textContent: text }));
 }
 
-// The reasons that a server gives for a `failed`; a producer may give others, in words of its own.
+// The server's reasons for a `failed`. A producer may give others, in its own words.
 const whyFailed = {
-  __proto__: null, // theirs may be called anything
+  __proto__: null, // a producer's reason may be any string
   producer_lost: 'its producer was lost',
   model_failed: 'the model failed',
   redis_away: 'Redis was away',
   shutdown: 'its node was stopped',
 };
 
-// ---- drawing: once a frame, however many chunks came
+// ---- drawing: once per frame, however many chunks came
 
 let frame = 0;
 let timer = 0;
-let rest = 0; // until when there is other work to do than to draw
+let rest = 0; // until when the page should do other work than drawing
 
 function draw() {
   if (timer) return;
-  // A hidden page gets no frames, and may become hidden while one is due: whichever of
-  // the two comes first. What takes long to draw is drawn less often.
+  // A hidden page gets no frames, and may become hidden while one is due. So the first of a frame
+  // and a timer draws. The longer drawing takes, the less often it is done.
   const wait = rest - performance.now();
   if (wait > 20) {
     timer = setTimeout(flush, wait);
@@ -301,8 +302,8 @@ function flush() {
   ask.disabled = $('send').disabled = ended;
   document.body.classList.toggle('over', ended);
   for (const b of $('samples').querySelectorAll('button')) b.disabled = ended;
-  // What was streaming in a part of the log may have ended in the rest of it: until that is
-  // here, the button stays as it was.
+  // A message that is streaming in one part of the log may have ended in the rest. Until the rest
+  // is here, the button stays as it was.
   if (!coming) offerStop(waiting || messages.some((m) => m.status === 'streaming' && !m.anonymous));
 
   if (pinned) scroll.scrollTop = scroll.scrollHeight;
@@ -320,14 +321,14 @@ function element(name, properties) {
   return Object.assign(document.createElement(name), properties);
 }
 
-// ---- scrolling: along with the text, but only for a reader who is at its end
+// ---- scrolling: follow the text, but only for a reader who is at its end
 
 let pinned = true;
 let top = 0;
 
 scroll.addEventListener('scroll', () => {
   const below = scroll.scrollHeight - scroll.clientHeight - scroll.scrollTop;
-  // Whoever scrolls up is let go, however short the way; text that grew is no scrolling.
+  // A reader who scrolls up, even a little, is no longer followed. Text that grew is not scrolling.
   pinned = below < 4 || (pinned && scroll.scrollTop >= top);
   top = scroll.scrollTop;
   $('latest').hidden = pinned;
@@ -341,7 +342,7 @@ function toEnd() {
   draw();
 }
 
-// ---- the inspector: how it came
+// ---- the inspector: how the log arrived
 
 const plot = new Plot($('plot'));
 
@@ -374,7 +375,8 @@ const note = {
     this.describe();
   },
 
-  // Words for those who do not see the plot: it is theirs to ask for them, so they may be a little late.
+  // Words for readers who do not see the plot. They read it when they want, so it may be a little
+  // late.
   described: 0,
   describe() {
     if (Date.now() - this.described < 1000) return;
@@ -396,7 +398,7 @@ function drawKeys() {
 drawKeys();
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', drawKeys);
 
-// Beside the conversation where there is room, else over it.
+// Next to the conversation if there is room, otherwise over it.
 const wide = matchMedia('(min-width: 64rem)');
 
 function inspect(open) {
@@ -422,11 +424,11 @@ function closeInspector() {
   $('inspect').focus();
 }
 
-// ---- the demo: what only a server with -model demo can do
+// ---- the demo: only for a server with -model demo
 
 async function lookForDemo() {
   const response = await fetch(`${api}/demo`, { method: 'OPTIONS' }).catch(() => undefined);
-  $('demo').hidden = $('no-model').hidden = !response?.headers.get('Allow')?.includes('POST'); // any status may be for CORS
+  $('demo').hidden = $('no-model').hidden = !response?.headers.get('Allow')?.includes('POST'); // CORS may cause any status
 }
 
 async function disturb(connection, what) {
@@ -449,7 +451,7 @@ $('cut').addEventListener('click', () => {
   if (naive.state === 'live' || naive.state === 'reading') disturb(naive.connection, 'cut');
 });
 
-let slowed = ''; // the connection that is throttled: the next one is not
+let slowed = ''; // the connection that is throttled; a new one is not
 
 $('slow').addEventListener('click', () => {
   const on = slowed !== follower.connection;
@@ -481,7 +483,7 @@ const naive = new Naive(`${api}/demo/naive`, {
   },
   lost(from, to) {
     for (let seq = from; seq <= to; seq++) plot.mark('lost', seq);
-    // What is missing is not known to it; where is.
+    // The naive viewer does not know what is missing, but where.
     sayNaively(naiveLast ?? naiveWords({}), 'miss', from === to ? `✕ ${from} lost` : `✕ ${from}–${to} lost`);
   },
   change: draw,
@@ -529,7 +531,7 @@ $('compare').addEventListener('click', () => {
   clearInterval(comparing);
   if (on) {
     naive.start(Number($('gap').value));
-    // What has not come to it within three looks was not on its way.
+    // What has not reached it after three checks was not on its way.
     const seen = [];
     comparing = setInterval(() => {
       if (naive.state !== 'live') seen.length = 0;
@@ -568,14 +570,14 @@ function change() {
   if (follower.state === 'disconnected') explain();
 }
 
-// An EventSource does not say why it was refused; the session itself may.
+// An EventSource does not say why it was refused. A request for the session may.
 async function explain() {
   let reason = 'The server cannot be reached.';
   try {
     const response = await call(api);
     reason = response.ok || (response.status === 401 && !token) ? '' : await reasonOf(response); // the form says it
   } catch {
-    // Not even that.
+    // This is not reachable, either.
   }
   if (follower.state === 'disconnected') complain(reason);
 }
@@ -597,7 +599,7 @@ $('form').addEventListener('submit', (e) => {
 });
 
 ask.addEventListener('keydown', (e) => {
-  // Enter may also choose a word in an input method; Safari says so only by 229.
+  // Enter may also choose a word in an input method. Safari shows that only by key code 229.
   if (e.key !== 'Enter' || e.shiftKey || e.isComposing || e.keyCode === 229) return;
   e.preventDefault();
   submit();
@@ -612,13 +614,13 @@ $('samples').addEventListener('click', (e) => {
 async function submit() {
   const content = ask.value;
   if (sending || !content.trim()) return;
-  // Not `disabled`, which would take the focus away.
+  // `disabled` would take the focus away.
   sending = ask.readOnly = true;
   if (await question(content)) ask.value = '';
   sending = ask.readOnly = false;
 }
 
-// Says whether it arrived.
+// Reports whether it arrived.
 async function question(content) {
   complain('');
   try {
@@ -628,7 +630,7 @@ async function question(content) {
     if (follower.state === 'disconnected') follower.restart();
     return true;
   } catch (err) {
-    // It may have arrived all the same; the page must not send it twice by itself.
+    // It may have arrived nevertheless. The page must not send it twice by itself.
     complain(err.status ? err.message : 'The server did not answer. If your question does not appear above, send it again.');
     return false;
   }
@@ -654,7 +656,7 @@ log.addEventListener('click', (e) => {
 let stopping = false;
 
 function offerStop(offered) {
-  // A button that goes away would take the focus with it.
+  // A button that disappears would take the focus with it.
   if (!offered && document.activeElement === stop) (ask.disabled ? scroll : ask).focus();
   stop.hidden = !offered;
 }
@@ -662,14 +664,14 @@ function offerStop(offered) {
 stop.addEventListener('click', cancel);
 
 ask.addEventListener('keydown', (e) => {
-  // Escape may also mean an input method, as Enter may.
+  // Escape may also belong to an input method, like Enter.
   if (e.key === 'Escape' && !e.isComposing && e.keyCode !== 229) cancel();
 });
 
-// One button, so it stops everything: whoever presses it wants silence, also from a message
-// that begins while the press is on its way, and from one that this tab does not know of yet.
-// A list of what is shown would be out of date by then, and could be refused in part.
-// That something was stopped is shown when the log says so.
+// One button stops everything. A user who presses it also wants to stop a message that begins at
+// that moment, or one that this tab does not know yet. A list of the visible messages would be out
+// of date by then, and the server could refuse a part of it. The page shows that a message was
+// stopped when the log says so.
 async function cancel() {
   if (stop.hidden || stopping) return;
   stopping = true;
@@ -677,9 +679,9 @@ async function cancel() {
   complain('');
   try {
     await follower.stop();
-    if (follower.state === 'disconnected') reconnect(); // to the log, which says what became of it
+    if (follower.state === 'disconnected') reconnect(); // to the log, which has the result
   } catch (err) {
-    // 404 and 409 say that nothing is left to stop, which is what was wanted.
+    // 404 and 409 mean that nothing is left to stop, which is the user's goal.
     if (!err.status) complain('The server did not answer. If more is said, press Stop again.');
     else if (err.status !== 404 && err.status !== 409) complain(err.message);
   } finally {
@@ -688,7 +690,7 @@ async function cancel() {
   }
 }
 
-// The text of an application/problem+json (RFC 9457).
+// Returns the text of an application/problem+json (RFC 9457).
 async function reasonOf(response) {
   const problem = await response.json().catch(() => ({}));
   return problem.detail || problem.title || `The server answered with status ${response.status}.`;
@@ -706,7 +708,7 @@ async function copy(button, text) {
   let done = 'Copied';
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // there is no clipboard without a secure context
+  } catch { // the clipboard exists only in a secure context
     const area = element('textarea', { value: text, readOnly: true, className: 'unseen' });
     button.after(area);
     area.select();
@@ -719,7 +721,7 @@ async function copy(button, text) {
   setTimeout(() => { button.textContent = button.dataset.label; }, 1500);
 }
 
-// ---- for tests, and for the curious with an open console
+// ---- for tests, and for curious users with an open console
 
 window.gapless = Object.freeze({
   get state() { return follower.state; },

@@ -1,36 +1,37 @@
-// Markdown's reader within bounds.
+// A reader of Markdown with limits.
 //
-// The text is a stranger's, and marked reads Markdown by regular expressions, many of which look from each place to the
-// end: 60 KB can be written that take it minutes, in which the page does nothing. So it is given only what it reads
-// soon. Long paragraphs are read in pieces, and what nobody writes stays plain text: a word of hundreds of characters that
-// is no link, marks without words between them, lists in lists in lists, thousands of blocks of a letter each.
+// The text comes from a stranger. marked reads Markdown by regular expressions, many of which look
+// from each position to the end: a text of 60 KB can take it minutes, during which the page is
+// blocked. So marked gets only what it can read soon. Long paragraphs are read in pieces. What
+// nobody writes stays plain text: words of hundreds of characters that are not links, marks without
+// words between them, deeply nested lists, thousands of blocks of one letter.
 
 import { Lexer, Tokenizer } from '/vendor/marked.js';
 
-const mostDepth = 8;       // of lists and quotes in one another
+const mostDepth = 8;       // of nested lists and quotes
 const mostInline = 4000;   // characters that are read as one piece of a paragraph
-const mostWord = 200;      // of a word that is no link
-const mostLink = 4000;     // of one that is
-const mostMarks = 0.3;     // of a piece that is not short, how much may be marks
-const mostCells = 2000;    // of a table, those that are left out too
-const mostBlock = 10000;   // characters without a blank line, unless they are code
-const fewBlocks = 500;     // that a text may have, and one more for each
-const leastBlock = 20;     // of its characters
+const mostWord = 200;      // of a word that is not a link
+const mostLink = 4000;     // of a word that is a link
+const mostMarks = 0.3;     // the largest share of marks in a piece that is not short
+const mostCells = 2000;    // of a table, including omitted ones
+const mostBlock = 10000;   // characters without a blank line, outside code
+const fewBlocks = 500;     // the blocks that a text may have, plus one
+const leastBlock = 20;     // for each so many characters
 
 const link = /^[(<]?(?:[^\]()]{0,100}\]\()?<?https?:\/\/[\w.~%/?#=+:&-]+>?\)?[.,;:]?$/;
 
-/** Reads Markdown as marked's Lexer does, but what it would read for long. */
+/** Reads Markdown as marked's Lexer does, except for what would take long. */
 export class Bounded extends Lexer {
   #depth = 0;
-  #left = 0;  // how many blocks there may be yet
-  #crowded = false; // it has more items of lists than blocks
-  #known = 0; // how long the source is when what has no blank line is over: so far it is known to fit
+  #left = 0;  // how many more blocks are allowed
+  #crowded = false; // the text has more list items than blocks are allowed
+  #known = 0; // the source's remaining length after the part that is known to fit
 
   constructor(options) {
     super({ ...options, tokenizer: Object.create(options.tokenizer ?? new Tokenizer(options)) });
     const { tokenizer } = this;
     const { space, table, list } = tokenizer;
-    tokenizer.space = (source) => this.#skip(source) ?? space.call(tokenizer, source); // it is asked first, for each block
+    tokenizer.space = (source) => this.#skip(source) ?? space.call(tokenizer, source); // it is called first for each block
     tokenizer.list = (source) => (this.#crowded ? undefined : list.call(tokenizer, source));
     tokenizer.table = (source) => (fitsTable(source) ? table.call(tokenizer, source) : undefined);
   }
@@ -57,7 +58,7 @@ export class Bounded extends Lexer {
     }
   }
 
-  // What is not to be read, as one block.
+  // Returns what must not be read, as one block.
   #skip(source) {
     if (--this.#left < 0) return paragraph(source);
     if (source.length > this.#known || /^ {0,3}(?:```|~~~)|^(?: {4}|\t)|^[ \t]*\n/.test(source)) return undefined;
@@ -84,7 +85,7 @@ function paragraph(raw) {
   return { type: 'paragraph', raw, text: raw, tokens: [text(raw)] };
 }
 
-// A text in pieces: words that are too long are pieces of their own, and others end where a word does.
+// Splits a text into pieces. A word that is too long is a piece. Other pieces end with a word.
 function pieces(source) {
   if (source.length <= mostWord) return [source];
   const all = [];
@@ -117,7 +118,7 @@ function soon(piece) {
   return marks <= mostMarks * piece.length;
 }
 
-// The lines from the source's beginning to the first that is blank.
+// Returns the lines from the source's beginning to the first blank one.
 function paragraphOf(source) {
   const end = source.search(/\n[ \t]*\n/);
   return end < 0 ? source : source.slice(0, end);

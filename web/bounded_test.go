@@ -39,29 +39,29 @@ type growth struct {
 	Once, Twice float64 // ms
 }
 
-// quadratic says whether twice as much takes more than twice as long by far.
+// quadratic reports whether twice the text takes far more than twice the time.
 func (g growth) quadratic() bool { return g.Twice > 3*g.Once+50 }
 
-// No text keeps the page busy for longer than its length says.
+// A text keeps the page busy only in proportion to its length.
 func TestMarkdown_hostileTextsTakeNoLongerThanTheyAreLong(t *testing.T) {
 	all := readHostile[[]growth](t, "bounded")
 	if len(all) < 20 {
 		t.Errorf("%d texts", len(all))
 	}
 	for _, g := range all {
-		if g.quadratic() { // or the machine was busy
+		if g.quadratic() { // unless the machine was busy
 			if g = readHostile[[]growth](t, "bounded", g.Name)[0]; g.quadratic() {
 				t.Errorf("%+v", g)
 			}
 		}
 	}
-	// The measure sees what it is for.
+	// This measurement detects what it is meant to detect.
 	if g := readHostile[[]growth](t, "unbounded", "an address that never comes", fmt.Sprint(8<<10))[0]; !g.quadratic() {
 		t.Errorf("without bounds: %+v", g)
 	}
 }
 
-// What people and models write is read as it was.
+// Text that people and models write is read as marked reads it.
 func TestMarkdown_usualTextsAreReadWhole(t *testing.T) {
 	signed := "https://files.example/a/b.png?X-Amz-Signature=" + strings.Repeat("0123456789abcdef", 60) + "&X-Amz-Date=20260101T000000Z"
 	texts := append([]string{

@@ -27,19 +27,19 @@ import (
 	"gapless/store/storetest"
 )
 
-// client is somebody else's way to follow a stream, with its own means to come back.
+// client is a third-party way to follow a stream, with its own way to reconnect.
 type client struct {
 	name string
-	// run follows the stream until the client gives up or is done, hands on each chunk
-	// with its id, and says how it ended.
+	// run follows the stream until the client gives up or is done. It passes on each chunk with its
+	// id, and returns how it ended.
 	run func(ctx context.Context, url string, chunk func(id, data string)) (over string, err error)
-	// over is how it should end. last is the status of the last answer: 204 where the
-	// client asks again after a clean end, 200 where it takes that for the end.
+	// over is how it should end. last is the status of the last response: 204 if the client
+	// reconnects after a clean end, 200 if it takes that for the end.
 	over string
 	last int
-	// cuts are for its first connections; usual ones if there are none.
+	// cuts are for its first connections; nil: the usual ones.
 	cuts []cut
-	// check looks at what arrived; nil: it must be the list, each element once, in order.
+	// check checks what arrived; nil: it must be the list, each element once, in order.
 	check func(t *testing.T, list []string, events [][2]string)
 }
 
@@ -64,7 +64,7 @@ func (f *following) isOver() bool {
 	}
 }
 
-// isOn says whether the client has had its cuts, and a stream of a certain node is open.
+// isOn reports whether the client has had its cuts, and a stream of a certain node is open.
 func (f *following) isOn(node int) bool {
 	streams := f.line.seen()
 	if len(streams) <= len(f.cuts) {
@@ -74,14 +74,14 @@ func (f *following) isOn(node int) bool {
 	return last.node == node && last.status == http.StatusOK && len(last.body) > 0
 }
 
-// Each client follows one session at once, on two nodes of one Redis: at first its
-// connections are reset in the middle of events and it moves from node to node; then the
-// node that it is on drains; then the log ends.
+// All clients follow one session at once, on two nodes of one Redis. At first, their connections
+// are reset in the middle of events and they move from node to node. Then their node drains. Then
+// the log ends.
 func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.T) {
 	t.Parallel()
 	scripts := install(t)
 	redis := storetest.Redis(t)
-	// Short heartbeats, so that there are some in every pause.
+	// Short heartbeats, so that every pause contains some.
 	args := []string{"-redis", redis.URL(), "-heartbeat", "300ms", "-drain", "2s"}
 	a, b := start(t, args...), start(t, args...)
 	const path = "/v1/sessions/followed/chunks"
@@ -92,7 +92,7 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 			n.post(t, path, chunk{MessageID: "m", Content: text})
 			return
 		}
-		// As programs do that know Redis only: announced, then pushed, with what spaces they like.
+		// This is how programs that know only Redis do it: announced, then pushed, with any spaces.
 		quoted, err := json.Marshal(text)
 		if err != nil {
 			t.Fatal(err)
@@ -125,7 +125,7 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 		f := &following{client: c, line: newProxy(t, a, b), done: make(chan struct{})}
 		cuts := len(c.cuts)
 		f.line.cuts = c.cuts
-		f.line.route = func(streams int) int { // to and fro, to the first node when there are no more cuts
+		f.line.route = func(streams int) int { // alternate, then the first node when no cuts are left
 			return max(cuts-streams, 0) % 2
 		}
 		all = append(all, f)
@@ -150,7 +150,7 @@ func TestClients_getEveryChunkOnceThroughCutsAndADrainAndLearnTheEnd(t *testing.
 	wait := func(node int) {
 		t.Helper()
 		was, since := 0, time.Now()
-		for ; ; time.Sleep(20 * time.Millisecond) { // the pace of the answer
+		for ; ; time.Sleep(20 * time.Millisecond) { // the pace of the producer
 			var missing []string
 			for _, f := range all {
 				if !f.isOn(node) && !f.isOver() {
@@ -228,10 +228,10 @@ func clients(scripts func(script string, args ...string) runner, r *rand.Rand) [
 			cuts: []cut{behindWelcome, sparing(anywhere(r)), where(`}\nid: \d()\d`), sparing(anywhere(r))},
 		},
 		{
-			// It takes an id when its line is whole, before the event is (its getMessages
-			// calls onId), and would ask for what follows a chunk that it never handed out.
-			// That id is an event's last line leaves one byte, the event's last, where a cut
-			// does this. Here it is cut there.
+			// It takes an id when its line is complete, before the event is (its getMessages calls
+			// onId). Then it would request what follows a chunk that it never delivered. The id is
+			// an event's last line, so only a cut before the event's last byte does this. Here it
+			// is cut there.
 			name: "npm fetch-event-source, cut before the last byte of a chunk",
 			run:  scripts("fetch-event-source.mjs"), over: "resolved", last: http.StatusOK,
 			cuts: []cut{where(`}\nid: 12\n()\n`)},
@@ -246,11 +246,11 @@ func clients(scripts func(script string, args ...string) runner, r *rand.Rand) [
 		},
 		{name: "go tmaxmax go-sse", run: runTmaxmax, over: "response validation failed", last: http.StatusNoContent},
 		{
-			// It hands out the rest of a response that broke off as if it were an event (its
-			// scanner takes any error for the end of the input). Since id is an event's last
-			// line, such a rest has the id of the event before it, or the beginning of its
-			// own id, which is a lower number. So it never moves the cursor past a chunk that
-			// did not arrive; whoever takes only the next number gets everything, once.
+			// It delivers the rest of a response that broke off as if it were an event (its scanner
+			// takes any error for the end of the input). The id is an event's last line. So such a
+			// rest has the id of the event before it, or the beginning of its own id, which is a
+			// lower number. So it never moves the cursor past a chunk that did not arrive. A caller
+			// that takes only the next number gets everything, once.
 			name: "go r3labs sse, to a reader who takes only the next number",
 			run:  runR3labs, over: "nil", last: http.StatusOK,
 			cuts: []cut{where(`}\nid: \d()\d`), anywhere(r), where(`"content":"[^"]()`), anywhere(r)},
@@ -281,7 +281,7 @@ func clients(scripts func(script string, args ...string) runner, r *rand.Rand) [
 	}
 }
 
-// gotAllValues is gotAll for a client that hands out what the JSON says, not its bytes.
+// gotAllValues is gotAll for a client that returns JSON values instead of their bytes.
 func gotAllValues(t *testing.T, list []string, events [][2]string) {
 	t.Helper()
 	for i, e := range events {
@@ -297,7 +297,7 @@ func gotAllValues(t *testing.T, list []string, events [][2]string) {
 	gotAll(t, list, events)
 }
 
-// sparing spares the last byte of an event.
+// sparing never cuts before the last byte of an event.
 func sparing(c cut) cut {
 	last := where(`\nid: \d+\n()$`)
 	return func(body []byte) int {
@@ -309,8 +309,8 @@ func sparing(c cut) cut {
 	}
 }
 
-// longest is the longest chunk that is taken by default, however
-// long the log: the Go clients take no event of more than 64 KiB.
+// longest is the longest chunk that is accepted by default, however long the log. The Go clients
+// accept no event of more than 64 KiB.
 func longest(messageID string) chunk {
 	const members = len(`"type":"delta","message_id":"","content":""}`)
 	return chunk{Type: "delta", MessageID: messageID, Content: strings.Repeat("x", 64<<10-store.Overhead-members-len(messageID))}
@@ -318,8 +318,8 @@ func longest(messageID string) chunk {
 
 type runner = func(ctx context.Context, url string, chunk func(id, data string)) (string, error)
 
-// installed is where the Node libraries that testdata/clients pins are, beside a copy of it and
-// of gapless.js.
+// installed returns the folder of the Node libraries that testdata/clients pins, next to a copy of
+// it and of gapless.js.
 var installed = sync.OnceValues(func() (string, error) {
 	npm, err := exec.LookPath("npm")
 	if err != nil {
@@ -336,7 +336,7 @@ var installed = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	ci := exec.Command(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--loglevel=error")
+	ci := exec.Command(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--legacy-peer-deps", "--prefer-offline", "--loglevel=error")
 	ci.Dir = to
 	if out, err := ci.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("npm ci: %w\n%s", err, out)
@@ -344,8 +344,8 @@ var installed = sync.OnceValues(func() (string, error) {
 	return to, nil
 })
 
-// install gives what runs a script of testdata/clients with a URL, and with further
-// arguments. The absence of Node fails the test.
+// install returns a function that runs a script of testdata/clients with a URL and further
+// arguments. A missing Node fails the test.
 func install(t *testing.T) func(script string, args ...string) runner {
 	t.Helper()
 	node, err := exec.LookPath("node")
@@ -419,7 +419,7 @@ func runR3labs(ctx context.Context, url string, chunk func(id, data string)) (st
 	return "nil", nil
 }
 
-// backoff is r3labs's own default, but for that it stops when ctx ends.
+// backoff is r3labs's default, except that it stops when ctx ends.
 type backoff struct {
 	ctx  context.Context
 	next time.Duration
@@ -435,12 +435,12 @@ func (b *backoff) NextBackOff() time.Duration {
 
 func (b *backoff) Reset() {}
 
-// httpClient keeps its connections to itself.
+// httpClient shares its connections with no other client.
 func httpClient() *http.Client {
 	return &http.Client{Transport: &http.Transport{}}
 }
 
-// runCurl is somebody who starts curl again with the last id on the screen.
+// runCurl acts as a user who restarts curl with the last id on the screen.
 func runCurl(ctx context.Context, url string, chunk func(id, data string)) (string, error) {
 	cursor, ended := "", false
 	for {
@@ -471,15 +471,15 @@ func runCurl(ctx context.Context, url string, chunk func(id, data string)) (stri
 	}
 }
 
-// curl is a command that a user types: curl -N url. It is in a shell's background, so to
-// speak, without a meter.
+// curl returns a command as a user types it: curl -N url. It shows no progress meter, like in a
+// shell's background.
 func curl(ctx context.Context, url string, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "curl", append([]string{"-N", "-sS", url}, args...)...)
 }
 
 type event struct{ name, data, id string }
 
-// whole is every event that arrived as a whole.
+// whole returns the events that arrived completely.
 func whole(out []byte) (events []event) {
 	blocks := strings.Split(string(out), "\n\n")
 	for _, block := range blocks[:len(blocks)-1] {
@@ -520,7 +520,7 @@ func TestCurl_untilDoneShowsAnAnswerAsItComesAndEndsByItself(t *testing.T) {
 		}
 		return cmd, bufio.NewReader(out)
 	}
-	// next is the data of the next chunk that curl shows.
+	// next returns the data of the next chunk that curl shows.
 	next := func(out *bufio.Reader) string {
 		t.Helper()
 		for {
@@ -551,10 +551,10 @@ func TestCurl_untilDoneShowsAnAnswerAsItComesAndEndsByItself(t *testing.T) {
 		}
 	}
 
-	first, out := follow() // before there is a session
+	first, out := follow() // before the session exists
 	for i := range int64(5) {
 		n.post(t, path+"/chunks", chunk{MessageID: "m", Content: fmt.Sprint("word ", i)})
-		expect(out, i+1, "delta", fmt.Sprint("word ", i)) // at once: nothing more is sent meanwhile
+		expect(out, i+1, "delta", fmt.Sprint("word ", i)) // at once: nothing more is sent in the meantime
 	}
 	_ = first.Process.Kill() // Ctrl-C
 	_ = first.Wait()
@@ -565,7 +565,7 @@ func TestCurl_untilDoneShowsAnAnswerAsItComesAndEndsByItself(t *testing.T) {
 	expect(out, 6, "done", "")
 	ends(again, out)
 
-	whole, out := follow() // of an answer that is there already
+	whole, out := follow() // of a finished answer
 	for i := range int64(5) {
 		expect(out, i+1, "delta", fmt.Sprint("word ", i))
 	}

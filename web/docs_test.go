@@ -18,7 +18,7 @@ import (
 	"gapless/web"
 )
 
-// expand opens an operation of the reference, and gives its selector. A keyboard is enough.
+// expand opens an operation of the reference with the keyboard, and returns its selector.
 func (p *tab) expand(tag, id string) string {
 	p.t.Helper()
 	at := fmt.Sprintf("#operations-%s-%s", tag, id)
@@ -29,13 +29,13 @@ func (p *tab) expand(tag, id string) string {
 	return at
 }
 
-// execute sends what stands there, and gives the answer that is shown.
+// execute sends the request, and returns the response that is shown.
 func (p *tab) execute(at string) (status, body string) {
 	p.t.Helper()
 	const live = ` .live-responses-table .response `
 	p.until(`document.querySelector('` + at + ` .loading-container') === null`)
 	if eval[bool](p, `document.querySelector('`+at+` .btn-clear') !== null`) {
-		p.press(at + ` .btn-clear`) // the answer before it
+		p.press(at + ` .btn-clear`) // the previous response
 		p.until(`document.querySelector('` + at + live + `') === null`)
 	}
 	p.press(at + ` .execute`)
@@ -44,7 +44,7 @@ func (p *tab) execute(at string) (status, body string) {
 		eval[string](p, `document.querySelector('`+at+live+`.highlight-code')?.innerText ?? ''`)
 }
 
-// The tab fails the test when its policy blocks something.
+// The tab fails the test if its policy blocks something.
 func TestDocs_callsAreTriedOutAndNothingComesFromElsewhere(t *testing.T) {
 	t.Parallel()
 	n := start(t)
@@ -76,7 +76,7 @@ func TestDocs_callsAreTriedOutAndNothingComesFromElsewhere(t *testing.T) {
 		}
 	}
 
-	// On a desk and on a phone, by day and by night (go test -artifacts keeps the pictures).
+	// Wide and narrow, light and dark (go test -artifacts keeps the pictures).
 	for _, light := range []string{"light", "dark"} {
 		media := emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: light}}}
 		if _, err := chromedp.Call(p.ctx, emulation.SetEmulatedMedia, media); err != nil {
@@ -105,14 +105,15 @@ func TestDocs_callsAreTriedOutAndNothingComesFromElsewhere(t *testing.T) {
 	}
 }
 
-// wide names what stands out of the window, and in nothing that scrolls.
+// wide names elements that extend beyond the window, and are in nothing that scrolls.
 const wide = `[...document.querySelectorAll('body *')].filter(e => {
 	if (e.getBoundingClientRect().right <= innerWidth) return false;
 	for (let a = e; a; a = a.parentElement) if (getComputedStyle(a).overflowX !== 'visible') return false;
 	return true;
 }).map(e => e.tagName + '.' + e.className).slice(0, 9).join(', ')`
 
-// swaggerUI is what /docs is made of: it is published as this, and kept here so. .ci/setup reads this line.
+// swaggerUI is the published package that /docs is made of, and is kept unchanged. .ci/setup reads
+// this line.
 const swaggerUI = "swagger-ui-dist@5.35.0"
 
 func TestDocs_areMadeOfWhatWasPublished(t *testing.T) {
@@ -178,7 +179,7 @@ func TestDocs_comeCompressedToWhoTakesIt(t *testing.T) {
 		}
 		r.Header.Set("Accept-Encoding", accept)
 		r.Header.Set("If-None-Match", etag)
-		res, err := http.DefaultTransport.RoundTrip(r) // a client would unpack it
+		res, err := http.DefaultTransport.RoundTrip(r) // a client would decompress it
 		if err != nil {
 			t.Fatal(err)
 		}

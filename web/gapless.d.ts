@@ -1,50 +1,50 @@
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused for good (4xx); `restart()` begins again
+ *   disconnected: refused for good (4xx); `restart()` tries again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
  *   type: string, seq?: number, ts?: number, message_id?: string, role?: string, content?: string,
  *   [member: string]: unknown,
- * }} Chunk a chunk of the log, as openapi.yaml describes it; `seq` and `ts` are there unless a program
- *   pushed it into Redis itself
+ * }} Chunk a chunk of the log, as openapi.yaml describes it; `seq` and `ts` are always set, except in chunks
+ *   that a program pushed into Redis itself
  * @typedef {{ source: 'history' | 'live' | 'repaired' }} Info
- *   history: it was in the log when following began; live: it came since; repaired: it was missed, and asked for again
+ *   history: it was in the log when following began; live: it came later; repaired: it was missed, and read again
  * @typedef {{
  *   message_id?: string, role: string, content: string, done: boolean, reason?: string,
  *   reasoning?: string, reasoning_ms?: number,
  *   status: 'streaming' | 'done' | 'failed' | 'cancelled', first_seq: number, last_seq: number, chunks?: Chunk[],
  * }} Message
  * @typedef {{ type: 'snapshot', epoch: string, first_seq: number, last_seq: number, ended: boolean, messages: Message[] }} Snapshot
- *   all that the log holds up to `last_seq`, as messages
+ *   the whole log up to `last_seq`, as messages
  * @typedef {{
  *   type?: string, title?: string, status?: number, detail?: string, code?: string, [member: string]: unknown,
  * }} Problem (RFC 9457)
  */
 /**
- * What to call, always in the order of the log, and how to connect. A handler that throws is
- * reported, and changes nothing.
+ * Handlers, which are called in the order of the log, and settings of the connection. A handler
+ * that throws is reported; following goes on.
  *
  * @typedef {object} Options
  * @property {(chunk: Chunk, seq: number, info: Info) => void} [onChunk] the next chunk
- * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, what is there already comes as one
- *   snapshot, which replaces all that was given before
- * @property {(reason: ResetReason) => void} [onReset] forget every chunk; another first one follows
- * @property {(from: number, to: number) => void} [onHole] chunks that the stream left out, and again when
- *   asked for them: they are passed over
- * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
- * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
- * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
- *   we are disconnected. With a ticket each tab has its own connection
+ * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, the existing chunks come as one
+ *   snapshot, which replaces everything given before
+ * @property {(reason: ResetReason) => void} [onReset] discard every chunk; the log starts again at its first kept chunk
+ * @property {(from: number, to: number) => void} [onHole] the stream omitted these chunks, even when they
+ *   were requested again; they are skipped
+ * @property {(state: State, follower: Follower) => void} [onState] the state or one of the numbers has changed
+ * @property {(reason: EndReason) => void} [onEnd] nothing follows; called once
+ * @property {() => Promise<string> | string} [ticket] returns a ticket for the stream, or '' for none; if it throws or
+ *   rejects, the follower is disconnected. With a ticket, each tab has its own connection
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
- *   for each request, which then is made by fetch. Only tabs with equal ones share a connection
- * @property {number} [after] the chunk to begin behind; 0 is the start
- * @property {boolean} [shared] false: a connection of this tab's own
- * @property {number} [silence] how long nothing may come, in ms, before we look whether the connection is alive:
- *   two and a half of the server's heartbeats; Infinity: we do not look
- * @property {typeof globalThis.fetch} [fetch] instead of the global one
+ *   for each request; requests are then made by fetch. Only tabs with equal headers share a connection
+ * @property {number} [after] the number of the chunk to start after; 0 is the start
+ * @property {boolean} [shared] false: this tab has its own connection
+ * @property {number} [silence] how long nothing may arrive, in ms, before the connection is checked; by default
+ *   two and a half of the server's heartbeats; Infinity: it is never checked
+ * @property {typeof globalThis.fetch} [fetch] used instead of the global one
  * @property {new (url: string) => Pick<EventSource, 'addEventListener' | 'readyState' | 'close'>} [EventSource]
- *   instead of the global one; where there is none, fetch is used
+ *   used instead of the global one; if neither exists, fetch is used
  */
 /**
  * Follows a session's stream.
@@ -52,14 +52,14 @@
  * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document, or to the worker's script
  * @param {Options} [options]
  * @returns {Follower}
- * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
+ * @throws {TypeError} if `after`, or a parameter of the URL, cannot be followed
  */
 export function follow(url: string | URL, options?: Options): Follower;
 /**
- * @typedef {object} Hint what a leading tab tells the others
- * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
+ * @typedef {object} Hint what a leading tab sends to the others
+ * @property {'who' | 'alive'} [asks] a question instead: which tab leads, or whether the connection is alive
  * @property {string} [deleted] the epoch that was deleted
- * @property {ResetReason} [reset] why everything up to here is to be forgotten
+ * @property {ResetReason} [reset] why everything up to here must be discarded
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
  * @property {State} state
@@ -76,33 +76,33 @@ export class Follower {
     constructor(url: string | URL, options: Options);
     /** @type {State} */
     state: State;
-    /** Which incarnation of the log this is; '' while that is not known. */
+    /** The log's incarnation; '' while it is unknown. */
     epoch: string;
     /** The cursor: the number of the last chunk that was given to a handler. */
     seq: number;
     /** The node that serves the connection. */
     node: string;
-    /** The connection's id, as the server's log has it. */
+    /** The connection's id, as in the server's log. */
     connection: string;
-    /** How often this tab's connection left chunks out. */
+    /** How often this tab's connection omitted chunks. */
     gaps: number;
-    /** How many chunks came to this tab's connection again. */
+    /** How many chunks came to this tab's connection a second time. */
     doubles: number;
-    /** How often everything had to be forgotten. */
+    /** How often everything had to be discarded. */
     resets: number;
     reconnects: number;
     /** Whether this tab holds the connection. */
     leading: boolean;
-    /** Ends following; no handler is called any more. */
+    /** Stops following; no handler is called afterwards. */
     close(): void;
-    /** Starts again from the first chunk, wherever it began, also after the end. */
+    /** Starts again from the first chunk that is kept, even after the end. */
     restart(): void;
     /**
      * Asks the model: POST …/messages.
      *
      * @param {string} content
      * @returns {Promise<{ message_id: string, reply_message_id: string }>}
-     * @throws {ProblemError} when it is refused
+     * @throws {ProblemError} if it is refused
      */
     ask(content: string): Promise<{
         message_id: string;
@@ -113,30 +113,30 @@ export class Follower {
      *
      * @param {string} [messageId]
      * @returns {Promise<Record<string, unknown>>}
-     * @throws {ProblemError} when it is refused; 404 and 409: nothing was left to stop
+     * @throws {ProblemError} if it is refused; 404 and 409: nothing was left to stop
      */
     stop(messageId?: string): Promise<Record<string, unknown>>;
     #private;
 }
-/** What a refused call is rejected with. Its message is for people. */
+/** The error of a call that was refused. Its message is for people. */
 export class ProblemError extends Error {
     /**
      * @param {number} status of HTTP
-     * @param {Problem} problem what the server says; {} where it was no server of ours
+     * @param {Problem} problem the server's problem; {} if something else responded
      */
     constructor(status: number, problem: Problem);
     status: number;
     problem: Problem;
 }
 /**
- * disconnected: refused for good (4xx); `restart()` begins again
+ * disconnected: refused for good (4xx); `restart()` tries again
  */
 export type State = "connecting" | "catching up" | "live" | "waiting to reconnect" | "disconnected" | "ended";
 export type ResetReason = "trimmed" | "ahead" | "epoch" | "unknown" | "deleted" | "restart";
 export type EndReason = "ended" | "deleted";
 /**
- * a chunk of the log, as openapi.yaml describes it; `seq` and `ts` are there unless a program
- * pushed it into Redis itself
+ * a chunk of the log, as openapi.yaml describes it; `seq` and `ts` are always set, except in chunks
+ * that a program pushed into Redis itself
  */
 export type Chunk = {
     type: string;
@@ -148,7 +148,7 @@ export type Chunk = {
     [member: string]: unknown;
 };
 /**
- * history: it was in the log when following began; live: it came since; repaired: it was missed, and asked for again
+ * history: it was in the log when following began; live: it came later; repaired: it was missed, and read again
  */
 export type Info = {
     source: "history" | "live" | "repaired";
@@ -167,7 +167,7 @@ export type Message = {
     chunks?: Chunk[];
 };
 /**
- * all that the log holds up to `last_seq`, as messages
+ * the whole log up to `last_seq`, as messages
  */
 export type Snapshot = {
     type: "snapshot";
@@ -189,8 +189,8 @@ export type Problem = {
     [member: string]: unknown;
 };
 /**
- * What to call, always in the order of the log, and how to connect. A handler that throws is
- * reported, and changes nothing.
+ * Handlers, which are called in the order of the log, and settings of the connection. A handler
+ * that throws is reported; following goes on.
  */
 export type Options = {
     /**
@@ -198,55 +198,55 @@ export type Options = {
      */
     onChunk?: ((chunk: Chunk, seq: number, info: Info) => void) | undefined;
     /**
-     * if given, what is there already comes as one
-     * snapshot, which replaces all that was given before
+     * if given, the existing chunks come as one
+     * snapshot, which replaces everything given before
      */
     onSnapshot?: ((snapshot: Snapshot) => void) | undefined;
     /**
-     * forget every chunk; another first one follows
+     * discard every chunk; the log starts again at its first kept chunk
      */
     onReset?: ((reason: ResetReason) => void) | undefined;
     /**
-     * chunks that the stream left out, and again when
-     * asked for them: they are passed over
+     * the stream omitted these chunks, even when they
+     * were requested again; they are skipped
      */
     onHole?: ((from: number, to: number) => void) | undefined;
     /**
-     * the state, or one of the numbers, is another
+     * the state or one of the numbers has changed
      */
     onState?: ((state: State, follower: Follower) => void) | undefined;
     /**
-     * nothing follows; once
+     * nothing follows; called once
      */
     onEnd?: ((reason: EndReason) => void) | undefined;
     /**
-     * a ticket for the stream, '' for none; when it throws or is rejected,
-     * we are disconnected. With a ticket each tab has its own connection
+     * returns a ticket for the stream, or '' for none; if it throws or
+     * rejects, the follower is disconnected. With a ticket, each tab has its own connection
      */
     ticket?: (() => Promise<string> | string) | undefined;
     /**
-     * for each request, which then is made by fetch. Only tabs with equal ones share a connection
+     * for each request; requests are then made by fetch. Only tabs with equal headers share a connection
      */
     headers?: Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>) | undefined;
     /**
-     * the chunk to begin behind; 0 is the start
+     * the number of the chunk to start after; 0 is the start
      */
     after?: number | undefined;
     /**
-     * false: a connection of this tab's own
+     * false: this tab has its own connection
      */
     shared?: boolean | undefined;
     /**
-     * how long nothing may come, in ms, before we look whether the connection is alive:
-     * two and a half of the server's heartbeats; Infinity: we do not look
+     * how long nothing may arrive, in ms, before the connection is checked; by default
+     * two and a half of the server's heartbeats; Infinity: it is never checked
      */
     silence?: number | undefined;
     /**
-     * instead of the global one
+     * used instead of the global one
      */
     fetch?: typeof fetch | undefined;
     /**
-     * instead of the global one; where there is none, fetch is used
+     * used instead of the global one; if neither exists, fetch is used
      */
     EventSource?: (new (url: string) => Pick<EventSource, "addEventListener" | "readyState" | "close">) | undefined;
 };
@@ -254,17 +254,17 @@ export type Listener = {
     opened: () => void;
     event: (name: string, id: string, data: string) => void;
     /**
-     * it comes back by itself, unless it was refused: by this response,
-     * or, null, nobody knows by which
+     * it reconnects by itself, unless it was refused: by this
+     * response, or by an unknown one if null
      */
     broken: (refusal?: Response | null) => void;
 };
 /**
- * what a leading tab tells the others
+ * what a leading tab sends to the others
  */
 export type Hint = {
     /**
-     * a question instead: who leads, and is the connection alive?
+     * a question instead: which tab leads, or whether the connection is alive
      */
     asks?: "who" | "alive" | undefined;
     /**
@@ -272,7 +272,7 @@ export type Hint = {
      */
     deleted?: string | undefined;
     /**
-     * why everything up to here is to be forgotten
+     * why everything up to here must be discarded
      */
     reset?: ResetReason | undefined;
     epoch: string;

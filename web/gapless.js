@@ -1,73 +1,74 @@
-// The JavaScript client: follow a session's log, in a browser or in Node, and believe
-// nothing but its numbers.
+// The JavaScript client. It follows a session's log, in a browser or in Node, and relies only on
+// the log's numbers.
 //
-// A follower is a cursor over the log. Whatever brings chunks (the browser's EventSource,
-// fetch where headers are needed, another tab), one rule says what is taken: the chunk
-// whose number is the cursor's next. One that came already is dropped; where some are
-// missing, the log is asked again from the last good number on. So no source has to be
-// trusted, and two of them may be open at once.
+// A follower is a cursor over the log. Chunks may come from the browser's EventSource, from fetch
+// where headers are needed, or from another tab. One rule decides what is taken: the chunk whose
+// number is the cursor's next. A chunk that came already is dropped. If chunks are missing, the log
+// is read again from the last good number. So no source must be trusted, and two may be open at
+// once.
 //
-// The log has ended when the server says 204 to our cursor, and names our log. A chunk of type `end` may be a
-// copy: it only has us ask at once when its response ends.
+// The log has ended when the server responds with 204 to our cursor, and names our log. A chunk of
+// type `end` may be a copy: after one, we only ask at once when its response ends.
 //
-// The tabs of an origin that follow the same URL share one connection. A Web Lock says which
-// of them leads; it tells the others, by a BroadcastChannel, what it took in. That is only a
-// hint: a tab that joins, or that a hint shows to be behind, opens the stream itself from its
-// own cursor, and closes it when it has caught up. When the leading tab goes away the lock
-// goes to the next one, which opens the stream from its own cursor: nothing is handed over.
+// The tabs of an origin that follow the same URL share one connection. A Web Lock decides which tab
+// leads. The leading tab tells the others, by a BroadcastChannel, what it took. That is only a
+// hint: a tab that joins, or that a hint shows to be late, opens the stream itself from its own
+// cursor, and closes it when it has caught up. When the leading tab goes away, the lock passes to
+// the next one, which opens the stream from its own cursor. Nothing is handed over.
 //
-// Not promised: that a chunk is shown in two tabs at the same time; that a dead connection
-// is noticed at once (heartbeats are hidden by EventSource, so it takes `silence`, or the
-// tab's coming back); `?format=raw` and `?until=`, which are for others.
+// The client does not promise that a chunk is shown in two tabs at the same time. It does not
+// notice a dead connection at once: EventSource hides heartbeats, so it takes `silence`, or until
+// the tab is visible again. It does not support `?format=raw` and `?until=`, which are for other
+// clients.
 
 /**
  * @typedef {'connecting' | 'catching up' | 'live' | 'waiting to reconnect' | 'disconnected' | 'ended'} State
- *   disconnected: refused for good (4xx); `restart()` begins again
+ *   disconnected: refused for good (4xx); `restart()` tries again
  * @typedef {'trimmed' | 'ahead' | 'epoch' | 'unknown' | 'deleted' | 'restart'} ResetReason
  * @typedef {'ended' | 'deleted'} EndReason
  * @typedef {{
  *   type: string, seq?: number, ts?: number, message_id?: string, role?: string, content?: string,
  *   [member: string]: unknown,
- * }} Chunk a chunk of the log, as openapi.yaml describes it; `seq` and `ts` are there unless a program
- *   pushed it into Redis itself
+ * }} Chunk a chunk of the log, as openapi.yaml describes it; `seq` and `ts` are always set, except in chunks
+ *   that a program pushed into Redis itself
  * @typedef {{ source: 'history' | 'live' | 'repaired' }} Info
- *   history: it was in the log when following began; live: it came since; repaired: it was missed, and asked for again
+ *   history: it was in the log when following began; live: it came later; repaired: it was missed, and read again
  * @typedef {{
  *   message_id?: string, role: string, content: string, done: boolean, reason?: string,
  *   reasoning?: string, reasoning_ms?: number,
  *   status: 'streaming' | 'done' | 'failed' | 'cancelled', first_seq: number, last_seq: number, chunks?: Chunk[],
  * }} Message
  * @typedef {{ type: 'snapshot', epoch: string, first_seq: number, last_seq: number, ended: boolean, messages: Message[] }} Snapshot
- *   all that the log holds up to `last_seq`, as messages
+ *   the whole log up to `last_seq`, as messages
  * @typedef {{
  *   type?: string, title?: string, status?: number, detail?: string, code?: string, [member: string]: unknown,
  * }} Problem (RFC 9457)
  */
 
 /**
- * What to call, always in the order of the log, and how to connect. A handler that throws is
- * reported, and changes nothing.
+ * Handlers, which are called in the order of the log, and settings of the connection. A handler
+ * that throws is reported; following goes on.
  *
  * @typedef {object} Options
  * @property {(chunk: Chunk, seq: number, info: Info) => void} [onChunk] the next chunk
- * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, what is there already comes as one
- *   snapshot, which replaces all that was given before
- * @property {(reason: ResetReason) => void} [onReset] forget every chunk; another first one follows
- * @property {(from: number, to: number) => void} [onHole] chunks that the stream left out, and again when
- *   asked for them: they are passed over
- * @property {(state: State, follower: Follower) => void} [onState] the state, or one of the numbers, is another
- * @property {(reason: EndReason) => void} [onEnd] nothing follows; once
- * @property {() => Promise<string> | string} [ticket] a ticket for the stream, '' for none; when it throws or is rejected,
- *   we are disconnected. With a ticket each tab has its own connection
+ * @property {(snapshot: Snapshot) => void} [onSnapshot] if given, the existing chunks come as one
+ *   snapshot, which replaces everything given before
+ * @property {(reason: ResetReason) => void} [onReset] discard every chunk; the log starts again at its first kept chunk
+ * @property {(from: number, to: number) => void} [onHole] the stream omitted these chunks, even when they
+ *   were requested again; they are skipped
+ * @property {(state: State, follower: Follower) => void} [onState] the state or one of the numbers has changed
+ * @property {(reason: EndReason) => void} [onEnd] nothing follows; called once
+ * @property {() => Promise<string> | string} [ticket] returns a ticket for the stream, or '' for none; if it throws or
+ *   rejects, the follower is disconnected. With a ticket, each tab has its own connection
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
- *   for each request, which then is made by fetch. Only tabs with equal ones share a connection
- * @property {number} [after] the chunk to begin behind; 0 is the start
- * @property {boolean} [shared] false: a connection of this tab's own
- * @property {number} [silence] how long nothing may come, in ms, before we look whether the connection is alive:
- *   two and a half of the server's heartbeats; Infinity: we do not look
- * @property {typeof globalThis.fetch} [fetch] instead of the global one
+ *   for each request; requests are then made by fetch. Only tabs with equal headers share a connection
+ * @property {number} [after] the number of the chunk to start after; 0 is the start
+ * @property {boolean} [shared] false: this tab has its own connection
+ * @property {number} [silence] how long nothing may arrive, in ms, before the connection is checked; by default
+ *   two and a half of the server's heartbeats; Infinity: it is never checked
+ * @property {typeof globalThis.fetch} [fetch] used instead of the global one
  * @property {new (url: string) => Pick<EventSource, 'addEventListener' | 'readyState' | 'close'>} [EventSource]
- *   instead of the global one; where there is none, fetch is used
+ *   used instead of the global one; if neither exists, fetch is used
  */
 
 /**
@@ -76,23 +77,23 @@
  * @param {string | URL} url of the stream, `…/v1/sessions/{id}/stream`; relative to the document, or to the worker's script
  * @param {Options} [options]
  * @returns {Follower}
- * @throws {TypeError} when `after`, or a parameter of the URL, cannot be followed
+ * @throws {TypeError} if `after`, or a parameter of the URL, cannot be followed
  */
 export function follow(url, options = {}) {
   return new Follower(url, options);
 }
 
 const SILENCE = 37_500; // two and a half heartbeats of 15 s, the server's default
-const LOOK = 10_000;    // how long the answer to a look may take, ms
-const GRACE = 1_000;    // how long a chunk may be on its way that a look has seen, ms
-const LONGEST = 2 ** 31 - 1; // of a timer, ms: with more it fires at once
-const SIGN = 3_000;     // how long a leading tab may take to give a sign of life, ms
+const LOOK = 10_000;    // how long a check may take, ms
+const GRACE = 1_000;    // how long a chunk that a check has found may still be on its way, ms
+const LONGEST = 2 ** 31 - 1; // the longest delay of a timer, ms: a longer one fires at once
+const SIGN = 3_000;     // how long a leading tab may take to respond, ms
 
 /**
- * @typedef {object} Hint what a leading tab tells the others
- * @property {'who' | 'alive'} [asks] a question instead: who leads, and is the connection alive?
+ * @typedef {object} Hint what a leading tab sends to the others
+ * @property {'who' | 'alive'} [asks] a question instead: which tab leads, or whether the connection is alive
  * @property {string} [deleted] the epoch that was deleted
- * @property {ResetReason} [reset] why everything up to here is to be forgotten
+ * @property {ResetReason} [reset] why everything up to here must be discarded
  * @property {string} epoch
  * @property {number} seq the leading tab's cursor
  * @property {State} state
@@ -105,55 +106,55 @@ const SIGN = 3_000;     // how long a leading tab may take to give a sign of lif
 export class Follower {
   /** @type {State} */
   state = 'connecting';
-  /** Which incarnation of the log this is; '' while that is not known. */
+  /** The log's incarnation; '' while it is unknown. */
   epoch = '';
   /** The cursor: the number of the last chunk that was given to a handler. */
   seq = 0;
   /** The node that serves the connection. */
   node = '';
-  /** The connection's id, as the server's log has it. */
+  /** The connection's id, as in the server's log. */
   connection = '';
-  /** How often this tab's connection left chunks out. */
+  /** How often this tab's connection omitted chunks. */
   gaps = 0;
-  /** How many chunks came to this tab's connection again. */
+  /** How many chunks came to this tab's connection a second time. */
   doubles = 0;
-  /** How often everything had to be forgotten. */
+  /** How often everything had to be discarded. */
   resets = 0;
   reconnects = 0;
   /** Whether this tab holds the connection. */
   leading = false;
 
-  #url;                // the stream's, without what we add
+  #url;                // the stream's URL, without what we add
   #session;            // the session's URL
   #name = '';          // of the lock and of the channel
   #options;
   /** @type {AbortController | undefined} */
-  #life = new AbortController(); // ends with close() or the log: listeners and the timer
+  #life = new AbortController(); // ends with close() or the log: stops listeners and the timer
   /** @type {AbortController | undefined} */
   #turn;               // ends when we give up our place: the lock, or the wait for it
   /** @type {BroadcastChannel | undefined} */
   #channel;
   /** @type {{ close(): void } | undefined} */
   #source;
-  #opening = 0;        // the newest attempt to open; what older ones still wait for is over
-  #ticket = '';        // that this connection was opened with
+  #opening = 0;        // the newest attempt to open; results of older ones are ignored
+  #ticket = '';        // the ticket that this connection was opened with
   #proven = true;      // false: this ticket has not let us in yet
   #welcomes = 0;
-  #refusals = 0;       // since we were last welcomed
-  #welcomed = false;   // this connection was
-  #unsure = false;     // whether the log has ended, or why we were refused: a status says it, which an EventSource hides
-  #last = 0;           // how far the log went when we were welcomed: from there on we are live
-  #known = 0;          // how far it goes, says the leading tab
+  #refusals = 0;       // since the last welcome
+  #welcomed = false;   // whether this connection had its welcome
+  #unsure = false;     // whether we must learn by a status if the log has ended, or why we were refused; EventSource hides the status
+  #last = 0;           // the log's last number at the welcome: after it we are live
+  #known = 0;          // the leading tab's cursor
   /** @type {State} */
   #theirs = 'live';    // the leading tab's state
-  #fresh = true;       // false: from here on, what is behind #last was missed
+  #fresh = true;       // false: from here on, chunks up to #last were missed
   /** @type {Info['source']} */
   #late = 'history';
-  #repaired = -1;      // the number behind which we already asked for missing chunks: what is left out again is a hole
-  #given = 0;          // the last number that this connection gave
-  #learned = 0;        // the opening for which we asked for the epoch
-  #looking = -1;       // the opening whose connection is being looked at
-  #heard = 0;          // when something last came, from the connection if there is one
+  #repaired = -1;      // the number after which missing chunks were requested: if they are omitted again, they are a hole
+  #given = 0;          // the last number on this connection
+  #learned = 0;        // the opening for which we requested the epoch
+  #looking = -1;       // the opening whose connection is being checked
+  #heard = 0;          // when something last came, from the connection if we have one
   #signs = 0;          // how many hints came
   #restarting = false;
   #tried = '';         // the leading tab's connection that made us try again
@@ -179,13 +180,13 @@ export class Follower {
     queueMicrotask(() => { if (this.#life) this.#begin(this.#life); }); // a handler may use what follow() returns
   }
 
-  /** Ends following; no handler is called any more. */
+  /** Stops following; no handler is called afterwards. */
   close() {
     this.#end();
     this.state = 'disconnected';
   }
 
-  /** Starts again from the first chunk, wherever it began, also after the end. */
+  /** Starts again from the first chunk that is kept, even after the end. */
   restart() {
     if (this.#restarting) return; // by its own onReset
     const opening = this.#opening;
@@ -203,7 +204,7 @@ export class Follower {
    *
    * @param {string} content
    * @returns {Promise<{ message_id: string, reply_message_id: string }>}
-   * @throws {ProblemError} when it is refused
+   * @throws {ProblemError} if it is refused
    */
   ask(content) {
     return this.#call('/messages', { content });
@@ -214,13 +215,13 @@ export class Follower {
    *
    * @param {string} [messageId]
    * @returns {Promise<Record<string, unknown>>}
-   * @throws {ProblemError} when it is refused; 404 and 409: nothing was left to stop
+   * @throws {ProblemError} if it is refused; 404 and 409: nothing was left to stop
    */
   stop(messageId) {
     return this.#call('/cancel', messageId === undefined ? {} : { message_id: messageId });
   }
 
-  // ---- a life: from the beginning to the end, with pauses while the page is put away
+  // ---- a life: from the beginning to the end, paused while the page is in the back/forward cache
 
   /** @param {AbortController} life */
   #begin({ signal }) {
@@ -235,7 +236,8 @@ export class Follower {
     on(document, 'visibilitychange', () => { if (document.visibilityState === 'visible') this.#look(); });
     const silence = this.#silence();
     const timer = silence < Infinity && setInterval(() => {
-      // Without a connection we hear the leading tab, which looks first and then gives a sign.
+      // Without a connection we hear the leading tab, which checks first and then sends a sign of
+      // life.
       if (Date.now() - this.#heard >= (this.#source ? silence : 1.5 * silence)) this.#look(true);
     }, silence / 4);
     signal.addEventListener('abort', () => { if (timer) clearInterval(timer); });
@@ -251,13 +253,13 @@ export class Follower {
   /** @param {EndReason} reason */
   #finish(reason) {
     this.state = 'ended';
-    if (reason === 'ended') this.#post(); // to the tabs that have all of it, too
+    if (reason === 'ended') this.#post(); // to the tabs that have the whole log, too
     this.#end();
     this.#tell('onState', this.state, this);
     this.#tell('onEnd', reason);
   }
 
-  // A page that is put away, and may come back, must not hold the lead.
+  // A page that the browser may freeze and bring back must not hold the lead.
   #part() {
     this.#yield();
     this.#channel?.close();
@@ -268,7 +270,7 @@ export class Follower {
     if (!this.#turn && this.state !== 'disconnected') this.#join();
   }
 
-  // Gives up our place, but goes on to listen.
+  // Gives up our place, but keeps listening.
   #yield() {
     this.#opening++;
     this.#source?.close();
@@ -284,7 +286,7 @@ export class Follower {
   }
 
   #online() {
-    // It may have been a network that lets nobody in.
+    // We may have been refused by a network that requires a login.
     if (this.state === 'disconnected') return this.#join();
     if (this.state === 'waiting to reconnect' && this.leading) return this.#open();
     this.#look();
@@ -301,12 +303,12 @@ export class Follower {
     const { ticket, shared = true } = this.#options;
     if (!shared || !globalThis.navigator?.locks || !globalThis.BroadcastChannel) return this.#lead();
     try {
-      // A ticket says nothing about who else may see what it opens.
+      // A ticket does not show who else may see what it opens.
       const mine = ticket ? await ticket() : '';
       const scope = await this.#scope();
       if (turn.signal.aborted) return;
       if (mine) return this.#lead(mine);
-      this.#name = `gapless 2 ${scope} ${this.#url}`; // 2: what hints are like
+      this.#name = `gapless 2 ${scope} ${this.#url}`; // 2: the version of the hints
     } catch {
       if (!turn.signal.aborted) this.#disconnect();
       return;
@@ -316,7 +318,7 @@ export class Follower {
     this.#request(turn, { ifAvailable: true });
   }
 
-  // Tabs with other headers are other people's.
+  // Tabs with other headers belong to other users.
   async #scope() {
     const headers = Object.entries(await this.#headers());
     if (headers.length === 0) return '';
@@ -342,8 +344,8 @@ export class Follower {
       return undefined;
     }).catch(() => {
       if (signal.aborted) return;
-      if (this.leading) this.#join(); // another tab has taken the lead
-      else this.#lead();              // there are no locks where cookies are forbidden
+      if (this.leading) this.#join(); // another tab has taken over
+      else this.#lead();              // locks do not exist where cookies are forbidden
     });
   }
 
@@ -368,19 +370,19 @@ export class Follower {
       if (hint.asks === 'alive' && this.leading) this.#look();
       return;
     }
-    if (this.leading) return; // two may lead for a moment
+    if (this.leading) return; // two tabs may lead for a moment
     if (!this.#source) this.#heard = Date.now();
     this.#signs++;
     if (hint.deleted !== undefined) {
       if (!this.epoch || hint.deleted === this.epoch) this.#deleted();
       return;
     }
-    if (hint.state === 'ended') { // a tab that lacks something has the lead next, and asks for itself
+    if (hint.state === 'ended') { // a tab that lacks something leads next, and asks itself
       if (hint.epoch === this.epoch && hint.seq === this.seq) this.#finish('ended');
       return;
     }
     if (this.state === 'disconnected') {
-      // Somebody is let in; we are told so with each chunk, and try once.
+      // Another tab is accepted. Every chunk says so, but we try only once for each connection.
       if (hint.state !== 'live' || hint.connection === this.#tried) return;
       this.#tried = hint.connection;
       this.#join();
@@ -397,8 +399,8 @@ export class Follower {
       if (opening !== this.#opening) return;
       if (this.#source) return this.#open();
     }
-    // Equal numbers mean equal chunks in one log only. Where neither tab knows which log it has, it
-    // is the same one, since resets are told.
+    // Equal numbers mean equal chunks only in one log. If neither tab knows its log's epoch, the
+    // logs are the same, because resets are sent.
     if (!this.epoch && (hint.seq === this.seq || this.seq === 0 && hint.seq === 1)) this.epoch = hint.epoch;
     const ours = hint.epoch === this.epoch;
     if (ours && data !== undefined && hint.seq === this.seq + 1) return this.#take(hint.seq, data, hint.source ?? 'live');
@@ -406,7 +408,7 @@ export class Follower {
     this.#settle();
   }
 
-  // A tab that does not lead has no connection once it has caught up.
+  // A tab that does not lead closes its connection when it has caught up.
   #settle() {
     if (this.leading || !this.#source) return this.#enter(this.leading ? this.#progress() : this.#theirs);
     if (!this.#welcomed) return this.#tell('onState', this.state, this);
@@ -453,7 +455,7 @@ export class Follower {
       this.#channel?.postMessage({ asks: 'alive' });
       await pause(SIGN);
       if (turn.signal.aborted || this.leading || this.#signs > signs) return;
-      turn.abort(); // out of the queue
+      turn.abort(); // leave the queue
       const next = this.#turn = new AbortController();
       return this.#request(next, { steal: true }); // it is frozen, or worse
     }
@@ -477,12 +479,12 @@ export class Follower {
       if (opening !== this.#opening) return false;
       if (typeof session === 'number') {
         if (session === 404) return this.epoch !== '';
-        return this.#ticket !== '' && (session === 401 || session === 403); // then we may not look
+        return this.#ticket !== '' && (session === 401 || session === 403); // then we may not ask
       }
       this.epoch ||= session.epoch;
       return session.epoch !== this.epoch || session.last_seq > this.seq || session.ended;
     } catch {
-      return true; // not even this is answered
+      return true; // not even this was answered
     }
   }
 
@@ -494,7 +496,7 @@ export class Follower {
 
   // ---- the connection
 
-  // A new source, since the old one would go on with the cursor that it keeps. When it
+  // We open a new source, because the old one would continue with its own cursor. When the new one
   // reconnects later, its Last-Event-ID counts, not `after`.
   #open() {
     this.#source?.close();
@@ -524,7 +526,7 @@ export class Follower {
     const opening = this.#opening;
     /** @type {Listener} */
     const on = {
-      opened: () => { if (opening === this.#opening) this.#enter('connecting'); }, // a node whose Redis is away holds us without a welcome
+      opened: () => { if (opening === this.#opening) this.#enter('connecting'); }, // a node that cannot reach Redis holds us without a welcome
       event: (name, id, data) => { if (opening === this.#opening) this.#event(name, id, data); },
       broken: (refusal) => {
         if (opening !== this.#opening) return;
@@ -543,8 +545,9 @@ export class Follower {
       : read(url.href, (url, init) => this.#fetch(url, init), mine, this.#silence(), on);
   }
 
-  // What was answered instead of a stream. Where that is neither an end nor for us to mend, it was a proxy whose node is
-  // away, or a limit: then we try again, those who were refused together not all at once.
+  // Handles a response that is not a stream. If it is neither an end nor an error of ours, it came
+  // from a limit or from a proxy whose node is away. Then we try again, at a random time, so that
+  // clients refused together do not return together.
   /** @param {Response} response */
   #refused({ status, headers }) {
     if (status === 204) {
@@ -555,7 +558,7 @@ export class Follower {
       return this.#finish('ended');
     }
     if (status >= 400 && status < 500 && status !== 429) {
-      // A ticket that has let us in is spent when we were away for too long: another one will do.
+      // A ticket that was accepted expires when we are away for too long. Another one helps.
       return this.#ticket && this.#proven ? this.#open() : this.#disconnect();
     }
     const wait = Math.min(1000 * 2 ** this.#refusals++, 15_000) * (1 + Math.random());
@@ -564,7 +567,7 @@ export class Follower {
     this.#enter('waiting to reconnect');
   }
 
-  // ---- what the stream says
+  // ---- the stream's events
 
   /**
    * @param {string} name
@@ -575,11 +578,11 @@ export class Follower {
     this.#heard = Date.now();
     switch (name) {
       case 'message': return this.#chunk(Number(id), data);
-      // WebKit puts the rest of an event that was cut off in front of the next response.
+      // WebKit prepends the rest of an event that was cut off to the next response.
       case 'welcome': return this.#welcome(JSON.parse(data.slice(data.lastIndexOf('\n') + 1)));
       case 'reset': return this.#reset(Number(id), JSON.parse(data));
       case 'snapshot': return this.#snapshot(Number(id), JSON.parse(data));
-      case 'expired': return this.#open(); // the token may be newer by now
+      case 'expired': return this.#open(); // by now the token may be newer
     }
   }
 
@@ -594,7 +597,7 @@ export class Follower {
     // The same numbers may mean other chunks now. A session without chunks has no epoch.
     if (this.epoch && welcome.epoch && welcome.epoch !== this.epoch) {
       const inside = welcome.cursor >= welcome.first_seq - 1 && welcome.cursor <= welcome.last_seq;
-      return inside ? this.#replaced(welcome.epoch) : undefined; // else a reset follows
+      return inside ? this.#replaced(welcome.epoch) : undefined; // otherwise a reset follows
     }
     this.epoch = welcome.epoch || this.epoch;
     this.#last = welcome.last_seq;
@@ -622,9 +625,10 @@ export class Follower {
   #reset(id, reset) {
     if (reset.reason === 'deleted') return this.#deleted();
     const opening = this.#opening;
-    // Who has begun anew already has nothing to forget: only the cursor goes to where this log begins.
+    // A client that has already started again has nothing to discard: it only moves its cursor to
+    // the log's start.
     if (this.seq === 0 && this.resets > 0 && reset.epoch && reset.epoch === this.epoch) this.seq = id;
-    // Its data has the cursor that we came with. Without an epoch, the next welcome tells.
+    // The reset's data has our old cursor. Without an epoch, the next welcome gives it.
     else this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
     if (opening !== this.#opening) return;
     this.#given = id;
@@ -660,7 +664,7 @@ export class Follower {
    * @param {string} data
    */
   #chunk(seq, data) {
-    if (!(seq > this.#given)) this.doubles++; // else a hint was faster
+    if (!(seq > this.#given)) this.doubles++; // otherwise a hint was faster
     else this.#given = seq;
     if (!(seq > this.seq)) return this.#settle();
     if (seq > this.seq + 1 && !this.#closesGap(seq - 1)) return;
@@ -682,13 +686,13 @@ export class Follower {
     const chunk = parse(data);
     this.#unsure = chunk.type === 'end';
     this.#tell('onChunk', chunk, seq, { source });
-    if (opening !== this.#opening) return; // it has closed or restarted us
+    if (opening !== this.#opening) return; // the handler has closed or restarted us
     if (!this.epoch && this.leading) this.#learn();
     if (this.leading) this.#tell('onState', this.state, this);
     else this.#settle();
   }
 
-  // A session has no epoch before its first chunk, and that one does not tell it.
+  // A session has no epoch before its first chunk, and that chunk does not contain it.
   #learn() {
     const opening = this.#opening;
     if (this.#learned === opening) return;
@@ -698,13 +702,13 @@ export class Follower {
       if (typeof session === 'number' || opening !== this.#opening || resets !== this.resets || this.epoch) return;
       this.epoch = session.epoch;
       this.#enter(this.state);
-    }, () => {}); // the next welcome tells
+    }, () => {}); // the next welcome gives it
   }
 
   /**
-   * Asks for what is missing up to `to`, but only once: a log that really lacks it must not
-   * make us ask for ever. What the stream leaves out twice in a row is told as a hole, and passed
-   * over: also where the log has it and only the stream does not. Says whether to go on without.
+   * Requests what is missing up to `to`, but only once: a log that really lacks it must not make us
+   * request it for ever. What the stream omits twice in a row is reported as a hole and skipped, even
+   * if only the stream lacks it. Returns whether to go on without it.
    *
    * @param {number} to
    */
@@ -722,8 +726,8 @@ export class Follower {
 
   /**
    * @param {ResetReason} reason
-   * @param {string} [epoch] of the log that follows, where it is known
-   * @param {number} [seq] the chunk behind which it follows
+   * @param {string} [epoch] of the log that follows, if known
+   * @param {number} [seq] the chunk after which it follows
    */
   #forget(reason, epoch = '', seq = 0) {
     this.seq = seq;
@@ -734,7 +738,7 @@ export class Follower {
     this.#repaired = this.#learned = -1;
     if (reason !== 'restart') {
       this.resets++;
-      if (reason !== 'deleted') this.#post({ reset: reason }); // which is told before, with its epoch
+      if (reason !== 'deleted') this.#post({ reset: reason }); // a deletion is posted before, with its epoch
     }
     this.#tell('onReset', reason);
   }
@@ -784,11 +788,11 @@ export class Follower {
   }
 }
 
-/** What a refused call is rejected with. Its message is for people. */
+/** The error of a call that was refused. Its message is for people. */
 export class ProblemError extends Error {
   /**
    * @param {number} status of HTTP
-   * @param {Problem} problem what the server says; {} where it was no server of ours
+   * @param {Problem} problem the server's problem; {} if something else responded
    */
   constructor(status, problem) {
     super(problem.detail || problem.title || `The server answered with status ${status}.`);
@@ -799,7 +803,7 @@ export class ProblemError extends Error {
 }
 
 /**
- * The server wraps what is no JSON object; this is for one that forgets to.
+ * The server wraps everything that is not a JSON object. This handles a server that does not.
  *
  * @param {string} data
  * @returns {Chunk}
@@ -809,12 +813,12 @@ function parse(data) {
     const chunk = JSON.parse(data);
     if (chunk !== null && typeof chunk === 'object') return chunk;
   } catch {
-    // Not JSON: text, then.
+    // Not JSON: it is text.
   }
   return { type: 'foreign', content: data };
 }
 
-/** What a relative URL is relative to: the document, or a worker's script. That of a blob is at no place, but has an origin. */
+/** The base of a relative URL: the document, or a worker's script. A blob's script has only an origin. */
 function base() {
   const { document, location } = globalThis;
   return document?.baseURI ?? (location?.protocol === 'blob:' ? location.origin : location?.href);
@@ -825,14 +829,14 @@ function pause(ms) {
   return new Promise((next) => { setTimeout(next, ms); });
 }
 
-// ---- two ways to read a stream, both of which come back by themselves
+// ---- two ways to read a stream, both of which reconnect by themselves
 
 /**
  * @typedef {object} Listener
  * @property {() => void} opened
  * @property {(name: string, id: string, data: string) => void} event
- * @property {(refusal?: Response | null) => void} broken it comes back by itself, unless it was refused: by this response,
- *   or, null, nobody knows by which
+ * @property {(refusal?: Response | null) => void} broken it reconnects by itself, unless it was refused: by this
+ *   response, or by an unknown one if null
  */
 
 /**
@@ -852,8 +856,8 @@ function listen(source, on) {
 }
 
 /**
- * What an EventSource does, with headers. Unlike one, it tells how it was refused, and hears heartbeats: so it
- * notices a connection that died without a word.
+ * Does what an EventSource does, with headers. Unlike an EventSource, it reports how it was refused, and
+ * sees heartbeats: so it notices a connection that died silently.
  *
  * @param {string} url
  * @param {(url: string, init: RequestInit) => Promise<Response>} fetch
@@ -863,7 +867,7 @@ function listen(source, on) {
  */
 function read(url, fetch, headers, silence, on) {
   let closed = false;
-  let retry = 3000; // as browsers have it
+  let retry = 3000; // the browsers' default
   let failures = 0;
   let attempt = new AbortController();
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -877,7 +881,7 @@ function read(url, fetch, headers, silence, on) {
     if (!closed) on.event(name, id, data);
   }, (ms) => { retry = ms; });
 
-  // Says what was answered instead of a stream.
+  // Returns the response if it is not a stream.
   const once = async () => {
     attempt = new AbortController();
     heard();
@@ -904,10 +908,10 @@ function read(url, fetch, headers, silence, on) {
       try {
         refusal = await once();
       } catch {
-        // Broken off: from the cursor on, again.
+        // Broken off: read again from the cursor.
       }
       clearTimeout(timer);
-      attempt.abort(); // an answer that was not read
+      attempt.abort(); // end a response that was not read
       if (closed) return;
       on.broken(refusal);
       if (refusal || closed) return;
@@ -930,10 +934,10 @@ function read(url, fetch, headers, silence, on) {
  * @param {(ms: number) => void} retry
  */
 function makeParser(event, retry) {
-  let rest = '';   // a line that is not whole
-  let cr = false;  // the last line ended by CR: an LF that follows belongs to it
+  let rest = '';   // an incomplete line
+  let cr = false;  // the last line ended with CR: an LF that follows belongs to it
   let name = '';
-  let id = '';     // counts when its event is whole
+  let id = '';     // counts when its event is complete
   let cursor = '';
   /** @type {string[]} */
   let data = [];
@@ -959,7 +963,7 @@ function makeParser(event, retry) {
   };
 
   return {
-    /** Begins another response, and gives the cursor to ask for it with. */
+    /** Begins another response. Returns the cursor to request it with. */
     begin() {
       rest = name = '';
       cr = false;

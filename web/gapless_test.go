@@ -22,22 +22,22 @@ import (
 	"gapless/web"
 )
 
-// The tests of gapless.js against servers that lie, stall and lose their data, in Node: by fetch
-// and by an EventSource. clients_test.go has it among the other clients, on real nodes that are
-// cut; tabs_test.go has it in a browser's tabs.
+// These tests run gapless.js in Node, by fetch and by an EventSource, against servers that lie,
+// stall and lose their data. clients_test.go runs it among the other clients, on real nodes with
+// cut connections. tabs_test.go runs it in a browser's tabs.
 
-// fake is a server that says what a test wants: to each request for the stream the next answer.
+// fake is a server whose responses a test writes: the next one for each request for the stream.
 type fake struct {
 	*httptest.Server
 	t testing.TB
 
 	mu      sync.Mutex
 	answers []func(says)
-	asked   []string // of each request for the stream: its cursor and what else matters
-	session string   // what GET of the session is answered, or a status
+	asked   []string // for each request for the stream: its cursor and what else matters
+	session string   // the response to a GET of the session, or a status
 	looks   int
-	epoch   string // that a welcome said last
-	ended   string // the number of the end, once it was said: to that cursor 204 is answered
+	epoch   string // of the last welcome
+	ended   string // the number of the end after it was sent: a request with that cursor gets 204
 }
 
 func newFake(t testing.TB, session string, answers ...func(says)) *fake {
@@ -108,7 +108,7 @@ func (f *fake) stream(w http.ResponseWriter, r *http.Request) {
 	f.answers[n](says{w, r, f})
 }
 
-// wanted checks what was asked for in the requests for the stream.
+// wanted checks what the requests for the stream asked for.
 func (f *fake) wanted(t *testing.T, want ...string) {
 	t.Helper()
 	f.mu.Lock()
@@ -118,21 +118,21 @@ func (f *fake) wanted(t *testing.T, want ...string) {
 	}
 }
 
-// looked is how often the session was asked for.
+// looked returns how often the session was requested.
 func (f *fake) looked() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.looks
 }
 
-// says is an answer of the fake.
+// says is one response of the fake.
 type says struct {
 	w http.ResponseWriter
 	r *http.Request
 	f *fake
 }
 
-// nothing is a 204: nothing follows, in a log of this epoch.
+// nothing sends a 204: nothing follows, in a log of this epoch.
 func (s says) nothing(epoch, reason string) {
 	s.w.Header().Set("Gapless-Epoch", epoch)
 	s.w.Header().Set("Gapless-Reason", reason)
@@ -148,7 +148,7 @@ func (s says) raw(text string) {
 	_ = http.NewResponseController(s.w).Flush()
 }
 
-// retry is short, so that these tests are.
+// retry is short, to keep these tests short.
 func (s says) welcome(epoch string, cursor, last int) {
 	s.f.mu.Lock()
 	s.f.epoch = epoch
@@ -163,7 +163,7 @@ func (s says) chunks(seqs ...int) {
 	}
 }
 
-// end ends the log: the response is to end with it.
+// end ends the log. The response must end with it.
 func (s says) end(seq int) {
 	s.f.mu.Lock()
 	s.f.ended = fmt.Sprint(seq)
@@ -171,7 +171,7 @@ func (s says) end(seq int) {
 	s.copied(seq)
 }
 
-// copied is an end that a program has copied from another log: it ends nothing.
+// copied sends an end that a program has copied from another log. It ends nothing.
 func (s says) copied(seq int) {
 	s.raw(fmt.Sprintf("data: {\"seq\":%d,\"ts\":1,\"type\":\"end\"}\nid: %[1]d\n\n", seq))
 }
@@ -180,12 +180,12 @@ func (s says) reset(reason, epoch string, id, last int) {
 	s.raw(fmt.Sprintf("event: reset\ndata: {\"type\":\"reset\",\"reason\":%q,\"epoch\":%q,\"cursor\":9,\"first_seq\":1,\"last_seq\":%d}\nid: %d\n\n", reason, epoch, last, id))
 }
 
-// hang says nothing more, and does not close.
+// hang sends nothing more, and does not close.
 func (s says) hang() { <-s.r.Context().Done() }
 
 func (s says) breaks() { panic(http.ErrAbortHandler) }
 
-// run is gapless.js at work in Node.
+// run is gapless.js, running in Node.
 type run struct {
 	t     *testing.T
 	stdin io.WriteCloser
@@ -197,7 +197,7 @@ type run struct {
 	stderr bytes.Buffer
 }
 
-// followed follows a URL. by is fetch, eventsource or headers; options are follow's, and those of
+// followed follows a URL. by is fetch, eventsource or headers; options are those of follow and of
 // follow.mjs.
 func followed(t *testing.T, url, by string, options map[string]any) *run {
 	t.Helper()
@@ -250,7 +250,7 @@ func followed(t *testing.T, url, by string, options map[string]any) *run {
 	return r
 }
 
-// stop closes the follower. Nothing of it must keep Node alive then.
+// stop closes the follower. Then nothing of it may keep Node running.
 func (r *run) stop() {
 	_ = r.stdin.Close()
 	select {
@@ -284,7 +284,7 @@ func (r *run) all() (all []string) {
 	return all
 }
 
-// said is what the handlers were called with, but for states.
+// said returns the calls of the handlers, except for states.
 func (r *run) said() (all []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -296,7 +296,7 @@ func (r *run) said() (all []string) {
 	return all
 }
 
-// member is one of the follower's members, as a handler last saw it.
+// member returns one of the follower's members, as a handler last saw it.
 func (r *run) member(name string) (value any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -354,7 +354,8 @@ func session(epoch string, last int, ended bool) string {
 	return fmt.Sprintf(`{"id":"s","epoch":%q,"first_seq":1,"last_seq":%d,"ended":%t}`, epoch, last, ended)
 }
 
-// asked is an answer without a stream, as often as it is asked for: an EventSource hides it, and then fetch has it again.
+// asked is a response without a stream, for every request: an EventSource hides it, and then fetch
+// gets it again.
 func asked(by string, answer func(says)) []func(says) {
 	if by == "eventsource" {
 		return []func(says){answer, answer}
@@ -378,7 +379,7 @@ func TestGapless_dropsWhatComesTwiceAndAsksOnceForWhatIsMissing(t *testing.T) {
 	})
 }
 
-// A cursor that welcome says, and that is ahead of ours, is a gap before any chunk shows it.
+// A cursor in a welcome that is ahead of ours is a gap before any chunk shows it.
 func TestGapless_takesNoCursorThatIsAheadOfItsOwn(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404",
@@ -390,8 +391,8 @@ func TestGapless_takesNoCursorThatIsAheadOfItsOwn(t *testing.T) {
 	})
 }
 
-// An "end" that a program pushed into Redis ends nothing; what stands before the first event may
-// be the rest of another response (WebKit).
+// An "end" that a program pushed into Redis ends nothing. Text before the first event may be the
+// rest of another response (WebKit).
 func TestGapless_isNotTakenInByWhatOnlyLooksLikeTheServers(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404", func(s says) {
@@ -435,7 +436,7 @@ func TestGapless_mayBeRestartedAndClosedByWhatARestartCalls(t *testing.T) {
 	})
 }
 
-// By fetch, heartbeats are heard: where there are none, the connection is dead, whatever the log says.
+// With fetch, heartbeats are seen. Without them the connection is dead, whatever the log says.
 func TestGapless_missesHeartbeatsByFetch(t *testing.T) {
 	t.Parallel()
 	f := newFake(t, session("e", 1, false),
@@ -493,7 +494,7 @@ func TestGapless_forgetsAtAResetAndGoesOnBehindIt(t *testing.T) {
 	})
 }
 
-// A session that was deleted says so on the connection, or, to who was away, by 204.
+// A deletion is reported on the connection, or by 204 to a client that was away.
 func TestGapless_endsWhenTheSessionIsDeleted(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404", func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.reset("deleted", "", 1, 0) })
@@ -510,7 +511,7 @@ func TestGapless_endsWhenTheSessionIsDeleted(t *testing.T) {
 	})
 }
 
-// An EventSource is closed by 204 as by a refusal.
+// A 204 closes an EventSource like a refusal.
 func TestGapless_tellsAnEndFromARefusal(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "401", asked(by, func(s says) { s.nothing("e", "ended") })...)
@@ -528,13 +529,14 @@ func TestGapless_tellsAnEndFromARefusal(t *testing.T) {
 		r.until("state", "disconnected")
 		r.call("restart")
 		r.says("reset restart", "chunk 1 word 1 history", "chunk 2 end live", "end ended")
-		// Behind the end it may be begun again, too.
+		// It may be started again after the end, too.
 		r.call("restart")
 		r.until("state", "disconnected")
 	})
 }
 
-// 204 for another log than ours is no end: that log is taken from its start, and then it has ended.
+// A 204 for another log than ours is no end: that log is read from its start, and then it has
+// ended.
 func TestGapless_takesTheOtherLogWhereThatOneHasEnded(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		for _, options := range []map[string]any{nil, {"tickets": true}} {
@@ -551,7 +553,7 @@ func TestGapless_takesTheOtherLogWhereThatOneHasEnded(t *testing.T) {
 	})
 }
 
-// An end that was copied from another log stands in this one, and the session goes on.
+// An end that was copied from another log is in this one, and the session continues.
 func TestGapless_believesAnEndOnlyOfTheServer(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		for _, options := range []map[string]any{nil, {"tickets": true}, {"snapshot": true}} {
@@ -579,7 +581,7 @@ func TestGapless_believesAnEndOnlyOfTheServer(t *testing.T) {
 	})
 }
 
-// A response may go on to stand where the log has ended, as behind a proxy that holds back the end.
+// A response may stay open after the log has ended, as with a proxy that withholds the end.
 func TestGapless_asksWhetherAQuietLogHasEnded(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, session("e", 2, true), func(s says) { s.welcome("e", 0, 1); s.chunks(1); s.end(2); s.hang() })
@@ -588,7 +590,7 @@ func TestGapless_asksWhetherAQuietLogHasEnded(t *testing.T) {
 	})
 }
 
-// Where nodes go and come behind a proxy, it answers 502 for a while, which ends an EventSource.
+// When nodes come and go, a proxy responds with 502 for a while, which ends an EventSource.
 func TestGapless_triesAgainWhereAProxyHasNoNode(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		var mu sync.Mutex
@@ -613,7 +615,7 @@ func TestGapless_triesAgainWhereAProxyHasNoNode(t *testing.T) {
 	})
 }
 
-// Nothing is waited for where a session was never there, nor by a follower that is closed.
+// A follower does not wait for a session that never existed, nor after it was closed.
 func TestGapless_triesNotAgainWhereItIsToldNotTo(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound} {
@@ -639,8 +641,7 @@ func TestGapless_opensAgainWhenAStalledConnectionIsBehind(t *testing.T) {
 	})
 }
 
-// A feed that is stuck, behind a connection that lives, is found by a look; one that has nothing
-// to say is left alone.
+// A check finds a feed that is stuck on a live connection. A feed without news is left alone.
 func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, session("e", 1, false),
@@ -667,7 +668,7 @@ func TestGapless_looksAtAQuietLogAndLeavesItAloneWhereNothingIsMissing(t *testin
 	})
 }
 
-// A connection that is accepted, and never answered, makes no event at all.
+// A connection that is accepted, and never gets a response, causes no event at all.
 func TestGapless_triesAgainWhereNothingIsAnswered(t *testing.T) {
 	both(t, func(t *testing.T, by string) {
 		f := newFake(t, "404",
@@ -709,7 +710,8 @@ func TestGapless_saysWhatCannotBeFollowed(t *testing.T) {
 	f.wanted(t, "7")
 }
 
-// A worker has no document to which a URL is relative. One that was made of a blob has an address that no URL can be relative to.
+// A worker has no document for a relative URL. The address of a worker made from a blob cannot be a
+// base.
 func TestGapless_followsARelativeURLInAWorker(t *testing.T) {
 	t.Parallel()
 	for url, worker := range map[string]string{
@@ -734,7 +736,7 @@ func TestGapless_isSilentForAsLongAsItLikes(t *testing.T) {
 				s.welcome("e", 0, 0)
 				for seq := 1; seq < 10; seq++ {
 					select {
-					case <-time.After(50 * time.Millisecond): // the pace of the answer
+					case <-time.After(50 * time.Millisecond): // the pace of the producer
 						s.chunks(seq)
 					case <-s.r.Context().Done():
 						return
@@ -787,7 +789,7 @@ func TestGapless_goesOnWhenAHandlerThrows(t *testing.T) {
 	})
 }
 
-// Headers are asked for anew for each request; a 503, which ends an EventSource, is waited out.
+// Headers are requested for each request. A 503, which ends an EventSource, is retried.
 func TestGapless_sendsHeadersByFetchAndWaitsOutA503(t *testing.T) {
 	t.Parallel()
 	f := newFake(t, "404",
@@ -850,12 +852,12 @@ func TestGapless_takesAPlainTicketAndIsDisconnectedWhereThereIsNone(t *testing.T
 	followed(t, f.URL+streamPath, "refusing", nil).until("state", "disconnected")
 }
 
-// The format, as nobody writes it who wants to be read easily.
+// This is the format in unusual but valid forms.
 func TestGapless_readsTheFormatWhereverItIsCut(t *testing.T) {
 	t.Parallel()
 	for _, by := range []string{"fetch", "headers"} { // npm eventsource waits for what follows a CR
 		const stream = "\ufeff: comment\r\nretry: 30\rid:1\r\ndata:{\"seq\":1,\"ts\":1,\r\ndata: \"type\":\"delta\",\"content\":\"ä🍞\"}\r\n\r\n" +
-			"retry: 3x\nid: 7\nevent: other\ndata: {}\n\n" + // no event of ours, and its id is not the cursor
+			"retry: 3x\nid: 7\nevent: other\ndata: {}\n\n" + // not an event of ours, and its id is not the cursor
 			"id: 2\nnothing: x\ndata\r\n\r\nevent\ndata: 2, again\n\n" +
 			"data: {\"seq\":3,\"ts\":1,\"type\":\"end\"}\nid: 3\rid: 9\x00\r\r"
 		f := newFake(t, "404", func(s says) {
@@ -882,7 +884,7 @@ func TestGapless_learnsTheEpochOfASessionThatBegins(t *testing.T) {
 	})
 }
 
-// On real nodes: whatever becomes of the log, what is followed is the log as it then is.
+// On real nodes: whatever happens to the log, the follower shows the current log.
 func TestGapless_followsALogThatIsLostDeletedAndEnded(t *testing.T) {
 	redis := storetest.Redis(t)
 	n := start(t, "-redis", redis.URL(), "-heartbeat", "300ms")

@@ -9,13 +9,14 @@ import (
 	"testing"
 )
 
-// Clients are made of the contract as a node serves it, by the generators that most take, and
-// used on that node. A call, a shape or a problem that they cannot express fails to compile.
+// Clients are generated from the contract as a node serves it, by the most used generators, and run
+// against that node. A call, a shape or a problem that they cannot express fails to compile.
 
-// oapiCodegen is compiled, and what the clients need is fetched, by .ci/setup, which reads this line.
+// oapiCodegen is the generator. .ci/setup, which reads this line, compiles it and fetches what the
+// clients need.
 const oapiCodegen = "github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@v2.8.2"
 
-// workshop is a folder with a program of testdata and the contract that a node serves.
+// workshop returns a folder with a program of testdata and the contract that a node serves.
 func workshop(t *testing.T, n *node, program string) (dir string, run func(name string, args ...string) string) {
 	t.Helper()
 	dir = t.TempDir()

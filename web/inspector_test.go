@@ -20,7 +20,7 @@ import (
 	"github.com/chromedp/chromedp/kb"
 )
 
-// look is how a tab looks at a page.
+// look describes how a tab displays a page.
 type look struct {
 	width, height int64
 	scheme        string // light or dark
@@ -31,7 +31,7 @@ var looks = []look{{1440, 900, "light", false}, {1440, 900, "dark", true}, {390,
 
 func (l look) String() string { return fmt.Sprintf("%d-%s", l.width, l.scheme) }
 
-// open opens a page in a tab that looks so.
+// open opens a page in a tab with this look.
 func (l look) open(t *testing.T, w world, address string) *tab {
 	t.Helper()
 	p := open(t, w.browser, "about:blank", chromedp.WithNewBrowserContext())
@@ -57,12 +57,12 @@ func (p *tab) looks(l look) {
 	}
 }
 
-// text is what an element says.
+// text returns the text of an element.
 func (p *tab) text(id string) string {
 	return eval[string](p, `document.getElementById('`+id+`')?.textContent`)
 }
 
-// marks says which kinds the plot shows, by their colours in it.
+// marks returns which kinds the plot shows, by their colours in it.
 func (p *tab) marks() []string {
 	return eval[[]string](p, `(() => {
 		const plot = document.getElementById('plot');
@@ -79,7 +79,7 @@ func (p *tab) marks() []string {
 	})()`)
 }
 
-// last is how far a session's log goes; 0 where the node does not say.
+// last returns the last number of a session's log, or 0 if the node does not send it.
 func (n *node) last(session string) int {
 	r, err := n.http.Get(n.url("/v1/sessions/" + session))
 	if err != nil {
@@ -93,7 +93,7 @@ func (n *node) last(session string) int {
 	return it.Last
 }
 
-// Cut by the server, an EventSource comes back by itself, and says how far it got.
+// An EventSource that the server cuts reconnects by itself, and sends its cursor.
 func testCut(t *testing.T, w world) {
 	line := newProxy(t, w.node)
 	p := looks[0].open(t, w, line.url("/?session=cut"))
@@ -141,7 +141,7 @@ func testThrottle(t *testing.T, w world) {
 	p.showsTheHistory(w.node, "slow")
 }
 
-// What it loses is what it was not given, and is shown where it is missing; ours has it.
+// What the naive viewer loses was never sent to it, and is marked where it is missing. Ours has it.
 func testNaive(t *testing.T, w world) {
 	p := looks[0].open(t, w, w.node.url("/?session=naive"))
 	finish := w.node.answers(t, "naive")
@@ -183,8 +183,8 @@ func testNaive(t *testing.T, w world) {
 	}
 	eventually(t, "the plot shows the losses", func() bool { return slices.Contains(p.marks(), "lost") })
 
-	// The last one of all is lost without any other that could show it; unless a busy machine says it
-	// when the naive viewer listens already.
+	// The very last chunk is lost without a later one that could show it. On a busy machine it may
+	// come when the naive viewer already listens.
 	missed := false
 	for try := 0; !missed; try++ {
 		if try == 10 {
@@ -229,7 +229,7 @@ func testFourTabs(t *testing.T, w world) {
 	if !eval[bool](p, `document.getElementById('tab-links').hidden`) {
 		t.Error("links are offered to tabs that are open")
 	}
-	// A browser that opens one tab a click.
+	// This browser opens only one tab per click.
 	p.run(`let opened = 0; window.open = () => (opened++ === 0 ? {} : null)`)
 	p.press("#tabs")
 	if got := eval[[]string](p, `Array.from(document.querySelectorAll('#tab-links a'), (a) => a.href + ' ' + a.target)`); len(got) != 3 || got[0] != address+" _blank" {
@@ -237,7 +237,7 @@ func testFourTabs(t *testing.T, w world) {
 	}
 }
 
-// A server that asks a real model has no demo, and the page does not offer it, whatever is between them.
+// A server with a real model has no demo, and the page does not offer it, whatever is between them.
 func testNoDemo(t *testing.T, w world) {
 	real := start(t, "-model-url", "http://127.0.0.1:9/v1", "-model-name", "m")
 	if status, answer := real.send(t, "/v1/sessions/s/demo", map[string]string{"connection": "c", "do": "cut"}); status != http.StatusNotFound || strings.Contains(string(answer), "connection_not_found") {
@@ -256,7 +256,7 @@ func testNoDemo(t *testing.T, w world) {
 	proxy := httputil.NewSingleHostReverseProxy(to)
 	front := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if strings.Contains(r.URL.Path, "/demo") {
-			rw.WriteHeader(http.StatusNoContent) // as CORS is answered, whatever there is
+			rw.WriteHeader(http.StatusNoContent) // the usual response to a CORS preflight, whatever exists
 			return
 		}
 		proxy.ServeHTTP(rw, r)
@@ -289,7 +289,7 @@ func testCopyAndAgain(t *testing.T, w world) {
 			t.Errorf("%s copies %q", c[0], got)
 		}
 	}
-	// Without a secure context there is no clipboard to write to.
+	// Without a secure context there is no clipboard API.
 	p.run(`Object.defineProperty(document, 'execCommand', { value: (what) => { copied.push(what + ' ' + document.activeElement.value); return true; } });
 		navigator.clipboard.writeText = async () => { throw new Error('no'); }`)
 	p.press("[data-id=a] .copy-code")
@@ -302,7 +302,7 @@ func testCopyAndAgain(t *testing.T, w world) {
 	}
 }
 
-// Whole messages are said aloud, each once; what is only repeated, or grows, is not.
+// Whole messages are announced once each. Repeated or growing ones are not.
 func testAloud(t *testing.T, w world) {
 	w.node.post(t, "/v1/sessions/aloud/chunks", []chunk{{MessageID: "old", Content: "said before"}, {Type: "done", MessageID: "old"}})
 	p := open(t, w.browser, w.node.url("/?session=aloud"), chromedp.WithNewBrowserContext())
@@ -324,7 +324,7 @@ func testAloud(t *testing.T, w world) {
 	}
 }
 
-// By keyboard alone, at both widths.
+// Everything works with the keyboard alone, at both widths.
 func testKeyboard(t *testing.T, w world) {
 	reach := func(p *tab, id string) {
 		t.Helper()
@@ -344,7 +344,7 @@ func testKeyboard(t *testing.T, w world) {
 	if got := eval[string](p, `document.activeElement.id`); got != "ask" {
 		t.Errorf("the focus is at first on %q", got)
 	}
-	// The question, what follows it, then around: the head, the conversation.
+	// The question, what follows it, then around: the header, the conversation.
 	for _, id := range []string{"send", "cut", "slow", "tabs", "compare", "gap", "copy", "new", "inspect", "scroll", "ask"} {
 		reach(p, id)
 	}
@@ -371,7 +371,7 @@ func testKeyboard(t *testing.T, w world) {
 	p.until(`!document.getElementById('inspector').hidden && !document.getElementById('chat').inert`)
 }
 
-// axe knows what people with screen readers, or weak eyes, stumble over.
+// axe finds what hinders people with screen readers or weak eyes.
 func testAccessible(t *testing.T, w world) {
 	at, err := installed()
 	if err != nil {

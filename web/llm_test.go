@@ -26,14 +26,14 @@ import (
 	"gapless/store/storetest"
 )
 
-// What AI services stream is piped into a session with curl, as text/event-stream, and
-// read as format=raw: by curl, by the services' own clients, and through connections that
-// break. It has to be what they would have read from the service.
+// curl pipes the streams of AI services into a session as text/event-stream. They are read with
+// format=raw: by curl, by the services' own clients, and over connections that break. The readers
+// must get what they would have got from the service.
 
-// recorded is a stream in the shape that an AI service documents, with a text of our own
+// recorded is a stream in the form that an AI service documents, with a text of ours
 // (testdata/llm).
 type recorded struct {
-	name   string // begins with the service
+	name   string // begins with the service's name
 	stream string
 	events []event // by the reference, parse
 }
@@ -56,13 +56,13 @@ func recordings(t *testing.T) (all []recorded) {
 
 var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n")
 
-// parse is the reference: what the standard makes of a stream that is there as a whole.
-// It has nothing in common with the server's parser. An event has the id of its own block.
+// parse is the reference: it applies the standard to a complete stream. It shares nothing with the
+// server's parser. An event has the id of its own block.
 func parse(stream string) (events []event) {
 	lines := strings.Split(lineEnds.Replace(strings.TrimPrefix(stream, "\uFEFF")), "\n")
 	var e event
 	var data []string
-	for _, line := range lines[:len(lines)-1] { // what has no end is no line
+	for _, line := range lines[:len(lines)-1] { // a line without an end is no line
 		field, value, _ := strings.Cut(line, ":")
 		value = strings.TrimPrefix(value, " ")
 		switch {
@@ -82,7 +82,7 @@ func parse(stream string) (events []event) {
 	return events
 }
 
-// unnumbered is events without their ids.
+// unnumbered returns events without their ids.
 func unnumbered(events []event) []event {
 	bare := slices.Clone(events)
 	for i := range bare {
@@ -91,8 +91,8 @@ func unnumbered(events []event) []event {
 	return bare
 }
 
-// The recordings have in them what they are there for, whatever an editor or Git did to
-// them; and the reference reads them as somebody else's parser does.
+// The recordings contain what they are for, whatever an editor or Git did to them. The reference
+// agrees with a third-party parser.
 func TestRecordings_haveWhatIsHardInThem(t *testing.T) {
 	t.Parallel()
 	all := map[string]string{}
@@ -100,7 +100,7 @@ func TestRecordings_haveWhatIsHardInThem(t *testing.T) {
 		all[rec.name] = rec.stream
 		var theirs []event
 		for e, err := range tmaxmax.Read(strings.NewReader(rec.stream), nil) {
-			if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) { // where the last line has no end
+			if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) { // if the last line has no end
 				t.Errorf("%s: %v", rec.name, err)
 			}
 			if e.Data != "" {
@@ -134,21 +134,21 @@ func TestRecordings_haveWhatIsHardInThem(t *testing.T) {
 	}
 }
 
-// pace is called behind each piece that a service sends, with all that it has sent, and
-// returns when the next may go out; false: never.
+// pace is called after each piece that a service sends, with all that it has sent. It returns when
+// the next piece may be sent; false: never.
 type pace func(ctx context.Context, sent string) bool
 
 func slowly(ctx context.Context, _ string) bool {
 	select {
-	case <-time.After(time.Millisecond): // so that pieces travel alone, mostly
+	case <-time.After(time.Millisecond): // so that pieces mostly travel alone
 		return true
 	case <-ctx.Done():
 		return false
 	}
 }
 
-// service is an AI service: a POST is answered with a stream, in pieces that end anywhere.
-// Who breaks off has no way to get the rest.
+// service is an AI service. It responds to a POST with a stream, in pieces that end anywhere. A
+// client that breaks off cannot get the rest.
 func service(t *testing.T, stream string, pace pace) (url string) {
 	t.Helper()
 	seed := rand.Uint64()
@@ -171,14 +171,14 @@ func service(t *testing.T, stream string, pace pace) (url string) {
 			}
 		}
 	}))
-	t.Cleanup(server.Close) // when those who read from it have gone
+	t.Cleanup(server.Close) // when its readers have gone
 	return server.URL
 }
 
-// inStep is a pace: nothing more is sent until what was sent is shown at the other end.
+// inStep is a pace: nothing more is sent until everything sent is shown at the other end.
 type inStep struct {
 	t     *testing.T
-	shows func(events []event) int // how much of them is shown
+	shows func(events []event) int // returns how many of them are shown
 	shown chan struct{}
 	seen  int
 }
@@ -202,13 +202,13 @@ func (s *inStep) pace(ctx context.Context, sent string) bool {
 	return slowly(ctx, sent)
 }
 
-// upload begins what the README has a user type:
+// upload begins what a user of the README types:
 //
 //	curl -sN $LLM/chat/completions -H 'Content-Type: application/json' -d '{"stream":true,…}' |
 //	  curl -X POST -T - -H 'Content-Type: text/event-stream' "$S/chunks?message_id=m3"
 //
-// and gives what waits until all of it is acknowledged, that is: events, and the done
-// that ends their message.
+// It returns a function that waits until everything is acknowledged: the events, and the done that
+// ends their message.
 func upload(t *testing.T, service, session string, events int) (acknowledged func()) {
 	t.Helper()
 	ctx, cancel := storetest.Watch(t.Context(), t)
@@ -234,7 +234,7 @@ func upload(t *testing.T, service, session string, events int) (acknowledged fun
 		}
 		started = append(started, cmd)
 	}
-	_ = pipe.Close() // it is curl's now
+	_ = pipe.Close() // curl has it now
 	return func() {
 		t.Helper()
 		started = nil
@@ -248,11 +248,11 @@ func upload(t *testing.T, service, session string, events int) (acknowledged fun
 	}
 }
 
-// raw is where a session's raw stream is, up to the end of the answer.
+// raw returns the URL of a session's raw stream, up to the end of the answer.
 const raw = "/stream?format=raw&until=done"
 
-// show is somebody who looks at a stream with curl, until it ends. Each event that is
-// whole is told to shown.
+// show acts as a user who watches a stream with curl, until it ends. It passes each complete event
+// to shown.
 func show(ctx context.Context, url string, shown chan<- struct{}) (string, error) {
 	cmd := curl(ctx, url, "--fail")
 	out, err := cmd.StdoutPipe()
@@ -277,8 +277,8 @@ func show(ctx context.Context, url string, shown chan<- struct{}) (string, error
 	}
 }
 
-// isRaw checks that a response is events, each with an id, and nothing else that a client
-// would have to understand.
+// isRaw checks that a response contains only events, each with an id, and nothing else that a
+// client would have to understand.
 func isRaw(t *testing.T, response string, want []event) {
 	t.Helper()
 	got := parse(response)
@@ -310,7 +310,7 @@ func isRaw(t *testing.T, response string, want []event) {
 	}
 }
 
-// sameEvents checks names and data, to the byte, and that the ids are numbers that go up.
+// sameEvents checks names and data, byte by byte, and that the ids are rising numbers.
 func sameEvents(t *testing.T, got, want []event) {
 	t.Helper()
 	last := int64(0)
@@ -332,8 +332,8 @@ func sameEvents(t *testing.T, got, want []event) {
 	}
 }
 
-// Beside the answer, others append to the session all the time: a raw stream has nothing
-// of that, and no piece of the wire's own either.
+// Others append to the session all the time, next to the answer. A raw stream contains nothing of
+// that, and nothing else of our wire format.
 func TestRaw_isWhatTheServiceStreamedWhileItIsUploadedAndAfterwards(t *testing.T) {
 	t.Parallel()
 	n := start(t, "-heartbeat", "50ms")
@@ -391,14 +391,14 @@ func TestRaw_isWhatTheServiceStreamedWhileItIsUploadedAndAfterwards(t *testing.T
 	}
 }
 
-// reading is what a service's own client makes of a stream: the objects that it hands
-// out, then what they are put together, and how it ended.
+// reading is what a service's own client makes of a stream: the objects that it returns, then their
+// accumulated result, and how it ended.
 type reading struct {
 	rows [][2]string
 	over string
 }
 
-// read is what it should make of these events, as the service documents them.
+// read returns what the client should make of these events, as the service documents them.
 func (rec recorded) read(t *testing.T, events []event) reading {
 	t.Helper()
 	var r reading
@@ -474,7 +474,7 @@ func (rec recorded) read(t *testing.T, events []event) reading {
 	return r
 }
 
-// objects is how many of the rows are objects.
+// objects returns how many of the rows are objects.
 func (r reading) objects() int {
 	n := 0
 	for _, row := range r.rows {
@@ -485,7 +485,7 @@ func (r reading) objects() int {
 	return n
 }
 
-// is checks a reading: objects by what they say, all else to the byte.
+// is checks a reading: objects by value, everything else byte by byte.
 func (r reading) is(t *testing.T, what string, want reading) {
 	t.Helper()
 	if r.over != want.over {
@@ -509,8 +509,8 @@ func (r reading) is(t *testing.T, what string, want reading) {
 	}
 }
 
-// reader runs the client of the recording's service with a URL, which it takes as how says
-// (testdata/clients/llm.mjs), and tells shown of each object.
+// reader runs the client of the recording's service with a URL, which it uses as how says
+// (testdata/clients/llm.mjs). It passes each object to shown.
 func (rec recorded) reader(scripts func(script string, args ...string) runner, how string) func(ctx context.Context, url string, shown chan<- struct{}) (reading, error) {
 	name, _, _ := strings.Cut(rec.name, "-")
 	run := scripts(name+".mjs", how)
@@ -525,13 +525,13 @@ func (rec recorded) reader(scripts func(script string, args ...string) runner, h
 	}
 }
 
-// The services' official clients make of a raw stream what they make of the service itself.
+// The services' official clients get the same from a raw stream as from the service itself.
 func TestRaw_isReadByTheServicesOwnClientsLikeTheService(t *testing.T) {
 	t.Parallel()
 	scripts := install(t)
 	n := start(t, "-heartbeat", "50ms")
 	for _, rec := range recordings(t) {
-		t.Run(rec.name, func(t *testing.T) { // one at a time: Node is a burden to what runs beside it
+		t.Run(rec.name, func(t *testing.T) { // one at a time: Node slows down what runs next to it
 			ctx, cancel := storetest.Watch(t.Context(), t)
 			defer cancel()
 			want := rec.read(t, rec.events)
@@ -575,8 +575,8 @@ func TestRaw_isReadByTheServicesOwnClientsLikeTheService(t *testing.T) {
 	}
 }
 
-// follow is anybody's loop around a raw stream: what is whole counts, and the rest is
-// asked for, until a response ends cleanly.
+// follow is the usual loop around a raw stream. Whole events count, and the rest is requested,
+// until a response ends cleanly.
 func follow(ctx context.Context, url string) (events []event, err error) {
 	client := httpClient()
 	defer client.CloseIdleConnections()
@@ -618,7 +618,7 @@ func within(r *rand.Rand, most int) cut {
 	}
 }
 
-// What a service's own stream cannot: it goes on, at any node, behind whatever byte it was cut at.
+// Unlike a service's own stream, ours continues at any node, after a cut at any byte.
 func TestRaw_goesOnWhereItWasCutAtAnyByteWhichTheServiceCannot(t *testing.T) {
 	t.Parallel()
 	scripts := install(t)
@@ -633,7 +633,7 @@ func TestRaw_goesOnWhereItWasCutAtAnyByteWhichTheServiceCannot(t *testing.T) {
 			t.Logf("the cuts' seed is %d", seed)
 			random := rand.New(rand.NewPCG(seed, 0))
 			path := "/v1/sessions/" + rec.name
-			// through is a way to the nodes, in turn, on which the first connections are cut.
+			// through returns a way to the nodes, in turn, with the first connections cut.
 			through := func(cuts ...cut) *proxy {
 				line := newProxy(t, a, b)
 				line.mu.Lock()
@@ -642,7 +642,7 @@ func TestRaw_goesOnWhereItWasCutAtAnyByteWhichTheServiceCannot(t *testing.T) {
 				line.route = func(streams int) int { return streams % 2 }
 				return line
 			}
-			// hard is cuts at the places that are easy to get wrong, and then anywhere.
+			// hard returns cuts at the places that are easy to get wrong, and then anywhere.
 			hard := func() []cut {
 				cuts := []cut{where(`\n()data: `), where(`data: ()`), where(`\nid: ()`), where(`\nid: \d+\n()\n`), where(`\nid: \d+\n\n()`)}
 				for range 100 {
@@ -702,14 +702,14 @@ func TestRaw_goesOnWhereItWasCutAtAnyByteWhichTheServiceCannot(t *testing.T) {
 			last, err := follow(ctx, line.url(path+raw))
 			check("behind the last event", line, last, err, 1)
 
-			// The service's own client, with a fetch that resumes.
+			// This is the service's own client, with a fetch that resumes.
 			want := rec.read(t, rec.events)
 			line = through(hard()...)
 			resumed, err := rec.reader(scripts, "resumed")(ctx, line.url(path+raw), make(chan struct{}, 1<<10))
 			check("the service's client", line, live, err, 6)
 			resumed.is(t, "the service's client", want)
 
-			// The control: without, it gets a part at best, and fails.
+			// This is the control: without resuming, it gets a part at best, and fails.
 			line = through(where(regexp.QuoteMeta("id: "+live[1].id+"\n\n") + `(?s:.)()`))
 			part, err := rec.reader(scripts, "stream")(ctx, line.url(path+raw), make(chan struct{}, 1<<10))
 			if err != nil {

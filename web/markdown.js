@@ -1,13 +1,13 @@
-// Markdown, drawn while it still grows.
+// Markdown, drawn while it grows.
 //
-// A text is a row of blocks (paragraph, list, code, ...), and what comes later can change the last ones only:
-// "1. a", a blank line and "2" is a list and a paragraph, until "2" turns out to be "2. b". So the
-// last two blocks are open, all in front of them are done for good, and of the open ones only that
-// is drawn again whose source has changed. Ten thousand chunks cost no more than their last blocks.
+// A text is a sequence of blocks (paragraph, list, code, ...), and new text can change only the
+// last ones: "1. a", a blank line and "2" is a list and a paragraph, until "2" turns out to be "2.
+// b". So the last two blocks are open, and all earlier ones are final. An open block is drawn again
+// only if its source has changed. Ten thousand chunks cost no more than their last blocks.
 //
-// The text is a stranger's. HTML in it is shown as what it is, text: nothing of an answer
-// is to vanish. What marked makes of the rest passes DOMPurify, with the few elements that
-// Markdown needs. Pictures become links: a page that shows an answer asks no other server for anything.
+// The text comes from a stranger. HTML in it is shown as text, so that no part of an answer
+// vanishes. marked's output passes through DOMPurify, with the few elements that Markdown needs.
+// Pictures become links: a page that shows an answer sends no request to other servers.
 
 import { Bounded } from '/bounded.js';
 import { Marked } from '/vendor/marked.js';
@@ -15,7 +15,7 @@ import DOMPurify from '/vendor/purify.js';
 
 const marked = new Marked({
   tokenizer: {
-    def: () => undefined, // [name]: url. A link of a block must not hang on another one
+    def: () => undefined, // [name]: url. A block's link must not depend on another block
   },
   renderer: {
     html: ({ text, block }) => (block ? `<p>${escape(text)}</p>` : escape(text)),
@@ -23,7 +23,7 @@ const marked = new Marked({
       return `<a href="${escape(href)}">${escape(text || 'image')}</a>`;
     },
     checkbox: ({ checked }) => (checked ? '☑ ' : '☐ '),
-    heading({ tokens, depth }) { // below the page's own
+    heading({ tokens, depth }) { // below the page's own headings
       const level = Math.min(depth + 2, 6);
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
     },
@@ -46,21 +46,21 @@ function escape(text) {
 
 export class Markdown {
   #root;
-  #open = [];  // {type, raw, element}: the last two blocks, or what there is
-  #source = ''; // theirs, and what came since
-  #held = '';  // a CR at the end: an LF may follow it
+  #open = [];  // {type, raw, element}: the last two blocks, or fewer
+  #source = ''; // the source of the open blocks, and newer text
+  #held = '';  // a CR at the end, because an LF may follow it
 
-  /** @param {Element} root that is to hold the blocks, and nothing else */
+  /** @param {Element} root holds the blocks, and nothing else */
   constructor(root) {
     this.#root = root;
   }
 
-  /** Adds text, which draw draws. */
+  /** Adds text. Call draw to show it. */
   append(text) {
     this.#add(text.replaceAll(hole, '\uFFFD'));
   }
 
-  /** Adds a mark that says what is missing here. */
+  /** Adds a mark that describes what is missing here. */
   miss(text) {
     this.#add(hole + text + hole);
   }
@@ -71,7 +71,7 @@ export class Markdown {
     this.#source += text.slice(0, text.length - this.#held.length).replace(/\r\n?/g, '\n');
   }
 
-  /** Draws what is new. */
+  /** Draws new text. */
   draw() {
     const blocks = split(this.#source);
     for (const [i, block] of blocks.entries()) {
@@ -90,16 +90,16 @@ export class Markdown {
   }
 }
 
-// The blocks of a source; each has the blank lines behind it.
+// Splits a source into blocks. Each includes the blank lines after it.
 function split(source) {
   let tokens;
   try {
     tokens = new Bounded(marked.defaults).lex(source);
   } catch {
-    return [{ type: 'plain', raw: source }]; // nested deeper than can be read
+    return [{ type: 'plain', raw: source }]; // nested too deeply to be read
   }
   const blocks = [];
-  let at = 0; // marked leaves some blanks out of a token's raw
+  let at = 0; // marked omits some blanks from a token's raw
   for (const token of tokens) {
     const start = Math.max(source.indexOf(token.raw, at), at);
     at = start + token.raw.length;
@@ -117,7 +117,7 @@ function newBlock() {
   return element;
 }
 
-// Code without the line end behind its last line, as marked has it.
+// Code without the line end after its last line, like marked's.
 function unended(text) {
   return text.replace(/\n$/, '');
 }
@@ -149,7 +149,7 @@ function render({ type, raw, token }) {
   return fragment;
 }
 
-/** In a text, what stands between two of these is what is missing there: it is drawn as a mark. */
+/** Text between two of these describes what is missing there, and is drawn as a mark. */
 export const hole = '\uE000';
 
 function markHoles(fragment) {
@@ -166,7 +166,7 @@ function markHoles(fragment) {
   }
 }
 
-// Code, with its language and a button that copies it.
+// Frames code, with its language and a button that copies it.
 function frame(pre) {
   const code = pre.querySelector('code');
   code.textContent = unended(code.textContent);
@@ -197,7 +197,7 @@ function wrap(element, className, label) {
   scrolls(box, label);
 }
 
-// What may be wider than the page is to be scrolled with the keyboard, too.
+// Content that may be wider than the page must be scrollable with the keyboard, too.
 function scrolls(element, label) {
   element.tabIndex = 0;
   element.setAttribute('role', 'group');

@@ -11,7 +11,7 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-// written are texts in which what comes later changes what was there, or has to be kept from it.
+// written are texts in which later text changes earlier text, or must not.
 var written = []string{
 	"1. one\n\n2. two\n\n   more of it\n\n3. three\n\nA paragraph\nof two lines\n===\n\n- a\n- b\n\n  - c\n\n    code?\n\n***\n\n> said\nlazily\n\n> again\n",
 	"```js\nlet a = `b`;\n\n\n// c\n```\n\n~~~\nnever closed\n\n# no heading\n",
@@ -23,7 +23,7 @@ var written = []string{
 	strings.Join(nasty, "\n\n") + strings.Join(nasty, ""),
 }
 
-// hostile is what a model may be made to say.
+// hostile is text that a model may be made to write.
 const hostile = "<script>window.pwned = 1</script>\n\n" +
 	"text <img src=x onerror=\"window.pwned = 2\"> <svg onload=\"window.pwned = 3\"><style>*{display:none}</style></svg>\n\n" +
 	"<style>body { display: none }</style>\n\n<form action=\"EVIL/form\"><input name=a><button>b</button></form>\n\n" +
@@ -40,7 +40,7 @@ func testMarkdown(t *testing.T, w world) {
 	p := open(t, w.browser, w.node.url("/?session=markdown"), chromedp.WithNewBrowserContext())
 	p.run(`import('/markdown.js').then((m) => { window.Markdown = m.Markdown; })`)
 	p.until(`window.Markdown !== undefined`)
-	// Pieces of any length, which a seed decides.
+	// The pieces have random lengths, from a seed.
 	const inPieces = `(() => {
 		const draw = (pieces) => {
 			const root = document.createElement('div');
@@ -82,8 +82,8 @@ func testMarkdown(t *testing.T, w world) {
 		}
 	}
 
-	// What is done is not drawn again, nor looked at: the last words cost what the first ones do. (Once
-	// to warm up; and the best of four, since a busy machine may hold up any.)
+	// Finished blocks are neither drawn nor read again: the last words cost what the first ones do.
+	// (One run warms up. The best of four counts, because a busy machine may delay any.)
 	if got := compute[string](p, `(() => {
 		let answer = '', slower = Infinity;
 		for (const last of [2500, 10000, 10000, 10000, 10000]) {
@@ -109,7 +109,7 @@ func testMarkdown(t *testing.T, w world) {
 		t.Error(got)
 	}
 
-	// Deeper than anybody reads.
+	// This is nested deeper than anybody reads.
 	if got := compute[[]string](p, `[['> ', 5000], ['- ', 5000], ['[', 50000], ['*a **b ', 5000], ['<div>', 20000], ['`+"`"+` ', 9999]].map(([part, times]) => {
 		const root = document.createElement('div');
 		const markdown = new Markdown(root);
@@ -160,7 +160,7 @@ func testHostile(t *testing.T, w world) {
 	if links < 3 {
 		t.Errorf("only %d links are left", links)
 	}
-	// Nothing of it vanishes: what is no Markdown is there to be read.
+	// Nothing vanishes: what is not Markdown is shown as text.
 	shown := eval[string](p, `document.querySelector('#log article[data-id=m] .text').innerText`)
 	for _, part := range []string{"<script>window.pwned = 1</script>", "<svg onload=", "<form action=", "<iframe", "image", "the end", "<style>body"} {
 		if !strings.Contains(shown, part) {

@@ -1,35 +1,35 @@
-// The viewer that loses chunks, to be looked at beside ours: its server reads the history, sends
-// it, and subscribes only then. It has no cursor and asks for nothing again; when its connection breaks it
-// begins anew. That something is missing it could not tell: the marks come from the numbers in
-// the chunks, which nobody but this page compares.
+// The viewer that loses chunks, for comparison with ours. Its server reads the history, sends it,
+// and only then subscribes. The viewer has no cursor and requests nothing again. When its
+// connection breaks, it starts again. It cannot tell that chunks are missing: the marks come from
+// the numbers in the chunks, which only this page compares.
 
-const epochs = 500_000; // at least so many numbers are between two epochs
+const epochs = 500_000; // two epochs are at least so many numbers apart
 
 export class Naive {
   /** idle | connecting | reading | live */
   state = 'idle';
   connection = '';
-  /** Chunks that are missing from what it shows now. */
+  /** How many chunks are missing from what it shows now. */
   missing = 0;
-  /** Those that were missing at some time, each once. */
+  /** Chunks that were missing at some time, each once. */
   everLost = new Set();
 
   #url;
   #on;
   #abort;
-  #last = 0; // the number of its last chunk; -1: the next one is the first that is kept
+  #last = 0; // the number of its last chunk; -1: the next chunk is the first that is kept
 
   /**
    * @param {string} url
-   * @param {object} on  fetch(url, init), clear(), chunk(chunk), lost(from, to): the numbers between the
-   *   chunk before and the one that follows, change()
+   * @param {object} on fetch(url, init), clear(), chunk(chunk), change(), and lost(from, to) with the
+   *   missing numbers before the next chunk
    */
   constructor(url, on) {
     this.#url = url;
     this.#on = on;
   }
 
-  /** Begins, with so many ms between read and subscription. */
+  /** Starts, with a pause of gap ms between read and subscription. */
   async start(gap) {
     this.stop();
     const abort = this.#abort = new AbortController();
@@ -40,7 +40,7 @@ export class Naive {
         if (response.ok) await this.#read(response.body);
         else if (response.status < 500 && response.status !== 429) return this.stop();
       } catch {
-        // Broken off, as it always ends.
+        // The response always ends by breaking off.
       }
       await new Promise((resolve) => { setTimeout(resolve, 1000); });
     }
@@ -51,7 +51,7 @@ export class Naive {
     this.#enter('idle');
   }
 
-  /** Says how far the log is: what it does not have by now, and is published, will never come. */
+  /** Compares with the log's last number: published chunks that it lacks by now will never come. */
   compare(seq) {
     if (this.state === 'live' && this.#last >= 0 && seq > this.#last) this.#take({ seq: seq + 1 }, true);
   }
@@ -79,7 +79,7 @@ export class Naive {
       return this.#enter('reading');
     }
     if (chunk.type === 'subscribed') return this.#enter('live');
-    // Numbers that jump so far are those of a later epoch: nothing has the ones between.
+    // A larger jump means a later epoch: the numbers between do not exist.
     if (this.#last >= 0 && chunk.seq > this.#last + 1 && chunk.seq - this.#last < epochs) {
       for (let seq = this.#last + 1; seq < chunk.seq; seq++) this.everLost.add(seq);
       this.missing += chunk.seq - this.#last - 1;

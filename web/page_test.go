@@ -33,17 +33,17 @@ import (
 	"gapless/store/storetest"
 )
 
-// The tests of this package look at the built program from where its users are: in a
-// real Chromium (this file), in SSE client libraries and in curl (clients_test.go).
-// Between them and the nodes lies a TCP proxy that can be cut at any byte (proxy).
+// The tests of this package use the built program as its users do: in a real Chromium (this file),
+// with SSE client libraries and with curl (clients_test.go). Between them and the nodes is a TCP
+// proxy that can be cut at any byte (proxy).
 
-// dir is where the program is built.
+// dir contains the built program.
 var dir string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// These tests wait for clients that wait before they reconnect; hardly any computes. But
-	// each has a browser's tab, or Node, and programs with the race detector in them.
+	// These tests wait for clients that wait before they reconnect, and hardly compute. But each
+	// has a browser's tab, or Node, and programs with the race detector.
 	_ = flag.Set("test.parallel", fmt.Sprint(max(8, 4*runtime.GOMAXPROCS(0))))
 	var err error
 	if dir, err = os.MkdirTemp("", "gapless-web-test-"); err != nil {
@@ -59,7 +59,7 @@ func TestMain(m *testing.M) {
 // patience is how long a test waits while nothing happens.
 const patience = storetest.Patience
 
-// eventually polls until ok, and fails the test when that takes too long.
+// eventually polls until ok, and fails the test if that takes too long.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	storetest.Eventually(t, what, ok)
@@ -76,23 +76,23 @@ var binary = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// node is a gapless of the test's own.
+// node is a gapless process of one test.
 type node struct {
 	t    testing.TB
 	addr string
 	cmd  *exec.Cmd
-	out  bytes.Buffer // to be read when it has stopped
+	out  bytes.Buffer // read it only after the process has stopped
 	once sync.Once
 
 	scheme string
 	http   *http.Client
 }
 
-// start starts a node on a free port, and stops it when the test ends. It must stop
-// with status 0: with the race detector in it, that says that no race was found.
+// start starts a node on a free port, and stops it when the test ends. It must stop with status 0,
+// which with the race detector means that no race was found.
 func start(t testing.TB, args ...string) *node { return startOver(t, nil, args...) }
 
-// startOver starts one that a client talks to over TLS.
+// startOver starts a node that a client reaches over TLS.
 func startOver(t testing.TB, secure *http.Client, args ...string) *node {
 	t.Helper()
 	path, err := binary()
@@ -121,7 +121,7 @@ func startOver(t testing.TB, secure *http.Client, args ...string) *node {
 	return n
 }
 
-// stop is SIGTERM: the node drains.
+// stop sends SIGTERM: the node drains.
 func (n *node) stop() {
 	n.once.Do(func() {
 		_ = n.cmd.Process.Signal(syscall.SIGTERM)
@@ -135,7 +135,7 @@ func (n *node) stop() {
 
 func (n *node) url(path string) string { return n.scheme + "://" + n.addr + path }
 
-// post fails the test unless the answer is 2xx.
+// post fails the test unless the status is 2xx.
 func (n *node) post(t testing.TB, path string, body any) {
 	t.Helper()
 	if status, answer := n.send(t, path, body); status/100 != 2 {
@@ -143,8 +143,8 @@ func (n *node) post(t testing.TB, path string, body any) {
 	}
 }
 
-// send posts, and takes any answer; status 0 is none. What was not stored because a busy machine's
-// Redis was slow it says again, as producers do.
+// send posts, and returns any status; 0 means no response. If a busy machine's Redis was too slow,
+// it sends again, as producers do.
 func (n *node) send(t testing.TB, path string, body any) (status int, answer []byte) {
 	t.Helper()
 	text, err := json.Marshal(body)
@@ -167,8 +167,8 @@ func (n *node) send(t testing.TB, path string, body any) (status int, answer []b
 	}
 }
 
-// answers appends an answer to a session, piece by piece, which is not over before finish
-// is called: so whatever a test does meanwhile, it does in the middle.
+// answers appends an answer to a session, piece by piece. The answer ends only when finish is
+// called, so whatever a test does before happens in its middle.
 func (n *node) answers(t testing.TB, session string) (finish func()) {
 	path := "/v1/sessions/" + session + "/chunks"
 	stop := make(chan struct{})
@@ -177,7 +177,7 @@ func (n *node) answers(t testing.TB, session string) (finish func()) {
 		for i := 0; ; i++ {
 			n.post(t, path, chunk{MessageID: "long", Role: "tool", Content: fmt.Sprintf("%s %d ", nasty[i%(len(nasty)-1)], i)})
 			select {
-			case <-time.After(30 * time.Millisecond): // the pace of the answer
+			case <-time.After(30 * time.Millisecond): // the pace of the producer
 			case <-stop:
 				n.post(t, path, chunk{Type: "done", MessageID: "long"})
 				return
@@ -193,9 +193,9 @@ func (n *node) answers(t testing.TB, session string) (finish func()) {
 	}
 }
 
-// talks appends the answer "talk" to a session, piece by piece, for as long as the log takes
-// more of it: so a test that stops it stops it in the middle. told waits for the refusal:
-// behind it nothing can follow.
+// talks appends the answer "talk" to a session, piece by piece, until the log refuses more of it.
+// So a test that stops the answer stops it in the middle. told waits for the refusal, after which
+// nothing can follow.
 func (n *node) talks(t testing.TB, session string) (told func() string) {
 	path := "/v1/sessions/" + session + "/chunks"
 	codes := make(chan string, 1)
@@ -210,7 +210,7 @@ func (n *node) talks(t testing.TB, session string) (told func() string) {
 				return
 			}
 			select {
-			case <-time.After(30 * time.Millisecond): // the pace of the answer
+			case <-time.After(30 * time.Millisecond): // the pace of the producer
 			case <-t.Context().Done():
 			}
 		}
@@ -226,7 +226,7 @@ func (n *node) talks(t testing.TB, session string) (told func() string) {
 	}
 }
 
-// chunk is a chunk of the log, as far as these tests look at it.
+// chunk is a chunk of the log, with the members that these tests use.
 type chunk struct {
 	Seq       int64  `json:"seq,omitzero"`
 	Type      string `json:"type,omitzero"`
@@ -236,7 +236,7 @@ type chunk struct {
 	Reason    string `json:"reason,omitzero"`
 }
 
-// history is the whole log of a session.
+// history returns the whole log of a session.
 func (n *node) history(t testing.TB, session string) (chunks []chunk) {
 	t.Helper()
 	for last := int64(1); int64(len(chunks)) < last; {
@@ -251,7 +251,7 @@ func (n *node) history(t testing.TB, session string) (chunks []chunk) {
 		}
 		err = json.NewDecoder(r.Body).Decode(&page)
 		_ = r.Body.Close()
-		if r.StatusCode == http.StatusServiceUnavailable && t.Context().Err() == nil { // as above
+		if r.StatusCode == http.StatusServiceUnavailable && t.Context().Err() == nil { // as in send
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
@@ -265,8 +265,8 @@ func (n *node) history(t testing.TB, session string) (chunks []chunk) {
 
 // ---- the network
 
-// proxy is the network between a client and the nodes. It passes bytes on as they are,
-// and knows where in a stream it is.
+// proxy is the network between a client and the nodes. It forwards bytes unchanged, and knows its
+// position in a stream.
 type proxy struct {
 	t     testing.TB
 	l     net.Listener
@@ -274,29 +274,29 @@ type proxy struct {
 	wg    sync.WaitGroup
 
 	mu      sync.Mutex
-	route   func(streams int) int // which node a new connection goes to, when there were so many streams
+	route   func(streams int) int // returns the node for a new connection after so many streams
 	offline bool
 	cuts    []cut // for the first streams, one each
 	conns   map[*net.TCPConn]struct{}
 	streams []*stream
 }
 
-// cut says, of what was seen of a response's body, behind how many bytes the connection
-// is reset; -1: not yet.
+// cut returns after how many bytes of a response's body the connection is reset, given what was
+// seen of it; -1: not yet.
 type cut func(body []byte) int
 
-// stream is one request for a stream, as it came by.
+// stream is one request for a stream that passed the proxy.
 type stream struct {
 	url    string
 	cursor string // Last-Event-ID
 	node   int
 	status int
-	body   []byte // with the framing of HTTP
-	cut    bool   // by the proxy
-	silent bool   // nothing more of it passes
+	body   []byte // with HTTP's framing
+	cut    bool   // the proxy cut it
+	silent bool   // no more of it passes
 }
 
-// torn says whether the response was cut in the middle of an event.
+// torn reports whether the response was cut in the middle of an event.
 func (s *stream) torn() bool {
 	body := bytes.TrimRight(s.body, "\r\n")
 	return s.cut && len(body) > 0 && bytes.Count(s.body[len(body):], []byte("\n")) < 2
@@ -313,7 +313,7 @@ func anywhere(r *rand.Rand) cut {
 	}
 }
 
-// where cuts where the pattern's group begins, the first time that it is there.
+// where cuts at the start of the pattern's group, when it first matches.
 func where(pattern string) cut {
 	re := regexp.MustCompile(pattern)
 	return func(body []byte) int {
@@ -324,10 +324,10 @@ func where(pattern string) cut {
 	}
 }
 
-// behindWelcome cuts before the first chunk, or what else comes behind welcome.
+// behindWelcome cuts before the first chunk, or before whatever follows welcome.
 var behindWelcome = where(`event: welcome\n(?:.+\n)+\n()`)
 
-// newProxy is a proxy to the first of the nodes, for a start.
+// newProxy returns a proxy that at first leads to the first of the nodes.
 func newProxy(t testing.TB, nodes ...*node) *proxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -354,8 +354,8 @@ func newProxy(t testing.TB, nodes ...*node) *proxy {
 
 func (p *proxy) url(path string) string { return "http://" + p.l.Addr().String() + path }
 
-// goOffline resets every connection, and from now on each new one. (A port that nobody
-// listens on would say "refused" instead, but another test could take it meanwhile.)
+// goOffline resets every connection, and each new one from now on. (A port without a listener would
+// refuse instead, but another test could take it in the meantime.)
 func (p *proxy) goOffline() {
 	p.mu.Lock()
 	p.offline = true
@@ -372,7 +372,7 @@ func (p *proxy) resetAll() {
 	}
 }
 
-// goSilent swallows, from now on, what the streams that are open say, and closes nothing.
+// goSilent discards, from now on, what the open streams send, and closes nothing.
 func (p *proxy) goSilent() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -381,14 +381,14 @@ func (p *proxy) goSilent() {
 	}
 }
 
-// goOnline lets connections through again, all of them to one node.
+// goOnline accepts connections again, and sends all of them to one node.
 func (p *proxy) goOnline(node int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.offline, p.route = false, func(int) int { return node }
 }
 
-// seen is a copy of the streams so far.
+// seen returns a copy of the streams so far.
 func (p *proxy) seen() []stream {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -404,8 +404,8 @@ func reset(c *net.TCPConn) {
 	_ = c.Close()
 }
 
-// serve passes on the requests of one connection, each when it is whole, and the answers
-// as they come.
+// serve forwards the requests of one connection, each when it is complete, and the responses as
+// they come.
 func (p *proxy) serve(client *net.TCPConn) {
 	p.mu.Lock()
 	if p.offline {
@@ -455,7 +455,7 @@ func (p *proxy) serve(client *net.TCPConn) {
 	}
 }
 
-// dial connects to the node whose turn it is, or where that one has stopped, to another.
+// dial connects to the node whose turn it is, or to another if that one has stopped.
 func (p *proxy) dial() (*net.TCPConn, int) {
 	p.mu.Lock()
 	to := p.route(len(p.streams))
@@ -474,13 +474,13 @@ type answer struct {
 	*proxy
 	client *net.TCPConn
 
-	// For the stream that this connection carries, if any; under the proxy's lock.
+	// For the stream that this connection carries, if any; guarded by the proxy's lock.
 	stream *stream
 	cut    cut
 	head   []byte
 }
 
-// begins says that what comes next answers a request for a stream.
+// begins announces that the next response belongs to a request for a stream.
 func (a *answer) begins(s *stream) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -491,7 +491,7 @@ func (a *answer) begins(s *stream) {
 	a.streams = append(a.streams, s)
 }
 
-// pass passes on what a node answers, up to the cut that is planned.
+// pass forwards a node's response, up to the planned cut.
 func (a *answer) pass(up *net.TCPConn) {
 	buf := make([]byte, 32<<10)
 	for {
@@ -520,7 +520,7 @@ func (a *answer) isSilent() bool {
 	return a.stream != nil && a.stream.silent
 }
 
-// note notes what came of a stream, and says how much of it may pass.
+// note records what came of a stream, and returns how much of it may pass.
 func (a *answer) note(piece []byte) int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -556,7 +556,7 @@ func (a *answer) note(piece []byte) int {
 
 // ---- Chromium
 
-// chromium starts a browser, to be stopped when the test ends. Its absence fails the test.
+// chromium starts a browser that stops when the test ends. A missing Chromium fails the test.
 func chromium(t testing.TB, more ...chromedp.ExecAllocatorOption) context.Context {
 	t.Helper()
 	var path string
@@ -569,7 +569,7 @@ func chromium(t testing.TB, more ...chromedp.ExecAllocatorOption) context.Contex
 	if path == "" {
 		t.Fatal("chromium is not installed: make test installs it")
 	}
-	options := append(chromedp.DefaultExecAllocatorOptions[:], // among them a user data directory of its own
+	options := append(chromedp.DefaultExecAllocatorOptions[:], // they include a separate user data directory
 		chromedp.ExecPath(path), chromedp.NoSandbox, chromedp.DisableGPU,
 		chromedp.Flag("disable-component-update", true), chromedp.Flag("disable-quic", true))
 	options = append(options, more...)
@@ -593,8 +593,8 @@ type tab struct {
 	ctx context.Context
 }
 
-// open opens a URL in a new tab. An error that a script of it does not catch fails the
-// test. When the test fails, a picture of the tab is kept (go test -artifacts).
+// open opens a URL in a new tab. An uncaught error of a script fails the test. If the test fails, a
+// picture of the tab is kept (go test -artifacts).
 func open(t *testing.T, browser context.Context, url string, options ...chromedp.ContextOption) *tab {
 	t.Helper()
 	ctx, cancel := chromedp.NewContext(browser, options...)
@@ -625,7 +625,7 @@ func open(t *testing.T, browser context.Context, url string, options ...chromedp
 	return p
 }
 
-// keep keeps a picture of the tab.
+// keep saves a picture of the tab.
 func (p *tab) keep() {
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
 	defer cancel()
@@ -646,7 +646,7 @@ func (p *tab) do(what string, actions ...chromedp.Action[chromedp.Void]) {
 	}
 }
 
-// eval is what an expression gives now; the zero value while it cannot be evaluated,
+// eval returns the current value of an expression, or the zero value while it cannot be evaluated,
 // as between two pages.
 func eval[T any](p *tab, expression string) T {
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
@@ -659,7 +659,7 @@ func eval[T any](p *tab, expression string) T {
 	return value
 }
 
-// compute is what an expression gives that takes its time, and nothing else can be asked of the page meanwhile.
+// compute returns the value of a slow expression. The page can do nothing else in the meantime.
 func compute[T any](p *tab, expression string) T {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.ctx, 5*patience)
@@ -681,7 +681,7 @@ func (p *tab) run(script string) {
 	}
 }
 
-// received is how far a page is: of what it shows, and of what a follower of its has.
+// received is how far a page is: the chunks that it shows, and those that its follower has.
 const received = `[globalThis.gapless?.seq, globalThis.f?.seq, document.getElementById('log')?.textContent.length].join()`
 
 // until waits until an expression is true, or until the page has received nothing for patience.
@@ -719,7 +719,7 @@ func (p *tab) ask(question string) {
 	p.until(`Boolean(document.querySelector('#log article[data-role=user] .text')?.textContent)`)
 }
 
-// session is the one in the page's URL.
+// session returns the session in the page's URL.
 func (p *tab) session() string {
 	p.t.Helper()
 	s := eval[string](p, `new URL(location.href).searchParams.get('session')`)
@@ -729,9 +729,9 @@ func (p *tab) session() string {
 	return s
 }
 
-// shown is the text of each message, with its id, as it stands in the document. Markdown stands
-// there as what it means: of that the source is answered, if what was drawn piece by piece is what
-// would be drawn of it at once, and else what is there instead.
+// shown returns the text of each message, with its id, as the document shows it. For Markdown, it
+// returns the source if the pieces were drawn like the whole. Otherwise it returns the document's
+// content.
 func (p *tab) shown() [][2]string {
 	p.t.Helper()
 	p.run(`import('/markdown.js').then((m) => { window.Markdown = m.Markdown; })`)
@@ -748,17 +748,17 @@ func (p *tab) shown() [][2]string {
 	})`)
 }
 
-// press presses a button with the mouse.
+// press clicks a button with the mouse.
 func (p *tab) press(button string) {
 	p.t.Helper()
 	p.do("press "+button, chromedp.Click(button))
 }
 
-// stoppable says that Stop is there to be pressed.
+// stoppable is true if the Stop button is visible.
 const stoppable = `document.getElementById('stop')?.hidden === false`
 
-// showsTheStop checks that a message is shown as stopped, exactly as far as the log has
-// it, that the log ends so, and that there is no Stop any more.
+// showsTheStop checks that a message is shown as stopped, exactly as far as the log contains it,
+// that the log ends so, and that the Stop button is gone.
 func (p *tab) showsTheStop(n *node, session, message string) {
 	p.t.Helper()
 	p.until(`document.querySelector('#log article[data-id="` + message + `"]')?.dataset.status === 'cancelled'`)
@@ -773,11 +773,11 @@ func (p *tab) showsTheStop(n *node, session, message string) {
 	}
 }
 
-// answered says that the model's answer is there.
+// answered is true if the model's answer has arrived.
 const answered = `document.querySelector('#log article[data-role=assistant]')?.dataset.status === 'done'`
 
-// showsTheHistory checks that what stands in the document is the session's history,
-// to the byte, and that the page found no gap and no double on the way.
+// showsTheHistory checks that the document shows the session's history, byte by byte, and that the
+// page found no gap and no duplicate on the way.
 func (p *tab) showsTheHistory(n *node, session string) {
 	p.t.Helper()
 	chunks := n.history(p.t, session)
@@ -812,7 +812,7 @@ func (p *tab) showsTheHistory(n *node, session string) {
 	}
 }
 
-// quietFor checks that for a while no request for a stream is made.
+// quietFor checks that no stream is requested for a while.
 func (p *proxy) quietFor(d time.Duration) {
 	p.t.Helper()
 	n := len(p.seen())
@@ -823,7 +823,7 @@ func (p *proxy) quietFor(d time.Duration) {
 	}
 }
 
-// longerThanRetry is more than twice the longest retry time that a node gives.
+// longerThanRetry is more than twice the longest retry time that a node sends.
 const longerThanRetry = 7 * time.Second
 
 const question = "What has bread to do with patience?"
@@ -890,7 +890,7 @@ func TestPage(t *testing.T) {
 func testGrows(t *testing.T, w world) {
 	p := open(t, w.browser, w.node.url("/"), chromedp.WithNewBrowserContext())
 	p.until(`gapless.state === 'live'`)
-	// Looked at by the page itself, since this test may look too rarely.
+	// The page itself checks this, because this test may check too rarely.
 	p.run(`window.states = [];
 		new MutationObserver(() => {
 			const text = document.querySelector('#log article[data-role=assistant] .text')?.textContent.trimEnd();
@@ -907,7 +907,7 @@ func testGrows(t *testing.T, w world) {
 			t.Fatalf("the answer did not grow:\nfrom %q\n  to %q", states[i-1], states[i])
 		}
 	}
-	if len(states) < 2 { // a busy machine draws seldom
+	if len(states) < 2 { // a busy machine draws rarely
 		t.Errorf("the answer grew in %d steps only", len(states))
 	}
 	p.showsTheHistory(w.node, p.session())
@@ -916,8 +916,8 @@ func testGrows(t *testing.T, w world) {
 	}
 }
 
-// The page has the token in its memory alone, and an EventSource of it has a ticket. When the
-// token has expired it asks for another, and goes on where it was.
+// The page keeps the token only in memory, and its EventSource uses a ticket. When the token has
+// expired, the page asks for another one, and continues where it was.
 func testToken(t *testing.T, w world) {
 	issuer := authtest.New(t)
 	n := start(t, "-auth", issuer.Source(), "-demo")
@@ -935,7 +935,7 @@ func testToken(t *testing.T, w world) {
 	p.until(`gapless.state === 'disconnected' && document.getElementById('problem').textContent.includes('no token')`)
 	paste(issuer.Token(life, may))
 	p.until(`gapless.state === 'live' && document.getElementById('login').hidden`)
-	p.run(`document.getElementById('compare').click()`) // which has the token's rights, too
+	p.run(`document.getElementById('compare').click()`) // it has the token's permissions, too
 	p.until(`gapless.naive.state === 'live'`)
 	p.run(`document.getElementById('cut').click()`)
 	p.until(`gapless.reconnects === 1 && gapless.state === 'live'`)
@@ -994,8 +994,8 @@ func testSecondTab(t *testing.T, w world) {
 	finish := w.node.answers(t, session)
 	first.until(`gapless.seq >= 20`)
 	url := eval[string](first, `location.href`)
-	second := open(t, first.ctx, url)                                  // of the same browser
-	other := open(t, w.browser, url, chromedp.WithNewBrowserContext()) // of another one, to whom the link was sent
+	second := open(t, first.ctx, url)                                  // in the same browser
+	other := open(t, w.browser, url, chromedp.WithNewBrowserContext()) // in another browser, whose user received the link
 	second.ask(question)
 	tabs := []*tab{first, second, other}
 	for _, p := range tabs {
@@ -1018,7 +1018,7 @@ func testNetworkChange(t *testing.T, w world) {
 		before := len(line.seen())
 		line.goOffline()
 		p.until(`gapless.state === 'waiting to reconnect'`)
-		// For longer than the longest retry time, so that it tries in vain.
+		// This lasts longer than the longest retry time, so that it retries in vain.
 		eventually(t, "the log grows while the page is offline", func() bool {
 			return len(w.a.history(t, session)) > eval[int](p, `gapless.seq`)+100
 		})
@@ -1032,9 +1032,9 @@ func testNetworkChange(t *testing.T, w world) {
 	p.showsTheHistory(w.b, session)
 }
 
-// Chromium's own emulation refuses what begins while it is offline, and leaves alone what
-// began before: so the stream is broken by the proxy. (The browser's "online" event, which
-// the page listens for, comes from here, too.)
+// Chromium's emulation refuses only what begins while it is offline. So the proxy breaks the stream
+// that began before. (The browser's "online" event, which the page listens for, comes from here,
+// too.)
 func testOffline(t *testing.T, w world) {
 	line := newProxy(t, w.node)
 	p := open(t, w.browser, line.url("/"), chromedp.WithNewBrowserContext())
@@ -1078,7 +1078,7 @@ func testEnd(t *testing.T, w world) {
 	p.until(`gapless.state === 'ended' && document.body.dataset.state === 'ended'`)
 	p.showsTheHistory(w.node, "ends")
 	line.quietFor(longerThanRetry)
-	if s := line.seen(); len(s) != 2 || s[1].status != http.StatusNoContent { // which said that this is the end
+	if s := line.seen(); len(s) != 2 || s[1].status != http.StatusNoContent { // the 204 marks the end
 		t.Errorf("%d requests for the stream, not 2", len(s))
 	}
 
@@ -1094,8 +1094,8 @@ func testEnd(t *testing.T, w world) {
 	}
 }
 
-// The end of another log, copied to this one, stands in it at the right place, and ends nothing: neither when it comes,
-// nor after a reload, where it is part of a snapshot.
+// The end of another log was copied to the right place in this one. It ends nothing, neither when
+// it comes nor after a reload, where it is part of a snapshot.
 func testCopiedEnd(t *testing.T, w world) {
 	const from, session = "copied-from", "copied-to"
 	w.a.post(t, "/v1/sessions/"+from+"/chunks", []chunk{{MessageID: "m", Content: "one "}, {MessageID: "m", Content: "two "}, {Type: "end"}})
@@ -1130,15 +1130,15 @@ func testCopiedEnd(t *testing.T, w world) {
 	}
 }
 
-// In a later epoch numbers begin after a multiple of 1,000,000: what is between was never a chunk, and nothing is
-// drawn, listed or counted for it.
+// In a later epoch, numbers begin after a multiple of 1,000,000. The numbers between were never
+// chunks, and nothing is drawn, listed or counted for them.
 func testLaterEpoch(t *testing.T, w world) {
 	const base = 2_000_000
 	snapshot := func(s says) {
 		s.raw(fmt.Sprintf("event: snapshot\ndata: {\"type\":\"snapshot\",\"epoch\":\"later\",\"first_seq\":%d,\"last_seq\":%d,\"ended\":false,"+
 			"\"messages\":[{\"message_id\":\"m\",\"role\":\"assistant\",\"content\":\"all\",\"status\":\"streaming\",\"done\":false,\"first_seq\":%[1]d,\"last_seq\":%d}]}\nid: %[2]d\n\n", base+1, base+5))
 	}
-	later := func(s says) { // to the reload; and to the page that is left, which may come back before it goes
+	later := func(s says) { // to the reload, and to the page that is left, which may reconnect before it goes
 		if s.r.Header.Get("Last-Event-ID") != "" {
 			s.welcome("later", base+5, base+5)
 			s.hang()
@@ -1168,7 +1168,7 @@ func testLaterEpoch(t *testing.T, w world) {
 			t.Errorf("counted are %s", got)
 		}
 		p.until(`document.getElementById('plot-words').textContent.includes('up to number 2000005; ')`)
-		// The numbers at the plot's side are whole: nothing is cut off at its edge.
+		// The numbers next to the plot are whole: none is cut off at its edge.
 		eventually(t, "the plot is drawn, with room at its side", func() bool {
 			return len(p.marks()) > 0 && eval[bool](p, `(() => {
 				const plot = document.getElementById('plot');
@@ -1186,7 +1186,7 @@ func testLaterEpoch(t *testing.T, w world) {
 	p.do("reload", chromedp.Reload())
 	shows(`{"snapshot":5,"history":0,"live":0,"repaired":0,"lost":0}0,0,1`, "all")
 
-	// The naive viewer has no resets: to it the numbers just jump. That is no loss.
+	// The naive viewer has no resets: it sees only a jump of numbers. That is no loss.
 	p.run(`import('/naive.js').then(({ Naive }) => {
 		window.told = [];
 		const events = [{ type: 'welcome', connection: 'c', last_seq: 0 }, { type: 'subscribed' }, { seq: 1 }, { seq: 3 }, { seq: 1000001 }, { seq: 1000003 }];
@@ -1223,7 +1223,7 @@ func testLongHistory(t *testing.T, w world) {
 		t.Errorf("%d reconnects, though nothing was cut", got)
 	}
 
-	// And a long answer costs a reload one event.
+	// A reload of a long answer costs one event.
 	for some := range slices.Chunk(chunks, 1000) {
 		for i := range some {
 			some[i].MessageID = "one"
@@ -1268,7 +1268,7 @@ func testText(t *testing.T, w world) {
 	p := open(t, w.browser, w.node.url("/?session=text"), chromedp.WithNewBrowserContext())
 	p.showsTheHistory(w.node, "text")
 	for i, m := range slices.DeleteFunc(p.shown(), func(m [2]string) bool { return m[0] == "all" }) {
-		if m[1] != nasty[i] { // the history could be wrong, too
+		if m[1] != nasty[i] { // the history itself could be wrong
 			t.Errorf("%q is shown as %q", nasty[i], m[1])
 		}
 	}
@@ -1319,8 +1319,8 @@ func testStopFromSecondTab(t *testing.T, w world) {
 	}
 }
 
-// asks has the page ask a question to which the server says that the answer will come as
-// that message. No model answers it: when its first word comes is up to the test.
+// asks makes the page ask a question, to which the server responds with that message id for the
+// answer. No model answers it: the test decides when its first word comes.
 func (p *tab) asks(n *node, session, reply string) {
 	p.t.Helper()
 	n.post(p.t, "/v1/sessions/"+session+"/chunks", chunk{Type: "message", MessageID: "q-" + reply, Role: "user", Content: question})
@@ -1336,7 +1336,7 @@ func (p *tab) asks(n *node, session, reply string) {
 func testStopBeforeFirstWord(t *testing.T, w world) {
 	const session = "stop-awaited"
 	p := open(t, w.browser, w.a.url("/?session="+session), chromedp.WithNewBrowserContext())
-	// The answer is an upload that keeps silent.
+	// The answer is an upload that stays silent.
 	body, silence := io.Pipe()
 	told := make(chan string, 1)
 	var wg sync.WaitGroup
@@ -1377,7 +1377,7 @@ func testWordless(t *testing.T, w world) {
 	w.node.post(t, "/v1/sessions/wordless/chunks", chunk{Type: "done", MessageID: "r"})
 	p.until(over)
 
-	// The end may come before the page learns what to await.
+	// The end may come before the page learns which answer to wait for.
 	w.node.post(t, "/v1/sessions/wordless/chunks", chunk{Type: "done", MessageID: "s"})
 	p.until(`gapless.seq === 3`)
 	p.asks(w.node, "wordless", "s")
@@ -1402,7 +1402,7 @@ func testAskAfterStop(t *testing.T, w world) {
 	p.until(`Array.from(document.querySelectorAll('#log article'), a => a.dataset.status).join() === 'done,cancelled,done,done'`)
 	p.until(`document.getElementById('stop').hidden`)
 	p.showsTheHistory(w.node, session)
-	// All the time that the second answer took, nothing came of the first.
+	// While the second answer came, nothing came of the first.
 	var end string
 	for _, c := range w.node.history(t, session) {
 		if c.MessageID == first {
@@ -1497,12 +1497,12 @@ func testProducerLost(t *testing.T, w world) {
 	p.until(`document.getElementById('stop').hidden`)
 	p.showsTheHistory(w.node, "lost")
 
-	// Any other reason is the producer's own, and is shown as it is.
+	// Any other reason is the producer's own, and is shown unchanged.
 	w.node.post(t, "/v1/sessions/lost/chunks", chunk{Type: "failed", MessageID: "half too", Reason: "constructor"})
 	p.until(`document.querySelector('#log article[data-id="half too"] .label')?.innerText === 'Failed: constructor'`)
 }
 
-// No code of ours runs in this page: what is proved is the wire.
+// This page contains no code of ours, so the test proves the wire format.
 func testPlainEventSource(t *testing.T, w world) {
 	line := newProxy(t, w.a, w.b)
 	line.route = func(stream int) int { return stream % 2 }
@@ -1510,7 +1510,7 @@ func testPlainEventSource(t *testing.T, w world) {
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	line.cuts = []cut{
-		where(`\n()\n`), // behind the id line of welcome, before it is whole
+		where(`\n()\n`), // after the id line of welcome, before it is whole
 		anywhere(random),
 		where(`}\nid: \d()\d`), // in an id
 		anywhere(random),
@@ -1559,7 +1559,7 @@ func testPlainEventSource(t *testing.T, w world) {
 	}
 }
 
-// This is what the id of welcome is for: latest is another chunk when it comes back.
+// The id of welcome exists for this: when the page reconnects, latest is another chunk.
 func testLatest(t *testing.T, w world) {
 	line := newProxy(t, w.node)
 	w.node.post(t, "/v1/sessions/latest/chunks", []chunk{{Content: "old"}, {Content: "old, too"}})
@@ -1579,8 +1579,8 @@ func testLatest(t *testing.T, w world) {
 	}
 }
 
-// gotAll checks that the events, as [id, data], are the elements of the list, every one
-// once, in order, to the byte.
+// gotAll checks that the events, as [id, data], are the elements of the list, each once, in order,
+// byte by byte.
 func gotAll(t *testing.T, list []string, events [][2]string) {
 	t.Helper()
 	for i := range max(len(list), len(events)) {

@@ -15,11 +15,11 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-// pictures are those of the README: pictures/<name>.webp, and beside it in words what is on it.
+// pictures are the README's: pictures/<name>.webp, each with a text file of the words on it.
 var pictures = []struct {
 	name string
 	look
-	begun, told func(*tab) // when some of the answer is there, and when all of it is
+	begun, told func(*tab) // called when some of the answer is there, and when all of it is
 }{
 	{"beside-the-naive-viewer", look{1280, 800, "light", true}, func(p *tab) {
 		p.press("#compare")
@@ -31,7 +31,7 @@ var pictures = []struct {
 	{"on-a-phone", look{390, 844, "dark", true}, func(*tab) {}, func(*tab) {}},
 }
 
-// -update makes them. What is on them has to be on the page of today, or they are out of date.
+// -update makes them. The current page must show the same words, or they are out of date.
 func TestPage_screenshots(t *testing.T) {
 	t.Parallel()
 	w := world{browser: chromium(t), node: start(t)}
@@ -39,7 +39,7 @@ func TestPage_screenshots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The model's words, as far as they make a good picture: then the answer stands still.
+	// These are the model's words that make a good picture. Then the answer stands still.
 	const sample = "Explain Server-Sent Events with a small example."
 	w.node.post(t, "/v1/sessions/sample/messages", map[string]string{"content": sample})
 	eventually(t, "the model has answered", func() bool { all := w.node.history(t, "sample"); return all[len(all)-1].Type == "done" })
@@ -98,7 +98,7 @@ func TestPage_screenshots(t *testing.T) {
 	}
 }
 
-// words is what can be seen of the page, without what differs from time to time.
+// words returns what the page shows, without what differs from time to time.
 func (p *tab) words() string {
 	p.t.Helper()
 	all := eval[[]string](p, `Array.from(document.querySelectorAll('h1, h2, h3, button, a.button, label, dt, #legend li, .side-label, #state, #form small'))

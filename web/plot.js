@@ -1,22 +1,22 @@
-// The time plot: each chunk is a mark, at the time when it came and at the height of its number.
-// A connection that was cut is a gap in time and none in numbers. Each kind has a shape of its
-// own, beside its colour.
+// The time plot. Each chunk is a mark, at the time of its arrival and the height of its number. A
+// connection that was cut is a gap in time but not in numbers. Each kind has its own shape and
+// colour.
 
-const longest = 30_000; // ms that are shown
+const longest = 30_000; // ms that are shown at most
 const shortest = 10_000;
-const most = 20_000; // marks that are kept
+const most = 20_000; // marks that are kept at most
 
 export const kinds = ['snapshot', 'history', 'live', 'repaired', 'lost'];
 
 export class Plot {
-  /** How many chunks of each kind there were. `lost`: by the naive viewer. */
+  /** How many chunks of each kind came. `lost`: by the naive viewer. */
   counts = { snapshot: 0, history: 0, live: 0, repaired: 0, lost: 0 };
 
   #canvas;
-  #marks = []; // {at, from, seq, kind}: chunks of the numbers from to seq, which came at once
-  #away = [];  // {from, to}: while there was no connection; to is Infinity until it is over
+  #marks = []; // {at, from, seq, kind}: the chunks from..seq, which came at once
+  #away = [];  // {from, to}: periods without a connection; to is Infinity until it is over
   #begun = false; // there was a connection
-  #last = 0;   // when something came last
+  #last = 0;   // when something last came
   #timer = 0;
   #still = matchMedia('(prefers-reduced-motion: reduce)');
 
@@ -27,7 +27,7 @@ export class Plot {
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.#draw());
   }
 
-  /** A chunk came, or a snapshot of those from number `from` on. */
+  /** Adds a chunk, or a snapshot of the chunks from number `from` on. */
   mark(kind, seq, from = seq) {
     const at = Date.now();
     this.counts[kind] += seq - from + 1;
@@ -38,7 +38,7 @@ export class Plot {
     this.#moves();
   }
 
-  /** Says whether there is a connection. */
+  /** Records whether there is a connection. */
   connected(is) {
     const open = this.#away.at(-1)?.to === Infinity;
     this.#begun ||= is;
@@ -48,14 +48,14 @@ export class Plot {
     this.#moves();
   }
 
-  /** Forgets all marks: another log begins. */
+  /** Removes all marks: another log begins. */
   clear() {
     this.#marks = [];
     for (const kind of kinds) this.counts[kind] = 0;
     this.#moves();
   }
 
-  /** What the picture shows, in words. */
+  /** Describes the picture in words. */
   get words() {
     const marks = this.#shown();
     if (marks.length === 0) return 'No chunk has come lately.';
@@ -79,7 +79,7 @@ export class Plot {
     this.#timer ||= setTimeout(() => this.#step(), this.#still.matches ? 1000 : 50);
   }
 
-  // Time goes on for as long as something happens, and a little longer.
+  // Time goes on while something happens, and a little longer.
   #step() {
     this.#timer = 0;
     this.#draw();
@@ -104,7 +104,7 @@ export class Plot {
   #draw() {
     const canvas = this.#canvas;
     const { clientWidth: width, clientHeight: height } = canvas;
-    if (width === 0) return; // nobody sees it
+    if (width === 0) return; // not visible
     const dots = devicePixelRatio;
     if (canvas.width !== Math.round(width * dots) || canvas.height !== Math.round(height * dots)) {
       canvas.width = Math.round(width * dots);
@@ -156,13 +156,13 @@ export class Plot {
         shape(g, m.kind, x(m.at), y(m.seq), paint[m.kind], y(m.from));
         continue;
       }
-      const step = Math.max(1, Math.floor((m.seq - m.from) / 40)); // more than that lie on each other
+      const step = Math.max(1, Math.floor((m.seq - m.from) / 40)); // more marks would overlap
       for (let seq = m.from; seq <= m.seq; seq += step) shape(g, m.kind, x(m.at), y(seq), paint[m.kind]);
     }
   }
 }
 
-/** Draws a mark: the legend's are the same ones. */
+/** Draws a mark. The legend uses the same shapes. */
 export function shape(g, kind, x, y, colour, from = y) {
   g.strokeStyle = g.fillStyle = colour;
   g.lineWidth = 1.5;

@@ -20,10 +20,10 @@ import (
 	"gapless/store/storetest"
 )
 
-// The tests of gapless.js in a browser's tabs, which share a connection.
+// These tests run gapless.js in a browser's tabs, which share a connection.
 
-// profile opens tabs that share what a browser's user has: another profile has nothing of it. Its
-// first tab follows nothing, since all others end with it.
+// profile opens tabs that share a user's browser profile, separate from all others. Its first tab
+// follows nothing, because all others end with it.
 type profile struct {
 	*tab
 	n *node
@@ -33,8 +33,8 @@ func newProfile(t *testing.T, browser context.Context, n *node) profile {
 	return profile{open(t, browser, n.url("/healthz"), chromedp.WithNewBrowserContext()), n}
 }
 
-// follows opens a tab that follows a session. before is a script that goes ahead, options are more
-// of follow's, in JavaScript.
+// follows opens a tab that follows a session. before is a script that runs first; options are more
+// options of follow, in JavaScript.
 func (b profile) follows(session, before, options string) *tab {
 	b.t.Helper()
 	p := open(b.t, b.ctx, b.n.url("/healthz"))
@@ -56,8 +56,8 @@ func (p *tab) follow(session, before, options string) {
 		})`, before, session, options))
 }
 
-// gotAll checks that a tab was given the list, each element once, in order, and of the other
-// handlers' calls these.
+// gotAll checks that a tab received the list, each element once, in order, and these calls of the
+// other handlers.
 func (p *tab) gotAll(list []string, calls string) {
 	p.t.Helper()
 	p.until(fmt.Sprintf(`got.length >= %d && calls.join() === %q`, len(list), calls))
@@ -67,7 +67,7 @@ func (p *tab) gotAll(list []string, calls string) {
 	}
 }
 
-// leader waits until one of the tabs leads, and no other.
+// leader waits until exactly one of the tabs leads.
 func leader(t *testing.T, tabs []*tab) int {
 	t.Helper()
 	at := -1
@@ -83,7 +83,7 @@ func leader(t *testing.T, tabs []*tab) int {
 	return at
 }
 
-// viewers is how many connections to a session's stream a node has.
+// viewers returns how many connections to a session's stream a node has.
 func (n *node) viewers(t testing.TB, session string) int {
 	t.Helper()
 	r, err := n.http.Get(n.url("/v1/sessions/" + session))
@@ -98,7 +98,7 @@ func (n *node) viewers(t testing.TB, session string) int {
 	return s.Viewers
 }
 
-// onlyOneViewer checks that so many tabs have one connection, all the time that some chunks take.
+// onlyOneViewer checks that so many tabs have one connection, while some chunks come.
 func (n *node) onlyOneViewer(t testing.TB, session string) {
 	t.Helper()
 	eventually(t, "there is one viewer", func() bool { return n.viewers(t, session) == 1 })
@@ -164,7 +164,7 @@ func testHandOver(t *testing.T, w world) {
 	}{
 		{"is closed", func(p *tab) { call(p, page.Close, cdp.Empty{}) }},
 		{"crashes", func(p *tab) {
-			ctx, cancel := context.WithTimeout(p.ctx, time.Second) // it is not answered
+			ctx, cancel := context.WithTimeout(p.ctx, time.Second) // there is no response
 			defer cancel()
 			_, _ = chromedp.Call(ctx, page.Crash, cdp.Empty{})
 		}},
@@ -243,7 +243,7 @@ func testSevenTabs(t *testing.T, w world) {
 	}
 }
 
-// The channel loses, of what comes, what window.lost says.
+// The channel loses the messages that window.lost selects.
 const lossy = `window.BroadcastChannel = class extends BroadcastChannel {
 	set onmessage(handler) { super.onmessage = (e) => { if (!window.lost?.(e)) handler(e); }; }
 }`
@@ -261,7 +261,7 @@ func testDeafTab(t *testing.T, w world) {
 		if (s < 644245094) return ++dropped > 0;
 	}`, seed%1000000), "")
 	second.until(`dropped > 30`)
-	// Nothing of the last words comes over the channel, and nothing more is told for a while.
+	// Nothing of the last words comes over the channel, and then it is quiet for a while.
 	second.run(`lost = (e) => { dropped++; return e.data.data !== undefined; }`)
 	finish()
 	list := w.redis.LRange(t.Context(), "chat:history:"+session, 0, -1).Val()
@@ -274,7 +274,7 @@ func testDeafTab(t *testing.T, w world) {
 	second.until(`sources.has('repaired')`)
 }
 
-// A mute leader is what a frozen one is to others.
+// A silent leader looks to the others like a frozen one.
 func testMuteLeader(t *testing.T, w world) {
 	const session = "mute"
 	b := newProfile(t, w.browser, w.node)
@@ -310,7 +310,7 @@ func testPutAway(t *testing.T, w world) {
 	call(first, page.SetWebLifecycleState, page.SetWebLifecycleStateParams{State: page.SetWebLifecycleStateStateActive})
 	first.until(`f.state === 'live' && !f.leading`)
 
-	// Behind another page, from which one may come back to it as it was.
+	// It goes to another page, from which the user may return to it unchanged.
 	second.run(`dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))`)
 	first.until(`f.leading && f.state === 'live'`)
 	second.until(`got.length > 0 && !f.leading`)
@@ -357,7 +357,7 @@ func testHeaders(t *testing.T, w world) {
 	leader(t, tabs[2:4])
 	leader(t, tabs[4:])
 	eventually(t, "three views", func() bool { return w.node.viewers(t, session) == 3 })
-	// The next one goes on by fetch, from its own cursor.
+	// The next tab continues by fetch, from its own cursor.
 	gone := leader(t, tabs[:2])
 	call(tabs[gone], page.Close, cdp.Empty{})
 	tabs = append(tabs[:gone:gone], tabs[gone+1:]...)
@@ -380,7 +380,7 @@ func testTicketTabs(t *testing.T, w world) {
 	first.until(`f.leading && f.state === 'live'`)
 	second.until(`f.leading && f.state === 'live'`)
 
-	// What it asks for carries the token that fetch adds.
+	// Its requests carry the token that fetch adds.
 	p := second
 	p.run(`f.ask('Why is there a tide?').then((a) => { window.asked = a; })`)
 	p.until(`asked.reply_message_id !== undefined && got.some(([, c]) => JSON.parse(c).message_id === asked.reply_message_id)`)
@@ -404,7 +404,7 @@ func testRefusedTabs(t *testing.T, w world) {
 	leader(t, tabs)
 }
 
-// Copies of an end come to all tabs, and end none; the last one is the server's.
+// Copies of an end come to all tabs, and end none. The last end is the server's.
 func testEndInAll(t *testing.T, w world) {
 	const from, session, path = "end-from", "end-in-all", "/v1/sessions/end-in-all/chunks"
 	b := newProfile(t, w.browser, w.node)
@@ -430,13 +430,13 @@ func testEndInAll(t *testing.T, w world) {
 		p.gotAll(list, "end ended")
 	}
 	eventually(t, "nobody views", func() bool { return w.node.viewers(t, session) == 0 })
-	// A tab that comes later, and one that has all of it.
+	// One tab comes later, and one has the whole log.
 	late := b.follows(session, "", "")
 	late.gotAll(list, "end ended")
 	b.follows(session, "", fmt.Sprintf(`after: %d,`, len(list))).until(`f.state === 'ended' && got.length === 0 && calls.join() === 'end ended'`)
 }
 
-// With a ticket nothing else may be asked for than the stream.
+// With a ticket, only the stream may be requested.
 func testEndWithTicket(t *testing.T, w world) {
 	issuer := authtest.New(t)
 	n := start(t, "-auth", issuer.Source())
@@ -470,7 +470,7 @@ func testOtherLogInAll(t *testing.T, w world) {
 	}
 	f := newFake(t, session("other", 3, true), append([]func(says){
 		func(s says) { s.welcome("e", 0, 3); s.chunks(1, 2, 3); <-both; s.breaks() },
-		func(s says) { s.welcome("e", 0, 3); s.chunks(1, 2, 3); s.hang() }, // the second tab's, until it has all
+		func(s says) { s.welcome("e", 0, 3); s.chunks(1, 2, 3); s.hang() }, // for the second tab, until it has everything
 	}, slices.Repeat([]func(says){other}, 12)...)...)
 	first := open(t, w.browser, f.URL+"/style.css", chromedp.WithNewBrowserContext())
 	first.follow("s", "", "")
@@ -500,7 +500,7 @@ func testLostInAll(t *testing.T, w world) {
 	}
 	w.node.post(t, path+"/chunks", []chunk{{Content: "a"}, {Content: "b"}})
 	all("1a,2b")
-	for _, p := range tabs { // the session's first chunk did not tell it
+	for _, p := range tabs { // the session's first chunk did not contain the epoch
 		p.until(`f.epoch !== ''`)
 		p.run(`got = []`)
 	}
@@ -524,7 +524,7 @@ func testLostInAll(t *testing.T, w world) {
 	for _, p := range tabs {
 		p.until(`f.state === 'ended' && calls.slice(-2).join() === 'reset deleted,end deleted'`)
 	}
-	// Whoever begins it again, and follows it again, has what there is then.
+	// A client that creates it and follows it again has what exists then.
 	w.node.post(t, path+"/chunks", chunk{Content: "d"})
 	for _, p := range tabs {
 		p.run(`got = [], calls = [], f.restart()`)
@@ -533,7 +533,7 @@ func testLostInAll(t *testing.T, w world) {
 	leader(t, tabs)
 }
 
-// A log that is lost goes on where its node says, before there is a chunk of the one that follows.
+// A lost log continues where its node says, before the following log has a chunk.
 func testLostAndAbsent(t *testing.T, w world) {
 	const session, path = "absent", "/v1/sessions/absent"
 	b := newProfile(t, w.browser, w.node)
@@ -557,7 +557,7 @@ func testLostAndAbsent(t *testing.T, w world) {
 		p.until(`f.seq === 1000000 && calls.length === 1`)
 	}
 	again := chunk{Content: "new"}
-	w.node.post(t, path+"/chunks", []chunk{again, again, again, again, again, again}) // at once: before the epoch can be asked for
+	w.node.post(t, path+"/chunks", []chunk{again, again, again, again, again, again}) // at once: before the epoch can be requested
 	list := w.redis.LRange(t.Context(), "chat:history:"+session, 0, -1).Val()
 	for _, p := range tabs {
 		p.until(fmt.Sprintf(`got.length >= %d && f.epoch !== ''`, len(list)))
@@ -573,10 +573,10 @@ func testStalledRead(t *testing.T, w world) {
 		func(s says) {
 			s.welcome("e", 0, 2)
 			s.chunks(1, 2)
-			for seq := 3; s.r.Context().Err() == nil; seq++ { // so the leading tab gives signs all the time
+			for seq := 3; s.r.Context().Err() == nil; seq++ { // so the leading tab gives signs of life all the time
 				s.chunks(seq)
 				select {
-				case <-time.After(100 * time.Millisecond): // the pace of the answer
+				case <-time.After(100 * time.Millisecond): // the pace of the producer
 				case <-s.r.Context().Done():
 				}
 			}
@@ -606,7 +606,7 @@ func testStalledRead(t *testing.T, w world) {
 
 func testSnapshotTabs(t *testing.T, w world) {
 	const session = "snapshot"
-	// What a page shows of the messages: their text, wherever it came from.
+	// This is what a page shows of the messages: their text, wherever it came from.
 	const text = `window.text = {}, window.snapshots = 0`
 	const options = `onSnapshot: (s) => { snapshots++; text = Object.fromEntries(s.messages.map((m) => [m.message_id, m.content])); },
 		onChunk: (c) => { text[c.message_id] = (text[c.message_id] ?? '') + (c.content ?? ''); },`
@@ -654,7 +654,7 @@ func testDeadConnection(t *testing.T, w world) {
 	p.follow("dead", "", "")
 	for i, comes := range []string{`dispatchEvent(new Event('online'))`, `document.dispatchEvent(new Event('visibilitychange'))`} {
 		p.until(fmt.Sprintf(`got.length === %d && f.state === 'live'`, i+1))
-		p.run(comes) // nothing is missing, and nothing is asked for
+		p.run(comes) // nothing is missing, and nothing is requested
 		line.goSilent()
 		w.node.post(t, path+"/chunks", chunk{Content: "b"})
 		if got := len(line.seen()); got != i+1 {
@@ -663,7 +663,7 @@ func testDeadConnection(t *testing.T, w world) {
 		p.run(comes)
 	}
 	p.until(`got.length === 3 && f.state === 'live' && f.reconnects === 2`)
-	// The tab that comes back need not be the one that holds the connection.
+	// The returning tab need not be the one that holds the connection.
 	second := open(t, p.ctx, line.url("/healthz"))
 	second.follow("dead", "", "")
 	second.until(`got.length === 3 && f.state === 'live'`)
@@ -677,7 +677,7 @@ func testDeadConnection(t *testing.T, w world) {
 }
 
 func testOtherOrigin(t *testing.T, w world) {
-	other := newFake(t, "404") // which is another port
+	other := newFake(t, "404") // it has another port
 	n := start(t, "-redis", w.redis.URL(), "-cors-origins", strings.TrimSuffix(other.URL, "/"))
 	n.post(t, "/v1/sessions/elsewhere/chunks", chunk{Content: "a"})
 	p := open(t, w.browser, other.URL+"/style.css", chromedp.WithNewBrowserContext())

@@ -14,7 +14,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// In HTTP/1.1 a browser makes six connections to a server, and the seventh stream hangs.
+// In HTTP/1.1, a browser makes six connections to a server, and a seventh stream hangs.
 func TestTLS_aPageHasItsTwentyStreamsInOneConnection(t *testing.T) {
 	t.Parallel()
 	cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")

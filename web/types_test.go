@@ -11,15 +11,16 @@ import (
 
 var update = flag.Bool("update", false, "write gapless.d.ts as it follows from gapless.js")
 
-// The types stand in gapless.js, as JSDoc, and are checked there; the declarations follow from
-// them, and are what a program in TypeScript uses.
+// gapless.js contains the types as JSDoc, and they are checked there. The declarations are
+// generated from them, for programs in TypeScript.
 func TestTypes_areSoundAndTheDeclarationsFollowFromThem(t *testing.T) {
 	t.Parallel()
 	from, err := installed()
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A folder of its own, since its parts are written beside the module that other tests use.
+	// This is a separate folder, because the results are written next to the module that other
+	// tests use.
 	to := t.TempDir()
 	for _, name := range []string{"gapless.js", "consumer.ts", "package.json", "tsconfig.json"} {
 		text, err := os.ReadFile(filepath.Join(from, name))
@@ -53,7 +54,7 @@ func TestTypes_areSoundAndTheDeclarationsFollowFromThem(t *testing.T) {
 		t.Fatalf("gapless.d.ts is not what follows from gapless.js (%v): go test ./web -run TestTypes -update", err)
 	}
 
-	// What is served is what a consumer reads: the declarations, without the module.
+	// A consumer reads what is served: the declarations, without the module.
 	if err := os.Rename(filepath.Join(to, "types", "gapless.d.ts"), filepath.Join(to, "gapless.d.ts")); err != nil {
 		t.Fatal(err)
 	}

@@ -13,20 +13,20 @@ import (
 	"gapless/store/storetest"
 )
 
-// chat is the Vercel AI SDK's, at work on a session.
+// chat is a chat of the Vercel AI SDK, on a session.
 type chat struct {
 	done chan struct{}
 
 	mu    sync.Mutex
-	lines map[string][]string // what it printed, by what it is about
+	lines map[string][]string // what it printed, by topic
 	over  string
 	err   error
 }
 
-// sdks are the packages of the AI SDK that front ends have: versions 6 and 7.
+// sdks are the versions of the AI SDK that front ends use: 6 and 7.
 var sdks = []string{"ai", "ai7"}
 
-// startChat has a script of the AI SDK run: how is ask, resume or stop.
+// startChat runs a script of the AI SDK; how is ask, resume or stop.
 func startChat(t *testing.T, sdk, base, session, how, question string) *chat {
 	t.Helper()
 	c := &chat{done: make(chan struct{}), lines: map[string][]string{}}
@@ -57,10 +57,10 @@ func (c *chat) has(t *testing.T, bytes int) {
 	})
 }
 
-// ends waits for its end, which must be the status and the text of a message.
+// ends waits for its end, and checks the status and the text of its message.
 func (c *chat) ends(t *testing.T, status, message, text string) {
 	t.Helper()
-	<-c.done // it ends with the test's patience, too
+	<-c.done // it also ends with the test's patience
 	if c.err != nil || c.over != status {
 		t.Errorf("the chat ended %q, not %q: %v %q", c.over, status, c.err, c.lines["error"])
 	}
@@ -96,7 +96,7 @@ func testResumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T, sdk st
 	produce(a)
 
 	line := newProxy(t, a, b)
-	line.cuts = []cut{where(`text-delta.*\n\ndata: {"type":"text-de()`)} // the first response, in mid-answer
+	line.cuts = []cut{where(`text-delta.*\n\ndata: {"type":"text-de()`)} // cuts the first response in mid-answer
 	line.route = func(streams int) int { return min(streams, 1) }
 	b.post(t, path, chunk{Type: "done", MessageID: "other"})
 	whole := startChat(t, sdk, "http://"+a.addr, session, "resume", "")
@@ -110,7 +110,7 @@ func testResumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T, sdk st
 		}
 		whole.has(t, len(want))
 	}
-	a.stop() // whose chats end in an error: whole comes back to nobody
+	a.stop() // its chats end with an error
 	b.post(t, path, chunk{Type: "done", MessageID: "m"})
 	torn.ends(t, "ready", "m", want)
 	if streams := line.seen(); len(streams) < 2 || !streams[0].cut {
@@ -119,7 +119,8 @@ func testResumesARunningAnswerToTheByteThroughCutsAndADrain(t *testing.T, sdk st
 	whole.ends(t, "error", "m", want)
 	late := startChat(t, sdk, "http://"+b.addr, session, "resume", "")
 	late.ends(t, "ready", "", "")
-	// What a page begins with (messages?format=ui), and what a resume adds to it: the answer is there once.
+	// A page begins with messages?format=ui, and a resume adds to it. The answer must be there
+	// once.
 	for c, want := range map[*chat]string{whole: "user user assistant", torn: "user user assistant", late: "user assistant user"} {
 		if got := c.lines["roles"]; !slices.Equal(got, []string{want}) {
 			t.Errorf("it has messages of %q, not %q", got, want)

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// What the page has of others is what they published, to the byte, in the version that
-// testdata/clients pins; so a new version is one of package.json and a copy.
+// The page's third-party code is exactly what was published, in the version that testdata/clients
+// pins. So a new version needs a change in package.json and a copy.
 func TestVendor_isWhatItsPackageHas(t *testing.T) {
 	t.Parallel()
 	at, err := installed()

@@ -22,7 +22,7 @@ func TestFiles_holdWhatThePageNames(t *testing.T) {
 	}
 }
 
-// The page's Content-Security-Policy would block these without a word to the reader.
+// The page's Content-Security-Policy would block these without a visible error.
 func TestPage_hasNothingInline(t *testing.T) {
 	page, err := fs.ReadFile(Files, "index.html")
 	if err != nil {

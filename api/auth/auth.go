@@ -1,18 +1,18 @@
-// Package auth says who may do what: it reads a credential, a JWT (RFC 7519), into a Grant,
-// and a Grant answers whether an action on a session is allowed.
+// Package auth decides who may do what. It reads a credential, a JWT (RFC 7519), into a Grant. A
+// Grant reports whether an action on a session is allowed.
 //
-// The rules are few, so that they can be kept in mind:
+// The rules are few and easy to remember:
 //
-//   - The kind of key fixes the algorithm, never the token: secrets are for HS256, the keys of
-//     a JWKS for the one of RS256, ES256 and EdDSA that they are made for.
-//   - A token says when it expires. Whoever holds it may do what it grants until then, and
-//     there is no list of revoked ones: issue short ones.
-//   - Whatever could be read in two ways is refused: a name that stands twice, a header that
-//     has to be understood (crit), an action that does not exist.
-//   - What is wrong with a token is said only of what can be told without the key, or, of the
-//     rest, to the holder of a token whose signature is right.
+//   - The kind of key decides the algorithm, never the token. Secrets are for HS256. A key of a JWKS
+//     is for RS256, ES256 or EdDSA, according to its type.
+//   - A token says when it expires. Until then, anyone who holds it may do what it grants. There is
+//     no list of revoked tokens: issue short-lived ones.
+//   - Whatever could be read in two ways is refused: a duplicate name, a header that must be
+//     understood (crit), an unknown action.
+//   - An error describes what is wrong with a token only if that is visible without the key, or if
+//     the token's signature is valid.
 //
-// Not promised: that a token's issuer is asked again once its token was taken.
+// The issuer is not asked again after its token was accepted.
 package auth
 
 import (
@@ -33,35 +33,35 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Config says whose tokens are taken.
+// Config describes whose tokens are accepted.
 type Config struct {
-	// Source is where the keys are: "secret:FILE[,FILE…]" or the URL of a JWKS. Empty: there
+	// Source is the location of the keys: "secret:FILE[,FILE…]" or the URL of a JWKS. Empty: there
 	// is no authentication, and everybody may do everything.
 	Source string
-	// Issuer and Audience are what iss and aud have to say; empty: they are not looked at.
+	// Issuer and Audience are the required iss and aud; empty: not checked.
 	Issuer, Audience string
-	// Claim is the name of the claim that says what its holder may do.
+	// Claim is the name of the claim that contains what a token allows.
 	Claim string
-	// Cookie is the name of a cookie that may hold the token; empty: none may.
+	// Cookie is the name of a cookie that may contain the token; empty: none may.
 	Cookie string
 
 	Logger *slog.Logger
 }
 
-// DefaultConfig is what the flags start from. The claim has the server's name, since a token
+// DefaultConfig returns the defaults of the flags. The claim has the server's name, because a token
 // may be for other services as well.
 func DefaultConfig() Config {
 	return Config{Claim: "gapless", Logger: slog.New(slog.DiscardHandler)}
 }
 
 const (
-	// leastSecret is as long as what HS256 makes of it (RFC 7518, section 3.2), in bytes.
+	// leastSecret is the length of HS256's output (RFC 7518, section 3.2), in bytes.
 	leastSecret = 32
-	// mostToken is longer than any token of an honest issuer, and soon read, in bytes.
+	// mostToken is longer than any token of an honest issuer, and fast to parse, in bytes.
 	mostToken = 8 << 10
-	// leeway is by how much an issuer's clock may be ahead of ours.
+	// leeway is how far an issuer's clock may be ahead of ours.
 	leeway = 10 * time.Second
-	// farthest is 9999-12-31: what is later is a mistake, and overflows somewhere.
+	// farthest is 9999-12-31: a later time is a mistake, and overflows somewhere.
 	farthest = 253402300799
 )
 
@@ -97,7 +97,7 @@ func readSecrets(files string) (secrets []jwt.VerificationKey, err error) {
 	var errs []error
 	for file := range strings.SplitSeq(files, ",") {
 		secret, err := os.ReadFile(file)         // #nosec G304 -- the operator names it
-		secret = bytes.TrimRight(secret, "\r\n") // an editor's or echo's
+		secret = bytes.TrimRight(secret, "\r\n") // an editor or echo adds them
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("-auth: secret: %w", err))
@@ -109,7 +109,7 @@ func readSecrets(files string) (secrets []jwt.VerificationKey, err error) {
 	return secrets, errors.Join(errs...)
 }
 
-// checkURL wants keys to come from whom their name says: who can change them can make tokens.
+// checkURL requires that keys come from the named host: anyone who can change them can make tokens.
 func checkURL(source string) error {
 	u, err := url.Parse(source)
 	switch {
@@ -126,11 +126,11 @@ func checkURL(source string) error {
 	return nil
 }
 
-// ErrAway says that a token cannot be judged now, since the keys cannot be fetched.
+// ErrAway means that a token cannot be verified now, because the keys cannot be fetched.
 var ErrAway = errors.New("the keys by which tokens are verified cannot be fetched")
 
-// InvalidError refuses a credential. Its text is for whoever sent it: what is wrong, and what
-// to do. It has nothing of the token's that was not signed.
+// InvalidError refuses a credential. Its text tells the sender what is wrong, and what to do. It
+// contains nothing of the token that was not signed.
 type InvalidError struct{ Detail string }
 
 func (e *InvalidError) Error() string { return e.Detail }
@@ -139,7 +139,7 @@ func invalid(format string, args ...any) error {
 	return &InvalidError{fmt.Sprintf(format, args...)}
 }
 
-// Auth verifies tokens. Its methods may be called from many goroutines.
+// Auth verifies tokens. Its methods are safe for concurrent use.
 type Auth struct {
 	cfg    Config
 	parser *jwt.Parser
@@ -147,8 +147,8 @@ type Auth struct {
 	jwks   *jwks // nil: the keys are secrets
 }
 
-// Open reads the secrets, or fetches the keys. Keys that cannot be fetched now are fetched
-// later. Close must be called.
+// Open reads the secrets, or fetches the keys. If keys cannot be fetched now, they are fetched
+// later. The caller must call Close.
 func Open(cfg Config) (*Auth, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -180,20 +180,20 @@ func Open(cfg Config) (*Auth, error) {
 	return a, nil
 }
 
-// Close ends what refreshes the keys.
+// Close stops the refreshing of keys.
 func (a *Auth) Close() {
 	if a.jwks != nil {
 		a.jwks.close()
 	}
 }
 
-// Cookie is the name of the cookie that may hold a token; empty: none may.
+// Cookie returns the name of the cookie that may contain a token; empty: none may.
 func (a *Auth) Cookie() string { return a.cfg.Cookie }
 
-// Claim is the name of the claim that says what its holder may do.
+// Claim returns the name of the claim that contains what a token allows.
 func (a *Auth) Claim() string { return a.cfg.Claim }
 
-// Ready says whether tokens can be judged: ErrAway until keys were fetched for the first time.
+// Ready returns nil if tokens can be verified. It returns ErrAway until the keys were first fetched.
 func (a *Auth) Ready(ctx context.Context) error {
 	if a.jwks == nil {
 		return nil
@@ -201,7 +201,7 @@ func (a *Auth) Ready(ctx context.Context) error {
 	return a.jwks.ready(ctx)
 }
 
-// Read verifies a token, and answers what it grants. Errors: *InvalidError, ErrAway.
+// Read verifies a token, and returns what it grants. Errors: *InvalidError, ErrAway.
 func (a *Auth) Read(token string) (Grant, error) {
 	if len(token) > mostToken {
 		return Grant{}, invalid("the token has more than %d bytes", mostToken)
@@ -217,7 +217,7 @@ func (a *Auth) Read(token string) (Grant, error) {
 	if err != nil || expires.Unix() > farthest {
 		return Grant{}, invalid("the token's exp is not a time: it must be a number of seconds since 1970")
 	}
-	if !time.Now().Before(expires.Time) { // the leeway is for clocks that are ahead, not for tokens that live on
+	if !time.Now().Before(expires.Time) { // the leeway is for clocks that are ahead, not for expired tokens
 		return Grant{}, expired(expires.Time)
 	}
 	g := Grant{Expires: expires.Time}
@@ -230,8 +230,8 @@ func (a *Auth) Read(token string) (Grant, error) {
 	return g, nil
 }
 
-// checkForm looks at what the library would let pass: its JSON reader takes the last of two
-// names that are the same, while another reader of the same token may take the first.
+// checkForm checks what the library would accept. Its JSON parser takes the last of two equal
+// names, while another parser of the same token may take the first.
 func checkForm(token string) error {
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
@@ -251,8 +251,8 @@ func checkForm(token string) error {
 	return nil
 }
 
-// checkHeader refuses what has to be understood and is not (RFC 7515, section 4.1.11), and a
-// kid that is no text. Other members that say where keys are (jku, x5u, jwk) are not looked at.
+// checkHeader refuses extensions that must be understood (RFC 7515, section 4.1.11), and a kid that
+// is not text. It ignores other members that name keys (jku, x5u, jwk).
 func checkHeader(text []byte) error {
 	dec := jsontext.NewDecoder(bytes.NewReader(text))
 	_, _ = dec.ReadToken() // it is an object
@@ -276,8 +276,8 @@ func checkHeader(text []byte) error {
 	return nil
 }
 
-// explain says what is wrong. The claims are only believed where the signature was right: the
-// library looks at them behind it.
+// explain returns what is wrong. It uses the claims only if the signature was valid: the library
+// checks them after it.
 func (a *Auth) explain(claims jwt.MapClaims, err error) error {
 	switch {
 	case errors.Is(err, ErrAway):

@@ -33,7 +33,7 @@ func open(t *testing.T, change func(*Config)) *Auth {
 	return a
 }
 
-// refused fails unless a token is refused, with words that say why.
+// refused fails unless a token is refused with an error that says why.
 func refused(t *testing.T, a *Auth, token, why string) {
 	t.Helper()
 	g, err := a.Read(token)
@@ -50,7 +50,7 @@ func refused(t *testing.T, a *Auth, token, why string) {
 
 func b64(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
 
-// raw signs any header and claims, to the byte.
+// raw signs any header and claims, without changing a byte.
 func raw(t *testing.T, i *authtest.Issuer, header, claims string) string {
 	t.Helper()
 	secret, err := os.ReadFile(i.File)
@@ -126,7 +126,7 @@ func TestRead_refusesWhatIsNoTokenOfIts(t *testing.T) {
 		t.Fatalf("a good one by hand: %v", err)
 	}
 	flipped := []byte(parts[2])
-	if flipped[0] == 'A' { // whatever it is, it stays base64url
+	if flipped[0] == 'A' { // either character is base64url
 		flipped[0] = 'B'
 	} else {
 		flipped[0] = 'A'
@@ -195,7 +195,7 @@ func TestRead_refusesWhatIsNoTokenOfIts(t *testing.T) {
 	}
 }
 
-// A kid is a name among the keys and nothing else, and of secrets not even that.
+// A kid is only a name among the keys, and is ignored for secrets.
 func TestRead_kidOpensNoOtherPlace(t *testing.T) {
 	i := authtest.New(t)
 	a := open(t, func(c *Config) { c.Source = i.Source() })
@@ -271,7 +271,7 @@ func TestConfig_reportsAllMistakesTogether(t *testing.T) {
 	}
 }
 
-// model is the decision in ten lines: a pattern is a regular expression.
+// model is the decision in ten lines, with regular expressions for patterns.
 func model(may map[string][]string, action, session string) bool {
 	for _, name := range []string{action, "admin"} {
 		for _, pattern := range may[name] {
@@ -294,7 +294,7 @@ func FuzzMay(f *testing.F) {
 			return
 		}
 		for _, text := range []string{read, write, admin, session} {
-			if strings.ToValidUTF8(text, "") != text { // a token's are
+			if strings.ToValidUTF8(text, "") != text { // a token's text is valid UTF-8
 				return
 			}
 		}
@@ -311,7 +311,7 @@ func FuzzMay(f *testing.F) {
 	})
 }
 
-// Whatever is sent, nothing is granted by it, and nothing breaks.
+// Whatever is sent, it grants nothing and breaks nothing.
 func FuzzRead(f *testing.F) {
 	file := filepath.Join(f.TempDir(), "secret")
 	if err := os.WriteFile(file, []byte(rand.Text()+rand.Text()), 0o600); err != nil {

@@ -16,8 +16,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Commands are the subcommands of the program that make and check tokens. Each returns its exit status: 0 for success, 1 for a
-// token that is not accepted, 2 for wrong usage.
+// Commands are the subcommands of the program that make and check tokens. Each returns its exit
+// status: 0 for success, 1 for a token that is not accepted, 2 for wrong usage.
 var Commands = map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int{
 	"secret": func(_ context.Context, args []string, _ func(string) (string, bool)) int {
 		return secret(args, os.Stdout, os.Stderr)

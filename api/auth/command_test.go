@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// run calls a command as the shell does.
+// run runs a command as a shell does.
 func run(command func([]string, *bytes.Buffer, *bytes.Buffer) int, args ...string) (code int, out, problems string) {
 	var o, p bytes.Buffer
 	code = command(args, &o, &p)

@@ -10,7 +10,7 @@ import (
 // Action is something that can be done to a session.
 type Action int
 
-// The actions. The zero Action is none, and nobody may do it.
+// The actions. The zero Action is none, and is never allowed.
 const (
 	Read   Action = iota + 1 // the session, its chunks, its stream; tickets for that
 	Write                    // make it, append to it, end it
@@ -24,26 +24,26 @@ var names = [actions]string{Read: "read", Write: "write", Ask: "ask", Cancel: "c
 
 func (a Action) String() string { return names[a] }
 
-// All stands for all sessions: only the pattern * allows something on it.
+// All stands for all sessions. Only the pattern * allows something on it.
 const All = "*"
 
-// Grant is what a credential allows, and until when.
+// Grant describes what a credential allows, and until when.
 type Grant struct {
-	Subject string    // who it is, as its issuer says; may be empty
-	Expires time.Time // from then on it allows nothing; zero: never
+	Subject string    // the holder's name, from its issuer; may be empty
+	Expires time.Time // when the grant ends; zero: never
 	may     [actions][]string
 }
 
-// Everything is what everybody may do where there is no authentication.
+// Everything returns the grant of everybody if there is no authentication.
 func Everything() Grant { return Grant{may: [actions][]string{Admin: {All}}} }
 
-// Viewing allows to read one session.
+// Viewing returns a grant to read one session.
 func Viewing(session string, expires time.Time) Grant {
 	return Grant{Expires: expires, may: [actions][]string{Read: {session}}}
 }
 
-// May says whether the grant allows an action on a session, whose id has no * in it. It does
-// not look at the time.
+// May reports whether the grant allows an action on a session, whose id must not contain *. It
+// ignores Expires.
 func (g Grant) May(a Action, session string) bool {
 	if a < Read || a >= actions {
 		return false
@@ -52,11 +52,11 @@ func (g Grant) May(a Action, session string) bool {
 	return slices.ContainsFunc(g.may[a], fits) || slices.ContainsFunc(g.may[Admin], fits)
 }
 
-// match says whether text is what pattern says, in which each * stands for any text. It goes
-// back to the last * only, which is enough, so that no pattern takes long.
+// match reports whether text matches pattern, in which each * stands for any text. It backtracks
+// only to the last *, which is enough, so that no pattern takes long.
 func match(pattern, text string) bool {
 	p, t := 0, 0
-	star, resume := -1, 0 // behind the last *, and what of text it has not taken yet
+	star, resume := -1, 0 // the position after the last *, and the first byte of text that it has not taken
 	for t < len(text) {
 		switch {
 		case p < len(pattern) && pattern[p] == '*':
@@ -74,7 +74,7 @@ func match(pattern, text string) bool {
 	return strings.Trim(pattern[p:], "*") == ""
 }
 
-// readClaim reads what a token allows: {"read":["chat-*"],"write":["chat-7"]}. Without the claim
+// readClaim parses what a token allows: {"read":["chat-*"],"write":["chat-7"]}. Without the claim
 // it allows nothing.
 func readClaim(claim string, value any) (may [actions][]string, err error) {
 	if value == nil {

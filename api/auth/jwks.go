@@ -22,11 +22,10 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// jwks is the keys of an issuer (RFC 7517), kept while it is away and fetched again now and
-// then. A token whose key is not among them has them fetched at once, since its issuer may have
-// changed keys just now; strangers cannot make us ask more often than unknownEvery for that.
-// Those that come while they are fetched wait for it, so that none of them is refused
-// whose key is new.
+// jwks holds the keys of an issuer (RFC 7517). They are kept while the issuer is unreachable, and
+// fetched again periodically. A token with an unknown key causes a fetch at once, because its
+// issuer may have just changed keys. Strangers cannot cause more than one fetch per unknownEvery.
+// Tokens that arrive during a fetch wait for it, so that a token with a new key is not refused.
 type jwks struct {
 	held   *held
 	ask    jwkset.Storage // fetches
@@ -38,7 +37,7 @@ type jwks struct {
 }
 
 const (
-	// refreshEvery is how long a key is believed that its issuer has taken back.
+	// refreshEvery is how long a key is accepted after its issuer has withdrawn it.
 	refreshEvery = 5 * time.Minute
 	unknownEvery = 5 * time.Second
 	fetchTimeout = 3 * time.Second
@@ -51,7 +50,7 @@ func openJWKS(source string, log *slog.Logger) (*jwks, error) {
 	j := &jwks{held: &held{MemoryJWKSet: jwkset.NewMemoryStorage()}, limit: rate.NewLimiter(rate.Every(unknownEvery), 1), quit: quit}
 	client := &http.Client{
 		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, TLSHandshakeTimeout: fetchTimeout},
-		// Another place than the one that was named is none that was checked.
+		// A redirect leads to a host that was not verified.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	remote, err := jwkset.NewStorageFromHTTP(source, jwkset.HTTPClientStorageOptions{
@@ -60,7 +59,7 @@ func openJWKS(source string, log *slog.Logger) (*jwks, error) {
 			if ctx.Err() != nil {
 				return
 			}
-			if bad, ok := errors.AsType[*url.Error](err); ok { // it would repeat the URL
+			if bad, ok := errors.AsType[*url.Error](err); ok { // its text would repeat the URL
 				err = bad.Err
 			}
 			if !j.held.away.Swap(true) {
@@ -72,7 +71,7 @@ func openJWKS(source string, log *slog.Logger) (*jwks, error) {
 		quit()
 		return nil, fmt.Errorf("-auth: %w", err)
 	}
-	j.ask, err = jwkset.NewHTTPClient(jwkset.HTTPClientOptions{ // its limit would have tokens wait for their turn: ours refuses them
+	j.ask, err = jwkset.NewHTTPClient(jwkset.HTTPClientOptions{ // its limit would make tokens wait: ours refuses them
 		HTTPURLs: map[string]jwkset.Storage{source: remote}, RefreshUnknownKID: rate.NewLimiter(rate.Inf, 1), RateLimitWaitMax: fetchTimeout,
 	})
 	if err == nil {
@@ -91,7 +90,7 @@ func (j *jwks) close() {
 	j.wg.Wait()
 }
 
-// tend fetches the keys now and then.
+// tend fetches the keys periodically.
 func (j *jwks) tend(ctx context.Context) {
 	tick := time.NewTicker(refreshEvery)
 	defer tick.Stop()
@@ -109,7 +108,7 @@ func (j *jwks) tend(ctx context.Context) {
 func (j *jwks) fetch() {
 	_, _, _ = j.flight.Do("", func() (any, error) {
 		if j.limit.Allow() {
-			_, _ = j.ask.KeyRead(context.Background(), "\x00") // there is none of that name: it is fetched
+			_, _ = j.ask.KeyRead(context.Background(), "\x00") // no key has that name, so this fetches them
 		}
 		return nil, nil
 	})
@@ -125,7 +124,7 @@ func (j *jwks) ready(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// keyOf finds the key that a token names, or, if it names none, all that may be meant.
+// keyOf returns the key that a token names, or, if it names none, all keys that may be meant.
 func (j *jwks) keyOf(t *jwt.Token) (any, error) {
 	found, err := j.find.Keyfunc(t)
 	if errors.Is(err, ErrAway) {
@@ -150,7 +149,7 @@ func (j *jwks) keyOf(t *jwt.Token) (any, error) {
 	return jwt.VerificationKeySet{Keys: fit}, nil
 }
 
-// none says why there is no key: an issuer that is away may have one that we have not seen.
+// none returns why there is no key. An unreachable issuer may have a key that we have not seen.
 func (j *jwks) none() error {
 	if j.held.away.Load() {
 		return ErrAway
@@ -158,7 +157,7 @@ func (j *jwks) none() error {
 	return errNoKey
 }
 
-// algorithm is the one that a key is for; empty: none here.
+// algorithm returns the algorithm that a key is for; empty: none here.
 func algorithm(key any) string {
 	const leastBits = 2048 // RFC 7518, section 3.3
 	switch k := key.(type) {
@@ -176,14 +175,14 @@ func algorithm(key any) string {
 	return ""
 }
 
-// held is the keys that were fetched last.
+// held holds the keys that were fetched last.
 type held struct {
 	*jwkset.MemoryJWKSet
-	fetched atomic.Bool // once at least
-	away    atomic.Bool // they could not be, the last time
+	fetched atomic.Bool // at least once
+	away    atomic.Bool // the last fetch failed
 }
 
-// KeyReplaceAll is called with what was fetched.
+// KeyReplaceAll replaces the keys after a fetch.
 func (h *held) KeyReplaceAll(ctx context.Context, keys []jwkset.JWK) error {
 	err := h.MemoryJWKSet.KeyReplaceAll(ctx, keys)
 	h.fetched.Store(true)
@@ -191,7 +190,7 @@ func (h *held) KeyReplaceAll(ctx context.Context, keys []jwkset.JWK) error {
 	return err
 }
 
-// lookup is the keys as tokens ask for them: fetched when one is not there.
+// lookup finds the keys for tokens. It fetches keys if one is missing.
 type lookup struct {
 	*held
 	jwks *jwks
@@ -200,8 +199,8 @@ type lookup struct {
 func (l lookup) KeyRead(ctx context.Context, kid string) (jwkset.JWK, error) {
 	key, err := l.held.KeyRead(ctx, kid)
 	if err != nil {
-		// What was fetched just now for somebody else's token is not fetched again: until it is, an issuer that has a newer key
-		// has its tokens refused, for no longer than unknownEvery.
+		// The keys are not fetched again if that just happened for another token. Until the next
+		// fetch, tokens with a newer key are refused, for at most unknownEvery.
 		l.jwks.fetch()
 		key, err = l.held.KeyRead(ctx, kid)
 	}

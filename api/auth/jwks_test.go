@@ -29,12 +29,12 @@ import (
 	"gapless/api/auth/authtest"
 )
 
-// issuer publishes keys, and may be away.
+// issuer publishes keys, and may be unreachable.
 type issuer struct {
 	*httptest.Server
 	asked  atomic.Int64
 	away   atomic.Bool
-	slowly chan struct{} // if not nil, nothing is answered until it is closed
+	slowly chan struct{} // if not nil, no request gets a response until it is closed
 
 	mu   sync.Mutex
 	keys []byte
@@ -63,7 +63,7 @@ func newIssuer(t *testing.T) *issuer {
 	return i
 }
 
-// publish replaces the keys. A key is one's public part.
+// publish replaces the keys with the public part of each key.
 func (i *issuer) publish(t *testing.T, keys map[string]any, options ...func(*jwkset.JWKOptions)) {
 	t.Helper()
 	all := jwkset.NewMemoryStorage()
@@ -141,7 +141,7 @@ func rsaKey(t *testing.T) *rsa.PrivateKey {
 	return key
 }
 
-// often has keys fetched for unknown names as often as tokens ask for them.
+// often fetches keys for unknown names as often as tokens ask for them.
 func often(a *Auth) *Auth {
 	a.jwks.limit.SetLimit(rate.Inf)
 	return a
@@ -153,7 +153,7 @@ func TestJWKS_theKeySaysTheAlgorithm(t *testing.T) {
 	shared := []byte(strings.Repeat("sesame", 8))
 	i.publish(t, map[string]any{"rs": &rs.PublicKey, "es": &es.PublicKey, "es384": &es384.PublicKey, "ed": ed.Public(), "oct": shared})
 	a := often(i.open(t))
-	for _, kid := range []bool{true, false} { // one that names none may be by any of them
+	for _, kid := range []bool{true, false} { // a token without a kid may be signed by any of them
 		name := func(n string) string {
 			if kid {
 				return n
@@ -172,7 +172,7 @@ func TestJWKS_theKeySaysTheAlgorithm(t *testing.T) {
 	refused(t, a, sign(t, jwt.SigningMethodEdDSA, "es", ed), "not in the server's key set")
 	refused(t, a, sign(t, jwt.SigningMethodEdDSA, "ed", edKey(t)), "not signed")
 
-	// What is public is no secret: HS256 by the bytes of the public key, in all forms.
+	// A public key is no secret: HS256 by the bytes of the public key, in all forms.
 	der, err := x509.MarshalPKIXPublicKey(&rs.PublicKey)
 	if err != nil {
 		t.Fatal(err)
@@ -203,7 +203,7 @@ func TestJWKS_aNewKeyIsFetchedAndOldOnesAreForgotten(t *testing.T) {
 	refused(t, a, sign(t, jwt.SigningMethodEdDSA, "1", former), "not in the server's key set")
 }
 
-// All that come with a key that is new wait for the one who asks.
+// All tokens with a new key wait for the first one's fetch.
 func TestJWKS_aNewKeyIsFetchedOnceForAllWhoCome(t *testing.T) {
 	i := newIssuer(t)
 	former, next := edKey(t), edKey(t)
@@ -223,7 +223,7 @@ func TestJWKS_aNewKeyIsFetchedOnceForAllWhoCome(t *testing.T) {
 	for i.asked.Load() == asked {
 		time.Sleep(time.Millisecond)
 	}
-	taken(t, a, sign(t, jwt.SigningMethodEdDSA, "1", former)) // who is known waits for nobody
+	taken(t, a, sign(t, jwt.SigningMethodEdDSA, "1", former)) // a known key waits for nothing
 	close(gate)
 	wg.Wait()
 	if n := i.asked.Load() - asked; n != 1 {
@@ -252,7 +252,7 @@ func TestJWKS_strangersCannotHaveTheIssuerAskedMuch(t *testing.T) {
 		t.Errorf("120 tokens were held for %v", took)
 	}
 	taken(t, a, sign(t, jwt.SigningMethodEdDSA, "1", key))
-	// Nor can they have a token refused for long whose key is newer than what they had fetched.
+	// Nor can they cause a token to be refused for long whose key is newer than the fetched ones.
 	next := edKey(t)
 	i.publish(t, map[string]any{"1": key.Public(), "2": next.Public()})
 	taken(t, often(a), sign(t, jwt.SigningMethodEdDSA, "2", next))
@@ -272,7 +272,7 @@ func TestJWKS_anOutageIsSurvived(t *testing.T) {
 	if err := a.Ready(t.Context()); err != nil {
 		t.Errorf("with keys it is not ready: %v", err)
 	}
-	// Whose key is not known may be the issuer's all the same.
+	// A token with an unknown key may still be the issuer's.
 	if _, err := a.Read(sign(t, jwt.SigningMethodEdDSA, "2", next)); !errors.Is(err, ErrAway) {
 		t.Errorf("a new key, while it is away: %v", err)
 	}
@@ -314,7 +314,7 @@ func TestJWKS_isFetchedFromNowhereElse(t *testing.T) {
 	if _, err := a.Read(sign(t, jwt.SigningMethodEdDSA, "1", key)); !errors.Is(err, ErrAway) {
 		t.Errorf("a redirect was followed: %v", err)
 	}
-	// Nor from where a token says.
+	// Nor are keys fetched from where a token says.
 	other := newIssuer(t)
 	evil := edKey(t)
 	other.publish(t, map[string]any{"1": evil.Public()})

@@ -1,4 +1,5 @@
-// Package cli is the command line around the server's flags: its subcommands, its help, and what it says about mistakes.
+// Package cli is the command line around the server's flags: subcommands, help, and messages about
+// mistakes.
 package cli
 
 import (
@@ -40,8 +41,8 @@ usage:
 GAPLESS_HISTORY_TTL. A flag wins over its variable.
 `
 
-// Welcome is what a server prints on a terminal when it has started. page is its address with a slash at the end, and data is where
-// the data is.
+// Welcome returns what a server prints on a terminal when it has started. page is its address, with a slash at the
+// end, and data says where the data is.
 func Welcome(page, data string) string {
 	return fmt.Sprintf(`
   page   %[1]s
@@ -52,7 +53,7 @@ func Welcome(page, data string) string {
 `, page, data)
 }
 
-// A group is a part of the help.
+// group is a part of the help.
 type group struct {
 	title string
 	flags []string
@@ -99,7 +100,7 @@ func Help(w io.Writer, fs *flag.FlagSet) {
 	}
 }
 
-// Nearest returns the one of names that was probably meant by name, or "".
+// Nearest returns the one of names that is most similar to name, or "" if none is similar.
 func Nearest(name string, names []string) string {
 	best, least := "", len(name)/3+2
 	for _, other := range names {
@@ -110,7 +111,7 @@ func Nearest(name string, names []string) string {
 	return best
 }
 
-// Names are the names of the flags of fs.
+// Names returns the names of the flags of fs.
 func Names(fs *flag.FlagSet) (names []string) {
 	fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
 	return names
@@ -121,7 +122,8 @@ func Variable(flag string) string {
 	return "GAPLESS_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// Unknown returns a line for each variable in environ (as os.Environ returns it) that begins with GAPLESS_ and is neither a flag's nor one of others.
+// Unknown returns a line for each variable in environ, which is in the form of os.Environ, that
+// begins with GAPLESS_ and is neither a flag's variable nor one of others.
 func Unknown(environ []string, fs *flag.FlagSet, others ...string) (lines []string) {
 	var known []string
 	for _, name := range Names(fs) {

@@ -18,9 +18,9 @@ const unbuffer = "turn the buffering of answers off for …/stream. nginx: proxy
 
 const oneRedis = "let all nodes have the same -redis; with -redis embedded:DIR there can be only one node"
 
-// events looks whether the first bytes and then a trickle of events come at once.
+// events checks whether the first bytes and then a trickle of events come at once.
 //
-// It answers false where the rest would only repeat what it has found.
+// It returns false if the other checks would only repeat its finding.
 func (d *doctor) events(ctx context.Context) bool {
 	const count = 5
 	s := d.view(ctx, d.client, 0)
@@ -107,7 +107,7 @@ func (s *stream) over() bool {
 	return !s.ended.IsZero()
 }
 
-// whyEnded is what to do about a stream that ended.
+// whyEnded returns the remedy for a stream that ended.
 func whyEnded(s *stream) string {
 	switch {
 	case errors.Is(s.err, errNoStream) && s.response != nil:
@@ -118,7 +118,7 @@ func whyEnded(s *stream) string {
 	return "something on the way bounds how long an answer may take: let it be without bound for …/stream"
 }
 
-// compression asks for it, as browsers do.
+// compression checks whether the stream is compressed if the client accepts that, as browsers do.
 func (d *doctor) compression(ctx context.Context) {
 	const check = "compression"
 	s := d.view(ctx, d.client, 0, "Accept-Encoding", "gzip, deflate, br, zstd")
@@ -141,7 +141,7 @@ func (d *doctor) compression(ctx context.Context) {
 	})
 }
 
-// upload looks whether a line of a body that goes on is stored when it is sent.
+// upload checks whether a line of an unfinished body is stored when it is sent.
 func (d *doctor) upload(ctx context.Context) {
 	const check = "uploads"
 	up := d.begin(ctx)
@@ -170,13 +170,13 @@ func (d *doctor) upload(ctx context.Context) {
 	}
 }
 
-// has asks whether the log has a chunk.
+// has reports whether the log has a chunk.
 func (d *doctor) has(ctx context.Context, seq int64) bool {
 	response, answer, err := d.call(ctx, "GET", d.path("/chunks")+fmt.Sprintf("?after=%d&limit=1", seq-1), "")
 	return err == nil && response.StatusCode == http.StatusOK && strings.Contains(string(answer), fmt.Sprintf(`"seq":%d,`, seq))
 }
 
-// uploading is an upload that goes on.
+// uploading is an unfinished upload.
 type uploading struct {
 	in     *io.PipeWriter
 	done   chan struct{}
@@ -186,13 +186,13 @@ type uploading struct {
 	err    error
 }
 
-// begin begins one. close must be called.
+// begin begins an upload. The caller must call close.
 func (d *doctor) begin(ctx context.Context) *uploading {
 	body, in := io.Pipe()
 	up := &uploading{in: in, done: make(chan struct{})}
 	r := d.request(ctx, "POST", d.path("/chunks"), body)
 	r.Header.Set("Content-Type", "application/x-ndjson")
-	client := d.newClient() // a connection of its own
+	client := d.newClient() // a separate connection
 	go func() {             // ends with the request, which close ends; close waits for it
 		defer close(up.done)
 		defer client.CloseIdleConnections()
@@ -204,7 +204,7 @@ func (d *doctor) begin(ctx context.Context) *uploading {
 			up.status, up.answer = response.StatusCode, string(answer)
 		}
 		up.err, up.ended = err, time.Now()
-		_ = body.CloseWithError(io.ErrClosedPipe) // a line that nobody takes any more
+		_ = body.CloseWithError(io.ErrClosedPipe) // nobody will read another line
 	}()
 	return up
 }
@@ -219,7 +219,7 @@ func (u *uploading) end() (status int, answer string, err error) {
 
 func (u *uploading) close() { _, _, _ = u.end() }
 
-// silence listens to a stream on which nothing happens but heartbeats, and holds an upload beside it that says nothing.
+// silence listens to a stream with nothing but heartbeats, next to an upload that sends nothing.
 func (d *doctor) silence(ctx context.Context) {
 	s := d.view(ctx, d.client, d.last)
 	defer s.close()
@@ -240,7 +240,7 @@ func (d *doctor) silence(ctx context.Context) {
 	var beats []time.Time
 	s.look(func() {
 		for i, m := range s.marks {
-			if m.name == ":" && i > 0 { // the first one begins the response
+			if m.name == ":" && i > 0 { // the first comment begins the response
 				beats = append(beats, m.at)
 			}
 		}
@@ -286,7 +286,7 @@ func errText(err error) string {
 	return err.Error()
 }
 
-// resume comes back with a cursor, on fresh connections, to whatever node that leads.
+// resume reconnects with a cursor, on new connections, to whichever node they reach.
 func (d *doctor) resume(ctx context.Context) {
 	const check, times = "resume", 6
 	if _, _, err := d.append(ctx, `[{"content":"behind "},{"content":"the cursor"}]`); err != nil {
@@ -330,7 +330,7 @@ func (d *doctor) resume(ctx context.Context) {
 	}
 }
 
-// protocol tells whether streams share a connection.
+// protocol checks whether streams share a connection.
 func (d *doctor) protocol(ctx context.Context) {
 	const check, count = "HTTP/2", 20
 	switch {
@@ -364,7 +364,7 @@ func (d *doctor) protocol(ctx context.Context) {
 	d.ok(check, "%d streams share a connection", count)
 }
 
-// cors asks what a browser asks for a page of another origin.
+// cors sends the requests that a browser sends for a page of another origin.
 func (d *doctor) cors(ctx context.Context) {
 	const check = "CORS"
 	const remedy = "name the origin in the server's list of origins, let the proxy pass OPTIONS on, and have only one of the two answer for CORS"
@@ -422,11 +422,11 @@ func (d *doctor) cors(ctx context.Context) {
 }
 
 func (d *doctor) allowed(h http.Header) bool {
-	all := h.Values("Access-Control-Allow-Origin") // two of them are as bad as none
+	all := h.Values("Access-Control-Allow-Origin") // two are as bad as none
 	return len(all) == 1 && (all[0] == d.Origin || all[0] == "*")
 }
 
-// lists says whether a header that is a list has an item.
+// lists reports whether a list header contains an item.
 func lists(h http.Header, name, item string) bool {
 	for _, line := range h.Values(name) {
 		for have := range strings.SplitSeq(line, ",") {

@@ -17,15 +17,15 @@ import (
 	"time"
 )
 
-// Commands are what the program does beside serving. Each answers its exit code: 0 all is well, 1 it
-// is not, 2 it was called in a wrong way.
+// Commands are the subcommands that check a server. Each returns its exit code: 0 if all is well, 1
+// if not, 2 for wrong usage.
 var Commands = map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int{
 	"doctor": examine,
 	"live":   check("/healthz"),
 	"ready":  check("/readyz"),
 }
 
-// examine is gapless doctor.
+// examine runs gapless doctor.
 func examine(ctx context.Context, args []string, env func(string) (string, bool)) int {
 	cfg := DefaultConfig()
 	fs := flag.NewFlagSet("gapless doctor", flag.ContinueOnError)
@@ -117,8 +117,8 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 	return 0
 }
 
-// check is gapless live URL and gapless ready URL, for containers, which have no curl. The URL's query is kept: ?for=writes asks
-// whether the node takes appends, too.
+// check runs gapless live URL or gapless ready URL, for containers, which have no curl. It keeps
+// the URL's query: ?for=writes also checks whether the node accepts appends.
 func check(path string) func(context.Context, []string, func(string) (string, bool)) int {
 	return func(ctx context.Context, args []string, _ func(string) (string, bool)) int {
 		var at *url.URL
@@ -138,7 +138,7 @@ func check(path string) func(context.Context, []string, func(string) (string, bo
 			return 2
 		}
 		client := &http.Client{}
-		if ip := net.ParseIP(at.Hostname()); at.Hostname() == "localhost" || ip != nil && ip.IsLoopback() { // where the certificate is for other names, and nobody is in between
+		if ip := net.ParseIP(at.Hostname()); at.Hostname() == "localhost" || ip != nil && ip.IsLoopback() { // there the certificate is for other names, and nobody is in between
 			client.Transport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}} // #nosec G402 -- on loopback alone
 		}
 		response, err := client.Do(r)
@@ -149,7 +149,7 @@ func check(path string) func(context.Context, []string, func(string) (string, bo
 		defer response.Body.Close()
 		if response.StatusCode != http.StatusOK {
 			var why struct{ Code, Detail string }
-			_ = json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(&why) // a proxy's answer is something else
+			_ = json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(&why) // a proxy's response has another form
 			fmt.Fprintln(os.Stderr, strings.TrimSpace(response.Status+" "+why.Code+" "+why.Detail))
 			return 1
 		}

@@ -1,10 +1,10 @@
-// Package doctor finds out, from a client's place, why a Gapless behind proxies does not
-// stream, and says what to do about it.
+// Package doctor finds out, from a client's position, why a Gapless behind proxies does not stream,
+// and says what to do.
 //
-// It uses nothing but the public API: it makes a session of its own, appends to it, views
-// it, and deletes it. What it measures is the way between here and the nodes: an event is late when it
-// comes long after its append was acknowledged. It says what it saw, and not more: which of
-// several proxies is to blame it cannot know.
+// It uses only the public API: it makes its own session, appends to it, views it, and deletes it.
+// It measures the way between here and the nodes: an event is late if it comes long after its
+// append was acknowledged. It reports only what it saw. It cannot know which of several proxies is
+// to blame.
 package doctor
 
 import (
@@ -23,27 +23,27 @@ import (
 	"time"
 )
 
-// Config is what to examine, and how patiently.
+// Config describes what to examine, and how patiently.
 type Config struct {
-	// URL is where the server is for its users: the API's /v1 is below it.
+	// URL is the server's address for its users; the API is at /v1 below it.
 	URL *url.URL
-	// Token is sent as bearer token, if there is one.
+	// Token is sent as a bearer token, unless it is empty.
 	Token string
-	// Origin is that of a page which uses the server from another one. Empty: CORS is not examined.
+	// Origin is another origin whose pages use the server. Empty: CORS is not examined.
 	Origin string
-	// Idle is how long to listen in silence: longer than a heartbeat, 15 s by default.
+	// Idle is how long to listen in silence. It must be longer than a heartbeat, 15 s by default.
 	Idle time.Duration
-	// Roots are whom to trust; nil: the system's.
+	// Roots are the trusted certificates; nil: the system's.
 	Roots *x509.CertPool
-	// Late is when an event is late. A second is ten times what distance explains.
+	// Late is when an event counts as late. A second is ten times what distance explains.
 	Late time.Duration
-	// Patience is how long to wait for what is late.
+	// Patience is how long to wait for a late event.
 	Patience time.Duration
-	// Progress is told what is waited for.
+	// Progress is called with what the doctor waits for.
 	Progress func(text string)
 }
 
-// DefaultConfig is what the flags start from.
+// DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
 	return Config{Idle: 20 * time.Second, Late: time.Second, Patience: 8 * time.Second, Progress: func(string) {}}
 }
@@ -63,19 +63,19 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// Finding is what one check has found.
+// Finding is the result of one check.
 type Finding struct {
 	Check  string `json:"check"`
 	OK     bool   `json:"ok"`
 	Found  string `json:"found"`
-	Remedy string `json:"remedy,omitzero"` // what to do; only where it is not OK
+	Remedy string `json:"remedy,omitzero"` // what to do, if not OK
 }
 
-// Examine makes all checks, and hands each finding to found as it is made. It ends early where
-// nothing works at all.
+// Examine makes all checks, and passes each finding to found at once. It ends early if nothing
+// works.
 func Examine(ctx context.Context, cfg Config, found func(Finding)) {
 	d := &doctor{Config: cfg, found: func(f Finding) {
-		if ctx.Err() == nil { // else it is no fault of the server
+		if ctx.Err() == nil { // otherwise it is not the server's fault
 			found(f)
 		}
 	}}
@@ -101,11 +101,11 @@ func Examine(ctx context.Context, cfg Config, found func(Finding)) {
 type doctor struct {
 	Config
 	found   func(Finding)
-	client  *http.Client // for calls, on connections that are kept
-	session string       // of its own
-	last    int64        // chunk of it
-	filled  bool         // much was appended, to fill a buffer
-	proto   string       // that the server speaks
+	client  *http.Client // for calls, on reused connections
+	session string       // the doctor's own session
+	last    int64        // its last chunk
+	filled  bool         // much was appended to fill a buffer
+	proto   string       // the server's protocol
 }
 
 func (d *doctor) ok(check, format string, args ...any) {
@@ -114,14 +114,14 @@ func (d *doctor) ok(check, format string, args ...any) {
 
 func (d *doctor) problem(check, found, remedy string) { d.found(Finding{check, false, found, remedy}) }
 
-// newClient has connections of its own.
+// newClient returns a client with separate connections.
 func (d *doctor) newClient() *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
 			Proxy:              http.ProxyFromEnvironment,
 			TLSClientConfig:    &tls.Config{RootCAs: d.Roots, MinVersion: tls.VersionTLS12},
 			ForceAttemptHTTP2:  true,
-			DisableCompression: true, // what comes is looked at as it comes
+			DisableCompression: true, // the response is examined as it comes
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
@@ -141,7 +141,7 @@ func (d *doctor) request(ctx context.Context, method, path string, body io.Reade
 	return r
 }
 
-// call makes one with a JSON body, and reads its whole answer.
+// call makes a call with a JSON body, and reads the whole response.
 func (d *doctor) call(ctx context.Context, method, path, body string) (response *http.Response, answer []byte, err error) {
 	ctx, cancel := context.WithTimeout(ctx, d.Patience)
 	defer cancel()
@@ -159,7 +159,7 @@ func (d *doctor) call(ctx context.Context, method, path, body string) (response 
 
 func (d *doctor) path(call string) string { return "/v1/sessions/" + d.session + call }
 
-// append appends, and answers when it was acknowledged.
+// append appends, and returns when that was acknowledged.
 func (d *doctor) append(ctx context.Context, body string) (last int64, acked time.Time, err error) {
 	response, answer, err := d.call(ctx, "POST", d.path("/chunks"), body)
 	acked = time.Now()
@@ -176,12 +176,12 @@ func (d *doctor) append(ctx context.Context, body string) (last int64, acked tim
 	return stored.Last, acked, nil
 }
 
-// fill appends more than the buffers of proxies hold, so that they let go of what they have.
+// fill appends more than the buffers of proxies hold, so that they release their contents.
 func (d *doctor) fill(ctx context.Context) {
 	if !d.filled {
 		d.filled = true
 		chunk := `{"content":"` + strings.Repeat("x", 32<<10) + `"}`
-		for range 2 { // servers bound the bytes of an array
+		for range 2 { // servers limit the size of an array
 			_, _, _ = d.append(ctx, "["+strings.Repeat(chunk+",", 7)+chunk+"]")
 		}
 	}
@@ -263,7 +263,7 @@ func (d *doctor) leave() {
 	}
 }
 
-// round is a duration as people say it.
+// round rounds a duration for people.
 func round(t time.Duration) time.Duration {
 	if t > 10*time.Second {
 		return t.Round(time.Second)

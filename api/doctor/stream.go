@@ -14,21 +14,21 @@ import (
 	"time"
 )
 
-// stream is a connection to the session's stream, and what came on it, with the time when it came.
+// stream is a connection to the session's stream, with the time of everything that came on it.
 type stream struct {
 	asked time.Time
 	stop  context.CancelFunc
 	done  chan struct{}
 
 	mu       sync.Mutex
-	changed  chan struct{} // closed when something of what follows is new
+	changed  chan struct{} // closed when one of the following changes
 	response *http.Response
 	marks    []mark
 	ended    time.Time
-	err      error // why it ended
+	err      error // why the response ended
 }
 
-// mark is an event, or a comment.
+// mark is an event or a comment.
 type mark struct {
 	at      time.Time
 	name    string // of the event; ":" for a comment
@@ -37,7 +37,7 @@ type mark struct {
 	Seq, TS int64
 }
 
-// view begins one, behind chunk after if that is above 0. close must be called.
+// view begins a stream, after chunk after if that is above 0. The caller must call close.
 func (d *doctor) view(ctx context.Context, client *http.Client, after int64, header ...string) *stream {
 	s := &stream{asked: time.Now(), done: make(chan struct{}), changed: make(chan struct{})}
 	ctx, s.stop = context.WithCancel(ctx)
@@ -85,7 +85,7 @@ func (s *stream) read(client *http.Client, r *http.Request) error {
 		return fmt.Errorf("%w: %s, %s %q", errNoStream, response.Status, kind, body)
 	}
 	if response.Header.Get("Content-Encoding") != "" {
-		return nil // it is not read
+		return nil // it cannot be read
 	}
 	var m mark
 	var data string
@@ -107,7 +107,7 @@ func (s *stream) read(client *http.Client, r *http.Request) error {
 		case field == "id":
 			m.id, _ = strconv.ParseInt(value, 10, 64)
 		case field == "" && data != "":
-			_ = json.Unmarshal([]byte(data), &m) // what is missing then is what is looked for
+			_ = json.Unmarshal([]byte(data), &m) // missing members are found later
 			m.at = time.Now()
 			event := m
 			s.note(func() { s.marks = append(s.marks, event) })
@@ -116,8 +116,8 @@ func (s *stream) read(client *http.Client, r *http.Request) error {
 	}
 }
 
-// until waits until is says so, and answers false if that takes longer than it may, or the stream ends
-// before. The stream's mu is held while is runs.
+// until waits until is returns true. It returns false if that takes longer than most, or if the
+// stream ends first. The stream's mu is held while is runs.
 func (s *stream) until(ctx context.Context, most time.Duration, is func() bool) bool {
 	late := time.After(most)
 	for {
@@ -137,7 +137,7 @@ func (s *stream) until(ctx context.Context, most time.Duration, is func() bool) 
 	}
 }
 
-// chunk is when a chunk came. mu is held.
+// chunk returns the mark of a chunk. mu is held.
 func (s *stream) chunk(seq int64) (m mark, came bool) {
 	for _, m := range s.marks {
 		if m.id == seq && m.name == "" {
@@ -152,7 +152,7 @@ func (s *stream) came(ctx context.Context, seq int64, most time.Duration) bool {
 	return s.until(ctx, most, func() bool { _, ok := s.chunk(seq); return ok })
 }
 
-// named is the first event of a name. mu is held.
+// named returns the first event with a name. mu is held.
 func (s *stream) named(name string) (m mark, came bool) {
 	for _, m := range s.marks {
 		if m.name == name {
@@ -162,7 +162,7 @@ func (s *stream) named(name string) (m mark, came bool) {
 	return mark{}, false
 }
 
-// look reads what has come so far.
+// look calls at with mu held.
 func (s *stream) look(at func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

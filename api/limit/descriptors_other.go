@@ -2,5 +2,5 @@
 
 package limit
 
-// descriptors are not bounded here.
+// descriptors returns 0: descriptors are not limited here.
 func descriptors() int { return 0 }

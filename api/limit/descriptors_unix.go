@@ -4,8 +4,8 @@ package limit
 
 import "golang.org/x/sys/unix"
 
-// descriptors is how many connections this process can have. Go has raised its soft limit to the
-// hard one.
+// descriptors returns how many connections this process can have. Go has raised the soft limit to
+// the hard one.
 func descriptors() int {
 	var all unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &all); err != nil {

@@ -11,7 +11,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// In whatever pieces a header arrives, it may have as many lines as the bound says, and what follows it is not counted.
+// A header may have as many lines as the limit says, in whatever pieces it arrives, and what
+// follows it is not counted.
 func TestHeader_linesAreCountedInWhateverPiecesTheyArrive(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		lines := rapid.IntRange(1, 2*MostLines).Draw(t, "lines")
@@ -34,7 +35,8 @@ func TestHeader_linesAreCountedInWhateverPiecesTheyArrive(t *testing.T) {
 	})
 }
 
-// What has no such header is not counted, in whatever pieces it begins; what only looks so at first is.
+// TLS and HTTP/2 are not counted, in whatever pieces they begin. What only looks like them at first
+// is.
 func TestHeader_isNoneOfTLSAndHTTP2(t *testing.T) {
 	many := strings.Repeat("a:\n", 2*MostLines)
 	for begin, counted := range map[string]bool{
@@ -48,7 +50,7 @@ func TestHeader_isNoneOfTLSAndHTTP2(t *testing.T) {
 				if long = h.read([]byte(text[:n])); long {
 					break
 				}
-				text, h.counts = text[n:], h.counts || h.never // as State would have it
+				text, h.counts = text[n:], h.counts || h.never // as State does
 			}
 			if long != counted {
 				t.Errorf("%q by %d: %v", begin, step, long)
@@ -57,7 +59,8 @@ func TestHeader_isNoneOfTLSAndHTTP2(t *testing.T) {
 	}
 }
 
-// A connection's next header may begin in the middle of a line that arrived with the request in front of it.
+// A connection's next header may begin in the middle of a line that arrived with the previous
+// request.
 func TestHeader_nextOneIsCountedFromWhereItBegins(t *testing.T) {
 	h := header{counts: true}
 	if h.read([]byte("GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1")); h.counts {
@@ -89,7 +92,7 @@ func TestListener_answersAHeaderOfTooManyLines(t *testing.T) {
 	eventually(t, "its place is free", func() bool { return l.connections.Taken() == 0 })
 }
 
-// An address has fewer connections until it shows tokens on them; each shows its own.
+// An address has fewer connections until it shows tokens on them. Each connection shows its own.
 func TestListener_boundsConnectionsWithoutAToken(t *testing.T) {
 	l := with(func(c *Config) { c.CallerConnections, c.CallerStrangers, c.Tokens = 5, 2, true })
 	address := serve(t, l)

@@ -1,16 +1,15 @@
-// Package limit bounds what strangers can make grow: connections, viewers, uploads, answers,
-// memory for bodies, and how fast sessions, tickets, chunks and calls may come.
+// Package limit limits everything that a stranger can make grow: connections, viewers, uploads,
+// answers, memory for bodies, and the rates of sessions, tickets, chunks and calls.
 //
-// There are two kinds of bound. Places are what is held at once, and given back when it ends.
-// Rates are what is used up, and comes back with time. Most bounds are of a caller: the subject
-// of its token, or else the address that it comes from. One that is at its bound is refused,
-// and the others notice nothing.
+// There are two kinds of limit. Places are held for a time and then given back. Rates are used up
+// and return with time. Most limits apply to a caller: the subject of its token, or else its
+// address. A caller at its limit is refused, and others do not notice.
 //
-// A refusal names the flag that sets the bound, and says what to do (Error). It is counted in
-// gapless_refused_total, and said in the log once a minute.
+// A refusal names the flag that sets the limit, and says what to do (Error). It is counted in
+// gapless_refused_total, and logged once a minute.
 //
-// Not promised: that callers are people. Many share an address behind a NAT, and one has many
-// addresses who rents them; so the bounds are wide, and those of the node stand behind them.
+// A caller need not be one person. Many people share an address behind a NAT, and one person can
+// rent many addresses. So the limits of a caller are generous, and the node has limits, too.
 package limit
 
 import (
@@ -28,73 +27,75 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Config is the bounds. 0 is none, but for Connections.
+// Config holds the limits. 0 means no limit, except for Connections.
 type Config struct {
-	// Connections bounds those of the node; 0: as many as it has descriptors for, without the
-	// tenth that Redis and files need. At the end of the descriptors nothing can be accepted, and a
-	// connection to Redis that broke cannot be made again.
+	// Connections limits the node's connections. 0: as many as it has descriptors for, less a tenth
+	// for Redis and files. Without free descriptors, the node cannot accept a connection nor
+	// reconnect to Redis.
 	Connections int
-	// CallerConnections bounds those of an address. 1,000: an office behind one, a few hundred
-	// people with some tabs each.
+	// CallerConnections limits the connections of an address. 1,000 is enough for an office: a few
+	// hundred people with some tabs each.
 	CallerConnections int
-	// Strangers bounds the connections on which no token was shown yet, where tokens are wanted (Tokens): such a connection
-	// costs up to 50 KB. CallerStrangers is a half of CallerConnections: a few hundred people whose pages are loading.
+	// Strangers limits the connections that have not shown a token yet, if tokens are required
+	// (Tokens). Such a connection costs up to 50 KB. CallerStrangers is half of CallerConnections:
+	// a few hundred people whose pages are loading.
 	Strangers, CallerStrangers int
-	// Viewers bounds those of the node. 100,000 take 600 MB while they are idle.
+	// Viewers limits the node's viewers. 100,000 take 600 MB while they are idle.
 	Viewers int
-	// CallerViewers: as connections, and a service that views for its users.
+	// CallerViewers is like CallerConnections, and also for a service that views for its users.
 	CallerViewers int
-	// Uploads bounds those under way on the node: each is a goroutine, buffers, and a look at Redis
-	// every two seconds. 5,000 answers at once are more than a Redis takes at a word's pace.
+	// Uploads limits the node's open uploads. Each is a goroutine, buffers, and a call to Redis
+	// every two seconds. 5,000 answers at once are more than Redis can take word by word.
 	Uploads int
-	// CallerUploads is a tenth of them: one caller leaves places to others.
+	// CallerUploads is a tenth of Uploads, so that one caller leaves places to others.
 	CallerUploads int
-	// Answers bounds those of the model under way on the node, which are dear.
+	// Answers limits the node's unfinished answers of the model, which are expensive.
 	Answers int
-	// CallerAnswers is a quarter of them.
+	// CallerAnswers is a quarter of Answers.
 	CallerAnswers int
-	// Bodies bounds the bytes that large bodies take in the node's memory at once, and
-	// CallerBodies one caller's share: a body takes three times its length (BodyCost).
+	// Bodies limits the bytes of the node's memory that large bodies take at once. CallerBodies is
+	// one caller's share. A body takes three times its length (BodyCost).
 	Bodies, CallerBodies int
-	// Responses bounds the bytes that requests under way take in the node's memory, but for viewers and uploads, which have
-	// their own bounds: each request takes CallCost, and a page what it holds while it is written. CallerResponses is a quarter.
+	// Responses limits the bytes of the node's memory that unfinished requests take, except viewers
+	// and uploads, which have their own limits. Each request takes CallCost, and a page takes its
+	// size while it is written. CallerResponses is a quarter.
 	Responses, CallerResponses int
-	// Naive bounds the naive viewers of the demo.
+	// Naive limits the naive viewers of the demo.
 	Naive, CallerNaive int
 
-	// CallerCalls is how many calls of /v1 a caller may make in a second: five times what a page
-	// does that is reloaded as fast as keys repeat, by fifty people.
+	// CallerCalls is how many calls of /v1 a caller may make per second. The default is five times
+	// the calls of a page that fifty people reload as fast as keys repeat.
 	CallerCalls int
-	// CallerAppends is how many chunks a caller may append in a second, of up to a KiB; a larger one
-	// counts for each KiB. 10,000: a thousand answers, ten words a second each.
+	// CallerAppends is how many chunks of up to 1 KiB a caller may append per second. A larger
+	// chunk counts once per KiB. 10,000 is a thousand answers of ten words per second.
 	CallerAppends int
-	// CallerStored is how many bytes of chunks a caller may store in a day. 1 GiB is thousands of long answers, piece by piece;
-	// what is stored is kept for -history-ttl, a day.
+	// CallerStored is how many bytes of chunks a caller may store per day. 1 GiB is thousands of
+	// long answers, piece by piece. Chunks are kept for -history-ttl, a day.
 	CallerStored int
-	// CallerSessions is how many sessions a caller may make in a second: they are kept for a day,
-	// and what they were called for a month. 50: a service that is asked four million times a day.
+	// CallerSessions is how many sessions a caller may make per second. They are kept for a day,
+	// and their names for a month. 50 suffices for a service with four million questions per day.
 	CallerSessions int
-	// CallerTickets is how many tickets a caller may make in a second: one for each stream that
-	// a page begins.
+	// CallerTickets is how many tickets a caller may make per second: one for each stream that a
+	// page begins.
 	CallerTickets int
 
-	// TrustedProxies are the peers whose X-Forwarded-For says who the caller is.
+	// TrustedProxies are the peers whose X-Forwarded-For names the caller.
 	TrustedProxies []netip.Prefix
-	// Addresses says that addresses tell callers apart. Where all come from one, as on loopback, behind
-	// a proxy that is not trusted, they do not.
+	// Addresses means that addresses distinguish callers. They do not if all callers share one, as
+	// on loopback or with a proxy that is not trusted.
 	Addresses bool
-	// WriteTimeout is how long a client may take nothing of a response; 0: for ever. A while later the kernel ends a connection on
-	// which nobody waits for that.
+	// WriteTimeout is how long a client may accept nothing of a response; 0: for ever. Some time
+	// later, the kernel ends a connection on which no handler enforces that.
 	WriteTimeout time.Duration
-	// Tokens says that callers have to show a token.
+	// Tokens means that callers must show a token.
 	Tokens bool
 
 	Logger *slog.Logger
-	// Now is the clock of rates; nil: time.Now.
+	// Now is the clock of the rates; nil: time.Now.
 	Now func() time.Time
 }
 
-// DefaultConfig is what the flags start from.
+// DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
 	return Config{
 		CallerConnections: 1_000,
@@ -130,7 +131,7 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// ParseProxies reads addresses and ranges of them, with commas between.
+// ParseProxies parses a comma-separated list of addresses and address ranges.
 func ParseProxies(text string) (all []netip.Prefix, err error) {
 	var errs []error
 	for one := range strings.SplitSeq(text, ",") {
@@ -151,22 +152,22 @@ func ParseProxies(text string) (all []netip.Prefix, err error) {
 	return all, errors.Join(errs...)
 }
 
-// Caller is who is held to a bound: a subject, or an address. The zero Caller is nobody that can be
-// told from others: only the node's bounds hold for it.
+// Caller is the subject or the address that a limit applies to. The zero Caller cannot be told from
+// others: only the node's limits apply to it.
 type Caller struct {
 	Subject string
 	Address netip.Addr
 }
 
-// Error refuses what is over a bound.
+// Error is the refusal of a call that is over a limit.
 type Error struct {
 	Limit  string // the flag, without its dash
-	Most   int    // of it
-	What   string // what there is too much of
-	Rate   bool   // it is so many a second,
-	Day    bool   // or a day
-	Caller bool   // it is the caller's own bound, not the node's
-	// After is when to try again: exactly, of a rate. Others' places may be free at any time.
+	Most   int    // its value
+	What   string // what is limited
+	Rate   bool   // the limit is per second,
+	Day    bool   // or per day
+	Caller bool   // it is the caller's limit, not the node's
+	// After is when to retry. It is exact for a rate. A place may become free at any time.
 	After time.Duration
 }
 
@@ -183,10 +184,10 @@ func (e *Error) Error() string {
 	}
 }
 
-// Seconds is After, in whole ones.
+// Seconds returns After in whole seconds.
 func (e *Error) Seconds() int { return max(1, int((e.After+time.Second-1)/time.Second)) }
 
-// Limits are the bounds of a node, and what is under way within them.
+// Limits holds the limits of a node, and what is in use.
 type Limits struct {
 	cfg       Config
 	extractor echo.IPExtractor
@@ -198,10 +199,10 @@ type Limits struct {
 	Stored                                              *Rates // bytes
 
 	mu   sync.Mutex
-	said map[string]time.Time // when the log said last that a bound was met
+	said map[string]time.Time // when the log last said that a limit was reached
 }
 
-// New begins with nothing under way.
+// New returns Limits with nothing in use.
 func New(cfg Config) *Limits {
 	if cfg.Connections == 0 {
 		cfg.Connections = descriptors()
@@ -209,7 +210,7 @@ func New(cfg Config) *Limits {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	// The library trusts private networks unless it is told not to.
+	// The library trusts private networks by default.
 	trust := []echo.TrustOption{echo.TrustLoopback(false), echo.TrustLinkLocal(false), echo.TrustPrivateNet(false)}
 	for _, p := range cfg.TrustedProxies {
 		trust = append(trust, echo.TrustIPRange(ipNet(p)))
@@ -235,7 +236,7 @@ func New(cfg Config) *Limits {
 	l.Naive = places("naive viewers", "naive", cfg.Naive, cfg.CallerNaive)
 	l.refused.WithLabelValues("feeds")
 	for _, p := range []*Places{l.connections, l.strangers, l.Viewers, l.Uploads, l.Answers, l.Bodies, l.Responses, l.Naive} {
-		l.refused.WithLabelValues(p.flag) // so that a rate is known from the first one on
+		l.refused.WithLabelValues(p.flag) // so that a rate is known from the first refusal on
 		l.refused.WithLabelValues("caller-" + p.flag)
 	}
 	l.Calls = rates("calls", "caller-calls", cfg.CallerCalls)
@@ -247,23 +248,23 @@ func New(cfg Config) *Limits {
 	return l
 }
 
-// Metrics are the collectors for a Prometheus registry.
+// Metrics returns the collectors for a Prometheus registry.
 func (l *Limits) Metrics() []prometheus.Collector {
 	return []prometheus.Collector{l.refused, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "gapless_connections", Help: "TCP connections of clients.",
 	}, func() float64 { return float64(l.Connections()) })}
 }
 
-// Connections is how many there are.
+// Connections returns how many connections there are.
 func (l *Limits) Connections() int { return l.connections.Taken() }
 
-// Refuse counts a refusal, and says in the log that there are some.
+// Refuse counts a refusal, and logs refusals from time to time.
 func (l *Limits) Refuse(e *Error) *Error {
 	const often = time.Minute
 	l.refused.WithLabelValues(e.Limit).Inc()
 	now := time.Now()
 	l.mu.Lock()
-	say := now.Sub(l.said[e.Limit]) >= often // the names are those of the flags: there are few
+	say := now.Sub(l.said[e.Limit]) >= often // there are few: the names are those of the flags
 	if say {
 		l.said[e.Limit] = now
 	}
@@ -275,12 +276,13 @@ func (l *Limits) Refuse(e *Error) *Error {
 	return e
 }
 
-// Client is the address that a request comes from: the peer's, or, of a proxy that is trusted, the
-// last in X-Forwarded-For that is none of those. Forwarded is not read: a proxy that writes one of
-// the two hands the other on as a stranger wrote it.
+// Client returns the address that a request comes from. That is the peer's, or for a trusted proxy
+// the last address in X-Forwarded-For that is not a trusted proxy. Forwarded is ignored: a proxy
+// that writes one of the two headers passes the other on as a stranger wrote it.
 func (l *Limits) Client(r *http.Request) string { return l.extractor(r) }
 
-// Caller is who a request comes from, by the address. Of IPv6 it is the /64, which is what one subscriber has.
+// Caller returns the caller of a request, by its address. For IPv6 it is the /64, which one
+// subscriber has.
 func (l *Limits) Caller(r *http.Request) Caller {
 	if !l.cfg.Addresses {
 		return Caller{}
@@ -295,13 +297,13 @@ func (l *Limits) Caller(r *http.Request) Caller {
 func network(a netip.Addr) netip.Addr {
 	a = a.Unmap().WithZone("")
 	if a.Is6() {
-		p, _ := a.Prefix(64) // it has as many bits
+		p, _ := a.Prefix(64) // an IPv6 address always has 64 bits
 		a = p.Addr()
 	}
 	return a
 }
 
-// trusts says whether a peer is a proxy whose connections are others'.
+// trusts reports whether a peer is a trusted proxy, whose connections belong to others.
 func (l *Limits) trusts(a netip.Addr) bool {
 	for _, p := range l.cfg.TrustedProxies {
 		if p.Contains(a.Unmap().WithZone("")) {

@@ -28,7 +28,7 @@ func with(change func(*Config)) *Limits {
 	return New(cfg)
 }
 
-// limitOf is the flag of the bound that err names.
+// limitOf returns the flag of the limit that err names.
 func limitOf(err error) string {
 	e, ok := errors.AsType[*Error](err)
 	if !ok {
@@ -39,8 +39,8 @@ func limitOf(err error) string {
 
 func subject(i int) Caller { return Caller{Subject: fmt.Sprint(i)} }
 
-// Against a model that counts: what is taken is what was granted and not given back, nobody
-// passes a bound, and nobody is refused below it.
+// This test compares with a model that counts. What is taken is what was granted and not given
+// back, no caller passes a limit, and no caller below it is refused.
 func TestPlaces_areAsManyAsTheBoundsSay(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		node, each := rapid.IntRange(0, 12).Draw(t, "node"), rapid.IntRange(0, 6).Draw(t, "each")
@@ -92,7 +92,7 @@ func TestPlaces_areAsManyAsTheBoundsSay(t *testing.T) {
 	})
 }
 
-// Who waits as long as it was told is served; who waits less is not.
+// A caller that waits as long as it was told is served. A caller that waits less is not.
 func TestRates_sayExactlyWhenToTryAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := with(func(c *Config) { c.CallerCalls = 4 }).Calls
@@ -118,7 +118,7 @@ func TestRates_sayExactlyWhenToTryAgain(t *testing.T) {
 			if err := r.Take(subject(2), 1); err != nil {
 				t.Fatalf("another caller: %v", err)
 			}
-			time.Sleep(250 * time.Millisecond) // for the other one
+			time.Sleep(250 * time.Millisecond) // for the other caller
 			if err := r.Take(subject(1), 1); err != nil {
 				t.Fatal(err)
 			}
@@ -132,7 +132,7 @@ func TestRates_owedIsWaitedFor(t *testing.T) {
 		if r.Over(subject(1)) != nil {
 			t.Error("nothing was used up")
 		}
-		if d := r.Owe(subject(1), 1000); d != 0 { // as much as a bucket has
+		if d := r.Owe(subject(1), 1000); d != 0 { // as much as a bucket holds
 			t.Errorf("%v", d)
 		}
 		if e := r.Over(subject(1)); e == nil || e.After != 500*time.Millisecond {
@@ -153,13 +153,13 @@ func TestRates_owedIsWaitedFor(t *testing.T) {
 	})
 }
 
-// However many callers come, those that are idle are forgotten, and nobody's use is.
+// However many callers come, idle ones are forgotten, and what a caller has used never is.
 func TestRates_forgetIdleCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := with(func(c *Config) { c.CallerCalls = 1 }).Calls
 		for i := range 20 * fewBuckets {
 			if i%100 == 0 {
-				time.Sleep(time.Second) // a bucket of which one was taken is full again
+				time.Sleep(time.Second) // a bucket from which one was taken is full again
 			}
 			if err := r.Take(subject(i), 1); err != nil {
 				t.Fatal(err)
@@ -198,7 +198,7 @@ func TestRates_areBoundedThemselves(t *testing.T) {
 	})
 }
 
-// The client's address is believed only of a proxy that is trusted, and of IPv6 a /64 is one.
+// The client's address is believed only from a trusted proxy, and an IPv6 /64 is one address.
 func TestClient_isWhoATrustedProxySaysAndNobodyElse(t *testing.T) {
 	proxies, err := ParseProxies("10.0.0.0/8, 192.0.2.7,2001:db8:aaaa::/48")
 	if err != nil {
@@ -208,11 +208,11 @@ func TestClient_isWhoATrustedProxySaysAndNobodyElse(t *testing.T) {
 	for _, c := range []struct{ peer, header, want string }{
 		{"198.51.100.1:5", "", "198.51.100.1"},
 		{"198.51.100.1:5", "203.0.113.9", "198.51.100.1"},     // anybody can write that
-		{"127.0.0.1:5", "203.0.113.9", "127.0.0.1"},           // nor is loopback trusted by itself,
-		{"192.168.1.1:5", "203.0.113.9", "192.168.1.1"},       // nor a private network
+		{"127.0.0.1:5", "203.0.113.9", "127.0.0.1"},           // loopback is not trusted by default,
+		{"192.168.1.1:5", "203.0.113.9", "192.168.1.1"},       // nor is a private network
 		{"10.1.2.3:5", "203.0.113.9", "203.0.113.9"},          //
 		{"10.1.2.3:5", "", "10.1.2.3"},                        //
-		{"10.1.2.3:5", "1.2.3.4, 203.0.113.9", "203.0.113.9"}, // what the client wrote stands before
+		{"10.1.2.3:5", "1.2.3.4, 203.0.113.9", "203.0.113.9"}, // what the client wrote comes first
 		{"10.1.2.3:5", "203.0.113.9, 192.0.2.7", "203.0.113.9"},
 		{"10.1.2.3:5", "203.0.113.9|1.2.3.4", "1.2.3.4"}, // two lines
 		{"10.1.2.3:5", "sesame", "10.1.2.3"},
@@ -243,7 +243,7 @@ func TestClient_isWhoATrustedProxySaysAndNobodyElse(t *testing.T) {
 
 type accepted struct{} // the key of a request's connection
 
-// serve is an HTTP server behind the limits, whose handler takes some connections over.
+// serve starts an HTTP server with the limits, whose handler takes some connections over.
 func serve(t *testing.T, l *Limits) string {
 	t.Helper()
 	from, err := net.Listen("tcp", "127.0.0.1:0")
@@ -269,7 +269,7 @@ func serve(t *testing.T, l *Limits) string {
 		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nhere")
 		_, _ = io.Copy(io.Discard, c) // until the client goes
 		_ = c.Close()
-		_ = c.Close() // once too often
+		_ = c.Close() // once more than needed
 	})}
 	server.ConnState, server.ConnContext = State, func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, accepted{}, c) }
 	done := make(chan struct{})
@@ -278,7 +278,7 @@ func serve(t *testing.T, l *Limits) string {
 	return from.Addr().String()
 }
 
-// ask asks on a connection of its own. Nil: it was reset.
+// ask sends a request on a new connection. It returns nil if the connection was reset.
 func ask(t *testing.T, address, path string) net.Conn {
 	t.Helper()
 	c, err := net.Dial("tcp", address)
@@ -340,7 +340,7 @@ func TestListener_refusesConnectionsBeyondTheBoundAndNotForLonger(t *testing.T) 
 	}
 }
 
-// A proxy has the connections of all its clients: only the node's bound is for it.
+// A proxy has the connections of all its clients, so only the node's limit applies to it.
 func TestListener_doesNotCountATrustedProxysConnections(t *testing.T) {
 	l := with(func(c *Config) {
 		c.Connections, c.CallerConnections, c.TrustedProxies = 5, 1, []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}
@@ -358,13 +358,13 @@ func TestListener_doesNotCountATrustedProxysConnections(t *testing.T) {
 	}
 }
 
-// 10,000 connections come and go, in whatever way, many at a time: none is counted for ever, or
-// not at all.
+// 10,000 connections come and go in any way, many at a time. The count includes each, and drops
+// each when it closes.
 func TestListener_countReturnsToZero(t *testing.T) {
 	l := with(func(c *Config) { c.Connections, c.CallerConnections = 1000, 40 })
 	address := serve(t, l)
 	var wg sync.WaitGroup
-	for range 50 { // ten more than there may be
+	for range 50 { // ten more than allowed
 		wg.Go(func() {
 			for i := range 200 {
 				path := "/"
@@ -394,7 +394,7 @@ func TestListener_countReturnsToZero(t *testing.T) {
 	}
 }
 
-// callers is how many have places.
+// callers returns how many callers have places.
 func callers(p *Places) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// Listener bounds the connections that come from l. One that is over a bound is reset at once: it
-// is not known yet what it wants, so no answer would suit all, and all clients come back to a
-// connection that broke. Those that a handler takes over count until they are closed.
+// Listener returns a listener that limits the connections from another. A connection over a limit
+// is reset at once: its protocol is not known yet, so no response would suit, and all clients
+// reconnect after a reset. A connection that a handler takes over counts until it is closed.
 func (l *Limits) Listener(from net.Listener) net.Listener { return &listener{from, l} }
 
 type listener struct {
@@ -22,8 +22,9 @@ type listener struct {
 	limits *Limits
 }
 
-// sendBuffer is what the kernel is asked to hold for a connection. Left to itself it takes megabytes, and a client
-// that reads nothing would not be noticed. It is enough for 6 MB/s over 10 ms.
+// sendBuffer is the size of a connection's send buffer in the kernel. By default the kernel takes
+// megabytes, and a client that reads nothing would not be noticed. It suffices for 6 MB/s over 10
+// ms.
 const sendBuffer = 64 << 10
 
 // Accept implements net.Listener.
@@ -50,13 +51,13 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		_ = tcp.SetWriteBuffer(sendBuffer)
 		if long := l.limits.cfg.WriteTimeout; long > 0 {
-			setUnsent(tcp, long+10*time.Second) // who waits for a write says first that it takes too long
+			setUnsent(tcp, long+10*time.Second) // later than a handler's own deadline for the write
 		}
 		return &conn{TCPConn: tcp, limits: l.limits, caller: caller, stranger: stranger, header: header{counts: true}}, nil
 	}
 }
 
-// peer is whose connection it is: nobody's, of a proxy that is trusted.
+// peer returns the caller that a connection belongs to, or the zero Caller for a trusted proxy.
 func (l *Limits) peer(tcp *net.TCPConn) Caller {
 	at, ok := tcp.RemoteAddr().(*net.TCPAddr)
 	if !ok || !l.cfg.Addresses {
@@ -69,7 +70,7 @@ func (l *Limits) peer(tcp *net.TCPConn) Caller {
 	return Caller{Address: network(a)}
 }
 
-// conn has a place.
+// conn is a connection that holds a place.
 type conn struct {
 	*net.TCPConn
 	limits *Limits
@@ -77,28 +78,28 @@ type conn struct {
 	closed atomic.Bool
 
 	mu       sync.Mutex
-	stranger bool // it has a place among those that have shown no token
+	stranger bool // it holds a place among the connections without a token
 	header   header
-	answered time.Time // since when its last handler that returned had waited for its client alone
+	answered time.Time // since when the last handler that returned had waited only for its client
 }
 
-// Read implements net.Conn. It ends the connection when a header has more lines than anybody needs: read, each line costs
-// many times what it cost to send.
+// Read implements net.Conn. It ends the connection when a header has too many lines, because
+// parsing a line costs many times as much as sending it.
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.TCPConn.Read(p)
 	c.mu.Lock()
 	long := c.header.read(p[:n])
 	c.mu.Unlock()
 	if long {
-		_, _ = c.Write([]byte(tooManyLines)) // the server is waiting for the header, so nobody else writes
+		_, _ = c.Write([]byte(tooManyLines)) // the server waits for the header, so it writes nothing itself
 		_ = c.CloseWrite()
 		return 0, errLines
 	}
 	return n, err
 }
 
-// Write implements net.Conn. A peer that took nothing for as long as it may is reset when its connection is closed: what waits
-// to be sent would keep that open in the peer's eyes, and in the kernel's memory.
+// Write implements net.Conn. After a write timeout, Close resets the connection: unsent data would
+// keep it open for the peer, and in the kernel's memory.
 func (c *conn) Write(p []byte) (int, error) {
 	n, err := c.TCPConn.Write(p)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -112,22 +113,24 @@ var errLines = errors.New("the header has too many lines")
 const tooManyLines = "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/problem+json\r\nConnection: close\r\n\r\n" +
 	`{"title":"Request Header Fields Too Large","status":431,"code":"header_too_large","limit":128,"detail":"the header has more than 128 lines: send fewer"}`
 
-// MostLines is how many lines a header may have. Browsers send some 20, and proxies add a few.
+// MostLines is the maximum number of lines in a header. Browsers send some 20, and proxies add a
+// few.
 const MostLines = 128
 
 // header counts the lines of a request's header as they arrive.
 type header struct {
-	begun  int  // how much of what arrived first begins HTTP/2; -1: it does not
-	never  bool // there are no such headers: the connection speaks TLS, or HTTP/2
+	begun  int  // how much of HTTP/2's preface the first bytes match; -1: none
+	never  bool // the connection has no such headers: it speaks TLS, or HTTP/2
 	counts bool // a header is expected
 	lines  int
-	text   bool // the line that is not whole yet has more than a CR
+	text   bool // the incomplete line has more than a CR
 }
 
-// preface is what an HTTP/2 connection begins with (RFC 9113, section 3.4), as a request that HTTP/1 refuses.
+// preface begins an HTTP/2 connection (RFC 9113, section 3.4). HTTP/1 refuses it as a request.
 const preface = "PRI * HTTP/2.0\r\n\r\n"
 
-// read takes what arrived, and says whether the header has too many lines. It stops counting at the header's end.
+// read takes bytes that arrived, and reports whether the header has too many lines. It stops
+// counting at the header's end.
 func (h *header) read(p []byte) (long bool) {
 	const handshake = 22 // no method begins with it
 	for i := 0; h.begun >= 0 && !h.never && i < len(p); i++ {
@@ -163,11 +166,12 @@ func (h *header) read(p []byte) (long bool) {
 	return false
 }
 
-// State is an http.Server's ConnState: a connection whose request was answered has another header next. One of HTTP/2
-// whose last response nobody took is closed: each stream is over when its time is, the connection itself is not.
+// State is an http.Server's ConnState. After a response, a connection's next header is counted.
+// State closes an HTTP/2 connection whose last response was not accepted: deadlines end its
+// streams, but not the connection itself.
 func State(c net.Conn, state http.ConnState) {
 	of := of(c)
-	if of == nil || state != http.StateIdle && state != http.StateNew { // one that was given back is new once more
+	if of == nil || state != http.StateIdle && state != http.StateNew { // a connection that was given back is new once more
 		return
 	}
 	of.mu.Lock()
@@ -180,7 +184,7 @@ func State(c net.Conn, state http.ConnState) {
 	}
 }
 
-// Arrived says that a request's header has arrived: what follows on its connection is a body.
+// Arrived notes that a request's header has arrived: a body follows on its connection.
 func Arrived(c net.Conn) {
 	if c := of(c); c != nil {
 		c.mu.Lock()
@@ -189,7 +193,7 @@ func Arrived(c net.Conn) {
 	}
 }
 
-// Answered says since when a handler of a connection's requests has waited for nothing but its client.
+// Answered notes since when a handler of a connection's request has waited only for its client.
 func Answered(c net.Conn, since time.Time) {
 	if c := of(c); c != nil {
 		c.mu.Lock()
@@ -198,7 +202,7 @@ func Answered(c net.Conn, since time.Time) {
 	}
 }
 
-// Known says that a token was shown on a connection.
+// Known notes that a token was shown on a connection.
 func Known(c net.Conn) {
 	if c := of(c); c != nil {
 		c.known()
@@ -215,13 +219,14 @@ func (c *conn) known() {
 	}
 }
 
-// Shed has a connection of HTTP/2 closed as soon as nothing is under way on it: a request of it was refused without a word.
+// Shed has an HTTP/2 connection closed as soon as it is idle, after a request on it was refused
+// without a response.
 func Shed(c net.Conn) { Answered(c, time.Unix(1, 0)) }
 
-// of is the connection as it was accepted; nil: it was not accepted here.
+// of returns the connection as it was accepted, or nil if it was not accepted here.
 func of(c net.Conn) *conn {
 	for {
-		switch t := c.(type) { // of a request without a connection that was accepted, as in tests, it is nil
+		switch t := c.(type) { // c is nil for a request without an accepted connection, as in tests
 		case *conn:
 			return t
 		case interface{ NetConn() net.Conn }:
@@ -232,7 +237,7 @@ func of(c net.Conn) *conn {
 	}
 }
 
-// Close gives the place back, the first time.
+// Close closes the connection and gives its place back, once.
 func (c *conn) Close() error {
 	err := c.TCPConn.Close()
 	if !c.closed.Swap(true) {
@@ -242,13 +247,14 @@ func (c *conn) Close() error {
 	return err
 }
 
-// Plain is the connection itself, for those who write to its socket. Close is to be called here.
+// Plain returns the connection itself, for code that writes to its socket. Close must still be
+// called on c.
 func (c *conn) Plain() *net.TCPConn { return c.TCPConn }
 
-// NetConn is the same, for those who look for it under TLS.
+// NetConn returns the same, for code that looks for it under TLS.
 func (c *conn) NetConn() net.Conn { return c.TCPConn }
 
-// Reset closes a connection so that its peer notices at once, and nothing waits to be sent to it.
+// Reset closes a connection so that its peer notices at once, and discards unsent data.
 func Reset(tcp *net.TCPConn) {
 	_ = tcp.SetLinger(0)
 	_ = tcp.Close()

@@ -6,22 +6,22 @@ import (
 	"time"
 )
 
-// Places is how many of something there may be at once: on this node, and of one caller.
+// Places limits how many of something may exist at once: on this node, and for each caller.
 type Places struct {
 	limits       *Limits
 	what, flag   string // the caller's flag is caller-<flag>
-	node, caller int    // 0: no bound
+	node, caller int    // 0: no limit
 
-	full  atomic.Bool // none are left for anybody: those who are refused by thousands need not wait for one another
+	full  atomic.Bool // none are left for anybody: thousands that are refused need not wait for one another
 	mu    sync.Mutex
 	taken int
-	of    map[Caller]int // by those that have some
+	of    map[Caller]int // by callers that hold some
 }
 
-// placeAfter is when to ask for a place again. Nobody knows when one is free.
+// placeAfter is when to ask for a place again. Nobody knows when one becomes free.
 const placeAfter = 5 * time.Second
 
-// Take takes n places for a caller, or none. What is taken is to be given back, once.
+// Take takes n places for a caller, or none. The caller must give them back, once.
 func (p *Places) Take(c Caller, n int) error {
 	p.mu.Lock()
 	e := p.over(c, n)
@@ -39,7 +39,8 @@ func (p *Places) Take(c Caller, n int) error {
 	return nil
 }
 
-// Full says, without waiting for anybody, whether none are left: thousands that are refused must not queue for that.
+// Full returns an error if no places are left. It never blocks, so that thousands that are refused
+// do not queue.
 func (p *Places) Full() error {
 	if !p.full.Load() {
 		return nil
@@ -47,7 +48,7 @@ func (p *Places) Full() error {
 	return p.limits.Refuse(p.nodeError())
 }
 
-// Give gives them back.
+// Give gives n places back.
 func (p *Places) Give(c Caller, n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -64,7 +65,7 @@ func (p *Places) Give(c Caller, n int) {
 	}
 }
 
-// Taken is how many are taken.
+// Taken returns how many places are taken.
 func (p *Places) Taken() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -73,7 +74,7 @@ func (p *Places) Taken() int {
 
 func (p *Places) counts(c Caller) bool { return p.caller > 0 && c != Caller{} }
 
-// over is the bound that n more would pass, if any. mu is held.
+// over returns the limit that n more would exceed, or nil. mu is held.
 func (p *Places) over(c Caller, n int) *Error {
 	if p.counts(c) && p.of[c]+n > p.caller {
 		return &Error{Limit: "caller-" + p.flag, Most: p.caller, What: p.what, Caller: true, After: placeAfter}
@@ -88,7 +89,7 @@ func (p *Places) nodeError() *Error {
 	return &Error{Limit: p.flag, Most: p.node, What: p.what, After: placeAfter}
 }
 
-// Feeds is the error of a viewer whose log would be one more than the node may watch.
+// Feeds returns the error for a viewer whose log is one more than the node may watch.
 func Feeds(most int) *Error {
 	return &Error{Limit: "feeds", Most: most, What: "watched logs", After: placeAfter}
 }

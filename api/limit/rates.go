@@ -11,36 +11,36 @@ type bucket = rate.Limiter
 
 const day = 24 * time.Hour
 
-// Rates is how much of something a caller may do in a second, or in a day. What it did not do in the last ten seconds, or in the last
-// day, it may do at once.
+// Rates limits how much of something a caller may do per second, or per day. A caller may save up
+// what it did not use in the last ten seconds, or in the last day.
 //
-// A caller whose bucket is full is like one that was never seen: such are forgotten whenever there
-// are twice as many buckets as were not full the last time.
+// A caller with a full bucket is like a new one. Such buckets are deleted whenever there are twice
+// as many buckets as were not full the last time.
 type Rates struct {
 	limits     *Limits
 	what, flag string
-	most       int           // in each per; 0: no bound
-	per        time.Duration // a second, or a day
-	holds      int           // for how many of them a bucket has room
+	most       int           // per period; 0: no limit
+	per        time.Duration // the period: a second, or a day
+	holds      int           // how many periods' worth a bucket holds
 
 	mu    sync.Mutex
 	of    map[Caller]*bucket
-	sweep int // how many buckets there may be until the next look at them
+	sweep int // how many buckets there may be until the next sweep
 }
 
-// manyBuckets bounds them, with some 200 bytes each. Callers beyond share one: so many at once,
-// within ten seconds, are no people.
+// manyBuckets limits the buckets, of some 200 bytes each. Further callers share one: so many within
+// ten seconds are not people.
 var manyBuckets = 1 << 18
 
 const (
 	// saved is how many seconds of a rate a bucket holds.
 	saved = 10
-	// fewBuckets are kept without a look.
+	// fewBuckets are kept without a sweep.
 	fewBuckets = 1 << 10
 )
 
-// Take uses n up, or, with an error that says when they will be there, none. More than a bucket
-// holds counts as a bucket.
+// Take uses up n. If they are not available, it uses up none and returns an error that says when
+// they will be. More than a bucket holds counts as a full bucket.
 func (r *Rates) Take(c Caller, n int) error {
 	b := r.bucket(c)
 	if b == nil {
@@ -56,7 +56,7 @@ func (r *Rates) Take(c Caller, n int) error {
 	return r.limits.Refuse(r.error(after))
 }
 
-// Owe uses n up although they may not be there yet, and says how long it takes until they are.
+// Owe uses up n even if they are not available yet, and returns how long it takes until they are.
 func (r *Rates) Owe(c Caller, n int) time.Duration {
 	b := r.bucket(c)
 	if b == nil {
@@ -66,7 +66,7 @@ func (r *Rates) Owe(c Caller, n int) time.Duration {
 	return b.ReserveN(now, min(n, b.Burst())).DelayFrom(now)
 }
 
-// Over says, without using anything up, whether there is nothing left.
+// Over returns an error if nothing is left. It uses up nothing.
 func (r *Rates) Over(c Caller) *Error {
 	b := r.bucket(c)
 	if b == nil {
@@ -83,7 +83,7 @@ func (r *Rates) error(after time.Duration) *Error {
 	return &Error{Limit: r.flag, Most: r.most, What: r.what, Rate: true, Day: r.per == day, Caller: true, After: after}
 }
 
-// bucket is a caller's; nil: there is no bound for it.
+// bucket returns a caller's bucket, or nil if no limit applies to it.
 func (r *Rates) bucket(c Caller) *bucket {
 	if r.most == 0 || c == (Caller{}) {
 		return nil
@@ -107,10 +107,10 @@ func (r *Rates) bucket(c Caller) *bucket {
 	return b
 }
 
-// forget keeps only buckets that are not full. mu is held.
+// forget drops full buckets. mu is held.
 func (r *Rates) forget() {
 	now := r.limits.cfg.Now()
-	kept := map[Caller]*bucket{} // another one: a map keeps the room that it had at its largest
+	kept := map[Caller]*bucket{} // a new map: a map keeps its largest size
 	for c, b := range r.of {
 		if b.TokensAt(now) < float64(b.Burst()) {
 			kept[c] = b

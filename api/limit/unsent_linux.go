@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// setUnsent sets how long the peer may take nothing (tcp(7), TCP_USER_TIMEOUT).
+// setUnsent sets how long the peer may accept nothing (tcp(7), TCP_USER_TIMEOUT).
 func setUnsent(tcp *net.TCPConn, long time.Duration) {
 	raw, err := tcp.SyscallConn()
 	if err != nil || long <= 0 {

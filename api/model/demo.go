@@ -7,14 +7,14 @@ import (
 	"time"
 )
 
-// Demo answers without a network, at the pace of a language model: the page's sample questions, and to every other
-// question that it is no model.
+// Demo answers without a network, at the pace of a language model. It answers the page's sample
+// questions, and says for every other question that it is not a model.
 type Demo struct {
 	// Pace is the time from one word to the next.
 	Pace time.Duration
 }
 
-// NewDemo is the demo at about twenty words a second.
+// NewDemo returns a demo that writes about twenty words a second.
 func NewDemo() Demo { return Demo{50 * time.Millisecond} }
 
 // Answer implements Model. The same question gets the same text.
@@ -41,8 +41,8 @@ func (d Demo) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, 
 	}
 }
 
-// answerOf is the text for a question: the one whose subject is named last, since earlier questions may stand
-// before it.
+// answerOf returns the text for a question. The subject that is named last counts, because earlier
+// questions may come before it.
 func answerOf(question string) string {
 	text, at := nothing, -1
 	for _, k := range samples {

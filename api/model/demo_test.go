@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 )
 
-// The demo answers what the page's samples ask, and says of everything else that it cannot.
+// The demo answers the page's sample questions, and says for everything else that it cannot.
 func TestDemo_answersTheSamplesOfThePage(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile(filepath.Join("..", "..", "web", "index.html"))

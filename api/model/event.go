@@ -9,10 +9,10 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// What is read of an event is looked for name by name, and what has another shape than the one that is
-// looked for is as if it were not there: services add members, and change those that others use.
+// Members of an event are looked up by name. A value of an unexpected type counts as missing:
+// services add members, and change those that others use.
 
-// members is an object; nil: the value is none.
+// members holds the members of an object; nil: the value is not an object.
 type members map[string]json.RawMessage
 
 func object(value json.RawMessage) (m members) {
@@ -35,7 +35,7 @@ func number(value json.RawMessage) (n int) {
 	return n
 }
 
-// means says whether a value says something.
+// means reports whether a value is present and not empty.
 func means(value json.RawMessage) bool {
 	switch string(value) {
 	case "", "null", "false", "0", `""`, "{}", "[]":
@@ -44,19 +44,19 @@ func means(value json.RawMessage) bool {
 	return true
 }
 
-// texts reads what is said in a stream of deltas.
+// texts reads the content of a stream of deltas.
 type texts struct {
-	source string            // the member that thinking comes in
-	torn   map[string]string // by member: the first half of a character, as it stands in JSON
-	call   string            // the id of the last call of a tool that has no index
-	calls  int               // how many of those there are
+	source string            // the member that contains the reasoning
+	torn   map[string]string // by member: the first half of a character, in its JSON form
+	call   string            // the id of the last tool call without an index
+	calls  int               // how many tool calls had none
 }
 
-// thinking are the members that thinking comes in. Services may send the same in several of them: the
-// first that has any counts.
+// thinking lists the members that may contain reasoning. Services may send the same text in several
+// of them: the first that is not empty counts.
 var thinking = []string{"reasoning_content", "reasoning", "reasoning_details"}
 
-// pieces is what a delta says, in the order in which it is shown.
+// pieces returns the content of a delta, in display order.
 func (t *texts) pieces(delta members) (all []Piece) {
 	for _, name := range thinking {
 		if t.source == "" || t.source == name {
@@ -75,8 +75,8 @@ func (t *texts) pieces(delta members) (all []Piece) {
 	return all
 }
 
-// parts reads what is a text, a part, or a list of parts. as says what kind of text it is, unless a part says
-// more.
+// parts reads a text, a part, or a list of parts. as is the kind of text, unless a part says
+// otherwise.
 func (t *texts) parts(name string, value json.RawMessage, as Piece, depth int) (all []Piece) {
 	const deepest = 8
 	if depth > deepest || len(value) == 0 {
@@ -106,8 +106,9 @@ func (t *texts) parts(name string, value json.RawMessage, as Piece, depth int) (
 	return all
 }
 
-// toolCalls reads calls of tools, or the next pieces of them. Gemini leaves their indexes out, by which
-// pieces are joined. What is no JSON that every reader reads is left out of a call.
+// toolCalls reads tool calls, or the next pieces of them. It adds the indexes that Gemini omits,
+// because they are needed to join the pieces. It removes members that are not valid JSON for every
+// parser.
 func (t *texts) toolCalls(calls []json.RawMessage) json.RawMessage {
 	var all []members
 	for _, value := range calls {
@@ -141,19 +142,19 @@ func (t *texts) toolCalls(calls []json.RawMessage) json.RawMessage {
 	return joined
 }
 
-// Call is a call of a tool, or a piece of one: its Arguments are joined by Index.
+// Call is a tool call, or a piece of one. Pieces with the same Index are joined by their Arguments.
 type Call struct {
 	Index                     json.RawMessage
 	ID, Type, Name, Arguments string
 }
 
-// Calls reads Piece.ToolCalls.
+// Calls parses Piece.ToolCalls.
 func Calls(calls json.RawMessage) (all []Call) {
 	for _, value := range list(calls) {
 		call := object(value)
 		function := object(call["function"])
 		c := Call{call["index"], text(call["id"]), text(call["type"]), text(function["name"]), string(function["arguments"])}
-		if strings.HasPrefix(c.Arguments, `"`) { // some services send them as an object
+		if strings.HasPrefix(c.Arguments, `"`) { // some services send an object
 			c.Arguments = text(function["arguments"])
 		}
 		all = append(all, c)
@@ -161,8 +162,9 @@ func Calls(calls json.RawMessage) (all []Call) {
 	return all
 }
 
-// join decodes a text of JSON, from the half character on that the one before it ended with. One that this text
-// ends with waits for the next: half of a surrogate pair, or of a character in UTF-8.
+// join decodes a JSON text, which begins with the half character that the previous text ended with.
+// A half character at its end waits for the next text: half of a surrogate pair, or of a UTF-8
+// sequence.
 func (t *texts) join(name string, value json.RawMessage) (s string) {
 	inside := t.torn[name] + string(value[1:len(value)-1])
 	at := tornAt(inside)
@@ -175,8 +177,8 @@ func (t *texts) join(name string, value json.RawMessage) (s string) {
 	return text(json.RawMessage(`"` + inside[:at] + `"`))
 }
 
-// tornAt is where the half character begins with which a text ends, as it stands in JSON; its length: it ends
-// with none.
+// tornAt returns where the half character at the end of a JSON text begins, or the text's length if
+// there is none.
 func tornAt(inside string) int {
 	if at := len(inside) - len(`\ud83d`); at >= 0 && inside[at:at+2] == `\u` {
 		slashes := at - len(strings.TrimRight(inside[:at], `\`))

@@ -1,4 +1,4 @@
-// Package model is what answers questions. It knows nothing of logs or HTTP servers.
+// Package model answers questions. It knows nothing of logs or HTTP servers.
 package model
 
 import (
@@ -20,34 +20,34 @@ const (
 	RoleSystem    = "system"
 )
 
-// Piece is a piece of an answer. All but one of its members are empty in most.
+// Piece is a piece of an answer. Usually only one of its members is set.
 type Piece struct {
 	Text      string
-	Reasoning bool // Text is what the model thinks aloud
-	Refusal   bool // Text is why the model does not answer
-	// ToolCalls are what came of calls of tools: an array as the chat-completions API streams it.
-	// Each call has its index, by which its arguments are joined.
+	Reasoning bool // Text is reasoning
+	Refusal   bool // Text says why the model refuses to answer
+	// ToolCalls is an array of tool calls, in the form that the chat-completions API streams. Each
+	// call has an index, and arguments with the same index are joined.
 	ToolCalls json.RawMessage
-	// Finish is why the answer ended (stop, length, …), and Usage what it cost, an object as the
-	// service sent it. They are in the last piece, if they came.
+	// Finish is why the answer ended (stop, length, …). Usage is its cost, an object as the service
+	// sent it. They are in the last piece, if the service sent them.
 	Finish string
 	Usage  json.RawMessage
 }
 
-// Model answers.
+// Model answers questions.
 type Model interface {
-	// Answer says the next message of a conversation piece by piece, as it comes. An
-	// error is the last thing that it says, an *Error where others may be told why; an answer
-	// whose context ends stops with the context's error.
+	// Answer yields the next message of a conversation piece by piece, as it comes. An error is the
+	// last thing that it yields. The error is an *Error if others may see the reason, or the
+	// context's error if the context ended.
 	Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, error]
 }
 
-// Error is why a model did not answer, or not to the end, as everybody may know it: it holds
-// nothing of what the model's service said.
+// Error is why a model did not answer, or not to the end, in a form that everybody may see: it
+// contains nothing that the model's service said.
 type Error struct {
 	Reason string // stable
 	Detail string // for people
-	Cause  error  // for the log; nil: there is no more to say
+	Cause  error  // for the log; nil: unknown
 }
 
 func (e *Error) Error() string {
@@ -61,12 +61,25 @@ func (e *Error) Unwrap() error { return e.Cause }
 
 // The reasons of an Error.
 const (
-	Unauthorized = "model_unauthorized" // the service does not know the key, or forbids its use
-	NotFound     = "model_not_found"    // it has no such model, or nothing at this URL
-	Rejected     = "model_rejected"     // it does not take the request, or answers with something else than events
-	RateLimited  = "model_rate_limited" // it was asked too much
-	Unavailable  = "model_unavailable"  // it cannot be reached, or cannot answer now
-	Timeout      = "model_timeout"      // it said nothing for too long
-	Broken       = "model_broken"       // its answer broke off, is none that could be read, or has too much that is no word
-	Empty        = "model_empty"        // it said nothing at all
+	Unauthorized = "model_unauthorized" // the service does not accept the key, or forbids its use
+	NotFound     = "model_not_found"    // the service has no such model, or nothing at this URL
+	Rejected     = "model_rejected"     // the service does not accept the request, or does not respond with events
+	RateLimited  = "model_rate_limited" // too many requests
+	Unavailable  = "model_unavailable"  // the service cannot be reached, or cannot answer now
+	Timeout      = "model_timeout"      // the service was silent for too long
+	Broken       = "model_broken"       // the answer broke off, cannot be read, or is too large without a word
+	Empty        = "model_empty"        // the model said nothing at all
 )
+
+type moreKey struct{}
+
+// With is a context in which a model's service is asked with these members of the request, in place of its own. A model that
+// has no service takes no notice of them.
+func With(ctx context.Context, members map[string]json.RawMessage) context.Context {
+	return context.WithValue(ctx, moreKey{}, members)
+}
+
+func more(ctx context.Context) map[string]json.RawMessage {
+	members, _ := ctx.Value(moreKey{}).(map[string]json.RawMessage)
+	return members
+}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"maps"
@@ -21,26 +22,26 @@ import (
 	"time"
 )
 
-// Config says which model answers, of a service that speaks the chat-completions API.
+// Config describes the model that answers, at a service with the chat-completions API.
 type Config struct {
-	// URL is the API's base, in front of /chat/completions: https://api.openai.com/v1.
+	// URL is the base URL of the API, without /chat/completions: https://api.openai.com/v1.
 	URL string
-	// Name is the model's, as the service knows it.
+	// Name is the service's name for the model.
 	Name string
-	// Key is sent as a bearer token; empty: none is. It is in no log and in no error.
+	// Key is sent as a bearer token; empty: none is sent. It appears in no log and in no error.
 	Key string
-	// Options are further members of each request, a JSON object; null takes a member out.
+	// Options is a JSON object with further members of each request; null removes a member.
 	Options string
-	// Timeout is how long the service may be silent before the first word. 2 min: a model
-	// that thinks takes its time.
+	// Timeout is how long the service may be silent before the first word. 2 min, because a model
+	// may think for a while.
 	Timeout time.Duration
-	// Stall is how long it may be silent between two words. 30 s: then it is dead.
+	// Stall is how long it may be silent between two words. After 30 s it is dead.
 	Stall time.Duration
 
 	Logger *slog.Logger
 }
 
-// DefaultConfig is what the flags start from.
+// DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
 	return Config{Timeout: 2 * time.Minute, Stall: 30 * time.Second, Logger: slog.New(slog.DiscardHandler)}
 }
@@ -53,7 +54,7 @@ func (c Config) Validate() error {
 	case c.URL == "":
 		errs = append(errs, errors.New("-model-url: it is missing: the base of a chat-completions API, such as https://api.openai.com/v1"))
 	case err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Fragment != "":
-		errs = append(errs, errors.New("-model-url: it is no https://… or http://… URL")) // which may have a secret in it
+		errs = append(errs, errors.New("-model-url: it is no https://… or http://… URL")) // the URL may contain a secret
 	case u.User != nil:
 		errs = append(errs, errors.New("-model-url: leave user and password out: a key comes from the environment variable "+KeyVariable))
 	}
@@ -77,8 +78,8 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// KeyVariable is the environment variable that holds Config.Key. Not OPENAI_API_KEY: that may be
-// there for another program, and would be sent to whatever the URL names.
+// KeyVariable is the environment variable for Config.Key. It is not OPENAI_API_KEY, which may be
+// set for another program, and would be sent to any host that the URL names.
 const KeyVariable = "GAPLESS_MODEL_KEY"
 
 func (c Config) options() (members map[string]json.RawMessage, err error) {
@@ -91,7 +92,7 @@ func (c Config) options() (members map[string]json.RawMessage, err error) {
 	return members, err
 }
 
-// OpenAI asks a service that speaks the chat-completions API, and reads its stream (stream.go).
+// OpenAI asks a service that has the chat-completions API, and reads its stream (stream.go).
 type OpenAI struct {
 	cfg  Config
 	url  string
@@ -99,7 +100,7 @@ type OpenAI struct {
 	http *http.Client
 }
 
-// NewOpenAI makes one of a valid Config. It connects when it is asked.
+// NewOpenAI returns an OpenAI for a valid Config. It connects when a question comes.
 func NewOpenAI(cfg Config) *OpenAI {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 64 // there is one host, and many answers at once
@@ -113,21 +114,21 @@ func NewOpenAI(cfg Config) *OpenAI {
 	}
 	name, _ := json.Marshal(cfg.Name)
 	o.more = map[string]json.RawMessage{"model": name, "stream": json.RawMessage("true"), "stream_options": json.RawMessage(`{"include_usage":true}`)}
-	options, _ := cfg.options() // Validate has seen it
+	options, _ := cfg.options() // Validate has checked them
 	maps.Copy(o.more, options)
 	return o
 }
 
-// How often a question is asked, and how long one waits in between.
+// How often a question is sent, and how long to wait in between.
 const (
 	tries    = 3
 	pauseMin = 500 * time.Millisecond // doubled each time
-	pauseMax = 20 * time.Second       // a service that asks for more has failed: somebody waits for the answer
+	pauseMax = 20 * time.Second       // a longer wait counts as a failure, because a user is waiting
 )
 
 // Answer implements Model.
 func (o *OpenAI) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, error] {
-	request := o.request(conversation)
+	request := o.request(conversation, more(ctx))
 	return func(yield func(Piece, error) bool) {
 		for try := 1; ; try++ {
 			said := false
@@ -163,17 +164,64 @@ func (o *OpenAI) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piec
 	}
 }
 
-// request is the body of a question.
-func (o *OpenAI) request(conversation []Turn) []byte {
-	messages, _ := json.Marshal(conversation) // text is always JSON
+// request returns the body of a question.
+func (o *OpenAI) request(conversation []Turn, more map[string]json.RawMessage) []byte {
+	messages, _ := json.Marshal(conversation) // text is always valid JSON
 	members := map[string]json.RawMessage{"messages": messages}
 	maps.Copy(members, o.more)
+	maps.Copy(members, more)
 	maps.DeleteFunc(members, func(_ string, value json.RawMessage) bool { return string(value) == "null" })
 	body, _ := json.Marshal(members) // each is valid JSON
 	return body
 }
 
-// send asks once. The response is an event stream.
+// Pass sends a request to the service as it came. The response is as it comes, whatever it says.
+func (o *OpenAI) Pass(ctx context.Context, request []byte) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	watch := time.AfterFunc(o.cfg.Timeout, func() { cancel(errSilent) })
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, o.url, bytes.NewReader(request))
+	if err != nil {
+		cancel(nil)
+		return nil, &Error{Reason: Rejected, Detail: "the request cannot be sent"}
+	}
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Accept-Encoding", "identity") // its bytes are passed on
+	if o.cfg.Key != "" {
+		r.Header.Set("Authorization", "Bearer "+o.cfg.Key)
+	}
+	res, err := o.http.Do(r) // #nosec G704 -- where to is the operator's choice, -model-url, and redirects are not followed
+	if err != nil {
+		silent := context.Cause(ctx) == errSilent
+		cancel(nil)
+		if silent {
+			err = errSilent
+		}
+		return nil, explain(err)
+	}
+	res.Body = &watched{res.Body, watch, o.cfg.Timeout, cancel}
+	return res, nil
+}
+
+// watched is a response that is given up when nothing of it has come for too long.
+type watched struct {
+	io.ReadCloser
+	watch   *time.Timer
+	timeout time.Duration
+	cancel  context.CancelCauseFunc
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	w.watch.Reset(w.timeout)
+	return w.ReadCloser.Read(p)
+}
+
+func (w *watched) Close() error {
+	w.watch.Stop()
+	w.cancel(nil)
+	return w.ReadCloser.Close()
+}
+
+// send sends a question once. The response is an event stream.
 func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, o.url, bytes.NewReader(request))
 	if err != nil {
@@ -189,9 +237,9 @@ func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, erro
 		return nil, err
 	}
 	kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
-	encoding := res.Header.Get("Content-Encoding") // not gzip, which net/http has taken off
+	encoding := res.Header.Get("Content-Encoding") // not gzip, which net/http has decoded
 	switch {
-	case res.StatusCode != http.StatusOK: // nothing reads what it says, however long that is
+	case res.StatusCode != http.StatusOK: // the body is ignored, however long it is
 		err = &statusError{res.StatusCode, retryAfter(res.Header.Get("Retry-After"))}
 	case err != nil || kind != eventStream || encoding != "" && !strings.EqualFold(encoding, "identity"):
 		err = errEvents
@@ -205,7 +253,7 @@ func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, erro
 
 const eventStream = "text/event-stream"
 
-// Errors of an attempt, next to those of the connection.
+// Errors of an attempt, besides those of the connection.
 var (
 	errSilent = errors.New("silent")
 	errShort  = errors.New("the answer does not say that it is finished")
@@ -216,17 +264,17 @@ var (
 	errSaid   = errors.New("the service says that it failed")
 )
 
-// statusError is an answer with another status than 200.
+// statusError is a response with another status than 200.
 type statusError struct {
 	status int
-	wait   time.Duration // as the service asks for it
+	wait   time.Duration // from Retry-After
 }
 
 func (e *statusError) Error() string {
 	return strings.TrimSpace(fmt.Sprintf("%d %s", e.status, http.StatusText(e.status)))
 }
 
-// again says whether a failure may be gone in a moment.
+// again reports whether a failure may be temporary.
 func again(err error) bool {
 	if s, ok := errors.AsType[*statusError](err); ok {
 		return s.status == http.StatusRequestTimeout || s.status == http.StatusTooManyRequests ||
@@ -240,8 +288,8 @@ func again(err error) bool {
 	return !untrusted(err)
 }
 
-// explain says what everybody may know of a failure. What the service said is left out: it may
-// repeat the key, or the question.
+// explain returns what everybody may know of a failure. It omits what the service said, which may
+// repeat the key or the question.
 func explain(err error) *Error {
 	if s, ok := errors.AsType[*statusError](err); ok {
 		e := &Error{Reason: Rejected, Detail: "the model's service answered " + s.Error()}
@@ -287,8 +335,8 @@ func explain(err error) *Error {
 	return &Error{Reason: Broken, Detail: "the answer of the model's service broke off, or cannot be read", Cause: known(err)}
 }
 
-// known is what the log may have of an error; nil: nothing. The URL may have a secret in it, and
-// what net/http says of a response that it cannot read repeats the response.
+// known returns the part of an error that may be logged, or nil. The URL may contain a secret, and
+// an error of net/http about an unreadable response repeats the response.
 func known(err error) error {
 	if c, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return c
@@ -306,7 +354,7 @@ func untrusted(err error) bool {
 	return bad || none || alert
 }
 
-// retryAfter is how long a header asks to wait (RFC 9110, section 10.2.3); 0: it does not say.
+// retryAfter returns how long a header asks to wait (RFC 9110, section 10.2.3); 0: it does not.
 func retryAfter(text string) time.Duration {
 	if n, err := strconv.ParseUint(text, 10, 31); err == nil {
 		return time.Duration(n) * time.Second

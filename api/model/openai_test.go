@@ -23,20 +23,20 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// key stands in every request, and in all that the service says in these tests. No error and no
-// log may have it.
+// key is in every request, and in everything that the service says in these tests. No error and no
+// log may contain it.
 const key = "sk-open-sesame"
 
-// service is one that speaks the public format, as far as a test wants it to.
+// service is a fake service with the public API, as far as a test needs it.
 type service struct {
 	*httptest.Server
 	asked atomic.Int64
 	body  atomic.Pointer[string]
-	gone  chan struct{} // a request's context has ended
+	gone  chan struct{} // receives when a request's context has ended
 	log   strings.Builder
 }
 
-// serve answers the nth request, from 1, by turn.
+// serve handles the nth request, from 1, with turn.
 func serve(t *testing.T, turn func(n int64, w http.ResponseWriter, r *http.Request)) *service {
 	t.Helper()
 	s := &service{gone: make(chan struct{}, 8)}
@@ -56,7 +56,7 @@ func serve(t *testing.T, turn func(n int64, w http.ResponseWriter, r *http.Reque
 	return s
 }
 
-// events begins an event stream with some.
+// events begins an event stream with some events.
 func events(w http.ResponseWriter, all ...string) {
 	w.Header().Set("Content-Type", "text/event-stream; charset=utf-8")
 	for _, e := range all {
@@ -76,10 +76,10 @@ const (
 	usage  = `{"id":"c","object":"chat.completion.chunk","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5}}`
 )
 
-// failure is how some services say in an answer that it failed.
+// failure is how some services report in an answer that it failed.
 const failure = `{"choices":[{"index":0,"delta":{"content":"` + key + `"},"finish_reason":"error"}],"error":{"code":502,"message":"` + key + `"}}`
 
-// raw answers with these bytes, and closes the connection.
+// raw responds with these bytes, and closes the connection.
 func raw(w http.ResponseWriter, text string) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -89,7 +89,7 @@ func raw(w http.ResponseWriter, text string) {
 	_ = conn.Close()
 }
 
-// says has the service say pieces, and finish.
+// says sends pieces, and a finish.
 func says(w http.ResponseWriter, pieces ...string) {
 	all := []string{role}
 	for _, p := range pieces {
@@ -105,7 +105,7 @@ func (s *service) config() Config {
 	return cfg
 }
 
-// ask asks the service, and collects what it says.
+// ask asks the service, and collects its answer.
 func (s *service) ask(t *testing.T, ctx context.Context, change func(*Config)) (text string, all []Piece, err error) {
 	t.Helper()
 	cfg := s.config()
@@ -168,7 +168,7 @@ func TestOpenAI_asksAgainOnlyBeforeTheFirstWord(t *testing.T) {
 	for name, c := range map[string]struct {
 		first  func(w http.ResponseWriter, r *http.Request)
 		again  bool
-		reason string // if it is not asked again
+		reason string // if the question is not sent again
 		within time.Duration
 	}{
 		"busy": {func(w http.ResponseWriter, _ *http.Request) { http.Error(w, key, http.StatusServiceUnavailable) }, true, "", 0},
@@ -257,7 +257,7 @@ func TestOpenAI_asksAgainOnlyBeforeTheFirstWord(t *testing.T) {
 				t.Errorf("%q, %v: asked %d times", text, err, s.asked.Load())
 			}
 			if c.reason == Timeout {
-				<-s.gone // and it is not left waiting
+				<-s.gone // the request does not stay open
 			}
 		})
 	}
@@ -299,7 +299,7 @@ func TestOpenAI_givesUpAndSaysWhy(t *testing.T) {
 	}
 }
 
-// The key is for one host.
+// The key is only for one host.
 func TestOpenAI_followsNoRedirect(t *testing.T) {
 	t.Parallel()
 	other := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
@@ -352,7 +352,7 @@ func TestOpenAI_readsWhatIsCompressedWordByWord(t *testing.T) {
 	if text.String() != "ab" {
 		t.Errorf("%q", text.String())
 	}
-	// What is small on the way is bounded by what it becomes.
+	// Data that is small on the wire is limited by its decompressed size.
 	s = serve(t, func(_ int64, w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Encoding", "gzip")
 		w.Header().Set("Content-Type", "text/event-stream")
@@ -366,7 +366,7 @@ func TestOpenAI_readsWhatIsCompressedWordByWord(t *testing.T) {
 	}
 }
 
-// hang is the address of a listener that answers nothing.
+// hang returns the address of a listener that never responds.
 func (*service) hang(t *testing.T) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -376,7 +376,7 @@ func (*service) hang(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// Stop: the service learns of it at once, in every moment of an answer.
+// The service notices a stop at once, at any point of an answer.
 func TestOpenAI_endOfTheContextEndsTheRequest(t *testing.T) {
 	t.Parallel()
 	for name, turn := range map[string]func(w http.ResponseWriter, r *http.Request){
@@ -406,7 +406,7 @@ func TestOpenAI_endOfTheContextEndsTheRequest(t *testing.T) {
 	}
 }
 
-// While nobody takes what was said, no time runs: who is slow is not the model.
+// While the caller handles content, no timeout runs: a slow caller is not a slow model.
 func TestOpenAI_slowReaderIsNoStall(t *testing.T) {
 	t.Parallel()
 	taken := make(chan struct{})
@@ -425,7 +425,7 @@ func TestOpenAI_slowReaderIsNoStall(t *testing.T) {
 			t.Fatal(err)
 		}
 		if said = append(said, p.Text); p.Text == "b" {
-			time.Sleep(4 * cfg.Stall) // it is the slow reader
+			time.Sleep(4 * cfg.Stall) // the slow caller
 			close(taken)
 		}
 	}
@@ -458,10 +458,10 @@ func TestConfig_reportsEveryMistakeAndNoSecret(t *testing.T) {
 	}
 }
 
-// One connection does for many answers, over HTTP/1.1 and HTTP/2.
+// One connection is used for many answers, over HTTP/1.1 and HTTP/2.
 func TestOpenAI_keepsItsConnection(t *testing.T) {
 	t.Parallel()
-	for major, most := range map[int]int64{1: 3, 2: 1} { // the first when the end of a response comes late
+	for major, most := range map[int]int64{1: 3, 2: 1} { // more if the end of a response comes late
 		var made atomic.Int64
 		s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.ProtoMajor != major {

@@ -18,17 +18,17 @@ import (
 	"gapless/sse"
 )
 
-// served is a stream in the shape that a service documents, or that its users reported, with a text of our
-// own. At ⏹ the answer is complete, whatever becomes of the rest.
+// served is a stream in a form that a service documents, or that its users reported, with a text of
+// ours. At ⏹ the answer is complete, whatever happens to the rest.
 type served struct {
 	stream               string
 	thought, text, calls string // calls: index, name, and arguments, as pieces are joined
 	finish, usage        string
-	fails                error // the whole stream does
-	claims               bool  // a finish in it is no more than that
+	fails                error // the error of the whole stream
+	claims               bool  // its finish is only a claim
 }
 
-// services are by name, and what is hard about them.
+// services are keyed by name, and by what is hard about them.
 var services = map[string]served{
 	"OpenAI: an empty role, obfuscation, usage at the end": {
 		stream: `data: {"id":"c","object":"chat.completion.chunk","model":"m","service_tier":"default","choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}],"usage":null,"obfuscation":"x9"}
@@ -404,11 +404,12 @@ data: [DONE]
 `, text: "Green tea", finish: "stop"},
 }
 
-// played is a service that plays a stream. It is the transport of an OpenAI, so there is no network.
+// played is a service that plays a stream. It is the transport of an OpenAI, so no network is
+// needed.
 type played struct {
 	stream string
-	pieces bool  // it comes in pieces that end anywhere
-	then   error // how it ends; nil: it is silent
+	pieces bool  // it arrives in pieces that end anywhere
+	then   error // how it ends; nil: it falls silent
 }
 
 func (p *played) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -442,7 +443,7 @@ func (b *playing) Read(to []byte) (int, error) {
 
 func (b *playing) Close() error { return nil }
 
-// heard is what came of an answer.
+// heard is the content of an answer.
 type heard struct{ thought, text, calls, finish, usage string }
 
 func (h *heard) take(p Piece) {
@@ -482,7 +483,7 @@ func play(ctx context.Context, p played) (h heard, err error) {
 	return h, err
 }
 
-// said is what the whole events of a stream say, as another parser reads it.
+// said returns the content of a stream's whole events, as another parser reads it.
 func said(stream string) (h heard) {
 	var a answer
 	for e := range tmaxmax.Read(strings.NewReader(stream), nil) {
@@ -516,8 +517,8 @@ func TestServices_eachStreamSaysWhatItSays(t *testing.T) {
 	}
 }
 
-// Promise: an answer that did not end is never done. A stream is cut at each byte, and falls silent there, and ends
-// there.
+// Promise: an answer that did not end is never done. A stream is cut at each byte, or falls silent
+// there, or ends there.
 func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testing.T) {
 	t.Parallel()
 	for name, s := range services {
@@ -535,10 +536,10 @@ func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testi
 					}
 					for how, then := range map[string]error{"broken": errCut, "silent": nil, "ended": io.EOF} {
 						if how == "silent" && !change {
-							continue // as at the byte before
+							continue // the same as at the byte before
 						}
 						want, complete := events, ends && at >= end+blankLine(stream[end:])
-						if how == "ended" { // without its blank line the last event is one, too
+						if how == "ended" { // the last event counts even without its blank line
 							want, complete = atEnd, ends && at >= end
 						}
 						got, err := play(t.Context(), played{stream: stream[:at], then: then})
@@ -546,7 +547,7 @@ func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testi
 						switch {
 						case got != want:
 							t.Fatalf("%s at byte %d, %q: %+v, and not %+v", how, at, tail(stream[:at]), got, want)
-						case how == "ended" && s.claims: // the end confirms them: see the next test
+						case how == "ended" && s.claims: // the end confirms the claim: see the next test
 						case complete != (err == nil):
 							t.Fatalf("%s at byte %d, %q: %v", how, at, tail(stream[:at]), err)
 						case how == "silent" && !complete && !errors.Is(err, errSilent) && !errors.Is(err, s.fails):
@@ -559,12 +560,12 @@ func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testi
 	}
 }
 
-// blankLine is how long the end of an event is, with which a text begins.
+// blankLine returns the length of the end of an event at the start of a text.
 func blankLine(text string) int { return min(len(text)-len(strings.TrimLeft(text, "\r\n")), 2) }
 
 func tail(text string) string { return text[max(len(text)-60, 0):] }
 
-// A finish that may be a habit is no end before the response ends.
+// A finish that may be a habit does not end the answer before the response ends.
 func TestAnswer_finishInEachEventIsConfirmedByTheEndAlone(t *testing.T) {
 	t.Parallel()
 	word := `data: {"choices":[{"delta":{"content":"Green"},"finish_reason":"stop"}]}` + "\n\n"
@@ -604,7 +605,7 @@ func TestAnswer_finishInEachEventIsConfirmedByTheEndAlone(t *testing.T) {
 	}
 }
 
-// slowly is a body that says something again and again.
+// slowly is a body that sends something again and again.
 type slowly struct {
 	every time.Duration
 	text  string
@@ -627,7 +628,7 @@ func (s *slowly) Read(to []byte) (int, error) {
 
 func (s *slowly) Close() error { return nil }
 
-// bodies is a transport that answers with bodies, one after the other, as one.
+// bodies is a transport that responds with bodies, one after the other, as one response.
 type bodies func(ctx context.Context) []io.Reader
 
 func (b bodies) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -677,7 +678,7 @@ func TestAnswer_commentsAreSignsOfLifeWithinBounds(t *testing.T) {
 	}
 }
 
-// Characters that are torn between two events are whole again, whichever way they are written.
+// Characters that are split between two events become whole again, in every notation.
 func TestTexts_joinCharacters(t *testing.T) {
 	t.Parallel()
 	for _, c := range [][]string{

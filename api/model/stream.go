@@ -11,23 +11,24 @@ import (
 	"gapless/sse"
 )
 
-// The bounds on what a service sends. What it says itself is bounded by those who take it.
+// Limits on what a service sends. The text itself is limited by its readers.
 const (
-	// eventMost bounds an event, in bytes: a word needs some hundred.
+	// eventMost limits an event, in bytes. A word needs some hundred.
 	eventMost = 1 << 20
-	// muteMost bounds what comes without anything said, in bytes.
+	// muteMost limits the bytes that come without any content.
 	muteMost = 64 << 20
-	// muteLongest bounds how long a service may be alive (it sends comments, as OpenRouter and DeepSeek do
-	// while a model is busy) and say nothing.
+	// muteLongest limits how long a service may stay alive without content. OpenRouter and DeepSeek
+	// send comments while a model is busy.
 	muteLongest = time.Hour
-	// afterwards is how long after the end of an answer its cost, or [DONE], may come.
+	// afterwards is how long we wait, after an answer has ended, for its usage or for [DONE].
 	afterwards = 5 * time.Second
-	// ending is how long the end of the response may come after [DONE].
+	// ending is how long we wait for the end of the response after [DONE].
 	ending = 100 * time.Millisecond
 )
 
-// stage is how far an answer is. Services differ in how they say that one has ended, and some say it too
-// early. So an answer goes through stages, and how its stream ends decides what it was:
+// stage is the progress of an answer. Services differ in how they show that one has ended, and some
+// show it too early. So an answer goes through stages, and its stage when the stream ends decides
+// the result:
 //
 //	          is said    a finish          silence    the response  the connection
 //	stage     again      is said           too long   ends          breaks
@@ -36,20 +37,21 @@ const (
 //	finished  open       finished          complete   complete      complete
 //	done      -          -                 -          -             -          complete at once
 //
-// "Said" is text, thinking, refusal or a call of a tool. What is said after a finish takes it back. The event
-// [DONE] leads from every stage to done; an error anywhere (a member error, also of a choice or of its
-// delta, a finish that means failure, an event named error, an event that cannot be read) is a failure in
-// every stage. A complete answer in which nothing but thinking was said is empty, which is a failure, too.
+// "Said" means text, reasoning, a refusal or a tool call. What is said after a finish revokes it.
+// The event [DONE] leads from every stage to done. An error is a failure in every stage: a member
+// error, also of a choice or of its delta, a finish that means failure, an event named error, or an
+// event that cannot be read. A complete answer with only reasoning is empty, which is a failure,
+// too.
 //
-// A finish is a finish_reason that is text, and neither empty nor "null" nor "none". On an event that says
-// only thinking it means nothing: some services say "stop" there. Others say it in each event. So a finish
-// is no more than a claim, which [DONE] or the clean end of the response has to confirm,
+// A finish is a finish_reason that is text, and neither empty nor "null" nor "none". It is ignored
+// on an event with only reasoning: some services send "stop" there. Other services send it in each
+// event. So a finish is only a claim, which [DONE] or the clean end of the response must confirm,
 //   - before anything was said,
 //   - on an event that says something, unless something was said before in an event without a finish, and
-//   - once a finish was taken back.
+//   - once a finish was revoked.
 //
-// Silence is that no byte comes: a comment, or an event without a meaning, is a sign of life. Only after a
-// finish nothing but an event is: there it is the cost that is waited for.
+// Silence means that no byte comes: a comment, or an event without a meaning, is a sign of life.
+// After a finish, only an event is, because only the usage is awaited.
 type stage int
 
 const (
@@ -59,23 +61,23 @@ const (
 	done
 )
 
-// failing are the finishes that mean failure.
+// failing holds the finishes that mean failure.
 var failing = map[string]bool{"error": true, "abort": true, "aborted": true, "cancelled": true, "insufficient_system_resource": true}
 
-// answer is an answer as far as it came.
+// answer is the answer so far.
 type answer struct {
 	texts
 
 	stage   stage
-	spoken  bool // something was said, though it be thinking
-	words   bool // something else was said than thinking
-	sparing bool // some of it came in events without a finish
-	wrong   bool // a finish was taken back
+	spoken  bool // something was said, perhaps only reasoning
+	words   bool // something other than reasoning was said
+	sparing bool // some words came in events without a finish
+	wrong   bool // a finish was revoked
 	finish  string
-	usage   json.RawMessage // some services say it in each event: the last one counts
+	usage   json.RawMessage // some services send it in each event: the last one counts
 }
 
-// take takes an event, and returns what it says.
+// take takes an event, and returns its content.
 func (a *answer) take(e sse.Event) (all []Piece, err error) {
 	if e.Name == "error" {
 		return nil, errSaid
@@ -87,7 +89,7 @@ func (a *answer) take(e sse.Event) (all []Piece, err error) {
 			return all, nil
 		case rest[0] == ':': // a comment in the wrong place
 			_, rest, _ = strings.Cut(rest, "\n")
-		default: // one value; several where a service leaves out the blank lines between events
+		default: // one value, or several if a service omits the blank lines between events
 			var value json.RawMessage
 			d := json.NewDecoder(strings.NewReader(rest))
 			if err := d.Decode(&value); err != nil {
@@ -116,7 +118,7 @@ func (a *answer) read(event members) (all []Piece, err error) {
 	}
 	for _, value := range list(event["choices"]) {
 		choice := object(value)
-		if number(choice["index"]) > 0 { // there is one, unless the options ask for more
+		if number(choice["index"]) > 0 { // there is only one, unless the options ask for more
 			continue
 		}
 		delta := object(choice["delta"])
@@ -132,7 +134,7 @@ func (a *answer) read(event members) (all []Piece, err error) {
 	return all, nil
 }
 
-// move is what a choice of an event does to the stage: what it says, and its finish.
+// move updates the stage for a choice of an event, which has content and a finish.
 func (a *answer) move(said []Piece, finish string) error {
 	words := false
 	for _, p := range said {
@@ -160,7 +162,8 @@ func (a *answer) move(said []Piece, finish string) error {
 	return nil
 }
 
-// complete says whether the answer was, where its stream ended: err is nil after [DONE], or why nothing more came.
+// complete returns nil if the answer was complete when its stream ended. err is nil after [DONE],
+// or the reason why nothing more came.
 func (a *answer) complete(err error, clean bool) error {
 	switch {
 	case a.stage == done, a.stage == finished, a.stage == claimed && clean:
@@ -174,19 +177,19 @@ func (a *answer) complete(err error, clean bool) error {
 	return err
 }
 
-// stream is a response, event by event.
+// stream reads a response, event by event.
 type stream struct {
 	body   io.Reader
 	parser sse.Parser
-	rest   []byte // what has arrived, and is no event yet
-	err    error  // nothing more arrives
-	torn   bool   // the event that follows has no blank line after it: the response ended there
-	mute   int    // bytes since anything was said
+	rest   []byte // bytes that have arrived, and are no whole event yet
+	err    error  // why nothing more arrives
+	torn   bool   // the response ended before the last event's blank line
+	mute   int    // bytes since the last content
 	buf    [8 << 10]byte
 }
 
-// next is the next event. alive is called whenever something has arrived. What a response ends with is an
-// event, too, if only its blank line is missing: most clients take it as one.
+// next returns the next event. alive is called whenever bytes arrive. An event at the response's
+// end counts even without its blank line, as for most clients.
 func (s *stream) next(alive func()) (e sse.Event, err error) {
 	for {
 		var whole bool
@@ -211,7 +214,7 @@ func (s *stream) next(alive func()) (e sse.Event, err error) {
 	}
 }
 
-// attempt asks once. stopped says that nobody wants the rest.
+// attempt sends a question once. stopped means that the caller does not want the rest.
 func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) bool) (failed error, stopped bool) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -231,7 +234,7 @@ func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) 
 
 	s := &stream{body: res.Body, parser: sse.Parser{AnyBytes: true}}
 	var a answer
-	last := time.Now() // that something was said
+	last := time.Now() // when something was last said
 	patience := func() time.Duration {
 		wait := o.cfg.Timeout
 		if a.words {
@@ -252,7 +255,7 @@ func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) 
 		}); err != nil {
 			break
 		}
-		watch.Stop() // not while others take what it has said
+		watch.Stop() // no timeout while the caller handles the content
 		said, err := a.take(e)
 		for _, p := range said {
 			if !yield(p) {
@@ -266,14 +269,14 @@ func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) 
 			s.mute, last = 0, time.Now()
 		}
 	}
-	if a.stage == done { // a connection is good for the next answer when this one was read to its end
+	if a.stage == done { // a connection can be reused only if the response was read to its end
 		watch.Reset(ending)
 		_, _ = res.Body.Read(make([]byte, 1))
 	}
 	if errors.Is(err, errLarge) {
 		return err, false
 	}
-	// Without a length, and without chunks, a connection that breaks looks like the end.
+	// Without a length or chunks, a broken connection looks like the end.
 	framed := res.ProtoMajor > 1 || res.ContentLength >= 0 || len(res.TransferEncoding) > 0 || res.Uncompressed
 	if failed := a.complete(why(err), framed && errors.Is(err, io.EOF)); failed != nil {
 		return failed, false

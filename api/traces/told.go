@@ -9,8 +9,8 @@ import (
 	"go.opentelemetry.io/otel/trace/noop"
 )
 
-// told sends of each span only what is on the list. The libraries would tell more: the path,
-// which has the session's id in it, who calls, and the texts of errors.
+// told exports only the attributes on the list. The libraries would export more: the path, which
+// contains the session's id, the caller, and the texts of errors.
 type told struct{ sdk.SpanExporter }
 
 func (e told) ExportSpans(ctx context.Context, spans []sdk.ReadOnlySpan) error {
@@ -40,13 +40,13 @@ func (s toldSpan) Attributes() (all []attribute.KeyValue) {
 	return all
 }
 
-// Events are exceptions, whose texts are not known. Status has one, too.
+// Events returns nil, because events are exceptions, whose texts are unknown. A status has a text, too.
 func (s toldSpan) Events() []sdk.Event { return nil }
 
 func (s toldSpan) Status() sdk.Status { return sdk.Status{Code: s.ReadOnlySpan.Status().Code} }
 
-// within traces only what belongs to something that is recorded: a read of the log that nobody waits for, or
-// the sign of life of a connection, would be a trace of one line.
+// within traces only calls of a recorded request. A read of the log in the background, or a
+// heartbeat, would be a trace of one line.
 type within struct{ trace.TracerProvider }
 
 func (p within) Tracer(name string, options ...trace.TracerOption) trace.Tracer {

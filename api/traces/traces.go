@@ -1,25 +1,24 @@
-// Package traces follows requests and chunks by OpenTelemetry, where the standard variables
-// (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT, …) ask for it. Where they do not, Open
-// answers nil, a nil *Traces does nothing, and nothing of this package is on anybody's way.
+// Package traces follows requests and chunks with OpenTelemetry, if the standard variables
+// (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT, …) ask for it. Otherwise Open returns nil. A
+// nil *Traces does nothing and costs nothing.
 //
-// A chunk carries no trace with it: what is stored is what is sent, to the byte. It needs
-// none. What a chunk is (session, epoch, seq) is known wherever it comes by, so its trace
-// has an id that follows from that (TraceID), and every node computes the same. A sampler that
-// looks at the id, as those by ratio do, decides the same everywhere, too: a chunk is
-// followed on all nodes or on none.
+// A chunk carries no trace, because what is stored is exactly what is sent. It needs none. A
+// chunk's identity (session, epoch, seq) is known wherever it passes, and its trace's id is
+// computed from that (TraceID), equally on every node. A sampler that uses the id, like those by
+// ratio, decides equally everywhere, too: a chunk is followed on all nodes or on none.
 //
 //	chunk append     on the node that appends it, from its coming until Redis has acknowledged it
 //	├─ chunk arrive  on each node that watches its log, when it comes there, live or by a read
 //	└─ chunk write   for its first viewers on a node, from its arrival until their sockets have it
 //
-// Requests have traces of their own, with the calls of Redis in them, and links to those of
-// their chunks. A request's traceparent becomes a link, too, and no parent: a stranger does not
+// Requests have separate traces, which contain their calls of Redis, and links to the traces of
+// their chunks. A request's traceparent becomes a link, too, and not a parent: a stranger must not
 // decide what is recorded here.
 //
-// What leaves this process is on a list (told): no text of a chunk, no token, no address of a
-// client, and of a session only a hash of its id, which its caller has chosen and which may
-// name a person. Not promised: that no span is lost. They wait in a bounded queue, and go
-// when it is full, or when the collector is away for long.
+// Only attributes on a list (told) leave this process: no text of a chunk, no token, and no address
+// of a client. A session appears as a hash of its id, because its caller has chosen the id, which
+// may name a person. Spans may be lost. They wait in a bounded queue, and are dropped when it is
+// full, or when the collector is unreachable for long.
 package traces
 
 import (
@@ -51,9 +50,9 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Config says who is traced, and whether.
+// Config says whether to trace, and names the process.
 type Config struct {
-	// On is what Wanted answers.
+	// On is the result of Wanted.
 	On bool
 	// Node and Version name this process in its traces.
 	Node, Version string
@@ -61,8 +60,8 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// Wanted says whether the standard variables ask for traces, and what of them is a mistake.
-// The rest of them the exporter reads itself.
+// Wanted reports whether the standard variables ask for traces, and returns their mistakes. The
+// exporter reads the other variables itself.
 func Wanted(env func(string) (string, bool)) (bool, error) {
 	value := func(name string) string {
 		v, _ := env(name)
@@ -90,7 +89,7 @@ func Wanted(env func(string) (string, bool)) (bool, error) {
 			errs = append(errs, fmt.Errorf("%s: there is no %q: it is http/protobuf, which collectors take at port 4318", name, v))
 		}
 	}
-	// The SDK would go on with another sampler, and only log it.
+	// The SDK would only log this, and use another sampler.
 	sampler := value("OTEL_TRACES_SAMPLER")
 	known := []string{"", "always_on", "always_off", "traceidratio", "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio"}
 	if !slices.Contains(known, strings.ToLower(sampler)) {
@@ -104,20 +103,20 @@ func Wanted(env func(string) (string, bool)) (bool, error) {
 	return true, errors.Join(errs...)
 }
 
-// Traces makes spans and sends them. Its methods may be called from many goroutines; none of
-// them waits for the collector but Close.
+// Traces makes spans and sends them. Its methods are safe for concurrent use. Only Close waits for
+// the collector.
 type Traces struct {
 	provider *sdk.TracerProvider
 	tracer   trace.Tracer
 }
 
-// Open begins to trace, or answers nil if that is not wanted. It does not wait for the
-// collector: one that is away is logged, and nothing else.
+// Open begins to trace, or returns nil if that is not wanted. It does not wait for the collector.
+// An unreachable collector is only logged.
 func Open(ctx context.Context, cfg Config) (*Traces, error) {
 	if !cfg.On {
 		return nil, nil
 	}
-	// The library has one place for errors for all its users.
+	// The library has one error handler for all its users.
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
 		cfg.Logger.Warn("traces cannot be sent", slog.Any("err", err))
 	}))
@@ -126,7 +125,7 @@ func Open(ctx context.Context, cfg Config) (*Traces, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the exporter of traces: %w", err)
 	}
-	// What the variables say of it (OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES) wins.
+	// The variables (OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES) override these.
 	of, err := resource.New(ctx, resource.WithTelemetrySDK(), resource.WithAttributes(
 		attribute.String("service.name", "gapless"), attribute.String("service.version", cfg.Version),
 		attribute.String("service.instance.id", cfg.Node)), resource.WithFromEnv())
@@ -136,8 +135,8 @@ func Open(ctx context.Context, cfg Config) (*Traces, error) {
 	return open(sdk.WithResource(of), sdk.WithBatcher(told{exporter})), nil
 }
 
-// mistakes is what the library says of its configuration: what it says beside, of each thing that it
-// makes, may have the headers in it that the collector asks for.
+// mistakes passes only the library's errors about its configuration. Its other messages describe
+// what it makes, and may contain the headers that the collector requires.
 type mistakes struct{ slog.Handler }
 
 func (m mistakes) Enabled(ctx context.Context, level slog.Level) bool {
@@ -150,7 +149,7 @@ func open(options ...sdk.TracerProviderOption) *Traces {
 	return t
 }
 
-// Close sends what has not been sent, for no longer than ctx.
+// Close sends the remaining spans, for no longer than ctx.
 func (t *Traces) Close(ctx context.Context) error {
 	if t == nil {
 		return nil
@@ -158,9 +157,9 @@ func (t *Traces) Close(ctx context.Context) error {
 	return t.provider.Shutdown(ctx)
 }
 
-// Handler has each request of next traced, but for those that are asked all the time
-// (health, metrics), and for streams, which have View: their spans would last for hours, and their
-// connections are not the server's.
+// Handler traces each request of next, with two exceptions. Frequent requests (health, metrics) are
+// not traced. Streams use View, because their spans would last for hours, and their connections may
+// be taken over from the server.
 func (t *Traces) Handler(next http.Handler) http.Handler {
 	if t == nil {
 		return next
@@ -169,20 +168,20 @@ func (t *Traces) Handler(next http.Handler) http.Handler {
 		otelhttp.WithTracerProvider(t.provider), otelhttp.WithMeterProvider(noop.NewMeterProvider()),
 		otelhttp.WithPropagators(propagation.TraceContext{}),
 		otelhttp.WithPublicEndpointFn(func(*http.Request) bool { return true }),
-		otelhttp.WithSpanNameFormatter(func(string, *http.Request) string { return "request" }), // until Route
+		otelhttp.WithSpanNameFormatter(func(string, *http.Request) string { return "request" }), // until Route renames it
 		otelhttp.WithFilter(func(r *http.Request) bool {
 			return strings.HasPrefix(r.URL.Path, "/v1/") && !strings.HasSuffix(r.URL.Path, "/stream")
 		}))
 }
 
-// Route says what a request was for: the words of the route, and none of the request.
+// Route names a request's span by its route, without any data of the request.
 func (t *Traces) Route(ctx context.Context, method, route string) {
 	span := trace.SpanFromContext(ctx)
 	span.SetName(method + " " + route)
 	span.SetAttributes(attribute.String("http.route", route))
 }
 
-// View begins the span of a stream's beginning. ends is called with the response's status once the first
+// View begins the span of a stream's beginning. Call ends with the response's status once the first
 // bytes are on their way, or it is known that there are none.
 func (t *Traces) View(r *http.Request, route, session, connection string, cursor int64) (ends func(status int)) {
 	options := []trace.SpanStartOption{
@@ -202,15 +201,15 @@ func (t *Traces) View(r *http.Request, route, session, connection string, cursor
 	}
 }
 
-// Redis has the commands of a client traced that belong to a traced request. What they say is
-// left out: it is the chunks.
+// Redis traces those commands of a client that belong to a traced request. It omits their text,
+// which contains the chunks.
 func (t *Traces) Redis(client redis.UniversalClient) error {
 	return redisotel.InstrumentTracing(client, redisotel.WithTracerProvider(within{t.provider}),
 		redisotel.WithDBStatement(false), redisotel.WithCallerEnabled(false), redisotel.WithDialFilter(true))
 }
 
-// Appended says that chunks from to to of a log were appended for a request, whose context this
-// is, or for what has come of it; begun is when they came.
+// Appended records that the chunks from..to of a log were appended for the request of ctx, or
+// because of it. begun is when they came.
 func (t *Traces) Appended(ctx context.Context, session, epoch string, from, to int64, begun time.Time) {
 	request := trace.SpanFromContext(ctx)
 	request.SetAttributes(attribute.String("gapless.session", Session(session)), attribute.String("gapless.epoch", epoch), attribute.Int64("gapless.last_seq", to))
@@ -224,15 +223,15 @@ func (t *Traces) Appended(ctx context.Context, session, epoch string, from, to i
 	}
 }
 
-// Arrived says that a chunk has come to this node, live or by a read of its log. It answers what
-// is to be called when a viewer's socket has it, or nil if it is not followed.
+// Arrived records that a chunk has come to this node, live or by a read of its log. It returns a
+// function to call when a viewer's socket has the chunk, or nil if the chunk is not followed.
 func (t *Traces) Arrived(session, epoch string, seq int64, live bool) (wrote func(connection string)) {
 	arrived := time.Now()
 	root := t.chunk(session, epoch, seq)
 	if !root.IsRecording() {
 		return nil
 	}
-	// Its end is another node's: here it is not ended, and so not sent.
+	// Another node ends and sends this span.
 	ctx := trace.ContextWithRemoteSpanContext(context.Background(), root.SpanContext())
 	by := "read"
 	if live {
@@ -248,7 +247,7 @@ func (t *Traces) Arrived(session, epoch string, seq int64, live bool) (wrote fun
 	}
 }
 
-// chunk begins the span that a chunk's trace begins with.
+// chunk begins the root span of a chunk's trace.
 func (t *Traces) chunk(session, epoch string, seq int64, options ...trace.SpanStartOption) trace.Span {
 	ctx := context.WithValue(context.Background(), idsKey{}, name(session, epoch, seq))
 	_, span := t.tracer.Start(ctx, "chunk append", append(options, trace.WithAttributes(identity(session, epoch, seq)...))...)
@@ -259,24 +258,24 @@ func identity(session, epoch string, seq int64) []attribute.KeyValue {
 	return []attribute.KeyValue{attribute.String("gapless.session", Session(session)), attribute.String("gapless.epoch", epoch), attribute.Int64("gapless.seq", seq)}
 }
 
-// name is what the ids of a chunk's trace come from.
+// name returns the hash that the ids of a chunk's trace come from.
 func name(session, epoch string, seq int64) [sha256.Size]byte {
 	return sha256.Sum256(fmt.Appendf(nil, "%s %s %d", session, epoch, seq))
 }
 
-// TraceID is that of a chunk: the first 32 digits of the SHA-256 of "session epoch seq".
+// TraceID returns a chunk's trace id: the first 32 digits of the SHA-256 of "session epoch seq".
 func TraceID(session, epoch string, seq int64) trace.TraceID {
 	n := name(session, epoch, seq)
 	return trace.TraceID(n[:16])
 }
 
-// Session is how a session is named in traces: the first 16 digits of its id's SHA-256.
+// Session returns a session's name in traces: the first 16 digits of its id's SHA-256.
 func Session(id string) string {
 	sum := sha256.Sum256([]byte(id))
 	return hex.EncodeToString(sum[:8])
 }
 
-// ids are those of a chunk, where the context has its name, and random ones elsewhere.
+// ids generates a chunk's ids if the context contains its name, and random ones otherwise.
 type ids struct{}
 
 type idsKey struct{}

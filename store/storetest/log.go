@@ -10,10 +10,9 @@ import (
 	"gapless/store"
 )
 
-// Log is one session's log in memory, with a Pub/Sub that does what the test says:
-// each message is delivered, doubled, reordered or dropped by hand, and each read is
-// answered when the test says so, with what the log was at the instant it says. It is
-// for tests on fake time, of whoever reads a store.Store.
+// Log is one session's log in memory, with a Pub/Sub under the test's control. The test delivers, doubles, reorders or
+// drops each message, and decides when each read returns and which instant of the log it sees. It is for tests on fake
+// time of code that reads a store.Store.
 type Log struct {
 	// Held makes Read wait for Snapshot and Reply.
 	Held bool
@@ -28,7 +27,7 @@ type Log struct {
 	listener store.Listener
 	acked    bool
 	messages []string // published and not delivered yet
-	reads    []*read  // asked for and not answered yet
+	reads    []*read  // reads that have not returned yet
 	count    int
 }
 
@@ -39,7 +38,7 @@ type read struct {
 	reply        chan struct{}
 }
 
-// Element is chunk seq as the append script writes it.
+// Element returns chunk seq as the append script writes it.
 func Element(seq int64, text string) string {
 	return fmt.Sprintf(`{"seq":%d,"ts":1795424741692,"type":"delta","content":%q}`, seq, text)
 }
@@ -80,7 +79,7 @@ func (l *Log) Trim(n int) {
 	l.base, l.elements = l.base+int64(n), l.elements[n:]
 }
 
-// Replace puts other elements into the list, as a failover does: nothing says so.
+// Replace replaces the elements of the list without notice, as a failover does.
 func (l *Log) Replace(elements ...string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -94,7 +93,7 @@ func (l *Log) Hold() {
 	l.Held = true
 }
 
-// End ends the log with what is in it.
+// End ends the log after its current elements.
 func (l *Log) End() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -112,35 +111,35 @@ func (l *Log) Ack() {
 	}
 }
 
-// Disconnect loses the subscription, and what was under way in it.
+// Disconnect loses the subscription and its messages under way.
 func (l *Log) Disconnect() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.acked, l.messages = false, nil
 }
 
-// Listening says whether there is a listener, and Acked whether it has been told so.
+// Listening reports whether the log has a listener.
 func (l *Log) Listening() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.listener != nil
 }
 
-// Acked says whether the subscription was acknowledged.
+// Acked reports whether the subscription was acknowledged.
 func (l *Log) Acked() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.acked
 }
 
-// Messages is how many messages are under way.
+// Messages returns how many messages are under way.
 func (l *Log) Messages() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.messages)
 }
 
-// Deliver hands over message i of those under way.
+// Deliver delivers message i of those under way.
 func (l *Log) Deliver(i int) {
 	message, listener := l.take(i)
 	listener.Live(message)
@@ -149,7 +148,7 @@ func (l *Log) Deliver(i int) {
 // Drop loses message i of those under way.
 func (l *Log) Drop(i int) { l.take(i) }
 
-// Double has message i of those under way come twice.
+// Double makes message i of those under way arrive twice.
 func (l *Log) Double(i int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -164,10 +163,10 @@ func (l *Log) take(i int) (string, store.Listener) {
 	return message, l.listener
 }
 
-// Asked says whether a read waits for its snapshot, Taken whether one waits for its reply.
+// Asked reports whether a read waits for its snapshot.
 func (l *Log) Asked() bool { return l.waiting(false) != nil }
 
-// Taken says whether a read waits for its reply.
+// Taken reports whether a read waits for its reply.
 func (l *Log) Taken() bool { return l.waiting(true) != nil }
 
 func (l *Log) waiting(taken bool) *read {
@@ -181,7 +180,7 @@ func (l *Log) waiting(taken bool) *read {
 	return nil
 }
 
-// Snapshot is the instant at which the oldest waiting read sees the log.
+// Snapshot sets the instant at which the oldest waiting read sees the log.
 func (l *Log) Snapshot() {
 	r := l.waiting(false)
 	l.mu.Lock()
@@ -190,17 +189,17 @@ func (l *Log) Snapshot() {
 	r.page = &p
 }
 
-// Reply answers the oldest read that has its snapshot.
+// Reply completes the oldest read that has its snapshot.
 func (l *Log) Reply() { close(l.waiting(true).reply) }
 
-// ReplyNewest answers the newest read, which has its snapshot: it overtakes others.
+// ReplyNewest completes the newest read, which has its snapshot. It overtakes others.
 func (l *Log) ReplyNewest() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	close(l.reads[len(l.reads)-1].reply)
 }
 
-// Release answers all reads at once from now on.
+// Release completes all reads at once from now on.
 func (l *Log) Release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -218,14 +217,14 @@ func (l *Log) Release() {
 	}
 }
 
-// Reads is how many reads there were.
+// Reads returns how many reads were made.
 func (l *Log) Reads() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.count
 }
 
-// Contents is the log's events' data, as viewers are given it from the first kept on.
+// Contents returns the data of the log's events as viewers receive it, and the number of the first.
 func (l *Log) Contents() (first int64, elements []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -254,7 +253,7 @@ func (l *Log) page(from int64, bytes, count int) store.Page {
 	return p
 }
 
-// Read is store.Store's.
+// Read implements the method of store.Store.
 func (l *Log) Read(ctx context.Context, _ string, from int64, bytes, count int) (store.Page, error) {
 	l.mu.Lock()
 	l.count++
@@ -278,7 +277,7 @@ func (l *Log) Read(ctx context.Context, _ string, from int64, bytes, count int) 
 	}
 }
 
-// Renew is store.Store's.
+// Renew implements the method of store.Store.
 func (l *Log) Renew(_ context.Context, _, epoch string, last int64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -290,14 +289,14 @@ func (l *Log) Renew(_ context.Context, _, epoch string, last int64) error {
 	return nil
 }
 
-// NextBase is the number after which an epoch begins, when numbers up to top were given out before: the first multiple of a
-// million that is at least half a million above (log.lua: next_base).
+// NextBase returns the number after which an epoch begins if numbers up to top were in use before: the first multiple
+// of a million that is at least half a million higher (log.lua: next_base).
 func NextBase(top int64) int64 { return (top + 500_000 + 999_999) / 1_000_000 * 1_000_000 }
 
-// Given is store.Store's. The log in memory forgets nothing.
+// Given implements the method of store.Store. The log in memory forgets nothing.
 func (l *Log) Given(string, string, int64) {}
 
-// Listen is store.Store's.
+// Listen implements the method of store.Store.
 func (l *Log) Listen(_ string, listener store.Listener) func() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

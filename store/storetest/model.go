@@ -10,17 +10,17 @@ import (
 	"gapless/store"
 )
 
-// Model is one session in Redis, and what the scripts do with it, in Go: their arithmetic of epochs, numbers, marks and
-// what nodes remember. Messages, producers and leases are not part of it. A test holds the model to the scripts step by
-// step, so what a test shows on the model is true of the scripts.
+// Model is a model in Go of one session in Redis, and of what the scripts do with it: their arithmetic of epochs,
+// numbers, marks and what nodes remember. It does not include messages, producers and leases. A test compares the model
+// with the scripts step by step, so what a test shows on the model is true of the scripts.
 //
-// A Node is one node's handle on the session. It has its own announcements, which a test delivers, doubles or loses by
-// hand. The model's other methods are what happens to a Redis: another program pushes, a replica takes over that lacks
-// the newest changes, one of the two keys is lost, or both.
+// A Node is one node's handle on the session. It has its own announcements, which a test delivers, doubles or loses.
+// The model's other methods are events of a Redis: another program pushes, a replica that lacks the newest changes
+// takes over, one of the two keys is lost, or both are.
 type Model struct {
-	// Max is how many chunks are kept; 0: all.
+	// Max is how many chunks are kept; 0 keeps all.
 	Max int
-	// Forgetful has nodes tell the scripts nothing of what they remember: then losses must be seen.
+	// Forgetful makes nodes tell the scripts nothing of what they remember: then losses must be detected otherwise.
 	Forgetful bool
 
 	mu     sync.Mutex
@@ -28,20 +28,20 @@ type Model struct {
 	past   []keys // before each change, the newest last: what a replica may still have
 	nodes  []*Node
 	epochs int
-	after  map[string]string // epochs in which lost ones go on
+	after  map[string]string // epochs in which lost epochs continue
 	clock  int64
 }
 
-// Replicas is how many changes a replica may be behind, at most.
+// Replicas is the maximum number of changes that a replica may lag.
 const Replicas = 8
 
-// keys is what Redis holds. Its parts never change in place: keys of an earlier moment stay what they were.
+// keys holds the contents of Redis. Its parts never change in place, so keys of an earlier moment stay as they were.
 type keys struct {
 	list []string // oldest first
-	hash *hash    // nil: there is none
+	hash *hash    // nil: it does not exist
 
-	// What no script knows, and judges need: what has expired or was trimmed in this epoch, from number start+1 on
-	// ("": not known), and the list as the last script left it.
+	// No script knows these, but the checks need them: what has expired or was trimmed in this epoch, from number
+	// start+1 on (empty: unknown), and the list as the last script left it.
 	start      int64
 	gone, seen []string
 }
@@ -54,14 +54,14 @@ type hash struct {
 	ended, deleted         bool
 }
 
-// memory is what a node remembers: what the scripts' replies have told it that has the highest number.
+// memory is what a node remembers: the reply with the highest number.
 type memory struct {
 	epoch string
 	last  int64
 	mark  string
 }
 
-// nothingYet is the mark of an epoch in which nothing was given out.
+// nothingYet is the mark of an epoch of which no number is in use.
 const nothingYet = "-"
 
 func (m *memory) note(other memory) {
@@ -70,7 +70,7 @@ func (m *memory) note(other memory) {
 	}
 }
 
-// script is one run of a script for a node: log.lua's functions by their names there.
+// script is one run of a script for a node. Its methods are named after the functions of log.lua.
 type script struct {
 	m      *Model
 	memory memory // of its node
@@ -82,14 +82,14 @@ type script struct {
 	news  []string
 }
 
-// lost is where a log goes on that the node remembers and Redis has no more.
+// lost is where a log continues that the node remembers and Redis has lost.
 type lost struct {
 	epoch string
 	base  int64
 }
 
-// open reads the log's bounds and finds out whether the list is still the one that was seen last, and has what the node
-// remembers. It is false when there is neither hash nor list.
+// open reads the log's bounds, and checks whether the list is still the one that was seen last and has what the node
+// remembers. It returns false if neither hash nor list exists.
 func (s *script) open() bool {
 	s.keys = s.m.keys
 	if s.hash == nil && len(s.list) == 0 {
@@ -107,7 +107,7 @@ func (s *script) open() bool {
 	h := &s.h
 	s.last = h.base + int64(len(s.list))
 	switch {
-	case s.hash == nil: // a list that another program began
+	case s.hash == nil: // another program began the list
 		if s.memory.last == 0 {
 			s.begin(0)
 		}
@@ -117,10 +117,10 @@ func (s *script) open() bool {
 			s.revive()
 		}
 	case len(s.list) == 0:
-		h.base = h.lastSeen // expired: the same log, with nothing of it left
+		h.base = h.lastSeen // expired: the same log, now empty
 		s.gone = slices.Concat(s.gone, s.seen, make([]string, h.base-s.start))[:h.base-s.start]
 	case h.lastSeen > h.base && !s.matches(h.lastSeen, h.mark):
-		s.begin(NextBase(s.top())) // another list stands where the known one stood
+		s.begin(NextBase(s.top())) // another list has replaced the known one
 	}
 	s.last = h.base + int64(len(s.list))
 	if !h.deleted {
@@ -129,8 +129,8 @@ func (s *script) open() bool {
 	return true
 }
 
-// compareMemory holds the log against what the node remembers: chunks that it acknowledged or gave out. If they are not
-// there, Redis has lost them, and the epoch ends in which their numbers meant something.
+// compareMemory compares the log with what the node remembers: chunks that it acknowledged or delivered. If they are
+// missing, Redis has lost them, and their epoch ends.
 func (s *script) compareMemory() {
 	has := func(m memory) bool {
 		return s.last >= m.last && s.matches(m.last, m.mark) && (m.last != s.h.lastSeen || alike(m.mark, s.h.mark))
@@ -142,8 +142,8 @@ func (s *script) compareMemory() {
 		if !has(m) {
 			s.begin(NextBase(s.top()))
 		}
-	case s.h.former >= m.last: // an epoch that began after it
-	case s.hash != nil && m.epoch == s.m.after[fmt.Sprint(s.hash.epoch, " ", block)]: // of this log, when it was lost
+	case s.h.former >= m.last: // this epoch began after it
+	case s.hash != nil && m.epoch == s.m.after[fmt.Sprint(s.hash.epoch, " ", block)]: // the epoch of this log when it was lost
 		s.begin(block)
 		if s.h.epoch = m.epoch; !has(m) {
 			s.begin(NextBase(s.top()))
@@ -156,7 +156,8 @@ func (s *script) compareMemory() {
 	}
 }
 
-// alike reports whether two marks of one number may be of the same elements: also when these are no longer in the list.
+// alike reports whether two marks of one number may belong to the same elements, even if the list no longer contains
+// them.
 func alike(a, b string) bool {
 	if a == "" || b == "" || a == nothingYet || b == nothingYet {
 		return true
@@ -170,14 +171,14 @@ func alike(a, b string) bool {
 	return slices.Equal(one[:n], other[:n])
 }
 
-// top is the highest number known to have been given out.
+// top returns the highest number known to be in use.
 func (s *script) top() int64 { return max(s.h.lastSeen, s.last, s.memory.last) }
 
-// markMost is how many elements the mark of a number covers, at most, where other programs pushed.
+// markMost is the maximum number of elements that a mark covers if other programs pushed them.
 const markMost = 8
 
-// mark is what tells what stands at the log's end from what may stand there later: the element, if it is ours (of which no
-// two are alike), or else up to eight elements, from the last one backwards. (The scripts keep their sums.)
+// mark identifies the elements at the log's end: the last element if it is ours (no two of ours are equal), or else up
+// to eight elements, from the last one backwards. (The scripts store their hashes.)
 func (s *script) mark() string {
 	n := len(s.list)
 	if n == 0 {
@@ -191,7 +192,8 @@ func (s *script) mark() string {
 	return strings.Join(elements, "\n")
 }
 
-// matches reports whether a number still has a mark, as far as it can be told: what was trimmed cannot be compared.
+// matches reports whether a number still has a mark. It returns true if it cannot tell: trimmed elements cannot be
+// compared.
 func (s *script) matches(number int64, mark string) bool {
 	at := int(number - s.h.base - 1)
 	if at < 0 || mark == "" || mark == nothingYet {
@@ -208,7 +210,7 @@ func (s *script) matches(number int64, mark string) bool {
 	return true
 }
 
-// begin starts an epoch whose numbers go on after base: whatever is in the list is numbered from there.
+// begin starts an epoch whose numbers continue after base. The elements in the list are numbered from there.
 func (s *script) begin(base int64) {
 	s.m.epochs++
 	s.h.epoch, s.h.base, s.h.former = fmt.Sprint("e", s.m.epochs), base, base
@@ -217,7 +219,7 @@ func (s *script) begin(base int64) {
 	s.start, s.gone, s.seen = base, nil, nil
 }
 
-// make begins a log where there is nothing.
+// make creates a log where none exists.
 func (s *script) make() {
 	s.h = hash{}
 	if s.lost == nil {
@@ -228,7 +230,7 @@ func (s *script) make() {
 	s.h.epoch = s.lost.epoch
 }
 
-// revive makes a deleted session an empty one again, with its own epoch.
+// revive turns a deleted session into an empty one, with its own epoch.
 func (s *script) revive() {
 	s.h.deleted = false
 	s.begin(NextBase(s.top()))
@@ -237,13 +239,13 @@ func (s *script) revive() {
 // add numbers and pushes a chunk, given without the opening brace.
 func (s *script) add(members string) {
 	s.last++
-	s.m.clock++ // so that no two are alike
+	s.m.clock++ // so that no two elements are equal
 	element := fmt.Sprintf(`{"seq":%d,"ts":%d,%s`, s.last, 1795424741692+s.m.clock, members)
 	s.list = append(slices.Clip(s.list), element)
 	s.news = append(s.news, element)
 }
 
-// finish trims, writes down how far the log goes and what stands there, and publishes.
+// finish trims, records the last number and its mark, and publishes.
 func (s *script) finish() {
 	if excess := len(s.list) - s.m.Max; s.m.Max > 0 && excess > 0 {
 		s.gone = slices.Concat(s.gone, s.list[:excess])
@@ -267,7 +269,7 @@ func (s *script) bounds() store.Bounds {
 	return store.Bounds{Epoch: s.h.epoch, First: s.h.base + 1, Last: s.last, Former: s.h.former, Ended: s.h.ended, Deleted: s.h.deleted}
 }
 
-// told is what a reply tells the node to remember.
+// told returns what a reply tells the node to remember.
 func (s *script) told() memory {
 	if s.last == s.h.former {
 		return memory{s.h.epoch, s.last, nothingYet}
@@ -275,7 +277,8 @@ func (s *script) told() memory {
 	return memory{s.h.epoch, s.last, s.h.mark}
 }
 
-// goesOn is the epoch in which a lost one goes on: every node that remembers the same comes to the same. mu is held.
+// goesOn returns the epoch in which a lost one continues, which is the same for all nodes that remember the same. mu
+// must be held.
 func (m *Model) goesOn(epoch string, base int64) string {
 	id := fmt.Sprint(epoch, " ", base)
 	if m.after[id] == "" {
@@ -288,7 +291,7 @@ func (m *Model) goesOn(epoch string, base int64) string {
 	return m.after[id]
 }
 
-// change replaces the keys, if they do change. mu is held.
+// change replaces the keys, if they differ. mu must be held.
 func (m *Model) change(k keys) {
 	old := m.keys
 	if m.keys = k; slices.Equal(old.list, k.list) && (old.hash == nil) == (k.hash == nil) && (k.hash == nil || *old.hash == *k.hash) {
@@ -300,7 +303,7 @@ func (m *Model) change(k keys) {
 	}
 }
 
-// publish announces something to all nodes whose subscription stands. mu is held.
+// publish announces something to all nodes with a subscription. mu must be held.
 func (m *Model) publish(message string) {
 	for _, n := range m.nodes {
 		if n.listener != nil && !n.down {
@@ -319,7 +322,7 @@ func (m *Model) Push(element string) {
 	m.publish(element)
 }
 
-// Fail has a replica take over that lacks the newest n changes. Every subscription is lost, until Resync.
+// Fail makes a replica take over that lacks the newest n changes. Every subscription is lost until Resync.
 func (m *Model) Fail(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -329,7 +332,7 @@ func (m *Model) Fail(n int) {
 	}
 }
 
-// Behind is how many changes a replica may lack.
+// Behind returns how many changes a replica may lack.
 func (m *Model) Behind() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -370,8 +373,8 @@ func (m *Model) Cut(n int) {
 	m.change(k)
 }
 
-// Log is the log as it is, for those who judge: its bounds, and from number start+1 on all that stood in its epoch,
-// also what has expired, as far as that is known. It is what a read would see, and changes nothing.
+// Log returns the current log for checks: its bounds, and all elements of its epoch from number start+1 on, even
+// expired ones, as far as they are known. It is what a read would see, and changes nothing.
 func (m *Model) Log() (b store.Bounds, start int64, whole []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -384,11 +387,11 @@ func (m *Model) Log() (b store.Bounds, start int64, whole []string) {
 	return s.bounds(), s.start, slices.Concat(s.gone, s.list)
 }
 
-// Keys are what Redis holds, for those who compare: the list, oldest first, and of the hash epoch, base, last_seen,
+// Keys holds the contents of Redis for comparisons: the list, oldest first, and of the hash epoch, base, last_seen,
 // former, ended, deleted and mark, or nothing.
 type Keys struct{ List, Hash []string }
 
-// Keys are what Redis holds now.
+// Keys returns the current contents of Redis.
 func (m *Model) Keys() Keys {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -400,7 +403,7 @@ func (m *Model) Keys() Keys {
 	return k
 }
 
-// State is the keys and, newest first, what replicas may still have of them, as text for those who compare.
+// State returns the keys and, newest first, what replicas may still have of them, as text for comparisons.
 func (m *Model) State() []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -419,17 +422,18 @@ func (k keys) String() string {
 	return s
 }
 
-// Node is one node's handle on the session: what a hub needs, and the calls of the API. It remembers, as a node does.
+// Node is one node's handle on the session: what a hub needs, and the calls of the API. It remembers what a real node
+// remembers.
 type Node struct {
 	m        *Model
 	memory   memory
 	listener store.Listener
-	down     bool     // the subscription does not stand
+	down     bool     // the subscription is lost
 	waiting  []string // published and not delivered yet
 	calls    int
 }
 
-// run has a script run for the node, which remembers what that tells it.
+// run runs a script for the node, which remembers its reply.
 func (n *Node) run(do func(s *script, known bool)) {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
@@ -442,7 +446,7 @@ func (n *Node) run(do func(s *script, known bool)) {
 	n.memory.note(s.told())
 }
 
-// Node is a node that knows nothing yet.
+// Node returns a new node that remembers nothing.
 func (m *Model) Node() *Node {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -451,42 +455,42 @@ func (m *Model) Node() *Node {
 	return n
 }
 
-// Close ends a node: nothing is announced to it any more.
+// Close ends a node, which gets no more announcements.
 func (n *Node) Close() {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	n.m.nodes = slices.DeleteFunc(n.m.nodes, func(other *Node) bool { return other == n })
 }
 
-// Calls is how many scripts the node has run.
+// Calls returns how many scripts the node has run.
 func (n *Node) Calls() int {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	return n.calls
 }
 
-// Memory is what the node remembers, as text for those who compare.
+// Memory returns what the node remembers, as text for comparisons.
 func (n *Node) Memory() string {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	return fmt.Sprint(n.memory)
 }
 
-// Down says whether the node's subscription does not stand.
+// Down reports whether the node's subscription is lost.
 func (n *Node) Down() bool {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	return n.down
 }
 
-// Waiting are the announcements that are under way.
+// Waiting returns the announcements under way.
 func (n *Node) Waiting() []string {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	return slices.Clone(n.waiting)
 }
 
-// Deliver hands over the oldest announcement; twice: it comes again later.
+// Deliver delivers the oldest announcement. If twice is set, it arrives again later.
 func (n *Node) Deliver(twice bool) {
 	n.m.mu.Lock()
 	message, listener := n.waiting[0], n.listener
@@ -499,14 +503,14 @@ func (n *Node) Deliver(twice bool) {
 	}
 }
 
-// Lose loses all announcements that are under way.
+// Lose loses all announcements under way.
 func (n *Node) Lose() {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	n.waiting = nil
 }
 
-// Resync loses the subscription, if it stands, and what is under way in it; then it stands again.
+// Resync loses the subscription, if any, with its announcements under way, and then restores it.
 func (n *Node) Resync() {
 	n.m.mu.Lock()
 	n.waiting, n.down = nil, false
@@ -517,7 +521,7 @@ func (n *Node) Resync() {
 	}
 }
 
-// Listen is store.Store's. The subscription is acknowledged at once, if the node has a connection.
+// Listen implements the method of store.Store. The subscription is acknowledged at once, if the node has a connection.
 func (n *Node) Listen(_ string, l store.Listener) func() {
 	n.m.mu.Lock()
 	n.listener, n.waiting = l, nil
@@ -563,14 +567,14 @@ func (n *Node) append(members string, ends bool) (a store.Appended, err error) {
 	return a, err
 }
 
-// Read is store.Store's: read.lua.
+// Read implements the method of store.Store, as read.lua does.
 func (n *Node) Read(_ context.Context, _ string, from int64, bytes, count int) (p store.Page, err error) {
 	n.run(func(s *script, known bool) {
 		switch {
 		case !known && s.lost == nil:
 			p = store.Page{Bounds: store.Bounds{First: 1}, From: 1}
 			return
-		case !known: // it goes on elsewhere, as soon as somebody appends: viewers are to know now
+		case !known: // the next append continues the log elsewhere, and viewers must know that now
 			s.h = hash{epoch: s.lost.epoch, base: s.lost.base, lastSeen: s.lost.base, former: s.lost.base}
 			s.last = s.lost.base
 		default:
@@ -581,7 +585,7 @@ func (n *Node) Read(_ context.Context, _ string, from int64, bytes, count int) (
 	return p, nil
 }
 
-// page is as many elements as fit.
+// page returns as many elements as fit.
 func (s *script) page(from int64, bytes, count int) store.Page {
 	p := store.Page{Bounds: s.bounds()}
 	if from == store.Newest {
@@ -603,7 +607,7 @@ func (s *script) page(from int64, bytes, count int) store.Page {
 	return p
 }
 
-// Create is store.Store's: session.lua, as the next two.
+// Create implements the method of store.Store, as session.lua does, like the next two.
 func (n *Node) Create() (b store.Bounds, created bool) {
 	n.run(func(s *script, known bool) {
 		switch {
@@ -620,7 +624,7 @@ func (n *Node) Create() (b store.Bounds, created bool) {
 	return b, created
 }
 
-// Delete is store.Store's.
+// Delete implements the method of store.Store.
 func (n *Node) Delete() (err error) {
 	n.run(func(s *script, known bool) {
 		switch {
@@ -635,12 +639,12 @@ func (n *Node) Delete() (err error) {
 		s.list, s.gone, s.start, s.begun = nil, nil, s.last, false
 		s.finish()
 		s.m.publish(store.Hint)
-		s.h.mark = mark // so the reply says
+		s.h.mark = mark // the reply contains it
 	})
 	return err
 }
 
-// Renew is store.Store's.
+// Renew implements the method of store.Store.
 func (n *Node) Renew(_ context.Context, _, epoch string, last int64) (err error) {
 	n.run(func(s *script, known bool) {
 		if !known {
@@ -655,7 +659,7 @@ func (n *Node) Renew(_ context.Context, _, epoch string, last int64) (err error)
 	return err
 }
 
-// Given is store.Store's.
+// Given implements the method of store.Store.
 func (n *Node) Given(_, epoch string, last int64) {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()

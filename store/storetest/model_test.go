@@ -18,7 +18,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// twins is a Model beside the scripts on a Redis: whatever is done is done to both.
+// twins is a Model next to the scripts on a Redis. Every step is done to both.
 type twins struct {
 	ctx    context.Context
 	model  *storetest.Model
@@ -26,11 +26,11 @@ type twins struct {
 	redis  *redis.Client
 	open   func() *store.Store
 	stores []*store.Store
-	saved  []saved           // as the Model's past
-	same   map[string]string // what is called differently here and there
+	saved  []saved           // like the Model's past
+	same   map[string]string // names that differ between the two
 }
 
-// saved is both keys.
+// saved holds both keys.
 type saved struct {
 	list []string
 	hash map[string]string
@@ -55,7 +55,7 @@ func (w *twins) restore(s saved) {
 	}
 }
 
-// is says that a of the Model is b of the Redis, and complains if either was something else before.
+// is records that a of the Model is b of the Redis. It returns an error if either was something else before.
 func (w *twins) is(a, b string) error {
 	for _, pair := range [][2]string{{"model " + a, b}, {"redis " + b, a}} {
 		if before, ok := w.same[pair[0]]; ok && before != pair[1] {
@@ -72,7 +72,7 @@ func plain(elements []string) string {
 	return stamp.ReplaceAllString(strings.Join(elements, "\n"), `"ts":0`)
 }
 
-// bounds compares what both say of the log's bounds.
+// bounds compares the log's bounds.
 func (w *twins) bounds(a, b store.Bounds) error {
 	if (a.Epoch == "") != (b.Epoch == "") {
 		return fmt.Errorf("epochs %q and %q", a.Epoch, b.Epoch)
@@ -87,7 +87,7 @@ func (w *twins) bounds(a, b store.Bounds) error {
 	return nil
 }
 
-// keys compares what both have stored.
+// keys compares the stored keys.
 func (w *twins) keys() error {
 	k, s := w.model.Keys(), w.save()
 	if plain(k.List) != plain(s.list) {
@@ -108,7 +108,7 @@ func (w *twins) keys() error {
 			if err := w.is(value, there[i]); err != nil {
 				return err
 			}
-		case "mark": // two elements of Redis may be alike, by a time within one millisecond
+		case "mark": // two elements of Redis may be equal if their times are within one millisecond
 			if before, ok := w.same["mark "+value]; ok && before != there[i] {
 				return fmt.Errorf("the mark of %q was %q, and is %q", value, before, there[i])
 			}
@@ -122,7 +122,7 @@ func (w *twins) keys() error {
 	return nil
 }
 
-// twinSteps are what may be done. Each is given a node, and a number.
+// twinSteps are the possible steps. Each gets a node and a number.
 var twinSteps = map[string]func(w *twins, node, n int) error{
 	"append": func(w *twins, node, n int) error {
 		text := fmt.Sprint("c", n)
@@ -260,7 +260,7 @@ func testTwins(t *testing.T, w *twins) {
 	for name := range twinSteps {
 		names = append(names, name)
 	}
-	names = append(names, "append", "append", "append", "push", "push", "read", "read") // a log grows, mostly
+	names = append(names, "append", "append", "append", "push", "push", "read", "read") // a log mostly grows
 	slices.Sort(names)
 	rapid.Check(t, func(rt *rapid.T) {
 		steps := rapid.SliceOfN(rapid.SampledFrom(names), 1, 30).Draw(rt, "steps")

@@ -10,14 +10,14 @@ import (
 	"time"
 )
 
-// Patience is how long a test waits while nothing happens. It is not how long a test may
-// take: a machine that is slow, or busy with other things, takes its time over everything,
-// and only what stands still has failed. What never stands still is ended by go test -timeout.
+// Patience is how long a test waits while nothing happens. It does not limit how long a test may take: a slow or busy
+// machine takes longer for everything, and only a test that stands still has failed. go test -timeout ends a test that
+// never stands still.
 const Patience = 2 * time.Minute
 
 var errIdle = errors.New("nothing has happened for " + Patience.String())
 
-// watch is the time of the last progress of a test and its subtests.
+// watch holds the time of the last progress of a test and its subtests.
 type watch struct{ last atomic.Int64 }
 
 func (w *watch) moved() { w.last.Store(time.Now().UnixNano()) }
@@ -34,9 +34,8 @@ func watchOf(t testing.TB) *watch {
 
 type watchKey struct{}
 
-// Watch is a context that ends with another, and when the test has made no progress for
-// Patience. Progress is what Moved and MovedIn are told of, and each wait of Eventually that
-// is over.
+// Watch returns a context that ends with its parent, or when the test has made no progress for Patience. Progress is a
+// call of Moved or MovedIn, and each wait of Eventually that ends.
 func Watch(parent context.Context, t testing.TB) (context.Context, context.CancelFunc) {
 	w := watchOf(t)
 	w.moved()
@@ -58,19 +57,18 @@ func Watch(parent context.Context, t testing.TB) (context.Context, context.Cance
 	return ctx, func() { cancel(nil) }
 }
 
-// Moved says that the test has made progress.
+// Moved records that the test has made progress.
 func Moved(t testing.TB) { watchOf(t).moved() }
 
-// MovedIn says that the test of a context has made progress: one of Watch, or made from one.
+// MovedIn records progress of the test whose Watch made the context, or a parent of it.
 func MovedIn(ctx context.Context) {
 	if w, ok := ctx.Value(watchKey{}).(*watch); ok {
 		w.moved()
 	}
 }
 
-// Eventually polls until ok, and fails the test when that takes too long. It counts its
-// polls, not the time: on a machine that is busy they come slower, too. Only polls that
-// each take long are bounded by the time.
+// Eventually polls until ok returns true, and fails the test if that takes too long. It counts its polls, not the time,
+// because a busy machine polls more slowly, too. Time limits only polls that each take long.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	const pace = 5 * time.Millisecond

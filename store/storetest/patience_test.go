@@ -27,7 +27,7 @@ func TestWatch_lastsWhileSomethingHappensAndEndsWhenNothingDoes(t *testing.T) {
 		if ctx.Err() != nil {
 			t.Fatal("it has ended, though something happened all the time")
 		}
-		MovedIn(t.Context()) // of another
+		MovedIn(t.Context()) // of another test
 		time.Sleep(Patience)
 		synctest.Wait()
 		if context.Cause(ctx) != errIdle {

@@ -1,6 +1,6 @@
-// Package storetest holds what tests of several packages need of a store: real Redis
-// servers, as they are run in production, and a log on fake time that fails in every way
-// that a real one can. It also says how long tests wait (Patience).
+// Package storetest helps tests of several packages that use a store. It starts real Redis servers as they run in
+// production, and provides a log on fake time that fails in every way that a real one can. It also defines how long
+// tests wait (Patience).
 package storetest
 
 import (
@@ -23,28 +23,28 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Server is a redis-server of the test's own, on a free port of loopback.
+// Server is the test's own redis-server, on a free port of loopback.
 type Server struct {
-	*redis.Client // for what a test does to it by hand
+	*redis.Client // for direct commands of the test
 
 	t    testing.TB
 	addr string
 	args []string
-	ping func(ctx context.Context) error // whether it answers
+	ping func(ctx context.Context) error // checks whether it replies
 
 	mu  sync.Mutex
 	cmd *exec.Cmd
 	out bytes.Buffer
 }
 
-// Redis starts a redis-server that keeps nothing on disk, with further arguments if
-// need be, and stops it when the test ends. Its absence fails the test.
+// Redis starts a redis-server that keeps nothing on disk, with optional further arguments, and stops it when the test
+// ends. It fails the test if redis-server is not installed.
 func Redis(t testing.TB, args ...string) *Server {
 	t.Helper()
 	return redisAt(t, FreePort(t), nil, args...)
 }
 
-// redisAt starts a redis-server on a port. security is for a client of a server over TLS.
+// redisAt starts a redis-server on a port. security is the client's configuration for a server over TLS.
 func redisAt(t testing.TB, port int, security *tls.Config, args ...string) *Server {
 	t.Helper()
 	addr := fmt.Sprintf("127.0.0.1:%d", port)
@@ -60,7 +60,7 @@ func redisAt(t testing.TB, port int, security *tls.Config, args ...string) *Serv
 			opt.Password = args[i+1]
 		}
 	}
-	opt.ReadTimeout, opt.WriteTimeout = Patience, Patience // a machine may be busy
+	opt.ReadTimeout, opt.WriteTimeout = Patience, Patience // the machine may be busy
 	s.Client = redis.NewClient(opt)
 	s.ping = func(ctx context.Context) error { return s.Client.Ping(ctx).Err() }
 	t.Cleanup(func() {
@@ -71,13 +71,13 @@ func redisAt(t testing.TB, port int, security *tls.Config, args ...string) *Serv
 	return s
 }
 
-// URL is what -redis takes.
+// URL returns the value for -redis.
 func (s *Server) URL() string { return "redis://" + s.addr }
 
-// Addr is its address.
+// Addr returns the server's address.
 func (s *Server) Addr() string { return s.addr }
 
-// Start starts the server, again after Kill, and waits until it answers.
+// Start starts the server, or restarts it after Kill, and waits until it replies.
 func (s *Server) Start() {
 	s.t.Helper()
 	path, err := exec.LookPath("redis-server")
@@ -102,8 +102,8 @@ func (s *Server) Start() {
 	}
 }
 
-// StartAsReplica starts a server that was a master as a replica of the one that has taken
-// over. (Empty, and still a master for a moment, it would take writes.)
+// StartAsReplica starts an old master as a replica of the new one. (If it started empty, and as a master for a moment,
+// it would accept writes.)
 func (s *Server) StartAsReplica(of *Server) {
 	s.t.Helper()
 	_, port, _ := strings.Cut(of.addr, ":")
@@ -123,7 +123,7 @@ func (s *Server) Kill() {
 	}
 }
 
-// Signal sends a signal, such as SIGSTOP, which makes a peer that is silent.
+// Signal sends a signal, such as SIGSTOP, which makes the server silent.
 func (s *Server) Signal(sig syscall.Signal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -132,8 +132,7 @@ func (s *Server) Signal(sig syscall.Signal) {
 	}
 }
 
-// FreePort is a port that nobody listens on; neither on the one that a Cluster's servers
-// add for each other.
+// FreePort returns a port on which nobody listens. The port that a Cluster's servers add for each other is free, too.
 func FreePort(t testing.TB) int {
 	t.Helper()
 	for range 100 {
@@ -207,7 +206,7 @@ func Sentinel(t testing.TB, args ...string) *Watched {
 	return w
 }
 
-// URL is what -redis takes.
+// URL returns the value for -redis.
 func (w *Watched) URL() string {
 	var all []string
 	for _, s := range w.Sentinels {
@@ -216,7 +215,7 @@ func (w *Watched) URL() string {
 	return "redis+sentinel://" + strings.Join(all, ",") + "/main"
 }
 
-// Master is the server that the Sentinels call so.
+// Master returns the server that the Sentinels consider the master.
 func (w *Watched) Master() *Server {
 	w.t.Helper()
 	var master *Server
@@ -232,7 +231,7 @@ func (w *Watched) Master() *Server {
 	return master
 }
 
-// Synced waits until the replicas have all that the first server has.
+// Synced waits until the replicas have all data of the first server.
 func (w *Watched) Synced() {
 	w.t.Helper()
 	for _, s := range w.Servers[1:] {
@@ -265,14 +264,14 @@ func waitFor(t testing.TB, what string, ok func(ctx context.Context) bool) {
 	}
 }
 
-// Clustered is a Redis Cluster of three masters with a replica each.
+// Clustered is a Redis Cluster of three masters with one replica each.
 type Clustered struct {
 	*redis.ClusterClient
 	t       testing.TB
 	Servers []*Server // three masters, then their replicas, at first
 }
 
-// Cluster starts one.
+// Cluster starts a Redis Cluster.
 func Cluster(t testing.TB, args ...string) *Clustered {
 	t.Helper()
 	c := &Clustered{t: t}
@@ -310,7 +309,7 @@ func Cluster(t testing.TB, args ...string) *Clustered {
 	return c
 }
 
-// URL is what -redis takes.
+// URL returns the value for -redis.
 func (c *Clustered) URL() string {
 	var all []string
 	for _, s := range c.Servers {
@@ -319,7 +318,7 @@ func (c *Clustered) URL() string {
 	return "redis+cluster://" + strings.Join(all[:3], ",")
 }
 
-// At is the server at an address.
+// At returns the server at an address.
 func (c *Clustered) At(addr string) *Server {
 	for _, s := range c.Servers {
 		if s.addr == addr {
@@ -330,7 +329,7 @@ func (c *Clustered) At(addr string) *Server {
 	return nil
 }
 
-// MasterOf is the server that has a key's slot now.
+// MasterOf returns the server that has a key's slot now.
 func (c *Clustered) MasterOf(key string) *Server {
 	c.t.Helper()
 	var found *Server
@@ -367,7 +366,7 @@ func (c *Clustered) anyone(ctx context.Context) *redis.Client {
 	return c.Servers[0].Client
 }
 
-// Move takes a key's slot to another master, as resharding does, and says where to.
+// Move moves a key's slot to another master, as resharding does.
 func (c *Clustered) Move(key string) {
 	c.t.Helper()
 	from := c.MasterOf(key)

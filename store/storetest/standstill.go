@@ -13,9 +13,9 @@ import (
 
 const standstill = 15 * time.Minute
 
-// Standstill ends the program when one of its tests has waited in one place for a quarter of
-// an hour, and prints where. It does so long before go test -timeout, and nothing else is in
-// its output. It does nothing with -timeout 0. Call it from TestMain.
+// Standstill ends the program when one of its tests has waited in one place for a quarter of an hour, and prints where.
+// This is long before go test -timeout, and the output contains nothing else. With -timeout 0 it does nothing. Call it
+// from TestMain.
 func Standstill() {
 	time.AfterFunc(time.Minute, func() {
 		if f := flag.Lookup("test.timeout"); f == nil || f.Value.String() == "0s" {
@@ -32,8 +32,8 @@ func Standstill() {
 
 var since = regexp.MustCompile(`^goroutine .*, (\d+) minutes`)
 
-// waiting returns the stacks of the tests that have waited in one place for at least d. A test
-// that waits for its subtests, or for its turn, is not one of them.
+// waiting returns the stacks of the tests that have waited in one place for at least d. It omits tests that wait for
+// their subtests, or for their turn.
 func waiting(stacks string, d time.Duration) (found []string) {
 	for stack := range strings.SplitSeq(stacks, "\n\n") {
 		m := since.FindStringSubmatch(stack)

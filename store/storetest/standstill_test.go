@@ -7,8 +7,7 @@ import (
 	"time"
 )
 
-// The stacks are the runtime's own; only the time that a test has waited is made up, since
-// the runtime counts it in minutes.
+// The stacks are the runtime's. Only the waiting time is invented, because the runtime counts it in minutes.
 func TestStandstill_findsTheTestThatWaits(t *testing.T) {
 	release := make(chan struct{})
 	go func() { // ends when it has seen the subtest wait

@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// Authority is a CA of the test's own.
+// Authority is the test's own CA.
 type Authority struct {
-	File string // its certificate, as -redis-ca takes it
+	File string // its certificate, as a file for -redis-ca
 
 	t    testing.TB
 	cert *x509.Certificate
@@ -26,7 +26,7 @@ type Authority struct {
 	next int64
 }
 
-// NewAuthority makes one.
+// NewAuthority returns a new CA.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{t: t, next: 2}
@@ -50,7 +50,7 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// Issue makes a certificate for names and addresses, and answers its files.
+// Issue makes a certificate for names and addresses, and returns its files.
 func (a *Authority) Issue(names ...string) (cert, key string) {
 	a.t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -89,7 +89,7 @@ func (a *Authority) write(name, kind string, der []byte) string {
 	return file
 }
 
-// Config is a client's that knows this authority and has a certificate of it.
+// Config returns the configuration of a client that knows this authority and has a certificate from it.
 func (a *Authority) Config() *tls.Config {
 	a.t.Helper()
 	pair, err := tls.LoadX509KeyPair(a.Issue("a client"))
@@ -101,7 +101,7 @@ func (a *Authority) Config() *tls.Config {
 	return &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
 }
 
-// RedisTLS starts a redis-server that speaks TLS only, with a certificate for 127.0.0.1.
+// RedisTLS starts a redis-server that accepts only TLS, with a certificate for 127.0.0.1.
 func RedisTLS(t testing.TB, a *Authority, args ...string) *Server {
 	t.Helper()
 	cert, key := a.Issue("127.0.0.1")
