@@ -361,15 +361,15 @@ func (j *journal) writeBatch() bool {
 	return true
 }
 
-// writeAll writes a frame. While the disk is full it tries again: there is room for nearly all, taken in advance.
-func writeAll(file *os.File, frame []byte, at int64) error {
-	for {
-		_, err := file.WriteAt(frame, at)
-		if !isFull(err) {
-			return err
+// writeAll writes a frame. Should the disk be full it tries again for a while: there is room for nearly all, taken in advance.
+func writeAll(file *os.File, frame []byte, at int64) (err error) {
+	for range 20 {
+		if _, err = file.WriteAt(frame, at); !isFull(err) {
+			break
 		}
 		time.Sleep(fullEvery)
 	}
+	return err
 }
 
 // close writes what waits, and leaves the directory to others.
