@@ -8,7 +8,7 @@ SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
 .PHONY: run build release reproducible test setup lint unit torture soak bench fuzz
 
-run: ## the server, on the embedded Redis
+run: ## the server, with its data in gapless-data
 	go run .
 
 build: ## the binary
