@@ -138,7 +138,7 @@ func (a *API) foldResponse(ctx context.Context, r response) (f *openai.Fold, p s
 
 func isBegun(f *openai.Fold) bool { _, ok := f.Begun(); return ok }
 
-// createResponse asks the model.
+// createResponse asks the model, and returns the response.
 func (a *API) createResponse(c echo.Context) error {
 	if err := checkJSON(c); err != nil {
 		return err
@@ -289,7 +289,7 @@ func (a *API) streamResponse(c echo.Context, r response, epoch string, f *openai
 	return a.foldStream(c, ask, nil, func(cause sse.Cause) bool { return cause == sse.Done && f.Over() })
 }
 
-// getResponse answers with a response, or with its events from a number on.
+// getResponse returns a response, or its events from a number on.
 func (a *API) getResponse(c echo.Context) error {
 	r, err := a.responseOf(c, auth.Read)
 	if err != nil {

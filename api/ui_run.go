@@ -28,7 +28,7 @@ const (
 // uiPause is how long a client that has to come back is held: it would come back at once.
 const uiPause = time.Second
 
-// uiRun answers with a message without its first parts, under way or not.
+// uiRun streams a message without its first parts, under way or not.
 func (a *API) uiRun(c echo.Context) error {
 	id, err := messageID(c)
 	if err != nil {
@@ -76,7 +76,7 @@ func parseIndex(text string) (int, error) {
 	return int(n), nil
 }
 
-// uiFrom answers with a message from a part on.
+// uiFrom streams a message from a part on.
 func (a *API) uiFrom(c echo.Context, message string, start int) error {
 	ctx, session := c.Request().Context(), session(c)
 	b, open, err := a.logs.Open(ctx, session)
