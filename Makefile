@@ -8,7 +8,7 @@ SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
 .PHONY: run build release reproducible test setup lint unit torture soak bench siege fuzz
 
-run: ## the server, on the embedded Redis
+run: ## the server, with its data in gapless-data
 	go run .
 
 build: ## the binary
@@ -88,5 +88,6 @@ fuzz: ## each fuzz target for a while
 	go test -run xxx -fuzz FuzzParseNumber -fuzztime 30s ./api
 	go test -run xxx -fuzz FuzzText -fuzztime 30s ./api
 	go test -run xxx -fuzz FuzzLines -fuzztime 30s ./api
+	go test -run xxx -fuzz FuzzOpenAIAccess -fuzztime 30s ./api
 	go test -run xxx -fuzz FuzzMay -fuzztime 30s ./api/auth
 	go test -run xxx -fuzz FuzzRead -fuzztime 30s ./api/auth

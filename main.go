@@ -18,6 +18,7 @@ import (
 	"net/http/pprof"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -101,7 +102,9 @@ type config struct {
 // parse reads flags, and for those that are not given their environment variables, and
 // reports all mistakes together.
 func parse(args []string, env func(string) (string, bool)) (config, error) {
-	cfg := config{store: store.DefaultConfig(), sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig(), model: model.DefaultConfig()}
+	stored := store.DefaultConfig()
+	stored.Redis = store.Embedded + ":gapless-data"
+	cfg := config{store: stored, sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig(), model: model.DefaultConfig()}
 	host, _ := os.Hostname()
 	var hosts, origins, proxies, modelName, logFormat string
 	var level slog.Level
@@ -123,7 +126,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.sse.Node, "node", host, "`name` of this node in the welcome event and in logs")
 	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a shutdown may take; viewers are moved to other nodes during this time")
 
-	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded: in this process, in memory, for one node")
+	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded:DIR: in this process, for one node, with its data in a directory; or embedded: in memory only")
 	fs.StringVar(&cfg.store.Prefix, "prefix", cfg.store.Prefix, "`text` at the start of every key and channel in Redis; deployments that share a Redis server need different prefixes, even in different databases")
 	fs.StringVar(&cfg.store.RedisCA, "redis-ca", "", "`file` with the CA certificates for a rediss:// server, instead of the system's")
 	fs.StringVar(&cfg.store.RedisCert, "redis-cert", "", "`file` with the certificate that this node shows to Redis")
@@ -362,7 +365,8 @@ func broken(redis string, rest []string) bool {
 	c := store.DefaultConfig()
 	c.Redis = redis
 	_, host, _ := strings.Cut(redis, "://")
-	return redis != store.Embedded && strings.Contains(strings.Join(rest, " "), "@") || c.Validate() != nil && strings.Contains(host, ":")
+	_, embedded := c.Embedded()
+	return !embedded && strings.Contains(strings.Join(rest, " "), "@") || c.Validate() != nil && strings.Contains(host, ":")
 }
 
 func isLoopback(host string) bool {
@@ -467,11 +471,21 @@ func run(ctx context.Context, cfg config) error {
 	}
 	defer stopMetrics()
 	server := newServer(cfg, tracer.Handler(handler), secret)
-	if cfg.store.Redis == store.Embedded {
-		if os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage
-			debug.SetGCPercent(50)
+	dir, embedded := cfg.store.Embedded()
+	if embedded && os.Getenv("GOGC") == "" { // the logs are in this heap: less of it is kept free for garbage
+		debug.SetGCPercent(50)
+	}
+	data := "in Redis"
+	switch {
+	case embedded && dir == "":
+		data = "in memory: it is lost when this process ends (-redis embedded:DIR keeps it)"
+		cfg.log.Warn("redis is embedded, in memory only: everything is lost when this process ends; -redis embedded:DIR keeps it, and -redis redis://… serves many nodes")
+	case embedded:
+		if whole, err := filepath.Abs(dir); err == nil {
+			dir = whole
 		}
-		cfg.log.Warn("redis is embedded: in this process's memory, for one node, gone when it stops; -redis redis://… keeps logs and serves many nodes")
+		data = dir
+		cfg.log.Info("redis is embedded, for this one node: what is acknowledged is on disk", slog.String("dir", dir))
 	}
 	if cfg.open {
 		cfg.log.Warn("-insecure-open: whoever can connect may read, write and delete every session; -auth says who may do what", slog.String("listen", cfg.listen))
@@ -479,7 +493,7 @@ func run(ctx context.Context, cfg config) error {
 	page := scheme + "://" + listener.Addr().String() + "/"
 	cfg.log.Info("gapless serves", slog.String("page", page), slog.String("node", cfg.sse.Node))
 	if terminal, err := os.Stdout.Stat(); err == nil && terminal.Mode()&os.ModeCharDevice != 0 {
-		fmt.Print(cli.Welcome(page, cfg.store.Redis == store.Embedded))
+		fmt.Print(cli.Welcome(page, data))
 	}
 
 	var begun time.Time // the end

@@ -34,6 +34,9 @@ import (
 // Connections over HTTP/2 and TLS cannot be taken over. Their figures are next to the others, without a goal.
 var scenarioRuns = flag.Int("scenarios.runs", 3, "how often each scenario is measured; its figure is the median")
 
+// scenariosOn is where ours keeps its logs in the scenarios. The floor is on a redis-server, always.
+var scenariosOn = flag.String("scenarios.on", "redis", "where ours keeps its logs: redis, aof (a redis-server with appendfsync always), embedded, or disk (embedded:DIR)")
+
 // scenario is a situation, and what is measured in it.
 type scenario struct {
 	name     string
@@ -323,7 +326,11 @@ func newRig(t testing.TB, floor, small bool, args ...string) *rig {
 			}
 		}
 	}
-	r.pinned(0, func() { r.redis = storetest.Redis(t) })
+	var durable []string
+	if *scenariosOn == "aof" && !floor {
+		durable = []string{"--appendonly", "yes", "--appendfsync", "always"}
+	}
+	r.pinned(0, func() { r.redis = storetest.Redis(t, durable...) })
 	r.launch()
 	return r
 }
@@ -331,6 +338,13 @@ func newRig(t testing.TB, floor, small bool, args ...string) *rig {
 func (r *rig) launch() {
 	r.t.Helper()
 	program, args := binary, append([]string{"-redis", r.redis.URL()}, r.args...)
+	switch {
+	case r.floor:
+	case *scenariosOn == "embedded":
+		args[1] = "embedded"
+	case *scenariosOn == "disk":
+		args[1] = "embedded:" + r.t.TempDir()
+	}
 	switch {
 	case r.floor:
 		program, args = self(r.t), append(args, "floor")

@@ -207,14 +207,18 @@ func (a *API) guard() echo.MiddlewareFunc {
 // over has them, too.
 func (a *API) share() echo.MiddlewareFunc {
 	return middleware.CORSWithConfig(middleware.CORSConfig{
-		Skipper: func(c echo.Context) bool { return !strings.HasPrefix(c.Request().URL.Path, "/v1/") },
+		Skipper: func(c echo.Context) bool {
+			return !strings.HasPrefix(c.Request().URL.Path, "/v1/") && !isOpenAI(c.Request())
+		},
 		// Exactly these: the library's own list has patterns.
 		AllowOriginFunc:  func(origin string) (bool, error) { return slices.Contains(a.cfg.Origins, origin), nil },
 		AllowCredentials: true,
 		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
 			"Stream-Closed", "Content-Encoding",
+			"X-Stainless-Lang", "X-Stainless-Package-Version", "X-Stainless-OS", "X-Stainless-Arch", "X-Stainless-Runtime", "X-Stainless-Runtime-Version", "X-Stainless-Retry-Count",
+			"X-Stainless-Timeout", "X-Stainless-Helper-Method", "OpenAI-Organization", "OpenAI-Project", "Idempotency-Key", // OpenAI's clients
 			"traceparent", "tracestate", "baggage"}, // what instrumented pages add to each request (https://www.w3.org/TR/trace-context/)
-		ExposeHeaders: []string{"Location", "Link", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerProducerEpoch, headerExpectedChunk},
+		ExposeHeaders: []string{"Location", "Link", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerRun, headerTail, headerSession, headerProducerEpoch, headerExpectedChunk},
 		MaxAge:        7200, // no browser keeps it for longer
 	})
 }

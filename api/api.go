@@ -244,6 +244,8 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	a.call("GET", onePath+"/messages/:message_id/ui-stream", auth.Read, a.uiMessage)
 	a.call("GET", onePath+"/ui-stream", auth.Read, a.uiResume)
 	a.call("POST", onePath+"/ui-stream", auth.Ask, decode(a.uiAsk))
+	a.call("GET", onePath+"/ui-stream/:message_id/stream", auth.Read, a.uiRun)
+	a.routeOpenAI()
 	if cfg.Demo {
 		a.demo = &demo{naive: map[string]naiveViewer{}}
 		a.call("POST", onePath+"/demo", auth.Read, decode(a.disturb))
@@ -281,7 +283,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 {
 		r.Body = &incoming{ReadCloser: r.Body, to: w, length: r.ContentLength, timeout: a.cfg.BodyTimeout, write: a.cfg.WriteTimeout}
 	}
-	if strings.HasPrefix(r.URL.Path, "/v1/") {
+	if strings.HasPrefix(r.URL.Path, "/v1/") || isOpenAI(r) {
 		now := time.Now()
 		a.heard.Store(&now)
 	}

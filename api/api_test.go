@@ -284,7 +284,17 @@ func (a answer) refused(t testing.TB, status int, code string) (p Problem) {
 	if a.status < 400 {
 		t.Fatalf("%d %s, instead of %d %s", a.status, a.body, status, code)
 	}
-	if err := json.Unmarshal(a.body, &p); err != nil || a.status != status || p.Code != code {
+	var openai struct {
+		Error struct {
+			Message, Param, Code string
+			Limit                int
+		}
+	}
+	err := json.Unmarshal(a.body, &openai)
+	if p = (Problem{Code: openai.Error.Code, Detail: openai.Error.Message, Member: openai.Error.Param, Limit: openai.Error.Limit}); p.Code == "" {
+		err = json.Unmarshal(a.body, &p)
+	}
+	if err != nil || a.status != status || p.Code != code {
 		t.Fatalf("%d %s, instead of %d %s", a.status, a.body, status, code)
 	}
 	return p

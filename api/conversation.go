@@ -36,7 +36,7 @@ const (
 //   - Messages are in the order in which they began, each as far as it got. The newest messages are included, each
 //     whole, as many as fit into Config.ContextMax bytes.
 func (a *API) conversation(ctx context.Context, session string, before int64, question string) ([]model.Turn, error) {
-	said, torn, err := a.saidBefore(ctx, session, before)
+	said, torn, err := a.saidBefore(ctx, session, before, false)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +72,9 @@ type saying struct {
 
 // saidBefore reads a log backwards from a chunk. It returns the texts of the newest chunks until they fill the context,
 // and only instructions from the chunks before. torn is a message that may have begun before the newest chunks.
-func (a *API) saidBefore(ctx context.Context, session string, before int64) (all []saying, torn string, err error) {
+//
+// With tools, it also returns calls of tools and their results.
+func (a *API) saidBefore(ctx context.Context, session string, before int64, tools bool) (all []saying, torn string, err error) {
 	var parts [][]saying
 	lowest := max(before-contextChunks, 1)
 	from, size, read := before, 0, 0
@@ -82,7 +84,7 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64) (all
 			return nil, "", err
 		}
 		full := size >= a.cfg.ContextMax
-		part, said, bytes := sayings(p, full)
+		part, said, bytes := sayings(p, full, tools)
 		parts, size, read = append(parts, part), size+said, read+bytes
 		if !full {
 			if torn = ""; p.From-1 > p.Former && len(p.Elements) > 0 { // the first numbers of an epoch follow those of the former one
@@ -101,7 +103,7 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64) (all
 		if err != nil {
 			return nil, "", err
 		}
-		part, _, _ := sayings(p, true)
+		part, _, _ := sayings(p, true, tools)
 		parts = append(parts, part)
 	}
 	slices.Reverse(parts)
@@ -109,12 +111,13 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64) (all
 }
 
 // sayings returns the sayings of a page, their size in the conversation, and the size of the page, both in bytes.
-func sayings(p store.Page, onlyInstructions bool) (all []saying, said, bytes int) {
+func sayings(p store.Page, onlyInstructions, tools bool) (all []saying, said, bytes int) {
 	for i, element := range p.Elements {
 		s := parseSaid([]byte(element))
 		bytes += len(element)
 		role := roleOf(s.role)
-		if role == "" || s.content == "" || s.kind == store.TypeReasoning {
+		tool := tools && (s.role == "tool" || s.data != nil && (s.kind == typeToolCalls || s.kind == store.TypeMessage))
+		if !tool && (role == "" || s.content == "" || s.kind == store.TypeReasoning) {
 			continue
 		}
 		if role != model.RoleSystem {

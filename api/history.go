@@ -116,7 +116,7 @@ func (a *API) readMessage(c echo.Context) error {
 		return err
 	}
 	if m.Len() == 0 {
-		return &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "unknown message: the session does not have it, or no longer keeps it"}
+		return errNoMessage
 	}
 	h, one := c.Response().Header(), m.Heads()[0]
 	h.Set("Cache-Control", "no-cache")

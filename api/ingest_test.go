@@ -80,7 +80,7 @@ func FuzzText(f *testing.F) {
 		if !utf8.Valid(stream) {
 			want = want[:firstBad(stream)]
 			bad, ok := errors.AsType[*store.ChunkError](err)
-			if !ok || bad.Code != "invalid_utf8" || !strings.HasSuffix(bad.Detail, fmt.Sprintf(" from byte %d on", len(want))) {
+			if !ok || bad.Code != "invalid_utf8" || !strings.HasSuffix(bad.Detail, fmt.Sprintf(" at byte %d", len(want))) {
 				t.Fatalf("%q: %v", stream, err)
 			}
 		} else if err != io.EOF {

@@ -53,10 +53,10 @@ func (n *node) refusals(limit string) int {
 }
 
 func paced429(q request) bool {
-	return strings.HasPrefix(q.path, "/v1/") || q.path == "/metrics"
+	return strings.HasPrefix(q.path, "/v1/") || strings.HasPrefix(q.path, "/openai/") || q.path == "/metrics"
 }
 
-func isStream(q request) bool { return strings.Contains(q.path, "/stream") }
+func isStream(q request) bool { return strings.Contains(q.path, "s/stream") }
 
 func TestLimit_ofURLAndHeaderIsSaidEverywhere(t *testing.T) {
 	t.Parallel()
@@ -256,7 +256,7 @@ func TestLimit_ofViewersOfMessages(t *testing.T) {
 	n.append("s", `{"message_id":"m","content":"sesame"}`)
 	n.append("t", `{"message_id":"m","content":"sesame"}`)
 	all := []request{
-		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"},
+		{method: "GET", path: "/v1/sessions/s/ui-stream"}, {method: "GET", path: "/v1/sessions/s/messages/m/ui-stream"}, {method: "GET", path: "/v1/sessions/s/ui-stream/m/stream"},
 		{method: "POST", path: "/v1/sessions/s/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 	}
 	one := n.open(as(request{path: "/v1/sessions/s/stream"}, "198.51.100.1"))
@@ -398,7 +398,7 @@ func TestLimit_ofBodies(t *testing.T) {
 func TestLimit_ofABodysTime(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.BodyTimeout = 2 * time.Second })
-	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON, "/v1/sessions/s/demo": typeJSON} {
+	for path, kind := range map[string]string{"/v1/sessions": typeJSON, "/v1/sessions/s/chunks": typeJSON, "/v1/sessions/s/cancel": typeJSON, "/v1/sessions/s/messages": typeJSON, "/v1/sessions/s/ui-stream": typeJSON, "/v1/sessions/s/demo": typeJSON, "/openai/v1/responses": typeJSON, "/openai/v1/chat/completions": typeJSON} {
 		r, w := io.Pipe()
 		stop := make(chan struct{})
 		go func() { // ends with the response
@@ -570,7 +570,7 @@ func TestLimit_ofBytesStored(t *testing.T) {
 	for kind, body := range map[string]string{typeJSON: `{"content":"x"}`, typeNDJSON: `{"content":"x"}`, "text/plain": "x", "text/event-stream": "data: x\n\n"} {
 		a := post(me, kind, body)
 		p := a.refused(t, 429, "storage_limited")
-		if p.Limit != 150<<10 || !strings.Contains(p.Detail, "-caller-stored") || !strings.Contains(p.Detail, "a day") {
+		if p.Limit != 150<<10 || !strings.Contains(p.Detail, "-caller-stored") || !strings.Contains(p.Detail, "per caller and day") {
 			t.Errorf("%s: %+v", kind, p)
 		}
 		if after, _ := strconv.Atoi(a.header.Get("Retry-After")); after < 1 || after > 24*3600 {

@@ -41,8 +41,20 @@ const answerPatience = time.Minute
 // exchange is an accepted question: its message and its place in the log, and the message of the answer.
 type exchange struct {
 	question, reply string
-	seq             int64  // the question's number,
+	seq             int64  // the number of the question, or of the last chunk of it,
 	epoch           string // in this log
+
+	done chan struct{} // closed when the answer is over
+}
+
+// asking is what a question consists of.
+type asking struct {
+	session string
+	reply   string // the message of the answer
+	chunks  []store.Chunk
+	member  string // where in the request they stand
+	// turns is what the model is asked, once chunk number seq, the last of them, is in the log.
+	turns func(ctx context.Context, seq int64) (context.Context, []model.Turn, error)
 }
 
 // ask appends the user's message and makes the model answer into the same log.
@@ -74,6 +86,27 @@ func (a *API) ask(c echo.Context) error {
 // begin appends a question and makes the model answer it. Errors name member, which contains the question in the
 // request.
 func (a *API) begin(c echo.Context, content, member string) (x exchange, err error) {
+	for _, id := range []*string{&x.question, &x.reply} {
+		made, err := uuid.NewV7()
+		if err != nil {
+			return x, err
+		}
+		*id = made.String()
+	}
+	id := session(c)
+	question := x.question
+	x, err = a.put(c, asking{id, x.reply, []store.Chunk{store.NewChunk(store.TypeMessage, question, roleUser, content)}, member,
+		func(ctx context.Context, seq int64) (context.Context, []model.Turn, error) {
+			turns, err := a.conversation(ctx, id, seq, content)
+			return ctx, turns, err
+		}})
+	x.question = question
+	return x, err
+}
+
+// put appends a question, and has the model answer it.
+func (a *API) put(c echo.Context, q asking) (x exchange, err error) {
+	x.reply, x.done = q.reply, make(chan struct{})
 	a.answers.add() // before checking whether all must end: ending waits for the answers that are counted
 	begun := false
 	defer func() {
@@ -84,17 +117,11 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	if a.ending.Err() != nil {
 		return x, errDraining
 	}
-	for _, id := range []*string{&x.question, &x.reply} {
-		made, err := uuid.NewV7()
-		if err != nil {
-			return x, err
+	for _, chunk := range q.chunks {
+		if chunk.Size() > a.cfg.ChunkMax {
+			return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: q.member, Limit: a.cfg.ChunkMax,
+				Detail: "the question is too long for one chunk (-chunk-max)"}
 		}
-		*id = made.String()
-	}
-	chunk := store.NewChunk(store.TypeMessage, x.question, roleUser, content)
-	if chunk.Size() > a.cfg.ChunkMax {
-		return x, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "content_too_large", Member: member, Limit: a.cfg.ChunkMax,
-			Detail: "the question is too long for one chunk (-chunk-max)"}
 	}
 	caller := a.caller(c)
 	if err := a.limits.Answers.Take(caller, 1); err != nil {
@@ -105,13 +132,12 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 	// The answer is an upload of this node. It has numbers, so that a retry is safe if it may have been stored. It is
 	// held, so that it ends if the node dies. Its message begins with the question, so it can be cancelled before its
 	// first word.
-	u := a.newUpload(c.Request().Context(), session(c), caller, store.Producer{ID: x.reply}, 0, 0)
+	u := a.newUpload(c.Request().Context(), q.session, caller, store.Producer{ID: x.reply}, 0, 0)
 	u.held = []string{x.reply}
 	u.begin()
-	asked := []store.Chunk{chunk}
-	err = u.mayStore(asked)
+	err = u.mayStore(q.chunks)
 	if err == nil {
-		err = u.append(asked, store.HoldOpen)
+		err = u.append(q.chunks, store.HoldOpen)
 	}
 	if err != nil {
 		u.end()
@@ -125,7 +151,8 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 		defer a.answers.done()
 		defer a.limits.Answers.Give(caller, 1)
 		defer u.end()
-		a.answer(u, x, content)
+		defer close(x.done)
+		a.answer(u, x, q)
 	}()
 	return x, nil
 }
@@ -168,10 +195,10 @@ func (u *underway) wait(ctx context.Context) {
 }
 
 // answer appends what the model says, as it comes, and how it ended.
-func (a *API) answer(u *upload, x exchange, question string) {
+func (a *API) answer(u *upload, x exchange, q asking) {
 	log := a.log.With(slog.String("session", u.session), slog.String("message_id", x.reply))
 	log.Info("answer begins")
-	last, err := a.transcribe(u, x, question)
+	last, err := a.transcribe(u, x, q)
 	if cause := context.Cause(u.ctx); err != nil && cause != nil {
 		err = cause
 	}
@@ -211,9 +238,9 @@ func (a *API) answer(u *upload, x exchange, question string) {
 const piecesMost = 256
 
 // transcribe appends what the model says, and returns the chunk that ends it.
-func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chunk, err error) {
+func (a *API) transcribe(u *upload, x exchange, q asking) (done store.Chunk, err error) {
 	done = store.NewChunk(store.TypeDone, x.reply, roleAssistant, "")
-	turns, err := a.conversation(u.ctx, u.session, x.seq, question)
+	asked, turns, err := q.turns(u.ctx, x.seq)
 	if err != nil {
 		return done, err
 	}
@@ -222,7 +249,7 @@ func (a *API) transcribe(u *upload, x exchange, question string) (done store.Chu
 		err   error
 	}
 	begun := time.Now()
-	ctx, stop := context.WithCancel(u.ctx)
+	ctx, stop := context.WithCancel(asked)
 	words := make(chan word, piecesMost)
 	var unsaid error // why the rest is not in words, after words is closed
 	var wg sync.WaitGroup

@@ -159,7 +159,7 @@ func (a *API) admit(w http.ResponseWriter, r *http.Request) *outgoing {
 	}
 	o.Header().Set("X-Content-Type-Options", "nosniff") // as guard does for all others
 	o.Header().Set("Cross-Origin-Resource-Policy", "same-origin")
-	isView := r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/sessions/") && strings.HasSuffix(r.URL.Path, "/stream")
+	isView := r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/sessions/") && strings.HasSuffix(r.URL.Path, "/stream") && !strings.Contains(r.URL.Path, "/ui-stream/")
 	refusing := a.refusing.Add(1)
 	defer a.refusing.Add(-1)
 	if refusing > mostRefusing && r.ProtoMajor > 1 { // on a connection of many streams one that is refused must cost nothing

@@ -165,8 +165,8 @@ var refusals = map[string]struct {
 	after  int // seconds
 }{
 	store.RedisAway: {"Redis cannot be reached. Nothing was stored: retry", 1},
-	store.RedisFull: {"Redis is full (maxmemory). Nothing was stored; viewers are still served. " +
-		"Retry when logs have expired, or when the operator has given Redis more memory", 5},
+	store.RedisFull: {"Redis is full (maxmemory, or the disk of embedded:DIR). Nothing was stored; viewers are still served. " +
+		"Retry when logs have expired, or when the operator has made room", 5},
 	store.RedisReadOnly: {"Redis takes no writes at the moment (it is a replica, lacks its replicas, or cannot save to its disk). " +
 		"Nothing was stored; viewers are still served. Retry", 1},
 	store.RedisDenied: {"Redis rejects the user, password or rights of this server (-redis). Nothing was stored. The operator must fix it; then retry", 5},
@@ -223,7 +223,12 @@ func (a *API) problem(err error, c echo.Context) {
 		_ = ctl.EnableFullDuplex()
 		h.Set("Connection", "close")
 	}
-	if err := c.Blob(p.Status, "application/problem+json", body); err != nil {
+	kind := "application/problem+json"
+	if isOpenAI(c.Request()) {
+		body, kind = openaiError(&p), typeJSON
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+	}
+	if err := c.Blob(p.Status, kind, body); err != nil {
 		a.log.Debug("problem not delivered", slog.Any("err", err))
 	}
 	if late {

@@ -30,15 +30,21 @@ func calls() []request {
 		{method: "POST", path: s + "/tickets"},
 		{method: "POST", path: s + "/demo", kind: typeJSON, body: `{"connection":"sesame","do":"cut"}`},
 		{method: "GET", path: s + "/demo/naive"},
-		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"},
+		{method: "POST", path: s + "/messages/m/stop"}, {method: "GET", path: s + "/messages/m/ui-stream"}, {method: "GET", path: s + "/ui-stream"}, {method: "GET", path: s + "/ui-stream/m/stream"},
 		{method: "POST", path: s + "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
+		{method: "POST", path: "/openai/v1/responses", kind: typeJSON, body: `{"conversation":"s","input":"sesame","background":true}`},
+		{method: "GET", path: oneResponse}, {method: "GET", path: oneResponse + "/input_items"}, {method: "POST", path: oneResponse + "/cancel"}, {method: "DELETE", path: oneResponse},
+		{method: "POST", path: "/openai/v1/chat/completions", kind: typeJSON, body: `{"messages":[]}`},
 		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
 	}
 }
 
+// oneResponse is a response of session s.
+const oneResponse = "/openai/v1/responses/resp_01990b6c7d1e7c3a8a515d0f6e2b9a10_1_s"
+
 // asksRedis reports whether a call can fail with Redis.
 func asksRedis(q request) bool {
-	return strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") && !strings.HasSuffix(q.path, "/demo") || q.path == "/readyz"
+	return strings.HasPrefix(q.path, "/openai/v1/responses") || strings.HasPrefix(q.path, "/v1/") && !strings.Contains(q.path, "/stream?") && !strings.HasSuffix(q.path, "m/stream") && !strings.HasSuffix(q.path, "/demo") || q.path == "/readyz"
 }
 
 func isNaive(q request) bool { return strings.HasSuffix(q.path, "/naive") }

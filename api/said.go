@@ -11,6 +11,7 @@ import (
 type said struct {
 	kind, message, role, content string
 	reason, detail, finish       string
+	toolCall                     string // of an answer of a tool, the call
 	complete                     bool
 	data                         jsontext.Value
 }
@@ -30,6 +31,8 @@ func parseSaid(chunk []byte) (s said) {
 			s.reason = store.Text(value)
 		case "detail":
 			s.detail = store.Text(value)
+		case "tool_call_id":
+			s.toolCall = store.Text(value)
 		case "finish_reason":
 			s.finish = store.Text(value)
 		case "is_complete":

@@ -106,7 +106,7 @@ func TestSession_idThatIsNoneIsRefusedEverywhereAndMakesNothing(t *testing.T) {
 			{method: "GET", path: "/chunks"}, {method: "GET", path: "/stream"},
 			{method: "POST", path: "/messages", kind: typeJSON, body: `{"content":"sesame"}`},
 			{method: "POST", path: "/cancel"}, {method: "POST", path: "/messages/m/stop"}, {method: "GET", path: "/messages/m/ui-stream"},
-			{method: "GET", path: "/ui-stream"}, {method: "POST", path: "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
+			{method: "GET", path: "/ui-stream"}, {method: "GET", path: "/ui-stream/m/stream"}, {method: "POST", path: "/ui-stream", kind: typeJSON, body: uiBody("sesame")},
 		} {
 			q.path, q.bad = "/v1/sessions/"+id+q.path, true
 			if p := n.do(q).refused(t, 400, "invalid_session_id"); p.Member != "id" || p.Limit != 128 {

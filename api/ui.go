@@ -32,11 +32,17 @@ import (
 // as bounded and as slow as its reader.
 //
 // Its client takes a clean end for the end of the answer. So the response ends cleanly behind
-// [DONE] alone, and else it is broken off.
+// [DONE] alone, and else it is broken off. The SDK's WorkflowChatTransport, which comes back by
+// itself, wants the opposite (ui_run.go).
 
 // uiAsk takes what useChat sends, and answers with the answer.
 func (a *API) uiAsk(c echo.Context) error {
-	if err := checkJSON(c); err != nil {
+	kind, err := mediaType(c.Request())
+	run := kind == typeText // WorkflowChatTransport sends JSON, and leaves its type to fetch
+	if !run {
+		err = checkJSON(c)
+	}
+	if err != nil {
 		return err
 	}
 	body, give, err := a.largeBody(c)
@@ -69,7 +75,10 @@ func (a *API) uiAsk(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, newUIFold(x.reply, x.seq))
+	c.Response().Header().Set(headerRun, x.reply)
+	f := newUIFold(x.reply, x.seq)
+	f.run = run
+	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, f)
 }
 
 // uiQuestion is the text of the last message that useChat sent, and where it stands. All others are in the log: they are
@@ -343,17 +352,25 @@ func newest(open iter.Seq[string]) (message string, made bool) {
 }
 
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
+	ask.Session, ask.Fold = strings.Clone(session(c)), f.fold
+	return a.foldStream(c, ask, http.Header{"X-Vercel-Ai-Ui-Message-Stream": {"v1"}}, func(cause sse.Cause) bool {
+		return cause == sse.Done || f.run // its client comes back after a clean end without finish
+	})
+}
+
+// foldStream answers with a stream that ask.Fold makes. clean says whether it is to end cleanly.
+func (a *API) foldStream(c echo.Context, ask sse.Ask, header http.Header, clean func(sse.Cause) bool) error {
 	uncount(c)
 	connection, err := newConnection(c)
 	if err != nil {
 		return err
 	}
 	if c.Request().Method == http.MethodHead {
-		c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
+		maps.Copy(c.Response().Header(), header)
 		sse.Head(c.Response())
 		return nil
 	}
-	ask.Session, ask.Connection, ask.Expires, ask.Fold = strings.Clone(session(c)), connection, a.grant(c).Expires, f.fold
+	ask.Connection, ask.Expires = connection, a.grant(c).Expires
 	v, err := a.hub.View(ask)
 	if errors.Is(err, sse.ErrDraining) {
 		return errDraining
@@ -365,12 +382,14 @@ func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 		return err
 	}
 	defer v.Close()
-	c.Response().Header().Set("X-Vercel-Ai-Ui-Message-Stream", "v1")
+	maps.Copy(c.Response().Header(), header)
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer begins", slog.Any("viewer", v), slog.String("client", c.RealIP()))
 	w := a.hub.NewWriter(plain(c), c.Request())
 	cause := v.Serve(c.Request().Context(), w)
 	a.log.LogAttrs(context.Background(), slog.LevelInfo, "viewer ends", slog.Any("viewer", v), slog.String("cause", string(cause)))
-	if cause != sse.Done {
+	if clean(cause) {
+		cause = sse.Done
+	} else {
 		cause = sse.Outside // the log's end, or its deletion, is none of the message's
 	}
 	return w.End(cause)
@@ -398,15 +417,22 @@ func messageID(c echo.Context) (string, error) {
 	return id, nil
 }
 
-// uiFold makes parts of a UI message of the chunks of one message.
+// uiFold makes parts of a UI message of the chunks of one message. Which parts those are follows from the chunks alone, so
+// that each has the same place on every connection.
 type uiFold struct {
 	message string
 	base    int64 // the message begins somewhere after this number
 	first   int64 // the first chunk that it was given; where that is not base+1, a message that goes on there has lost its beginning
 
 	begun bool
+	begin int64          // the message's first chunk; 0: there was none yet
 	open  string         // the kind of the part that is open: text, reasoning; empty: none is
 	parts map[string]int // by kind, how many have begun
+	made  int            // how many parts, those that the client has already included
+
+	run   bool  // finish follows whatever ends the message
+	skip  int   // how many more parts the client has already
+	known int64 // up to this number the log has made all those parts
 }
 
 func newUIFold(message string, base int64) *uiFold {
@@ -429,59 +455,74 @@ type part struct {
 func (f *uiFold) fold(b, events []byte, ended bool) (out []byte, over bool) {
 	if !f.begun {
 		f.begun = true
-		b = appendPart(b, part{Type: "start", MessageID: f.message})
+		b = f.part(b, part{Type: "start", MessageID: f.message})
 	}
 	for seq, chunk := range sse.Chunks(events) {
-		if f.first == 0 {
-			f.first = seq
-		}
-		if !f.mayMatter(chunk) {
-			continue
-		}
-		s := parseSaid(chunk)
-		if s.message != f.message {
-			continue
-		}
-		if seq == f.first && seq > f.base+1 && s.kind != store.TypeMessage {
-			return f.end(b, part{Type: "error", ErrorText: "the beginning of the answer is no longer kept"}), true
-		}
-		if s.content != "" {
-			kind := "text"
-			if s.kind == store.TypeReasoning {
-				kind = "reasoning"
-			}
-			if f.open != kind {
-				b = f.endPart(b)
-				f.open = kind
-				f.parts[kind]++
-				b = appendPart(b, part{Type: kind + "-start", ID: f.id()})
-			}
-			b = appendPart(b, part{Type: kind + "-delta", ID: f.id(), Delta: s.content})
-		}
-		if s.data != nil {
-			kind := s.kind
-			if kind == "" {
-				kind = store.TypeDelta
-			}
-			b = appendPart(f.endPart(b), part{Type: "data-" + kind, Data: json.RawMessage(s.data)})
-		}
-		switch {
-		case s.kind == store.TypeDone, s.kind != store.TypeFailed && s.kind != store.TypeCancelled && s.complete:
-			return f.end(b, part{Type: "finish", FinishReason: finishReason(s.finish)}), true
-		case s.kind == store.TypeFailed:
-			text := "the answer failed"
-			if s.detail != "" {
-				text += ": " + s.detail
-			} else if s.reason != "" {
-				text += ": " + s.reason
-			}
-			return f.end(b, part{Type: "error", ErrorText: text}), true
-		case s.kind == store.TypeCancelled:
-			return f.end(b, part{Type: "abort", Reason: "cancelled"}), true
+		if b, over = f.chunk(b, seq, chunk); over {
+			return b, true
 		}
 	}
 	if ended {
 		return f.end(b, part{Type: "error", ErrorText: "the conversation was ended before the answer was"}), true
+	}
+	return b, false
+}
+
+// chunk appends what comes of a chunk.
+func (f *uiFold) chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) {
+	if f.first == 0 {
+		f.first = seq
+	}
+	if f.skip > 0 && f.known > 0 && seq > f.known {
+		return f.lost(b), true
+	}
+	if !f.mayMatter(chunk) {
+		return b, false
+	}
+	s := parseSaid(chunk)
+	if s.message != f.message {
+		return b, false
+	}
+	if f.begin == 0 {
+		f.begin = seq
+	}
+	if seq == f.first && seq > f.base+1 && s.kind != store.TypeMessage {
+		f.skip = 0
+		return f.end(b, part{Type: "error", ErrorText: "the beginning of the answer is no longer kept"}), true
+	}
+	if s.content != "" {
+		kind := "text"
+		if s.kind == store.TypeReasoning {
+			kind = "reasoning"
+		}
+		if f.open != kind {
+			b = f.endPart(b)
+			f.open = kind
+			f.parts[kind]++
+			b = f.part(b, part{Type: kind + "-start", ID: f.id()})
+		}
+		b = f.part(b, part{Type: kind + "-delta", ID: f.id(), Delta: s.content})
+	}
+	if s.data != nil {
+		kind := s.kind
+		if kind == "" {
+			kind = store.TypeDelta
+		}
+		b = f.part(f.endPart(b), part{Type: "data-" + kind, Data: json.RawMessage(s.data)})
+	}
+	switch {
+	case s.kind == store.TypeDone, s.kind != store.TypeFailed && s.kind != store.TypeCancelled && s.complete:
+		return f.end(b, part{Type: "finish", FinishReason: finishReason(s.finish)}), true
+	case s.kind == store.TypeFailed:
+		text := "the answer failed"
+		if s.detail != "" {
+			text += ": " + s.detail
+		} else if s.reason != "" {
+			text += ": " + s.reason
+		}
+		return f.end(b, part{Type: "error", ErrorText: text}), true
+	case s.kind == store.TypeCancelled:
+		return f.end(b, part{Type: "abort", Reason: "cancelled"}), true
 	}
 	return b, false
 }
@@ -495,16 +536,45 @@ func (f *uiFold) id() string { return fmt.Sprint(f.open, "-", f.parts[f.open]) }
 
 func (f *uiFold) endPart(b []byte) []byte {
 	if f.open != "" {
-		b = appendPart(b, part{Type: f.open + "-end", ID: f.id()})
+		b = f.part(b, part{Type: f.open + "-end", ID: f.id()})
 		f.open = ""
 	}
 	return b
 }
 
+// part appends a part that the client does not have.
+func (f *uiFold) part(b []byte, p part) []byte {
+	out := appendPart(b, p)
+	if len(out) == len(b) {
+		return b
+	}
+	f.made++
+	if f.skip > 0 {
+		f.skip--
+		return b
+	}
+	return out
+}
+
 // end appends the last part, and the stream's end.
 func (f *uiFold) end(b []byte, last part) []byte {
-	return append(appendPart(f.endPart(b), last), "data: [DONE]\n\n"...)
+	b = f.part(f.endPart(b), last)
+	if f.run && last.Type != "finish" {
+		b = f.part(b, part{Type: "finish"})
+	}
+	if f.skip > 0 {
+		return f.lost(b)
+	}
+	return append(b, done...)
 }
+
+// lost ends the stream of a client that has more parts than there are: it was given what Redis has lost since.
+func (f *uiFold) lost(b []byte) []byte {
+	b = appendPart(b, part{Type: "error", ErrorText: "a part of the answer was lost: load it again"})
+	return append(appendPart(b, part{Type: "finish"}), done...)
+}
+
+const done = "data: [DONE]\n\n"
 
 func appendPart(b []byte, p part) []byte {
 	text, err := json.Marshal(p)

@@ -304,6 +304,7 @@ func TestUI_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
 		code, member string
 	}{
 		{typeJSON, ``, 400, "invalid_json", ""},
+		{typeText, `sesame`, 400, "invalid_json", ""},
 		{typeJSON, `{"messages":5}`, 400, "invalid_json", "/messages"},
 		{typeJSON, `{"messages":[{"role":"user","parts":[{"type":"text","text":5}]}]}`, 400, "invalid_json", "/messages/0/parts/0/text"},
 		{typeJSON, `{"messages":[],"messages":[]}`, 400, "invalid_json", ""},
@@ -311,7 +312,7 @@ func TestUI_badQuestionsAreRefusedAndStoreNothing(t *testing.T) {
 		{typeJSON, `{"messages":[{"role":"assistant","parts":[]}]}`, 400, "invalid_content", "/messages"},
 		{typeJSON, `{"messages":[{"role":"user","parts":[]}]}`, 400, "invalid_content", "/messages/0/parts"},
 		{typeJSON, `{"messages":[{"role":"user","parts":[{"type":"text","text":"a"},{"type":"file","url":"x"}]}]}`, 400, "invalid_content", "/messages/0/parts/1"},
-		{typeText, `sesame`, 415, "unsupported_media_type", "Content-Type"},
+		{typeNDJSON, `sesame`, 415, "unsupported_media_type", "Content-Type"},
 		{typeJSON, uiBody(long), 413, "content_too_large", "/messages/0/parts"},
 		{typeJSON, uiBody(long + long + long), 413, "body_too_large", ""},
 	} {

@@ -241,6 +241,9 @@ func (w *Writer) cause() Cause {
 func (w *Writer) End(c Cause) error {
 	w.stop()
 	if c.Clean() {
+		if w.err == nil || w.err == errLeft { // leave may have set a deadline for a write that was just over
+			_ = w.out.SetWriteDeadline(time.Now().Add(w.timeout))
+		}
 		return nil
 	}
 	if w.http10 { // its responses end only with the connection: a reset shows that this is no regular end

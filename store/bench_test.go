@@ -25,16 +25,7 @@ func appendBy(b *testing.B, way func(*store.Store)) {
 			r := storetest.Redis(b)
 			s := open(b, func(c *store.Config) { c.Redis = r.URL() })
 			way(s)
-			chunk := delta(strings.Repeat("x", 100))
-			var next atomic.Int64
-			b.SetParallelism(at)
-			b.ReportAllocs()
-			b.RunParallel(func(pb *testing.PB) {
-				id := fmt.Sprint("s", next.Add(1))
-				for pb.Next() {
-					mustAppend(b, s, id, chunk)
-				}
-			})
+			appendTo(b, s, at)
 		})
 	}
 }
@@ -78,4 +69,39 @@ func BenchmarkRead_aPageOf(b *testing.B) {
 			}
 		})
 	}
+}
+
+// The same where it is stored: the ratio of the embedded Redis to a redis-server, which this machine runs as well.
+func BenchmarkStores(b *testing.B) {
+	for _, where := range []string{"redis-server", "embedded", "redis-server with AOF always", "embedded:DIR"} {
+		for _, at := range []int{1, 16} {
+			b.Run(fmt.Sprintf("%s, %d at once", where, at), func(b *testing.B) {
+				address := store.Embedded
+				switch where {
+				case "redis-server":
+					address = storetest.Redis(b).URL()
+				case "redis-server with AOF always":
+					address = storetest.Redis(b, "--appendonly", "yes", "--appendfsync", "always").URL()
+				case "embedded:DIR":
+					address = store.Embedded + ":" + b.TempDir()
+				}
+				s := open(b, func(c *store.Config) { c.Redis = address })
+				appendTo(b, s, at)
+			})
+		}
+	}
+}
+
+// appendTo has so many callers for each processor append to a session each.
+func appendTo(b *testing.B, s *store.Store, at int) {
+	chunk := delta(strings.Repeat("x", 100))
+	var next atomic.Int64
+	b.SetParallelism(at)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		id := fmt.Sprint("s", next.Add(1))
+		for pb.Next() {
+			mustAppend(b, s, id, chunk)
+		}
+	})
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
 // Schemes of Config.Redis. With rediss in front, each is over TLS.
@@ -24,7 +25,7 @@ const (
 )
 
 const urlForms = "redis://[user:password@]host:port[/db], redis+sentinel://[user:password@]host:port,…/master[/db] " +
-	"or redis+cluster://[user:password@]host:port,…; rediss… for TLS; or " + Embedded
+	"or redis+cluster://[user:password@]host:port,…; rediss… for TLS; or " + Embedded + ":DIR, or " + Embedded
 
 // escapes is the remedy for a URL that cannot be read: most often its password holds a character that ends a part of a URL.
 const escapes = "in a user name or password escape / as %2F, # as %23, ? as %3F, @ as %40, : as %3A, % as %25 and a space as %20"
@@ -136,6 +137,9 @@ func (c Config) tls() (*tls.Config, error) {
 
 // dialTimeout is how long a connection may take to be made.
 const dialTimeout = 2 * time.Second
+
+// Asking whether a server announces maintenance costs a command at each connect.
+var noMaintNotifications = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 
 // place is where Redis is, for those who read a log.
 func place(o *redis.UniversalOptions) string {

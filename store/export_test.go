@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // Appends returns how many appends wait for their turn, and how many runs of append.lua are under way.
@@ -102,6 +104,37 @@ func Order(most int, names []string) (order []string) {
 		order = append(order, c.session)
 	}
 	return order
+}
+
+// Client is the client of Redis.
+func (s *Store) Client() redis.UniversalClient { return s.rdb }
+
+// Order is Config.HistoryOrder.
+func (s *Store) Order() string { return s.cfg.HistoryOrder }
+
+// ForgetAll has the node remember nothing.
+func (s *Store) ForgetAll() {
+	s.memory.mu.Lock()
+	defer s.memory.mu.Unlock()
+	s.memory.newer, s.memory.older = nil, nil
+}
+
+// WithClock has the scripts take the time from the key "clock": it is in milliseconds.
+func (s *Store) WithClock() {
+	const clock = `local redis = (function() local real = redis return {
+  pcall = real.pcall, sha1hex = real.sha1hex, error_reply = real.error_reply, call = function(name, ...)
+    if name ~= 'TIME' then return real.call(name, ...) end
+    local now = tonumber(real.call('GET', 'clock'))
+    return { string.format('%.0f', math.floor(now / 1000)), string.format('%.0f', now % 1000 * 1000) }
+  end } end)() `
+	for i, script := range s.scripts {
+		flags, text := "", script.text
+		if strings.HasPrefix(text, allowFull) {
+			flags, text = allowFull, text[len(allowFull):]
+		}
+		text = flags + clock + text
+		s.scripts[i] = newScript(text)
+	}
 }
 
 // Served is in what order calls are served that came one after another, when each run has the time for one of them only.

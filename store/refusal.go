@@ -100,6 +100,10 @@ func leadsElsewhere(text string) bool {
 // remedyOf returns what an operator can do about a refusal.
 func remedyOf(code, text string) string {
 	switch {
+	case strings.Contains(text, "embedded redis") && code == RedisFull:
+		return "make room on the disk of -redis embedded:DIR; viewers are served meanwhile"
+	case strings.Contains(text, "embedded redis"):
+		return "the disk of -redis embedded:DIR fails: mend it, then start again"
 	case code == RedisFull:
 		return "raise Redis' maxmemory, or keep less: -history-ttl, -history-max, -history-bytes; viewers are served meanwhile"
 	case strings.Contains(text, "MISCONF"):

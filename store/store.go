@@ -33,12 +33,14 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
+
+	"gapless/store/embedded"
 )
 
 // Config says where the logs are and how long they are kept.
 type Config struct {
-	// Redis is "embedded" (in this process, in memory) or a URL: of one server, of the
-	// Sentinels of a master, or of a Cluster (connect.go).
+	// Redis is "embedded" (in this process, in memory), "embedded:DIR" (in this process, kept in a directory) or a URL: of one
+	// server, of the Sentinels of a master, or of a Cluster (connect.go).
 	Redis string
 	// Prefix starts the name of every key and every channel. Deployments that share a Redis need different ones.
 	Prefix string
@@ -92,8 +94,15 @@ const (
 	NewestFirst = "newest-first"
 )
 
-// Embedded is the Config.Redis of the in-process Redis.
+// Embedded is the Config.Redis of the in-process Redis that keeps everything in memory only. With a colon and a directory after it
+// what is acknowledged is on disk.
 const Embedded = "embedded"
+
+// Embedded reports whether Redis is in this process, and in which directory it keeps its data; none: in memory only.
+func (c Config) Embedded() (dir string, embedded bool) {
+	name, dir, _ := strings.Cut(c.Redis, ":")
+	return dir, name == Embedded
+}
 
 // DefaultPrefix is the Config.Prefix of a deployment that has a Redis to itself.
 const DefaultPrefix = "chat:"
@@ -125,15 +134,20 @@ func DefaultConfig() Config {
 func (c Config) Validate() error {
 	var errs []error
 	errs = append(errs, validatePrefix(c.Prefix))
-	if c.Redis != Embedded {
+	if dir, embedded := c.Embedded(); !embedded {
 		opt, err := parseRedis(c)
 		if err == nil && opt.DB != 0 && c.Prefix == DefaultPrefix {
 			err = fmt.Errorf("-redis, -prefix: database %d needs a -prefix other than %s: the databases of a Redis server share their channels, "+
 				"so deployments with the same prefix would receive each other's messages", opt.DB, DefaultPrefix)
 		}
 		errs = append(errs, err)
-	} else if c.WaitReplicas > 0 {
-		errs = append(errs, errors.New("-wait-replicas: the embedded Redis has no replicas"))
+	} else {
+		if c.Redis != Embedded && dir == "" {
+			errs = append(errs, errors.New("-redis: embedded: needs a directory after the colon; embedded without a colon keeps everything in memory only"))
+		}
+		if c.WaitReplicas > 0 {
+			errs = append(errs, errors.New("-wait-replicas: the embedded Redis has no replicas"))
+		}
 	}
 	if c.WaitReplicas < 0 {
 		errs = append(errs, fmt.Errorf("-wait-replicas: must not be negative (%d)", c.WaitReplicas))
@@ -313,6 +327,8 @@ const allowFull = "#!lua flags=allow-oom\n"
 // script is a Lua program and its name in Redis's cache.
 type script struct{ text, sha string }
 
+func newScript(text string) script { return script{text, redis.NewScript(text).Hash()} }
+
 // Open connects to Redis. It does not wait for it: a Redis that is away now is away
 // like one that goes away later.
 func Open(cfg Config) (*Store, error) {
@@ -322,29 +338,35 @@ func Open(cfg Config) (*Store, error) {
 	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
 	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket, allowFull + luaLog + luaSession + luaRun, allowFull + luaTicket} {
-		s.scripts[i] = script{text, redis.NewScript(text).Hash()}
+		s.scripts[i] = newScript(text)
 	}
-	opt := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}} // of nobody: the embedded one has none
+	opt, at := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}}, cfg.Redis // of nobody: the embedded one has no address
+	dir, isEmbedded := cfg.Embedded()
 	switch {
-	case cfg.Redis != Embedded:
+	case !isEmbedded:
 		var err error
 		if opt, err = parseRedis(cfg); err != nil {
 			return nil, err
 		}
+		at = place(opt)
 	case cfg.Dial == nil:
-		embedded, err := openEmbedded()
+		r, err := embedded.Open(dir, cfg.Logger)
 		if err != nil {
-			return nil, fmt.Errorf("open the embedded redis: %w", err)
+			return nil, fmt.Errorf("open the embedded redis (-redis embedded:DIR, or embedded for memory only): %w", err)
 		}
-		cfg.Dial = embedded.dial
-		s.closers = append(s.closers, embedded.close)
+		cfg.Dial = r.Dial
+		s.closers = append(s.closers, func() {
+			if err := r.Close(); err != nil {
+				s.log.LogAttrs(context.Background(), slog.LevelError, "the embedded redis could not be closed", slog.Any("err", err))
+			}
+		})
 	}
 	s.metrics = newMetrics(func() int { return s.ears.count() })
 	s.dials = &dials{dial: cfg.Dial}
 	if cfg.Dial == nil {
 		s.dials.dial = redis.NewDialer(&redis.Options{DialTimeout: dialTimeout, TLSConfig: opt.TLSConfig})
 	}
-	s.refusals = newRefusals(place(opt), cfg, s.metrics, func() { s.ears.redial() })
+	s.refusals = newRefusals(at, cfg, s.metrics, func() { s.ears.redial() })
 	s.probes.turn = make(chan struct{}, 1)
 	s.rdb = connect(cfg, opt, s.dials.connect)
 	if cfg.Instrument != nil {
@@ -353,7 +375,7 @@ func Open(cfg Config) (*Store, error) {
 		}
 	}
 	var turn *turn
-	if cfg.Redis != Embedded { // to which nothing goes by the network
+	if !isEmbedded { // to which nothing goes by the network
 		var err error
 		if turn, err = newTurn(); err != nil {
 			return nil, fmt.Errorf("make a pipe: %w", err)
@@ -372,7 +394,8 @@ func Open(cfg Config) (*Store, error) {
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	_, s.clustered = s.rdb.(*redis.ClusterClient)
 	s.ears = s.newEars(cfg.Listeners)
-	if cfg.Redis != Embedded { // which refuses nothing
+	s.probes.simple.Store(isEmbedded) // it has no users, and so no rights
+	if cfg.Redis != Embedded {        // which refuses nothing
 		watching, stop := context.WithCancel(context.Background())
 		watched := make(chan struct{})
 		go func() { // ended by Close, which waits for it

@@ -104,6 +104,7 @@ func startOver(t testing.TB, secure *http.Client, args ...string) *node {
 		n.scheme, n.http = "https", secure
 	}
 	n.cmd = exec.Command(path, append([]string{"-listen", n.addr, "-drain", "500ms"}, args...)...)
+	n.cmd.Dir = t.TempDir() // which has its data
 	n.cmd.Stdout, n.cmd.Stderr = &n.out, &n.out
 	if err := n.cmd.Start(); err != nil {
 		t.Fatalf("start the program: %v", err)

@@ -41,13 +41,9 @@ usage:
 GAPLESS_HISTORY_TTL. A flag wins over its variable.
 `
 
-// Welcome returns what a server prints on a terminal when it has started. page is its address, with
-// a slash at the end.
-func Welcome(page string, inMemory bool) string {
-	data := "in Redis"
-	if inMemory {
-		data = "in memory: it is lost when this process ends (-redis keeps it)"
-	}
+// Welcome returns what a server prints on a terminal when it has started. page is its address, with a slash at the
+// end, and data says where the data is.
+func Welcome(page, data string) string {
 	return fmt.Sprintf(`
   page   %[1]s
   API    %[1]sdocs

@@ -16,7 +16,7 @@ import (
 const unbuffer = "turn the buffering of answers off for …/stream. nginx: proxy_buffering off, and no proxy_ignore_headers X-Accel-Buffering; " +
 	"Apache: flushpackets=on; a CDN: no caching, no transformation, or a way around it. deploy/ has configurations that work"
 
-const oneRedis = "let all nodes have the same -redis; with -redis embedded there can be only one node"
+const oneRedis = "let all nodes have the same -redis; with -redis embedded:DIR there can be only one node"
 
 // events checks whether the first bytes and then a trickle of events come at once.
 //

@@ -70,3 +70,16 @@ const (
 	Broken       = "model_broken"       // the answer broke off, cannot be read, or is too large without a word
 	Empty        = "model_empty"        // the model said nothing at all
 )
+
+type moreKey struct{}
+
+// With is a context in which a model's service is asked with these members of the request, in place of its own. A model that
+// has no service takes no notice of them.
+func With(ctx context.Context, members map[string]json.RawMessage) context.Context {
+	return context.WithValue(ctx, moreKey{}, members)
+}
+
+func more(ctx context.Context) map[string]json.RawMessage {
+	members, _ := ctx.Value(moreKey{}).(map[string]json.RawMessage)
+	return members
+}

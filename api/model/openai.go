@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"maps"
@@ -127,7 +128,7 @@ const (
 
 // Answer implements Model.
 func (o *OpenAI) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piece, error] {
-	request := o.request(conversation)
+	request := o.request(conversation, more(ctx))
 	return func(yield func(Piece, error) bool) {
 		for try := 1; ; try++ {
 			said := false
@@ -164,13 +165,60 @@ func (o *OpenAI) Answer(ctx context.Context, conversation []Turn) iter.Seq2[Piec
 }
 
 // request returns the body of a question.
-func (o *OpenAI) request(conversation []Turn) []byte {
+func (o *OpenAI) request(conversation []Turn, more map[string]json.RawMessage) []byte {
 	messages, _ := json.Marshal(conversation) // text is always valid JSON
 	members := map[string]json.RawMessage{"messages": messages}
 	maps.Copy(members, o.more)
+	maps.Copy(members, more)
 	maps.DeleteFunc(members, func(_ string, value json.RawMessage) bool { return string(value) == "null" })
 	body, _ := json.Marshal(members) // each is valid JSON
 	return body
+}
+
+// Pass sends a request to the service as it came. The response is as it comes, whatever it says.
+func (o *OpenAI) Pass(ctx context.Context, request []byte) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	watch := time.AfterFunc(o.cfg.Timeout, func() { cancel(errSilent) })
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, o.url, bytes.NewReader(request))
+	if err != nil {
+		cancel(nil)
+		return nil, &Error{Reason: Rejected, Detail: "the request cannot be sent"}
+	}
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Accept-Encoding", "identity") // its bytes are passed on
+	if o.cfg.Key != "" {
+		r.Header.Set("Authorization", "Bearer "+o.cfg.Key)
+	}
+	res, err := o.http.Do(r) // #nosec G704 -- where to is the operator's choice, -model-url, and redirects are not followed
+	if err != nil {
+		silent := context.Cause(ctx) == errSilent
+		cancel(nil)
+		if silent {
+			err = errSilent
+		}
+		return nil, explain(err)
+	}
+	res.Body = &watched{res.Body, watch, o.cfg.Timeout, cancel}
+	return res, nil
+}
+
+// watched is a response that is given up when nothing of it has come for too long.
+type watched struct {
+	io.ReadCloser
+	watch   *time.Timer
+	timeout time.Duration
+	cancel  context.CancelCauseFunc
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	w.watch.Reset(w.timeout)
+	return w.ReadCloser.Read(p)
+}
+
+func (w *watched) Close() error {
+	w.watch.Stop()
+	w.cancel(nil)
+	return w.ReadCloser.Close()
 }
 
 // send sends a question once. The response is an event stream.

@@ -1,0 +1,384 @@
+package embedded
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// The journal keeps a dataset in a directory:
+//
+//	lock                 held by the process that uses the directory
+//	journal-<n>          what was changed, in order
+//	snapshot-<n>         the dataset, as it was when journal-<n> began, or later (snapshot.go)
+//	*.new                files that are not complete yet
+//
+// The unit is what one command, one transaction or one run of a script changed: its changing commands, each with its arguments.
+// Units are numbered. All units that wait go to the file together, as one frame, and are on disk before the next frame is
+// written: so only the last frame can be torn. A file begins with a line of text, and has zeros after its last frame: this space is
+// taken in advance, so that a disk that is full refuses a command before it has changed anything.
+//
+// Commands are kept, not calls of scripts: so what is read at the next start does not depend on the version of a script, on its
+// random choices or on the clock, and is read fast. Nothing expires while a journal is read: it says what has expired.
+type journal struct {
+	redis  *Redis
+	dir    string
+	lock   *os.File
+	wake   chan struct{} // for write: something waits
+	hungry chan struct{} // for keepRoom: there is little room left
+	quit   chan struct{}
+	wg     sync.WaitGroup
+
+	growing sync.Mutex // held while files are made longer, or change
+
+	// Under redis.mu:
+	file      *os.File
+	number    uint64 // n of the file
+	began     uint64 // the number of its first unit
+	size      int64  // where the next frame goes
+	allocated int64  // how long the file is
+	next      uint64 // the number of the next unit
+	pending   *batch // units that wait to be written
+	flying    *batch // units that are being written
+	failure   error  // nothing can be written any more
+	fullSince time.Time
+	successor *successor
+	former    int64 // bytes of earlier journals that the last snapshot does not cover
+	base      int64 // bytes of the last snapshot
+	rewriting bool
+	retry     time.Time // when a snapshot is tried again
+}
+
+// batch is units that go to disk together.
+type batch struct {
+	first uint64
+	time  int64
+	units []byte
+	count uint32
+	eager bool      // somebody waits for it
+	news  []message // to be delivered after it
+	done  chan struct{}
+	err   error // set before done is closed
+}
+
+// wait waits until the batch is on disk.
+func (b *batch) wait() error {
+	if b == nil {
+		return nil
+	}
+	<-b.done
+	return b.err
+}
+
+// changes is what a unit changes.
+type changes struct {
+	wanted bool // there is a journal
+	eager  bool // it is to be on disk before anybody is told
+	data   []byte
+}
+
+func (c *changes) reset() { c.data, c.eager = c.data[:0], false }
+
+// add adds a command.
+func (c *changes) add(name string, args ...string) {
+	if c.wanted {
+		c.eager = true
+		c.write(name, args)
+	}
+}
+
+func (c *changes) addMany(name, key string, rest []string) {
+	if c.wanted {
+		c.add(name, append([]string{key}, rest...)...)
+	}
+}
+
+// addLazily adds a command that nobody has to wait for.
+func (c *changes) addLazily(name string, args ...string) {
+	if c.wanted {
+		c.write(name, args)
+	}
+}
+
+func (c *changes) write(name string, args []string) {
+	c.data = binary.AppendUvarint(c.data, uint64(len(args)+1))
+	c.data = appendText(c.data, name)
+	for _, arg := range args {
+		c.data = appendText(c.data, arg)
+	}
+}
+
+func appendText(to []byte, text string) []byte {
+	return append(binary.AppendUvarint(to, uint64(len(text))), text...)
+}
+
+// A frame is a header and units, each after its length. All numbers are little endian.
+//
+//	0  mark         4   what a frame begins with
+//	4  check        4   CRC-32C of the rest of the header
+//	8  first        8   the number of its first unit
+//	16 time         8   ms: when that was added
+//	24 count        4   of units
+//	28 length       4   of all units, in bytes
+//	32 check        4   CRC-32C of the units
+const (
+	frameMark  = 0x1e5a71a9
+	headerSize = 36
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func (b *batch) frame() []byte {
+	f := make([]byte, headerSize, headerSize+len(b.units))
+	binary.LittleEndian.PutUint32(f, frameMark)
+	binary.LittleEndian.PutUint64(f[8:], b.first)
+	binary.LittleEndian.PutUint64(f[16:], uint64(b.time))
+	binary.LittleEndian.PutUint32(f[24:], b.count)
+	binary.LittleEndian.PutUint32(f[28:], uint32(len(b.units)))
+	binary.LittleEndian.PutUint32(f[32:], crc32.Checksum(b.units, castagnoli))
+	binary.LittleEndian.PutUint32(f[4:], crc32.Checksum(f[8:], castagnoli))
+	return append(f, b.units...)
+}
+
+func (b *batch) add(unit []byte) {
+	b.units = append(binary.AppendUvarint(b.units, uint64(len(unit))), unit...)
+	b.count++
+}
+
+// The first line of a file says what it is. It is filled up with spaces.
+const (
+	format   = 1
+	lineSize = 80
+)
+
+func firstLine(kind string, number, from uint64) []byte {
+	return fmt.Appendf(nil, "%-*s\n", lineSize-1, fmt.Sprintf("gapless %s, format %d, number %d, from %d", kind, format, number, from))
+}
+
+// How much room there is in a file, taken in advance.
+const (
+	roomStep    = 4 << 20 // a file is made longer by so much,
+	roomLeast   = 2 << 20 // when there is less than this
+	roomOfRun   = 1 << 20 // what a run needs, and twice its arguments
+	roomSparing = 64 << 10
+	roomLazily  = 256 << 10 // with less, what nobody waits for is not written
+)
+
+// fullEvery bounds how often a disk that is full is tried.
+const fullEvery = time.Second
+
+// room returns how much is left. redis.mu is held.
+func (j *journal) room() int64 {
+	room := j.allocated - j.size
+	if j.pending != nil {
+		room -= int64(len(j.pending.units)) + headerSize
+	}
+	return room
+}
+
+// roomFor is how much room there has to be for commands: then what they change can surely be written. redis.mu is held.
+func (j *journal) roomFor(commands [][]string) (need int64) {
+	for _, args := range commands {
+		for _, arg := range args {
+			need += 2 * int64(len(arg))
+		}
+	}
+	if j.redis.sparing(commands) {
+		return need + roomSparing
+	}
+	return need + roomOfRun
+}
+
+var (
+	refusedFull   = failure("OOM command not allowed: there is no room on the disk for the journal of the embedded redis")
+	refusedBroken = failure("MISCONF the embedded redis could not write its journal")
+)
+
+// makeRoom makes room for commands, if it is missing.
+func (r *Redis) makeRoom(commands [][]string) {
+	r.mu.Lock()
+	need := r.journal.roomFor(commands)
+	missing := r.journal.room() < need
+	r.mu.Unlock()
+	if missing {
+		r.journal.grow(need)
+	}
+}
+
+// grow makes room, unless the disk was full just now.
+func (j *journal) grow(need int64) {
+	j.growing.Lock()
+	defer j.growing.Unlock()
+	j.redis.mu.Lock()
+	file, from, missing, tried := j.file, j.allocated, need-j.room(), time.Since(j.fullSince) < fullEvery
+	j.redis.mu.Unlock()
+	if missing <= 0 || tried {
+		return
+	}
+	to := from + max(missing, roomStep)
+	err := fill(file, from, to)
+	j.redis.mu.Lock()
+	defer j.redis.mu.Unlock()
+	if err == nil {
+		j.allocated = to
+		return
+	}
+	_ = file.Truncate(from)
+	if j.fullSince.IsZero() || time.Since(j.fullSince) > time.Minute {
+		j.redis.log.Warn("no room for the journal of the embedded redis", slog.String("dir", j.dir), slog.Any("err", err))
+	}
+	j.fullSince = time.Now()
+}
+
+// fill makes a file longer, in a way that takes the space.
+func fill(file *os.File, from, to int64) error {
+	zeros := make([]byte, 1<<20)
+	for at := from; at < to; at += int64(len(zeros)) {
+		if _, err := file.WriteAt(zeros[:min(int64(len(zeros)), to-at)], at); err != nil {
+			return err
+		}
+	}
+	return file.Sync()
+}
+
+// keepRoom makes files longer before that is needed.
+func (j *journal) keepRoom() {
+	for {
+		select {
+		case <-j.hungry:
+			j.grow(roomLeast)
+		case <-j.quit:
+			return
+		}
+	}
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// add hands over what was changed, and what was published with it. It returns what is to be waited for before the replies,
+// and so before anybody knows of a change that is not on disk. redis.mu is held.
+func (j *journal) add(now int64, c *changes, news []message) *batch {
+	if j.failure != nil {
+		return nil
+	}
+	if len(c.data) > 0 {
+		if j.pending == nil {
+			j.pending = &batch{first: j.next, time: now, done: make(chan struct{})}
+		}
+		j.pending.add(c.data)
+		j.next++
+	}
+	if c.eager && !j.pending.eager {
+		j.pending.eager = true
+		signal(j.wake)
+	}
+	if j.room() < roomLeast && time.Since(j.fullSince) >= fullEvery {
+		signal(j.hungry)
+	}
+	var last *batch
+	switch {
+	case j.pending != nil && j.pending.eager:
+		last = j.pending
+	case j.flying != nil && j.flying.eager:
+		last = j.flying
+	default:
+		j.redis.deliver(news)
+		return nil
+	}
+	last.news = append(last.news, news...)
+	return last
+}
+
+// flush has everything written that waits, also if nobody waits for it.
+func (j *journal) flush() { signal(j.wake) }
+
+// write writes what waits, until the end.
+func (j *journal) write() {
+	r := j.redis
+	for open := true; open; {
+		select {
+		case <-j.wake:
+		case <-j.quit:
+			open = false // this is the last time
+		}
+		r.mu.Lock()
+		successor := j.successor
+		j.successor = nil
+		r.mu.Unlock()
+		if successor != nil {
+			successor.done <- j.change(successor)
+		}
+		for j.writeBatch() {
+		}
+	}
+}
+
+// writeBatch writes what waits, and reports whether there was something.
+func (j *journal) writeBatch() bool {
+	r := j.redis
+	r.mu.Lock()
+	b, file, at := j.pending, j.file, j.size
+	if b == nil {
+		r.mu.Unlock()
+		return false
+	}
+	frame := b.frame()
+	j.pending, j.flying, j.size = nil, b, at+int64(len(frame))
+	j.allocated = max(j.allocated, j.size)
+	r.mu.Unlock()
+
+	err := writeAll(file, frame, at)
+	if err == nil {
+		err = syncData(file)
+	}
+
+	r.mu.Lock()
+	if j.flying = nil; err != nil {
+		// The dataset is ahead of the disk, and nobody knows what the disk has. So nothing more is written, acknowledged or read.
+		j.failure = fmt.Errorf("write %s: %w", file.Name(), err)
+		r.log.Error("the embedded redis cannot write its journal: it serves no more", slog.Any("err", j.failure), slog.String("remedy", "mend the disk, then start again"))
+		b.err = j.failure
+	} else {
+		r.deliver(b.news)
+	}
+	start := j.due()
+	r.mu.Unlock()
+	close(b.done)
+	if start {
+		j.wg.Go(j.rewrite)
+	}
+	return true
+}
+
+// writeAll writes a frame. While the disk is full it tries again: there is room for nearly all, taken in advance.
+func writeAll(file *os.File, frame []byte, at int64) error {
+	for {
+		_, err := file.WriteAt(frame, at)
+		if !isFull(err) {
+			return err
+		}
+		time.Sleep(fullEvery)
+	}
+}
+
+// close writes what waits, and leaves the directory to others.
+func (j *journal) close() error {
+	close(j.quit)
+	j.wg.Wait()
+	return errors.Join(j.failure, j.file.Close(), j.lock.Close())
+}
+
+func (j *journal) path(kind string, number uint64) string {
+	return filepath.Join(j.dir, fmt.Sprintf("%s-%08d", kind, number))
+}
