@@ -228,14 +228,15 @@ func (a *attacker) call(method, path, kind, body string, headers ...string) (int
 
 // request is a request as text.
 func (a *attacker) request(path string, headers ...string) string {
-	text := "GET " + path + " HTTP/1.1\r\nHost: localhost\r\n"
+	var text strings.Builder
+	text.WriteString("GET " + path + " HTTP/1.1\r\nHost: localhost\r\n")
 	if a.Token != "" {
-		text += "Authorization: Bearer " + a.Token + "\r\n"
+		text.WriteString("Authorization: Bearer " + a.Token + "\r\n")
 	}
 	for _, line := range headers {
-		text += line + "\r\n"
+		text.WriteString(line + "\r\n")
 	}
-	return text + "\r\n"
+	return text.String() + "\r\n"
 }
 
 // hold keeps n connections, and replaces those that are closed. open begins one; drip, if any, goes on with it five times a

@@ -330,10 +330,7 @@ func BenchmarkSiege(b *testing.B) {
 	for i, a := range append([]siegeAttack{calm}, chosen()...) {
 		fmt.Fprintf(os.Stderr, "%s %d of %d: %s\n", time.Now().Format(time.TimeOnly), i, len(chosen()), a.name)
 		b.Run(a.name, func(b *testing.B) {
-			long := *siegeFor
-			if a.least > long {
-				long = a.least
-			}
+			long := max(a.least, *siegeFor)
 			found := besiege(b, a, long, false).assault(a)
 			for _, wrong := range found.judge() {
 				b.Errorf("%s: %s", a.name, wrong)
