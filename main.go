@@ -175,7 +175,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.IntVar(&cfg.sse.Feeds, "feeds", cfg.sse.Feeds, "limit of logs that are watched at the same time")
 	fs.IntVar(&cfg.store.NamesMax, "session-names", cfg.store.NamesMax, "limit of messages and producers per session")
 	bytesVar(fs, &cfg.api.BodyMax, "body-max", "largest JSON body in `bytes`")
-	fs.IntVar(&cfg.api.BatchMax, "batch-max", cfg.api.BatchMax, "largest number of chunks in an array")
+	fs.IntVar(&cfg.api.BatchMax, "batch-max", cfg.api.BatchMax, "largest number of chunks in an array; half as many with producer numbers")
 	bytesVar(fs, &cfg.api.BatchBytes, "batch-bytes", "largest size in `bytes` of the chunks of an array, unless it is a single chunk")
 	bytesVar(fs, &cfg.api.URLMax, "url-max", "longest URL in `bytes`")
 	bytesVar(fs, &cfg.api.HeaderMax, "header-max", "largest request header in `bytes`")

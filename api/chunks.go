@@ -224,7 +224,7 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 		return err
 	}
 	defer give()
-	chunks, err := a.parseBatch(body, p.fill)
+	chunks, err := a.parseBatch(body, p)
 	if err != nil {
 		return err
 	}
@@ -313,7 +313,11 @@ func cost(chunks []store.Chunk) (n int) {
 	return n
 }
 
-func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
+func (a *API) parseBatch(body []byte, p posting) ([]store.Chunk, error) {
+	fill, most := p.fill, a.cfg.BatchMax
+	if p.producer.ID != "" { // a chunk with a number takes Redis twice as long
+		most = max(most/2, 1)
+	}
 	if trimmed := bytes.TrimLeft(body, " \t\r\n"); len(trimmed) == 0 || trimmed[0] != '[' {
 		chunk, err := store.ParseChunk(body, fill, a.cfg.ChunkMax)
 		return []store.Chunk{chunk}, err
@@ -334,15 +338,15 @@ func (a *API) parseBatch(body []byte, fill store.Fill) ([]store.Chunk, error) {
 			return nil, broken(err)
 		}
 		i := len(chunks)
-		if i == a.cfg.BatchMax {
+		if i == most {
 			return nil, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "batch_too_large", Limit: i,
 				Detail: fmt.Sprintf("the array has more than %d chunks (-batch-max): send it in several requests, or as %s", i, typeNDJSON)}
 		}
 		chunk, err := store.ParseChunk(value, fill, a.cfg.ChunkMax)
 		if err != nil {
-			p := problemOf(err)
-			p.Chunk = &i
-			return nil, p
+			bad := problemOf(err)
+			bad.Chunk = &i
+			return nil, bad
 		}
 		if size += len(chunk.Members()); size > a.cfg.BatchBytes && i > 0 {
 			return nil, &Problem{Status: http.StatusRequestEntityTooLarge, Code: "batch_too_large", Limit: a.cfg.BatchBytes,

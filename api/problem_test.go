@@ -350,7 +350,7 @@ func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
 		}
 	}
 	for _, q := range []request{
-		{method: "GET", path: "/v1/sessions"}, {method: "PUT", path: "/v1/sessions/s"}, {method: "PATCH", path: "/v1/sessions/s/chunks"},
+		{method: "DELETE", path: "/v1/sessions"}, {method: "PUT", path: "/v1/sessions/s"}, {method: "PATCH", path: "/v1/sessions/s/chunks"},
 		{method: "DELETE", path: "/v1/sessions/s/chunks"}, {method: "POST", path: "/v1/sessions/s/stream"}, {method: "GET", path: "/v1/sessions/s/cancel"},
 		{method: "POST", path: "/"}, {method: "POST", path: "/healthz"}, {method: "DELETE", path: "/openapi.yaml"},
 	} {

@@ -427,3 +427,18 @@ func TestProducer_expectedChunkIsWhereItGoesOn(t *testing.T) {
 	}
 	into[Stored](t, n.postText("s", "?message_id=n", "x", numbers("p", 0, next)), 201)
 }
+
+// A chunk with a producer's number costs Redis twice as much, so an array of them may have half as many.
+func TestProducer_anArrayHasHalfAsManyNumberedChunks(t *testing.T) {
+	t.Parallel()
+	n := serve(t, func(s *setup) { s.api.BatchMax = 10 })
+	post := func(count int, header map[string]string) answer {
+		return n.do(request{method: "POST", path: "/v1/sessions/s/chunks", kind: typeJSON, body: many(count), header: header})
+	}
+	numbered := map[string]string{"Producer-Id": "p", "Producer-Epoch": "0", "Producer-Chunk": "0"}
+	into[Stored](t, post(10, nil), 201)
+	into[Stored](t, post(5, numbered), 201)
+	if p := post(6, numbered).refused(t, 413, "batch_too_large"); p.Limit != 5 {
+		t.Errorf("%+v", p)
+	}
+}
