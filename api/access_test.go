@@ -382,7 +382,7 @@ func TestAccess_keysThatCannotBeFetched(t *testing.T) {
 	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "away", http.StatusServiceUnavailable) }))
 	defer issuer.Close()
 	n, _ := locked(t, func(_ *setup, c *auth.Config) { c.Source = issuer.URL })
-	for _, q := range append(guardedCalls(), request{method: "GET", path: "/readyz"}, request{method: "GET", path: "/metrics"}) {
+	for _, q := range append(guardedCalls(), request{method: "GET", path: "/readyz"}, request{method: "GET", path: "/metrics"}, request{method: "GET", path: "/v1/sessions"}) {
 		// {"alg":"ES256","kid":"1"}.{"exp":9999999999}
 		q = bearing(q, "eyJhbGciOiJFUzI1NiIsImtpZCI6IjEifQ.eyJleHAiOjk5OTk5OTk5OTl9.AAAA")
 		if isStream(q) {

@@ -15,6 +15,7 @@ func TestDigest_isOfWhatViewersAreGiven(t *testing.T) {
 	redis := storetest.Redis(t)
 	n := serve(t, func(s *setup) { s.store.Redis, s.store.HistoryMax = redis.URL(), 1500 })
 	n.get("/v1/sessions/s/digest").refused(t, 404, "session_not_found")
+	n.do(request{method: "GET", path: "/v1/sessions/a%20b/digest", bad: true}).refused(t, 400, "invalid_session_id")
 	for i := range 20 {
 		n.append("s", `[`+fmt.Sprintf(`{"content":"sesame %d"},`, i)+`{"content":"é\n","message_id":"m"}]`)
 		if err := redis.RPush(t.Context(), "chat:history:s", `{"content":"sesame"}`, "no\njson", `{"seq":3,"ts":1,"type":"delta","content":"sesame"}`).Err(); err != nil {
