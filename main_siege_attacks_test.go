@@ -40,9 +40,8 @@ type siegeOrder struct {
 
 // siegeOutcome is what it saw.
 type siegeOutcome struct {
-	Said  map[string]int // answers, by status and code
-	Kept  time.Duration  // the longest that a connection was kept that made no progress
-	Wrong []string
+	Said map[string]int // answers, by status and code
+	Kept time.Duration  // the longest that a connection was kept that made no progress
 }
 
 // attacker does one attack, in a process of its own, until it is told to stop.
@@ -100,14 +99,6 @@ func (a *attacker) heard() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return !slices.ContainsFunc(a.siegeOrder.Said, func(what string) bool { return a.out.Said[what] == 0 })
-}
-
-func (a *attacker) wrong(format string, args ...any) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(a.out.Wrong) < 5 {
-		a.out.Wrong = append(a.out.Wrong, fmt.Sprintf(format, args...))
-	}
 }
 
 // few is n, or less of it when there is only a moment.

