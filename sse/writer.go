@@ -241,8 +241,12 @@ func (w *Writer) cause() Cause {
 func (w *Writer) End(c Cause) error {
 	w.stop()
 	if c.Clean() {
-		if w.err == nil || w.err == errLeft { // leave may have set a deadline for a write that was just over
-			_ = w.out.SetWriteDeadline(time.Now().Add(w.timeout))
+		select {
+		case <-w.left: // leave may have set a deadline for a write that was just over
+			if w.err == nil || w.err == errLeft {
+				_ = w.out.SetWriteDeadline(time.Now().Add(w.timeout))
+			}
+		default:
 		}
 		return nil
 	}
