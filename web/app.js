@@ -235,7 +235,6 @@ const whyFailed = {
 
 let frame = 0;
 let timer = 0;
-const longestDraw = 30; // ms. The rest is drawn in the next frames, so that the page stays usable
 let rest = 0; // until when the page should do other work than drawing
 
 function draw() {
@@ -256,13 +255,11 @@ function flush() {
   clearTimeout(timer);
   timer = 0;
   const begun = performance.now();
-  const until = begun + longestDraw;
 
   for (const m of dirty) {
-    let drawn = true;
     if (m.markdown) {
       m.markdown.append(m.undrawn);
-      drawn = m.markdown.draw(until);
+      m.markdown.draw();
     } else {
       m.words.appendData(m.undrawn);
     }
@@ -281,14 +278,13 @@ function flush() {
     const label = { failed: 'Failed', cancelled: 'Stopped', unfinished: 'Unfinished' }[m.status];
     m.label.hidden = !label;
     if (label) set(m.label, m.reason ? `${label}: ${whyFailed[m.reason] ?? m.reason}` : label);
-    if (!drawn) continue;
-    dirty.delete(m);
     if (m.aloud) {
       m.aloud = false;
       set($('said'), `${nameOf(m.role)}${label ? `, ${m.label.textContent}` : ''}: ${m.article.querySelector('.text').innerText}`);
     }
   }
-  drawNaive(until);
+  dirty.clear();
+  drawNaive();
 
   const { state } = follower;
   document.body.dataset.state = state;
@@ -314,7 +310,6 @@ function flush() {
   $('latest').hidden = pinned;
   const end = performance.now();
   rest = end + 3 * (end - begun);
-  if (dirty.size + naiveDirty.size > 0) draw(); // what was left
 }
 
 // Writing the same text again would still be announced, and laid out.
@@ -518,10 +513,10 @@ function sayNaively(words, how, text) {
   draw();
 }
 
-function drawNaive(until) {
-  if (naiveDirty.size === 0) return;
-  for (const words of naiveDirty) if (words.markdown?.draw(until) ?? true) naiveDirty.delete(words);
-  $('naive').scrollTop = $('naive').scrollHeight;
+function drawNaive() {
+  for (const { markdown } of naiveDirty) markdown?.draw();
+  if (naiveDirty.size > 0) $('naive').scrollTop = $('naive').scrollHeight;
+  naiveDirty.clear();
 }
 const naiveDirty = new Set();
 
