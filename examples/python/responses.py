@@ -14,11 +14,11 @@ def events(request):
     """The events of a response to a request. Raises when the connection breaks; an event that is not whole is not given."""
     with urllib.request.urlopen(request) as answer:
         data = []
-        while line := answer.readline():
+        while (line := answer.readline()).endswith(b"\n"):
             text = line.decode().rstrip("\r\n")
             if text.startswith("data:"):
                 data.append(text[5:].removeprefix(" "))
-            elif text == "" and line.endswith(b"\n") and data:
+            elif text == "" and data:
                 yield json.loads("\n".join(data))
                 data = []
 
