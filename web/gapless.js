@@ -87,6 +87,7 @@ const SILENCE = 37_500; // two and a half heartbeats of 15 s, the server's defau
 const LOOK = 10_000;    // how long a check may take, ms
 const GRACE = 1_000;    // how long a chunk that a check has found may still be on its way, ms
 const LONGEST = 2 ** 31 - 1; // the longest delay of a timer, ms: a longer one fires at once
+const PARTING = 100;    // how long a page that is being left may run after it lost its connection, ms: it must not open another one
 const SIGN = 3_000;     // how long a leading tab may take to respond, ms
 
 /**
@@ -532,8 +533,10 @@ export class Follower {
         if (opening !== this.#opening) return;
         if (refusal) return this.#refused(refusal);
         this.#unsure ||= refusal === null;
-        if (refusal === null || this.#unsure && this.#welcomed) return this.#open();
-        this.#enter('waiting to reconnect');
+        if (refusal !== null && !(this.#unsure && this.#welcomed)) return this.#enter('waiting to reconnect');
+        this.#source?.close();
+        this.#openIn(PARTING);
+        this.#enter('connecting');
       },
     };
     const { EventSource = globalThis.EventSource, headers } = this.#options;
@@ -562,9 +565,14 @@ export class Follower {
       return this.#ticket && this.#proven ? this.#open() : this.#disconnect();
     }
     const wait = Math.min(1000 * 2 ** this.#refusals++, 15_000) * (1 + Math.random());
-    const timer = setTimeout(() => this.#open(), Math.max(wait, 1000 * Number(headers.get('Retry-After')) || 0));
-    this.#source = { close: () => clearTimeout(timer) };
+    this.#openIn(Math.max(wait, 1000 * Number(headers.get('Retry-After')) || 0));
     this.#enter('waiting to reconnect');
+  }
+
+  /** @param {number} ms */
+  #openIn(ms) {
+    const timer = setTimeout(() => this.#open(), ms);
+    this.#source = { close: () => clearTimeout(timer) };
   }
 
   // ---- the stream's events

@@ -21,6 +21,8 @@ def events(request):
             elif text == "" and data:
                 yield json.loads("\n".join(data))
                 data = []
+        if line:
+            raise http.client.IncompleteRead(line)
 
 
 def ask(base, question):
