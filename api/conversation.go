@@ -113,15 +113,15 @@ func (a *API) saidBefore(ctx context.Context, session string, before int64, tool
 // sayings returns the sayings of a page, their size in the conversation, and the size of the page, both in bytes.
 func sayings(p store.Page, onlyInstructions, tools bool) (all []saying, said, bytes int) {
 	for i, element := range p.Elements {
-		s := parseSaid([]byte(element))
+		s := store.ParseSaid([]byte(element))
 		bytes += len(element)
-		role := roleOf(s.role)
-		tool := tools && (s.role == "tool" || s.data != nil && (s.kind == typeToolCalls || s.kind == store.TypeMessage))
-		if !tool && (role == "" || s.content == "" || s.kind == store.TypeReasoning) {
+		role := roleOf(s.Role)
+		tool := tools && (s.Role == "tool" || s.Data != nil && (s.Type == typeToolCalls || s.Type == store.TypeMessage))
+		if !tool && (role == "" || s.Content == "" || s.Type == store.TypeReasoning) {
 			continue
 		}
 		if role != model.RoleSystem {
-			said += len(s.content)
+			said += len(s.Content)
 		}
 		if role == model.RoleSystem || !onlyInstructions {
 			all = append(all, saying{p.From + int64(i), element})
@@ -132,8 +132,8 @@ func sayings(p store.Page, onlyInstructions, tools bool) (all []saying, said, by
 
 // begunBefore returns the message of a chunk if the chunk may not be its first, or else an empty string.
 func begunBefore(element string) string {
-	if s := parseSaid([]byte(element)); s.kind != store.TypeMessage {
-		return s.message
+	if s := store.ParseSaid([]byte(element)); s.Type != store.TypeMessage {
+		return s.MessageID
 	}
 	return ""
 }

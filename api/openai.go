@@ -256,7 +256,7 @@ func (a *API) onlyResponse(c echo.Context, r response, from int64, no error) err
 			return err
 		}
 		for i, element := range p.Elements {
-			if p.From+int64(i) != r.seq && strings.Contains(element, openai.TypeResponse) && parseSaid([]byte(element)).kind == openai.TypeResponse {
+			if p.From+int64(i) != r.seq && strings.Contains(element, openai.TypeResponse) && store.ParseSaid([]byte(element)).Type == openai.TypeResponse {
 				return no
 			}
 		}
@@ -458,21 +458,21 @@ func (a *API) responseTurns(ctx context.Context, session string, seq int64, inst
 	var all []*message
 	of := map[string]*message{}
 	for _, one := range elements {
-		s := parseSaid([]byte(one.element))
-		if torn != "" && s.message == torn {
+		s := store.ParseSaid([]byte(one.element))
+		if torn != "" && s.MessageID == torn {
 			continue
 		}
-		m := of[s.message]
-		if m == nil || s.message == "" {
-			m = &message{Role: roleOf(s.role), Call: s.toolCall}
-			if s.role == "tool" {
-				m.Role = s.role
+		m := of[s.MessageID]
+		if m == nil || s.MessageID == "" {
+			m = &message{Role: roleOf(s.Role), Call: s.ToolCallID}
+			if s.Role == "tool" {
+				m.Role = s.Role
 			}
-			of[s.message] = m
+			of[s.MessageID] = m
 			all = append(all, m)
 		}
-		m.Content += s.content
-		for _, piece := range model.Calls(json.RawMessage(s.data)) {
+		m.Content += s.Content
+		for _, piece := range model.Calls(json.RawMessage(s.Data)) {
 			at := slices.IndexFunc(m.pieces, func(c model.Call) bool {
 				return string(c.Index) == string(piece.Index) && (piece.ID == "" || piece.ID == c.ID)
 			})

@@ -479,20 +479,20 @@ func (f *uiFold) chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool
 	if !f.mayMatter(chunk) {
 		return b, false
 	}
-	s := parseSaid(chunk)
-	if s.message != f.message {
+	s := store.ParseSaid(chunk)
+	if s.MessageID != f.message {
 		return b, false
 	}
 	if f.begin == 0 {
 		f.begin = seq
 	}
-	if seq == f.first && seq > f.base+1 && s.kind != store.TypeMessage {
+	if seq == f.first && seq > f.base+1 && s.Type != store.TypeMessage {
 		f.skip = 0
 		return f.end(b, part{Type: "error", ErrorText: "the beginning of the answer is no longer kept"}), true
 	}
-	if s.content != "" {
+	if s.Content != "" {
 		kind := "text"
-		if s.kind == store.TypeReasoning {
+		if s.Type == store.TypeReasoning {
 			kind = "reasoning"
 		}
 		if f.open != kind {
@@ -501,27 +501,27 @@ func (f *uiFold) chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool
 			f.parts[kind]++
 			b = f.part(b, part{Type: kind + "-start", ID: f.id()})
 		}
-		b = f.part(b, part{Type: kind + "-delta", ID: f.id(), Delta: s.content})
+		b = f.part(b, part{Type: kind + "-delta", ID: f.id(), Delta: s.Content})
 	}
-	if s.data != nil {
-		kind := s.kind
+	if s.Data != nil {
+		kind := s.Type
 		if kind == "" {
 			kind = store.TypeDelta
 		}
-		b = f.part(f.endPart(b), part{Type: "data-" + kind, Data: json.RawMessage(s.data)})
+		b = f.part(f.endPart(b), part{Type: "data-" + kind, Data: json.RawMessage(s.Data)})
 	}
 	switch {
-	case s.kind == store.TypeDone, s.kind != store.TypeFailed && s.kind != store.TypeCancelled && s.complete:
-		return f.end(b, part{Type: "finish", FinishReason: finishReason(s.finish)}), true
-	case s.kind == store.TypeFailed:
+	case s.Type == store.TypeDone, s.Type != store.TypeFailed && s.Type != store.TypeCancelled && s.Complete:
+		return f.end(b, part{Type: "finish", FinishReason: finishReason(s.FinishReason)}), true
+	case s.Type == store.TypeFailed:
 		text := "the answer failed"
-		if s.detail != "" {
-			text += ": " + s.detail
-		} else if s.reason != "" {
-			text += ": " + s.reason
+		if s.Detail != "" {
+			text += ": " + s.Detail
+		} else if s.Reason != "" {
+			text += ": " + s.Reason
 		}
 		return f.end(b, part{Type: "error", ErrorText: text}), true
-	case s.kind == store.TypeCancelled:
+	case s.Type == store.TypeCancelled:
 		return f.end(b, part{Type: "abort", Reason: "cancelled"}), true
 	}
 	return b, false

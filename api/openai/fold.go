@@ -9,6 +9,7 @@ import (
 
 	"github.com/go-json-experiment/json/jsontext"
 
+	"gapless/api/model"
 	"gapless/sse"
 	"gapless/store"
 )
@@ -112,44 +113,6 @@ func (f *Fold) Events(b, events []byte, ended bool) (out []byte, over bool) {
 	return b, false
 }
 
-// said is what is read of a chunk.
-type said struct {
-	kind, message, content, reason, detail, finish string
-	ts                                             int64
-	refusal, complete                              bool
-	data, usage                                    jsontext.Value
-}
-
-func parse(chunk []byte) (s said) {
-	store.EachMember(chunk, func(name string, value jsontext.Value) {
-		switch name {
-		case "type":
-			s.kind = store.Text(value)
-		case "message_id":
-			s.message = store.Text(value)
-		case "content":
-			s.content = store.Text(value)
-		case "reason":
-			s.reason = store.Text(value)
-		case "detail":
-			s.detail = store.Text(value)
-		case "finish_reason":
-			s.finish = store.Text(value)
-		case "ts":
-			_ = json.Unmarshal(value, &s.ts)
-		case "refusal":
-			s.refusal = value.Kind() == 't'
-		case "is_complete":
-			s.complete = value.Kind() == 't'
-		case "data":
-			s.data = value.Clone()
-		case "usage":
-			s.usage = value.Clone()
-		}
-	})
-	return s
-}
-
 // Chunk appends the events that come of a chunk. Over: nothing more comes.
 func (f *Fold) Chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) {
 	if f.Known > 0 && seq > f.Known && f.After >= f.number && f.After != math.MaxInt64 {
@@ -158,19 +121,19 @@ func (f *Fold) Chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) 
 	if seq < f.seq || f.begun && !strings.Contains(string(chunk), f.message) {
 		return b, false
 	}
-	s := parse(chunk)
+	s := store.ParseSaid(chunk)
 	if !f.begun {
-		if s.kind != TypeResponse || s.message != f.message || seq != f.seq || json.Unmarshal(s.data, &f.begin) != nil {
+		if s.Type != TypeResponse || s.MessageID != f.message || seq != f.seq || json.Unmarshal(s.Data, &f.begin) != nil {
 			return f.lost(b), true
 		}
-		f.begun, f.at = true, s.ts
+		f.begun, f.at = true, s.Time
 		b = f.emit(b, "response.created", map[string]any{"response": f.Response()})
 		return f.emit(b, "response.in_progress", map[string]any{"response": f.Response()}), false
 	}
-	if s.message != f.message {
+	if s.MessageID != f.message {
 		return b, false
 	}
-	if f.size += len(s.content) + len(s.data); f.size > mostText {
+	if f.size += len(s.Content) + len(s.Data); f.size > mostText {
 		return f.fail(b, fmt.Sprintf("the response is larger than %d bytes", mostText)), true
 	}
 	for ; f.Grow != nil && f.size > f.taken+freeText; f.taken += growth {
@@ -179,30 +142,30 @@ func (f *Fold) Chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) 
 		}
 	}
 	switch {
-	case s.content == "":
-	case s.kind == store.TypeReasoning:
-		b = f.say(b, "reasoning", s.content)
-	case s.refusal:
-		b = f.say(b, "refusal", s.content)
+	case s.Content == "":
+	case s.Type == store.TypeReasoning:
+		b = f.say(b, "reasoning", s.Content)
+	case s.Refusal:
+		b = f.say(b, "refusal", s.Content)
 	default:
-		b = f.say(b, "text", s.content)
+		b = f.say(b, "text", s.Content)
 	}
-	if s.kind == "tool_calls" {
-		b = f.calls(b, s.data)
+	if s.Type == "tool_calls" {
+		b = f.calls(b, s.Data)
 	}
 	switch {
-	case s.kind == store.TypeFailed:
-		return f.fail(b, cmp.Or(s.detail, s.reason, "the answer failed")), true
-	case s.kind == store.TypeCancelled:
+	case s.Type == store.TypeFailed:
+		return f.fail(b, cmp.Or(s.Detail, s.Reason, "the answer failed")), true
+	case s.Type == store.TypeCancelled:
 		f.status = "cancelled"
 		return f.end(b, "response.incomplete"), true // no event says cancelled
-	case s.kind == store.TypeDone || s.complete:
+	case s.Type == store.TypeDone || s.Complete:
 		for _, i := range f.items {
 			b = f.close(b, i)
 		}
-		f.usage = usage(s.usage)
+		f.usage = usage(s.Usage)
 		f.status = "completed"
-		if reason := map[string]string{"length": "max_output_tokens", "content_filter": "content_filter"}[s.finish]; reason != "" {
+		if reason := map[string]string{"length": "max_output_tokens", "content_filter": "content_filter"}[s.FinishReason]; reason != "" {
 			f.status, f.why = "incomplete", map[string]any{"reason": reason}
 		}
 		return f.end(b, "response."+f.status), true
@@ -221,15 +184,8 @@ func (f *Fold) say(b []byte, kind, text string) []byte {
 
 // calls adds pieces of calls of tools. They are joined by index, and the id that comes first.
 func (f *Fold) calls(b []byte, data jsontext.Value) []byte {
-	var pieces []struct {
-		Index    json.RawMessage
-		ID       string
-		Function struct {
-			Name      string
-			Arguments json.RawMessage
-		}
-	}
-	if json.Unmarshal(data, &pieces) != nil {
+	pieces := model.Calls(json.RawMessage(data))
+	if len(pieces) == 0 {
 		return b
 	}
 	b = f.close(b, f.open)
@@ -242,18 +198,14 @@ func (f *Fold) calls(b []byte, data jsontext.Value) []byte {
 			}
 		}
 		if of == nil {
-			of = &item{kind: "call", callID: p.ID, name: p.Function.Name, callKey: string(p.Index)}
+			of = &item{kind: "call", callID: p.ID, name: p.Name, callKey: string(p.Index)}
 			if of.callID == "" {
 				of.callID = fmt.Sprintf("call_%s_%d", f.hex(), len(f.items))
 			}
 			b = f.add(b, of)
 		}
-		arguments := string(p.Function.Arguments)
-		if strings.HasPrefix(arguments, `"`) {
-			_ = json.Unmarshal(p.Function.Arguments, &arguments)
-		}
-		if arguments != "" && arguments != "null" {
-			b = f.delta(b, of, arguments)
+		if p.Arguments != "" && p.Arguments != "null" {
+			b = f.delta(b, of, p.Arguments)
 		}
 	}
 	return b
