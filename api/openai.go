@@ -74,7 +74,7 @@ func openaiError(p *Problem) []byte {
 	return body
 }
 
-var errNoResponse = &Problem{Status: http.StatusNotFound, Code: "response_not_found", Member: "response_id", Detail: "there is no such response, or its beginning is no longer kept"}
+var errNoResponse = &Problem{Status: http.StatusNotFound, Code: "response_not_found", Member: "response_id", Detail: "unknown response: it does not exist, or its beginning is no longer kept"}
 
 // response is the response that a path names.
 type response struct {
@@ -99,19 +99,22 @@ func (a *API) responseNamed(c echo.Context, id string, action auth.Action) (r re
 
 // foldResponse reads a response as far as it is in the log. epoch and last are those of the log.
 func (a *API) foldResponse(ctx context.Context, r response) (f *openai.Fold, p store.Page, err error) {
-	select {
-	case a.folds <- struct{}{}:
-		defer func() { <-a.folds }()
-	case <-ctx.Done():
-		return nil, p, ctx.Err()
+	give, err := a.fold(ctx)
+	if err != nil {
+		return nil, p, err
 	}
+	defer give()
 	f = openai.NewFold(r.session, r.message, r.seq).Quiet()
+	next := r.seq
 	var element []byte
-	for from := r.seq; ; {
-		if p, err = a.logs.Read(ctx, r.session, from, foldPage, 1<<20); err != nil {
+	for p, err = range a.parts(ctx, r.session, r.seq, foldPage) {
+		if errors.Is(err, store.ErrNotFound) {
+			err = errNoResponse
+		}
+		if err != nil {
 			return nil, p, err
 		}
-		if !p.Exists() || p.From != from {
+		if p.From != next {
 			return nil, p, errNoResponse
 		}
 		for i, text := range p.Elements {
@@ -121,19 +124,18 @@ func (a *API) foldResponse(ctx context.Context, r response) (f *openai.Fold, p s
 				break
 			}
 		}
-		from = p.Next()
-		switch {
-		case !isBegun(f):
+		if !isBegun(f) {
 			return nil, p, errNoResponse
-		case f.Over():
-			return f, p, nil
-		case from > p.Last || len(p.Elements) == 0:
-			if p.Ended {
-				_, _ = f.Events(nil, nil, true)
-			}
+		}
+		if f.Over() {
 			return f, p, nil
 		}
+		next = p.Next()
 	}
+	if p.Ended && next > p.Last {
+		_, _ = f.Events(nil, nil, true)
+	}
+	return f, p, nil
 }
 
 func isBegun(f *openai.Fold) bool { _, ok := f.Begun(); return ok }
@@ -159,10 +161,18 @@ func (a *API) createResponse(c echo.Context) error {
 	switch {
 	case q.Previous != "":
 		previous, err := a.responseNamed(c, q.Previous, auth.Ask)
-		if err != nil {
-			return err
+		if err == nil {
+			err = a.may(c, auth.Read, previous.session) // before anything is said about it
 		}
-		if err := a.mayFollow(c, previous); err != nil {
+		if err == nil {
+			err = a.mayFollow(c, previous)
+		}
+		if errors.Is(err, errNoResponse) {
+			unknown := *errNoResponse
+			unknown.Member = "previous_response_id"
+			err = &unknown
+		}
+		if err != nil {
 			return err
 		}
 		id = previous.session

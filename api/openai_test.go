@@ -16,10 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+
 	"gapless/api/auth"
 	"gapless/api/auth/authtest"
 	"gapless/api/limit"
 	"gapless/api/model"
+	"gapless/api/openai"
 	"gapless/sse"
 	"gapless/store"
 	"gapless/store/storetest"
@@ -329,13 +332,20 @@ func TestResponse_whatIsNotSupportedIsNamed(t *testing.T) {
 		`{"input":"x","conversation":"a/b"}`: {"invalid_session_id", "conversation"}, `{"input":"x","metadata":5}`: {"invalid_value", "metadata"}, `{"input":"x","instructions":5}`: {"invalid_value", "instructions"},
 		`{"input":"x","conversation":"s","previous_response_id":"y"}`: {"invalid_value", "previous_response_id"}, `{"input":"x","top_logprobs":3}`: {"unsupported_parameter", "top_logprobs"}, `{"input":"x","stream_options":{"include_obfuscation":true}}`: {"unsupported_parameter", "stream_options"},
 		`{"input":"x","previous_response_id":5}`: {"invalid_value", "previous_response_id"},
+		"{\"input\":\"a\xffb\"}":                 {"invalid_json", ""}, `{"input":"a\ud800b"}`: {"invalid_json", ""}, `{"input":"x","input":"y"}`: {"invalid_json", ""}, `{"input":[{"role":"user","role":"user","content":"x"}]}`: {"invalid_json", ""},
+		`{"input":"x","temperature":"x"}`: {"invalid_value", "temperature"}, `{"input":"x","top_p":[1]}`: {"invalid_value", "top_p"}, `{"input":"x","max_output_tokens":-5}`: {"invalid_value", "max_output_tokens"},
+		`{"input":"x","text":5}`: {"invalid_value", "text"}, `{"input":"x","reasoning":5}`: {"invalid_value", "reasoning"}, `{"input":"x","tool_choice":7}`: {"invalid_value", "tool_choice"},
+		`{"input":"x","tools":[{"type":"function"}]}`: {"invalid_value", "tools[0].name"}, `{"input":"x","parallel_tool_calls":"x"}`: {"invalid_value", "parallel_tool_calls"},
+		`{"input":"x","user":5}`: {"invalid_value", "user"}, `{"input":"x","service_tier":1}`: {"invalid_value", "service_tier"}, `{"input":"x","model":""}`: {"invalid_value", "model"},
 	} {
 		p := n.do(request{method: "POST", path: "/openai/v1/responses", kind: typeJSON, body: body, bad: true}).refused(t, 400, c.code)
 		if p.Member != c.param {
 			t.Errorf("%s: %+v", body, p)
 		}
 	}
-	n.post("/openai/v1/responses", typeJSON, `{"input":"x","previous_response_id":"resp_x"}`).refused(t, 404, "response_not_found")
+	if p := n.post("/openai/v1/responses", typeJSON, `{"input":"x","previous_response_id":"resp_x"}`).refused(t, 404, "response_not_found"); p.Member != "previous_response_id" {
+		t.Errorf("%+v", p)
+	}
 	n.post("/openai/v1/responses", typeJSON, `{"input":"`+strings.Repeat("x", 2500)+`"}`).refused(t, 413, "content_too_large")
 	n.post("/openai/v1/responses", typeJSON, `{"input":[{"role":"user","content":"`+strings.Repeat("x", 1500)+`"},{"role":"user","content":"`+strings.Repeat("x", 1500)+`"}]}`).refused(t, 413, "content_too_large")
 	for _, path := range []string{"/openai/v1/responses", "/openai/v1/chat/completions"} {
@@ -495,6 +505,20 @@ func TestResponse_errorsHaveOpenAIsForm(t *testing.T) {
 }
 
 // Whatever id or session is named, a token for one session reaches no other.
+// Whoever may ask and not read learns nothing about a response that it names: not whether it exists, nor whether it is over.
+func TestResponse_aPreviousOneIsLookedAtOnlyByWhoMayRead(t *testing.T) {
+	t.Parallel()
+	n, issuer := locked(t, nil)
+	may := authtest.May{"ask": {"s"}, "read": {"s"}}
+	first := n.do(bearing(request{method: "POST", path: "/openai/v1/responses", kind: typeJSON, body: `{"input":"x","conversation":"s"}`}, issuer.Token(time.Hour, may)))
+	id := into[struct{ ID string }](t, first, 200).ID
+	absent := openai.ID("s", uuid.NewString(), 1)
+	for _, previous := range []string{id, absent, "resp_x"} {
+		q := request{method: "POST", path: "/openai/v1/responses", kind: typeJSON, body: `{"input":"x","previous_response_id":"` + previous + `"}`}
+		n.do(bearing(q, issuer.Token(time.Hour, authtest.May{"ask": {"s"}}))).refused(t, 403, "forbidden")
+	}
+}
+
 func FuzzOpenAIAccess(f *testing.F) {
 	const uid = "01990b6c7d1e7c3a8a515d0f6e2b9a10"
 	f.Add("resp_"+uid+"_1_theirs", "theirs", byte(0))

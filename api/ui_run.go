@@ -143,23 +143,19 @@ func (a *API) uiLatest(ctx context.Context, session string, open []string, all b
 
 // countParts makes the parts of a message that the log has now, for their number (made) and for where it begins.
 func (a *API) countParts(ctx context.Context, session, message string) (f *uiFold, p store.Page, err error) {
-	select {
-	case a.folds <- struct{}{}:
-		defer func() { <-a.folds }()
-	case <-ctx.Done():
-		return nil, p, ctx.Err()
+	give, err := a.fold(ctx)
+	if err != nil {
+		return nil, p, err
 	}
+	defer give()
 	var scratch, element []byte
-	epoch := ""
-	for from, upto := int64(1), int64(0); ; {
-		if p, err = a.logs.Read(ctx, session, from, foldPage, 1<<20); err != nil {
+	epoch, next := "", int64(1)
+	for p, err = range a.parts(ctx, session, 1, foldPage) {
+		if err != nil {
 			return nil, p, err
 		}
-		if !p.Exists() {
-			return nil, p, store.ErrNotFound
-		}
-		if p.Epoch != epoch || p.From != from && f.first > 0 { // another log, or its beginning was trimmed: from here on
-			epoch, upto = p.Epoch, p.Last
+		if p.Epoch != epoch || p.From != next && f.first > 0 { // another log, or its beginning was trimmed: from here on
+			epoch = p.Epoch
 			f = newUIFold(message, p.Former)
 			f.run = true
 			scratch, _ = f.fold(scratch[:0], nil, false)
@@ -172,13 +168,12 @@ func (a *API) countParts(ctx context.Context, session, message string) (f *uiFol
 				return f, p, nil
 			}
 		}
-		if from = p.Next(); from > upto || len(p.Elements) == 0 {
-			if p.Ended && from > p.Last {
-				_, _ = f.fold(scratch[:0], nil, true)
-			}
-			return f, p, nil
-		}
+		next = p.Next()
 	}
+	if p.Ended && next > p.Last {
+		_, _ = f.fold(scratch[:0], nil, true)
+	}
+	return f, p, nil
 }
 
 // uiNothing answers a page that was loaded while nothing is under way. There is no other word for that which its client

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/google/uuid"
 
 	"gapless/store"
@@ -75,15 +76,33 @@ type Item struct {
 	CallID, Name, Arguments string // function_call, and CallID of function_call_output
 }
 
-// passed are the members that the model's service is given, and what it calls them.
-var passed = map[string]string{"model": "model", "temperature": "temperature", "top_p": "top_p", "max_output_tokens": "max_completion_tokens",
-	"parallel_tool_calls": "parallel_tool_calls", "user": "user", "safety_identifier": "safety_identifier", "prompt_cache_key": "prompt_cache_key", "service_tier": "service_tier"}
+// passed are the members that the model's service is given: what it calls them, and what they must be.
+var passed = map[string]struct{ as, kind string }{
+	"model": {"model", "text"}, "temperature": {"temperature", "a number"}, "top_p": {"top_p", "a number"},
+	"max_output_tokens": {"max_completion_tokens", "a whole number above 0"}, "parallel_tool_calls": {"parallel_tool_calls", "true or false"},
+	"user": {"user", "text"}, "safety_identifier": {"safety_identifier", "text"}, "prompt_cache_key": {"prompt_cache_key", "text"}, "service_tier": {"service_tier", "text"},
+}
+
+// is reports whether a value is of a kind of passed.
+func is(kind string, value jsontext.Value) bool {
+	switch kind {
+	case "text":
+		return value.Kind() == '"' && len(value) > len(`""`)
+	case "a number":
+		return value.Kind() == '0'
+	case "a whole number above 0":
+		n, err := strconv.ParseInt(string(value), 10, 64)
+		return err == nil && n > 0
+	}
+	return value.Kind() == 't' || value.Kind() == 'f'
+}
 
 // Parse reads a request. Errors: *Error.
 func Parse(body []byte) (*Request, error) {
 	var members map[string]json.RawMessage
-	if err := json.Unmarshal(body, &members); err != nil || members == nil {
-		return nil, &Error{"", "invalid_json", "the body must be a JSON object"}
+	// The standard library would take duplicate members, and replace what is not UTF-8.
+	if !jsontext.Value(body).IsValid() || json.Unmarshal(body, &members) != nil || members == nil {
+		return nil, &Error{"", "invalid_json", "the body must be one JSON object in UTF-8 without duplicate members"}
 	}
 	r := &Request{Service: map[string]json.RawMessage{}, Echo: map[string]json.RawMessage{}}
 	names := make([]string, 0, len(members))
@@ -114,11 +133,11 @@ func (r *Request) member(name string, value json.RawMessage) error {
 	isText := json.Unmarshal(value, &text) == nil
 	object := map[string]json.RawMessage{}
 	isObject := json.Unmarshal(value, &object) == nil
-	if as, ok := passed[name]; ok {
-		if name == "model" && !isText {
-			return wrong(name, "text")
+	if to, ok := passed[name]; ok {
+		if !is(to.kind, jsontext.Value(value)) {
+			return wrong(name, to.kind)
 		}
-		r.Service[as], r.Echo[name] = value, value
+		r.Service[to.as], r.Echo[name] = value, value
 		return nil
 	}
 	switch name {
@@ -162,6 +181,9 @@ func (r *Request) member(name string, value json.RawMessage) error {
 	case "tools":
 		return r.tools(value)
 	case "tool_choice":
+		if !isText && !isObject {
+			return wrong(name, "text, or an object")
+		}
 		r.Echo[name] = value
 		if isObject {
 			if string(object["type"]) != `"function"` || object["name"] == nil {
@@ -171,8 +193,14 @@ func (r *Request) member(name string, value json.RawMessage) error {
 		}
 		r.Service[name] = value
 	case "text":
+		if !isObject {
+			return wrong(name, "an object")
+		}
 		return r.format(value, object)
 	case "reasoning":
+		if !isObject {
+			return wrong(name, "an object")
+		}
 		for member, v := range object {
 			if string(v) == "null" {
 				continue
@@ -227,6 +255,9 @@ func (r *Request) tools(value json.RawMessage) error {
 			default:
 				return unsupported(fmt.Sprintf("tools[%d].%s", i, name), "")
 			}
+		}
+		if !is("text", jsontext.Value(function["name"])) {
+			return wrong(fmt.Sprintf("tools[%d].name", i), "text")
 		}
 		all = append(all, map[string]any{"type": "function", "function": function})
 	}
