@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,7 @@ import (
 // nobody learns what there is who may not know. A call that names no session in its path
 // asks for itself (may).
 func (a *API) call(method, path string, action auth.Action, h echo.HandlerFunc) {
+	h = checkQuery(h)
 	if strings.Contains(path, "/:id") {
 		h = checkID(a.permit(action)(h))
 	}
@@ -32,6 +34,18 @@ func (a *API) call(method, path string, action auth.Action, h echo.HandlerFunc) 
 		return
 	}
 	a.echo.Add(method, path, h)
+}
+
+// checkQuery refuses a query that cannot be parsed: the library would leave out what it does not understand of it.
+func checkQuery(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if query := c.Request().URL.RawQuery; strings.ContainsAny(query, "%;") {
+			if _, err := url.ParseQuery(query); err != nil {
+				return invalid("query", "the query is malformed: escape % as %25 and ; as %3B")
+			}
+		}
+		return next(c)
+	}
 }
 
 // identify reads the request's credential into a grant. A ticket is left to the stream, which it

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"syscall"
 	"testing"
@@ -355,5 +356,31 @@ func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
 		{method: "POST", path: "/"}, {method: "POST", path: "/healthz"}, {method: "DELETE", path: "/openapi.yaml"},
 	} {
 		n.do(q).refused(t, 405, "method_not_allowed")
+	}
+}
+
+// A query that cannot be parsed is refused by each call. What the library understands of it may be something else than was meant.
+func TestProblem_malformedQueriesAreRefused(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	n.append("s", `{"content":"sesame"}`)
+	for _, q := range calls() {
+		if !strings.HasPrefix(q.path, "/v1/") {
+			continue
+		}
+		path, _, _ := strings.Cut(q.path, "?")
+		for _, query := range []string{"?prefix=%zz", "?limit=1;after=2", "?first=%"} {
+			w := httptest.NewRecorder()
+			r := httptest.NewRequest(q.method, "http://127.0.0.1"+path, strings.NewReader(q.body))
+			r.URL.RawQuery = query[1:]
+			r.Header.Set("Content-Type", q.kind)
+			n.api.ServeHTTP(w, r)
+			if w.Code != 400 || !strings.Contains(w.Body.String(), `"member":"query"`) {
+				t.Errorf("%s %s%s: %d %s", q.method, path, query, w.Code, w.Body)
+			}
+		}
+	}
+	if a := n.get("/v1/sessions?prefix=%2E%2e"); a.status != 200 {
+		t.Errorf("%d %s", a.status, a.body)
 	}
 }
