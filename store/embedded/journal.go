@@ -14,7 +14,6 @@ import (
 
 // The journal keeps a dataset in a directory:
 //
-//	lock                 held by the process that uses the directory
 //	journal-<n>          what was changed, in order
 //	snapshot-<n>         the dataset, as it was when journal-<n> began, or later (snapshot.go)
 //	*.new                files that are not complete yet
@@ -168,10 +167,15 @@ const (
 	roomOfRun   = 1 << 20 // what a run needs, and twice its arguments
 	roomSparing = 64 << 10
 	roomLazily  = 256 << 10 // with less, what nobody waits for is not written
+	roomScarce  = 256 << 10 // what a file begins with on a disk that is nearly full
 )
 
-// fullEvery bounds how often a disk that is full is tried.
-const fullEvery = time.Second
+const (
+	// fullEvery bounds how often a disk that is full is tried.
+	fullEvery = time.Second
+	// fullFor is how long the disk counts as full after it was.
+	fullFor = time.Minute
+)
 
 // room returns how much is left. redis.mu is held.
 func (j *journal) room() int64 {
@@ -221,23 +225,30 @@ func (j *journal) grow(need int64) {
 	if missing <= 0 || tried {
 		return
 	}
-	to := from + max(missing, roomStep)
-	err := fill(file, from, to)
+	steps := []int64{max(missing, roomStep)}
+	if missing <= roomScarce { // what frees space needs little
+		steps = append(steps, roomScarce)
+	}
+	var err error
+	for _, step := range steps {
+		if err = fill(file, from, from+step); err == nil {
+			j.redis.mu.Lock()
+			defer j.redis.mu.Unlock()
+			j.allocated = from + step
+			return
+		}
+		_ = file.Truncate(from)
+	}
 	j.redis.mu.Lock()
 	defer j.redis.mu.Unlock()
-	if err == nil {
-		j.allocated = to
-		return
-	}
-	_ = file.Truncate(from)
 	if j.fullSince.IsZero() || time.Since(j.fullSince) > time.Minute {
 		j.redis.log.Warn("no room for the journal of the embedded redis", slog.String("dir", j.dir), slog.Any("err", err))
 	}
 	j.fullSince = time.Now()
 }
 
-// fill makes a file longer, in a way that takes the space.
-func fill(file *os.File, from, to int64) error {
+// fill makes a file longer, in a way that takes the space. (A test has its own.)
+var fill = func(file *os.File, from, to int64) error {
 	zeros := make([]byte, 1<<20)
 	for at := from; at < to; at += int64(len(zeros)) {
 		if _, err := file.WriteAt(zeros[:min(int64(len(zeros)), to-at)], at); err != nil {
@@ -320,7 +331,9 @@ func (j *journal) write() {
 			successor.done <- j.change(successor)
 		}
 		for j.writeBatch() {
+			j.rewriteIfDue()
 		}
+		j.rewriteIfDue()
 	}
 }
 
@@ -352,12 +365,8 @@ func (j *journal) writeBatch() bool {
 	} else {
 		r.deliver(b.news)
 	}
-	start := j.due()
 	r.mu.Unlock()
 	close(b.done)
-	if start {
-		j.wg.Go(j.rewrite)
-	}
 	return true
 }
 
@@ -380,5 +389,5 @@ func (j *journal) close() error {
 }
 
 func (j *journal) path(kind string, number uint64) string {
-	return filepath.Join(j.dir, fmt.Sprintf("%s-%08d", kind, number))
+	return filepath.Join(j.dir, fileName(kind, number))
 }

@@ -3,7 +3,11 @@
 package embedded
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,4 +64,99 @@ func TestJournal_aFullDiskRefuses(t *testing.T) {
 		t.Errorf("after a restart %q are there, not %q", got, want)
 	}
 	mustClose(t, r)
+}
+
+// A full disk empties itself: when what fills it was deleted, a snapshot takes its place, although there is hardly any space for one.
+func TestJournal_aFullDiskOfWhatWasDeletedEmptiesItself(t *testing.T) {
+	dir := t.TempDir()
+	const disk = 9 << 20
+	former := fill
+	t.Cleanup(func() { fill = former })
+	fill = func(file *os.File, from, to int64) error {
+		used := to - from
+		all, err := os.ReadDir(dir)
+		if err != nil {
+			return err
+		}
+		for _, entry := range all {
+			if info, err := entry.Info(); err == nil {
+				used += info.Size()
+			}
+		}
+		if used > disk {
+			return &os.PathError{Op: "write", Path: file.Name(), Err: syscall.ENOSPC}
+		}
+		return former(file, from, to)
+	}
+	r, _ := mustOpen(t, dir)
+	text := strings.Repeat("x", 64<<10)
+	for _, one := range []string{text, text[:1000], "x"} {
+		for n := 0; !strings.HasPrefix(do(t, r, "RPUSH l "+one), "-OOM "); n++ {
+			if n > 10_000 {
+				t.Fatal("it is never full")
+			}
+		}
+	}
+	do(t, r, "SET kept y")
+	for i := range 50 {
+		do(t, r, fmt.Sprint("DEL l", i))
+	}
+	if got := do(t, r, "DEL l"); got != ":1\r\n" {
+		t.Errorf("DEL: %q", got)
+	}
+	for begun := time.Now(); strings.HasPrefix(do(t, r, "RPUSH l "+text), "-OOM "); time.Sleep(10 * time.Millisecond) {
+		if time.Since(begun) > time.Minute {
+			t.Fatal("it is full for ever")
+		}
+	}
+	mustClose(t, r)
+	r, _ = mustOpen(t, dir)
+	if got := do(t, r, "LLEN l"); got != ":1\r\n" {
+		t.Errorf("after a restart: %q", got)
+	}
+	mustClose(t, r)
+}
+
+// Whatever is removed from a directory, no second process is let in; and what cannot be written says so.
+func TestOpen_saysWhyNot(t *testing.T) {
+	dir := t.TempDir()
+	r, _ := mustOpen(t, dir)
+	defer mustClose(t, r)
+	all, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range all {
+		if err := os.Rename(filepath.Join(dir, entry.Name()), filepath.Join(t.TempDir(), entry.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Open(dir, slog.New(slog.DiscardHandler)); !errors.Is(err, errInUse) || !strings.Contains(err.Error(), "its own directory") {
+		t.Errorf("a second one: %v", err)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(other, "journal-00000001"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{file, filepath.Join(file, "under"), other} {
+		if _, err := Open(path, slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, errInUse) || !strings.Contains(err.Error(), "must be able to write") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	// Names that are not ours are left alone.
+	strange := t.TempDir()
+	for _, name := range []string{"journal-2", "snapshot-9", "journal-000000001", "snapshot-2.new", "notes"} {
+		if err := os.WriteFile(filepath.Join(strange, name), []byte("mine"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o, _ := mustOpen(t, strange)
+	mustClose(t, o)
+	if all, err := os.ReadDir(strange); err != nil || len(all) != 6 {
+		t.Errorf("%v, %v", all, err)
+	}
 }

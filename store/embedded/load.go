@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -40,20 +41,45 @@ const (
 // openJournal reads what a directory has into r, and has r go on there.
 func openJournal(dir string, r *Redis) (*journal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
+		return nil, remedied(err)
 	}
-	lock, err := lockFile(filepath.Join(dir, "lock"))
+	lock, err := lockDir(dir)
+	if errors.Is(err, errInUse) {
+		return nil, fmt.Errorf("%s is %w: give each process its own directory, or let them share a redis-server", dir, errInUse)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%s is used by another process: %w; give each its own directory, or let them share a redis-server", dir, err)
+		return nil, remedied(err)
 	}
 	j := &journal{redis: r, dir: dir, lock: lock, next: 1, wake: make(chan struct{}, 1), hungry: make(chan struct{}, 1), quit: make(chan struct{})}
 	if err := j.load(); err != nil {
-		return nil, errors.Join(err, lock.Close())
+		return nil, errors.Join(remedied(err), lock.Close())
 	}
 	r.changes.wanted = true
 	j.wg.Go(j.write)    // ended by close
 	j.wg.Go(j.keepRoom) // ended by close
 	return j, nil
+}
+
+var errInUse = errors.New("in use by another process")
+
+// remedied adds to an error of the file system what an operator can do.
+func remedied(err error) error {
+	if _, ok := errors.AsType[*fs.PathError](err); !ok {
+		return err
+	}
+	if isFull(err) {
+		return fmt.Errorf("%w: make room on the disk", err)
+	}
+	return fmt.Errorf("%w: this user must be able to write to the directory and to its files", err)
+}
+
+// fileName names a file of the journal.
+func fileName(kind string, number uint64) string { return fmt.Sprintf("%s-%08d", kind, number) }
+
+// parseName reads what fileName made.
+func parseName(name, kind string) (number uint64, ok bool) {
+	number, err := strconv.ParseUint(strings.TrimPrefix(name, kind+"-"), 10, 64)
+	return number, err == nil && name == fileName(kind, number)
 }
 
 // numbersOf returns which numbers a kind of file has in the directory, the lowest first.
@@ -63,10 +89,8 @@ func numbersOf(dir, kind string) (numbers []uint64, err error) {
 		return nil, err
 	}
 	for _, entry := range all {
-		if text, ok := strings.CutPrefix(entry.Name(), kind+"-"); ok {
-			if n, err := strconv.ParseUint(text, 10, 64); err == nil {
-				numbers = append(numbers, n)
-			}
+		if n, ok := parseName(entry.Name(), kind); ok {
+			numbers = append(numbers, n)
 		}
 	}
 	slices.Sort(numbers)
@@ -80,11 +104,12 @@ func removeBefore(dir string, number uint64) error {
 		return err
 	}
 	for _, entry := range all {
-		kind, text, _ := strings.Cut(entry.Name(), "-")
-		n, err := strconv.ParseUint(strings.TrimSuffix(text, ".new"), 10, 64)
-		if (kind == "journal" || kind == "snapshot") && err == nil && (n < number || strings.HasSuffix(text, ".new")) {
-			if err := os.Remove(filepath.Join(dir, entry.Name())); err != nil {
-				return err
+		name, unfinished := strings.CutSuffix(entry.Name(), ".new")
+		for _, kind := range []string{"journal", "snapshot"} {
+			if n, ok := parseName(name, kind); ok && (n < number || unfinished) {
+				if err := os.Remove(filepath.Join(dir, entry.Name())); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -144,14 +169,14 @@ func (j *journal) missing(number uint64) error {
 // create makes the first file.
 func (j *journal) create() error {
 	path := j.path("journal", 1)
-	file, err := newJournalFile(path + ".new")
+	file, room, err := newJournalFile(path + ".new")
 	if err != nil {
 		return err
 	}
 	if file, err = settle(file, path, firstLine("journal", 1, 1)); err == nil {
 		err = syncDir(filepath.Dir(filepath.Clean(j.dir))) // which may be new as well
 	}
-	j.file, j.number, j.began, j.size, j.allocated = file, 1, 1, lineSize, roomStep
+	j.file, j.number, j.began, j.size, j.allocated = file, 1, 1, lineSize, room
 	return err
 }
 
@@ -372,6 +397,9 @@ func (j *journal) ends(f *reader, at int64, next uint64, last bool) error {
 		return err
 	}
 	if used := len(bytes.TrimRight(rest, "\x00")); used == 0 {
+		if last && len(rest) == 0 { // there is room after the last record, unless there was none to be had
+			j.redis.log.Warn("the journal ends without room after its last record: if the file was cut, what came after that is missing", slog.String("file", f.file.Name()), slog.Int64("at", at))
+		}
 		return nil
 	} else if what := damage(rest, at, next); what != "" || !last {
 		if what == "" {
@@ -379,10 +407,13 @@ func (j *journal) ends(f *reader, at int64, next uint64, last bool) error {
 		}
 		return &DamageError{f.file.Name(), at, what, remedyRestore}
 	} else {
-		j.redis.log.Warn("the last record of the journal was torn: it was never acknowledged, and is dropped", slog.String("file", f.file.Name()), slog.Int64("at", at), slog.Int("bytes", used))
+		j.redis.log.Warn("the last record of the journal was torn, and is dropped: a machine that stopped while it was written has not acknowledged it", slog.String("file", f.file.Name()), slog.Int64("at", at), slog.Int("bytes", used))
 	}
 	if err := f.file.Truncate(at); err != nil {
 		return err
+	}
+	if fill(f.file, at, at+roomStep) != nil { // it comes later, if there is no room now
+		_ = f.file.Truncate(at)
 	}
 	return f.file.Sync()
 }

@@ -10,16 +10,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockFile holds a file until it is closed, or the process ends.
-func lockFile(path string) (*os.File, error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+// lockDir locks a directory until the file that it returns is closed, or the process ends. There is no file for it in the
+// directory, which somebody might remove. The error is errInUse if another process has locked it.
+func lockDir(dir string) (*os.File, error) {
+	file, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(err, file.Close())
+	if err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+		return file, nil
 	}
-	return file, nil
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = errInUse
+	}
+	return nil, errors.Join(err, file.Close())
 }
 
 // syncDir has the names in a directory reach the disk.

@@ -3,6 +3,7 @@ package embedded
 import (
 	"bufio"
 	"errors"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -24,13 +25,29 @@ var rewriteLeast int64 = 32 << 20
 // successor is a file that a journal is to go on in.
 type successor struct {
 	file *os.File
+	room int64 // how long it is
 	done chan error
 }
+
+// rewriteIfDue begins a snapshot when it is time for one.
+func (j *journal) rewriteIfDue() {
+	j.redis.mu.Lock()
+	defer j.redis.mu.Unlock()
+	if j.due() {
+		j.wg.Go(j.rewrite)
+	}
+}
+
+// full reports whether the disk was full a moment ago. redis.mu is held.
+func (j *journal) full() bool { return !j.fullSince.IsZero() && time.Since(j.fullSince) < fullFor }
 
 // due reports whether it is time for a snapshot, and says that one begins. redis.mu is held.
 func (j *journal) due() bool {
 	grown := j.former + j.size - j.base
-	if j.rewriting || j.failure != nil || grown < rewriteLeast || j.former+j.size < 2*j.base || time.Now().Before(j.retry) {
+	if j.rewriting || j.failure != nil || time.Now().Before(j.retry) {
+		return false
+	}
+	if (grown < rewriteLeast || j.former+j.size < 2*j.base) && !j.full() {
 		return false
 	}
 	select {
@@ -42,10 +59,43 @@ func (j *journal) due() bool {
 	return true
 }
 
-// retryRewrite is how long after a failure a snapshot is tried again.
-const retryRewrite = 30 * time.Second
+const (
+	// retryRewrite is how long after a failure a snapshot is tried again.
+	retryRewrite = 30 * time.Second
+	// retryFull is how often a full disk is checked for whether a snapshot would free space.
+	retryFull = 5 * time.Second
+)
 
-var errStopped = errors.New("the embedded redis stops")
+var (
+	errStopped  = errors.New("the embedded redis stops")
+	errNotWorth = errors.New("most of the journal is still needed")
+)
+
+// squeeze makes space on a full disk for a snapshot, if one is worth it and fits: it gives back the room of the journal, but for what
+// commands need that free space.
+func (j *journal) squeeze(snapshot string) error {
+	size, err := j.writeDataset(io.Discard, 0, nil)
+	if err != nil {
+		return err
+	}
+	j.growing.Lock()
+	defer j.growing.Unlock()
+	j.redis.mu.Lock()
+	worth := 2*size <= j.former+j.size+j.base
+	if surplus := j.room() - roomScarce; worth && surplus > 0 {
+		j.allocated -= surplus
+		err = j.file.Truncate(j.allocated)
+	}
+	j.redis.mu.Unlock()
+	if !worth {
+		return errNotWorth
+	}
+	file, failed := os.OpenFile(snapshot, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err = errors.Join(err, failed); err != nil {
+		return err
+	}
+	return errors.Join(fill(file, 0, size+size/8+roomScarce+lineSize), file.Close(), os.Remove(snapshot)) // and room for the new journal
+}
 
 func (j *journal) rewrite() {
 	begun := time.Now()
@@ -54,6 +104,10 @@ func (j *journal) rewrite() {
 	defer j.redis.mu.Unlock()
 	j.rewriting = false
 	if errors.Is(err, errStopped) {
+		return
+	}
+	if errors.Is(err, errNotWorth) {
+		j.retry = time.Now().Add(retryFull)
 		return
 	}
 	if err != nil {
@@ -66,11 +120,20 @@ func (j *journal) rewrite() {
 
 func (j *journal) tryRewrite() (size int64, err error) {
 	number := j.number + 1 // only rewrite changes it
-	file, err := newJournalFile(j.path("journal", number) + ".new")
+	path := j.path("snapshot", number)
+	j.redis.mu.Lock()
+	full := j.full()
+	j.redis.mu.Unlock()
+	if full {
+		if err := j.squeeze(path + ".new"); err != nil {
+			return 0, err
+		}
+	}
+	file, room, err := newJournalFile(j.path("journal", number) + ".new")
 	if err != nil {
 		return 0, err
 	}
-	s := &successor{file, make(chan error, 1)}
+	s := &successor{file, room, make(chan error, 1)}
 	j.redis.mu.Lock()
 	j.successor = s
 	j.redis.mu.Unlock()
@@ -93,7 +156,6 @@ func (j *journal) tryRewrite() (size int64, err error) {
 		_ = os.Remove(file.Name())
 		return 0, err
 	}
-	path := j.path("snapshot", number)
 	size, err = j.writeSnapshot(path+".new", number)
 	if err == nil {
 		err = os.Rename(path+".new", path)
@@ -111,18 +173,18 @@ func (j *journal) tryRewrite() (size int64, err error) {
 	return size, removeBefore(j.dir, number)
 }
 
-// newJournalFile makes a file that has no line yet, but room.
-func newJournalFile(path string) (*os.File, error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return nil, err
+// newJournalFile makes a file that has no line yet, but room. It returns how long the file is.
+func newJournalFile(path string) (file *os.File, room int64, err error) {
+	if file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
+		return nil, 0, err
 	}
-	if err := fill(file, 0, roomStep); err != nil {
-		_ = file.Close()
-		_ = os.Remove(path)
-		return nil, err
+	for _, room = range []int64{roomStep, roomScarce} {
+		if err = fill(file, 0, room); err == nil {
+			return file, room, nil
+		}
+		_ = file.Truncate(0)
 	}
-	return file, nil
+	return nil, 0, errors.Join(err, file.Close(), os.Remove(path))
 }
 
 // settle gives a new file its first line and its name. The file is closed meanwhile: Windows renames no file that is open.
@@ -164,7 +226,7 @@ func (j *journal) change(s *successor) error {
 	}
 	r.mu.Lock()
 	j.file, j.number, j.began, j.former = file, number, from, j.former+size
-	j.size, j.allocated = lineSize, roomStep
+	j.size, j.allocated = lineSize, s.room
 	r.mu.Unlock()
 	_ = former.Truncate(size)
 	_ = former.Close()
@@ -181,7 +243,20 @@ func (j *journal) writeSnapshot(path string, number uint64) (size int64, err err
 		return 0, err
 	}
 	defer func() { _ = file.Close() }()
-	w := &snapshotWriter{to: bufio.NewWriterSize(file, 1<<20), next: 1}
+	var last *batch
+	size, err = j.writeDataset(file, number, &last)
+	if err == nil {
+		err = file.Sync()
+	}
+	if err == nil {
+		err = last.wait() // the journal goes as far as the snapshot says
+	}
+	return size, err
+}
+
+// writeDataset writes the dataset, as snapshot number. If last is not nil, it is set to what has to be on disk for the snapshot to be of use.
+func (j *journal) writeDataset(to io.Writer, number uint64, last **batch) (size int64, err error) {
+	w := &snapshotWriter{to: bufio.NewWriterSize(to, 1<<20), next: 1}
 	r := j.redis
 	r.mu.Lock()
 	w.write(firstLine("snapshot", number, j.began))
@@ -208,13 +283,15 @@ func (j *journal) writeSnapshot(path string, number uint64) (size int64, err err
 			break
 		}
 	}
-	until, last := j.next-1, j.flying
-	if j.pending != nil {
-		j.pending.eager = true
-		last = j.pending
+	until := j.next - 1
+	if last != nil {
+		if *last = j.flying; j.pending != nil {
+			j.pending.eager = true
+			*last = j.pending
+		}
+		signal(j.wake)
 	}
 	r.mu.Unlock()
-	signal(j.wake)
 	for _, f := range some {
 		f.write(w)
 	}
@@ -227,12 +304,6 @@ func (j *journal) writeSnapshot(path string, number uint64) (size int64, err err
 	w.flush()
 	if w.err == nil {
 		w.err = w.to.Flush()
-	}
-	if w.err == nil {
-		w.err = file.Sync()
-	}
-	if w.err == nil {
-		w.err = last.wait() // the journal goes as far as the snapshot says
 	}
 	return w.size, w.err
 }
