@@ -427,3 +427,48 @@ func TestFeed_failover_liveChunkBeforeTheRead_isNotTaken(t *testing.T) {
 		v.leave()
 	})
 }
+
+// Redis has lost chunks that a viewer has from another node. The node that it comes to knows only that a connection was lost.
+// The viewer is reset once, although the other node notices the loss later. A cursor that is ahead without such a loss, or for a second
+// time, starts no epoch.
+func TestWitness_aViewerIsResetOnceByTwoNodes(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &storetest.Model{}
+			one, two := m.Node(), m.Node()
+			for range 7 {
+				m.Push(`{"content":"the"}`)
+			}
+			knew, told := NewHub(testConfig(), one), NewHub(testConfig(), two)
+			defer knew.Close()
+			defer told.Close()
+			before := watch(t, knew, Ask{Session: "s"})
+			time.Sleep(time.Second)
+			before.leave()
+			if lost {
+				m.Fail(m.Behind())
+				m.Push(`{"content":"the"}`)
+				two.Resync()
+			}
+			cursors := []int64{7, 2_000_000}
+			if !lost {
+				cursors = []int64{9}
+			}
+			for i, cursor := range cursors {
+				v := watch(t, told, Ask{Session: "s", Cursor: cursor})
+				time.Sleep(time.Second)
+				if i == 0 && lost {
+					if _, err := one.Append("x"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				time.Sleep(time.Minute / 2)
+				b, _, whole := m.Log()
+				if err := v.take(v.events()); err != nil || len(v.resets) != 1 || v.cursor != b.Last || v.epoch != b.Epoch || b.Former != map[bool]int64{true: 1_000_000}[lost] {
+					t.Errorf("lost %t, cursor %d: %v, resets %v, at %d of %+v %q", lost, cursor, err, v.resets, v.cursor, b, whole)
+				}
+				v.leave()
+			}
+		})
+	}
+}

@@ -40,6 +40,8 @@ type Log interface {
 	Read(ctx context.Context, session string, from int64, bytes, count int) (store.Page, error)
 	Renew(ctx context.Context, session, epoch string, last int64) error
 	Given(session, epoch string, last int64)
+	Witness(session string, last int64)
+	LostAt() int64
 	Listen(session string, l store.Listener) (stop func())
 }
 

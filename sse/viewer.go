@@ -349,6 +349,9 @@ func (v *Viewer) next(w *window) step {
 		return v.fold(w, cursor)
 	}
 	reason, to := v.misplaced(w, cursor)
+	if reason == resetAhead && !v.joined && w.read < v.feed.witness(cursor) {
+		return step{}
+	}
 	switch {
 	case reason == "":
 	case reason == resetTrimmed && v.behind: // its snapshot may contain what was trimmed, or says where it begins

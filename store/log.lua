@@ -103,6 +103,10 @@ local block, margin = 1000000, 500000
 local function next_base(top) return math.ceil((top + margin) / block) * block end
 local function block_of(number) return math.floor(number / block) * block end
 
+
+-- resumed returns the epoch in which a log continues after `base` when Redis has lost all of it. Every node finds the same.
+local function resumed(base) return epoch_of(redis.sha1hex(session .. ' ' .. int(base))) end
+
 -- Positions count from the oldest chunk, which is 1. An index that counts from the end to which producers push would
 -- change with every push, so each order counts from the other end.
 local function range(i, j)
@@ -484,8 +488,9 @@ local function compare_memory()
   if memory.epoch == log.epoch then
     if not has_memory() then begin(next_base(top())) end
   elseif log.former < memory.last then
-    if derived(block_of(memory.last)) == memory.epoch then -- a read began it and could not record it
-      begin(block_of(memory.last), memory.epoch)
+    local base = block_of(memory.last)
+    if memory.epoch == derived(base) or memory.epoch == resumed(base) then -- it was begun and could not be recorded, or was lost
+      begin(base, memory.epoch)
       if not has_memory() then begin(next_base(top())) end
     elseif memory.mark == '-' then -- no number of it was ever used
       begin(memory.last, memory.epoch)
@@ -502,10 +507,11 @@ local function open(id)
     'deleted', 'created_at', 'updated_at', 'deletions', 'due', 'numbered', 'learned', 'sweep', 'sized', 'm:' .. (id or ''))
   local base, last_seen = tonumber(h[2] or 0), tonumber(h[3] or 0)
   local tip, length = known(last_seen - base)
+  if memory.mark == '-' and memory.epoch == '' then memory.epoch = resumed(memory.last) end -- a viewer knows more (Store.Witness)
   if not h[1] and length == 0 then
     if memory.last > 0 then
       local empty, to = memory.mark == '-', next_base(memory.last)
-      lost = { epoch = empty and memory.epoch or epoch_of(redis.sha1hex(session .. ' ' .. memory.epoch .. ' ' .. int(to))), base = empty and memory.last or to }
+      lost = { epoch = empty and memory.epoch or resumed(to), base = empty and memory.last or to }
     end
     return
   end

@@ -380,3 +380,45 @@ func TestLearn_aMillionElementsInSlices(t *testing.T) {
 	calls := strings.Count(r.Info(t.Context(), "commandstats").Val(), "cmdstat_evalsha")
 	t.Log(calls, r.Info(t.Context(), "commandstats").Val())
 }
+
+// A viewer has chunks that one node gave out and Redis has lost. The node that it comes to knew none of them. Whatever is in the log by
+// then, and whichever node comes first, both nodes find the log in the same epoch from then on.
+func TestMemory_aViewerIsAWitness(t *testing.T) {
+	r := storetest.Redis(t)
+	on := func(c *store.Config) { c.Redis = r.URL() }
+	for _, since := range []string{"nothing", "pushed", "appended"} {
+		for _, first := range []string{"the one that knew", "the one that is told"} {
+			t.Run(since+", "+first, func(t *testing.T) {
+				r.FlushAll(t.Context())
+				knew, told := open(t, on), open(t, on)
+				for range 10 {
+					r.RPush(t.Context(), "chat:history:s", pushed("the"))
+				}
+				mustRead(t, knew, "s", 1, lots, lots)
+				r.FlushAll(t.Context())
+				if first == "the one that knew" {
+					mustRead(t, knew, "s", 1, lots, lots)
+				}
+				switch since {
+				case "pushed":
+					r.RPush(t.Context(), "chat:history:s", pushed("the"))
+				case "appended":
+					mustAppend(t, told, "s", delta("x"))
+				}
+				told.Witness("s", 7) // it may lag
+				p := mustRead(t, told, "s", 1, lots, lots)
+				if since != "nothing" && p.Last != 1_000_001 || p.Former != 1_000_000 {
+					t.Errorf("the node that is told: %+v", p.Bounds)
+				}
+				for _, s := range []*store.Store{knew, told, knew} {
+					if is := mustRead(t, s, "s", 1, lots, lots); is.Epoch != p.Epoch || is.Last != p.Last {
+						t.Errorf("%+v after %+v", is.Bounds, p.Bounds)
+					}
+				}
+				if a := mustAppend(t, knew, "s", delta("y")); a.Epoch != p.Epoch || a.First != p.Last+1 {
+					t.Errorf("%+v after %+v", a, p.Bounds)
+				}
+			})
+		}
+	}
+}

@@ -540,6 +540,21 @@ func (s *Store) Given(session, epoch string, last int64) {
 	s.memory.note(session, remembered{epoch: epoch, last: last})
 }
 
+// Witness tells the store that a viewer has chunk last, which Redis has lost, from another node. The log continues as it does for a node
+// that remembers the chunk.
+func (s *Store) Witness(session string, last int64) {
+	s.memory.note(session, remembered{last: nextBase(last), mark: "-"}) // log.lua: open
+}
+
+// nextBase returns the number after which an epoch begins if numbers up to top were in use before (log.lua: next_base).
+func nextBase(top int64) int64 {
+	const block, margin = 1_000_000, 500_000
+	return (top + margin + block - 1) / block * block
+}
+
+// LostAt returns when a connection to Redis was last lost, in milliseconds since 1970, or 0.
+func (s *Store) LostAt() int64 { return s.refusals.lostAt.Load() }
+
 // eval answers a reply for each call. What a server was asked that is not the master was not executed: it is asked once more,
 // on a connection that is made now. Then reads are served by whoever answers. short says that they are stored, but that too few replicas have them.
 func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []any, short, err error) {

@@ -296,6 +296,12 @@ func NextBase(top int64) int64 { return (top + 500_000 + 999_999) / 1_000_000 * 
 // Given implements the method of store.Store. The log in memory forgets nothing.
 func (l *Log) Given(string, string, int64) {}
 
+// Witness implements the method of store.Store.
+func (l *Log) Witness(string, int64) {}
+
+// LostAt implements the method of store.Store. The log in memory has no connections.
+func (l *Log) LostAt() int64 { return 0 }
+
 // Listen implements the method of store.Store.
 func (l *Log) Listen(_ string, listener store.Listener) func() {
 	l.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"gapless/store"
 )
@@ -28,8 +29,9 @@ type Model struct {
 	past   []keys // before each change, the newest last: what a replica may still have
 	nodes  []*Node
 	epochs int
-	after  map[string]string // epochs in which lost epochs continue
+	after  map[int64]string // epochs in which lost ones continue, by the number after which they begin
 	clock  int64
+	lostAt int64 // when connections were last lost, in milliseconds since 1970
 }
 
 // Replicas is the maximum number of changes that a replica may lag.
@@ -97,7 +99,7 @@ func (s *script) open() bool {
 			s.lost = &lost{s.memory.epoch, s.memory.last}
 		} else if s.memory.last > 0 {
 			base := NextBase(s.memory.last)
-			s.lost = &lost{s.m.goesOn(s.memory.epoch, base), base}
+			s.lost = &lost{s.m.resumed(base), base}
 		}
 		return false
 	}
@@ -143,7 +145,7 @@ func (s *script) compareMemory() {
 			s.begin(NextBase(s.top()))
 		}
 	case s.h.former >= m.last: // this epoch began after it
-	case s.hash != nil && m.epoch == s.m.after[fmt.Sprint(s.hash.epoch, " ", block)]: // the epoch of this log when it was lost
+	case s.hash != nil && m.epoch == s.m.after[block]: // the epoch in which it continued when it was lost
 		s.begin(block)
 		if s.h.epoch = m.epoch; !has(m) {
 			s.begin(NextBase(s.top()))
@@ -277,18 +279,17 @@ func (s *script) told() memory {
 	return memory{s.h.epoch, s.last, s.h.mark}
 }
 
-// goesOn returns the epoch in which a lost one continues, which is the same for all nodes that remember the same. mu
-// must be held.
-func (m *Model) goesOn(epoch string, base int64) string {
-	id := fmt.Sprint(epoch, " ", base)
-	if m.after[id] == "" {
+// resumed returns the epoch in which a log continues after base when Redis has lost all of it, which is the same for all nodes. mu must be
+// held.
+func (m *Model) resumed(base int64) string {
+	if m.after[base] == "" {
 		m.epochs++
 		if m.after == nil {
-			m.after = map[string]string{}
+			m.after = map[int64]string{}
 		}
-		m.after[id] = fmt.Sprint("e", m.epochs)
+		m.after[base] = fmt.Sprint("e", m.epochs)
 	}
-	return m.after[id]
+	return m.after[base]
 }
 
 // change replaces the keys, if they differ. mu must be held.
@@ -327,6 +328,7 @@ func (m *Model) Fail(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.keys, m.past = m.past[len(m.past)-n], m.past[:len(m.past)-n]
+	m.lostAt = time.Now().UnixMilli()
 	for _, n := range m.nodes {
 		n.waiting, n.down = nil, true
 	}
@@ -664,4 +666,19 @@ func (n *Node) Given(_, epoch string, last int64) {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
 	n.memory.note(memory{epoch: epoch, last: last})
+}
+
+// Witness implements the method of store.Store.
+func (n *Node) Witness(_ string, last int64) {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	to := NextBase(last)
+	n.memory.note(memory{epoch: n.m.resumed(to), last: to, mark: nothingYet})
+}
+
+// LostAt implements the method of store.Store.
+func (n *Node) LostAt() int64 {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	return n.m.lostAt
 }
