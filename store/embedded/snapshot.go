@@ -106,7 +106,7 @@ func (j *journal) rewrite() {
 	if errors.Is(err, errStopped) {
 		return
 	}
-	if errors.Is(err, errNotWorth) {
+	if errors.Is(err, errNotWorth) || isFull(err) { // that the disk is full has been said
 		j.retry = time.Now().Add(retryFull)
 		return
 	}
