@@ -56,7 +56,7 @@ unit:
 	go test -count=1 -timeout 1h -run 'TestExplorer_everyOrder$$' ./sse
 
 # Three nodes, a Redis, producers and viewers, and whatever can happen to them, from a seed:
-# make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2
+# make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2, ARGS=-torture.embedded one node on disk
 FOR  := 3m
 SEED := 0
 torture: setup ## the fault test, and its table

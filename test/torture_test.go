@@ -31,7 +31,7 @@ import (
 //
 //	make torture                          some minutes of faults, and the table
 //	make soak                             ten minutes of a few hundred sessions, no faults, memory
-//	go test -run TestTorture -v -count=1 . -torture.for 3m -torture.seed 7 -torture.tls -torture.auth
+//	go test -run TestTorture -v -count=1 ./test -torture.for 3m -torture.seed 7 -torture.tls -torture.auth
 //
 // A seed determines the faults and their order. The machine determines what they hit.
 var (
@@ -41,6 +41,7 @@ var (
 	tortureSessions = flag.Int("torture.sessions", 12, "how many sessions are under way at a time")
 	torturePace     = flag.Duration("torture.pace", 20*time.Millisecond, "the longest pause between a producer's chunks")
 	tortureTLS      = flag.Bool("torture.tls", false, "everything goes over TLS and HTTP/2")
+	tortureEmbedded = flag.Bool("torture.embedded", false, "one node, with the embedded Redis on disk, instead of several on a redis-server")
 	tortureAuth     = flag.Bool("torture.auth", false, "everybody has to show a token")
 	tortureFaults   = flag.Bool("torture.faults", true, "whether anything happens; without, nodes are the plain program, and their memory is told")
 )
@@ -75,9 +76,10 @@ type torture struct {
 	t     *testing.T
 	rand  *rand.Rand // for the faults
 	seed  uint64
+	dir   string             // of the embedded Redis; empty: there is a redis-server
 	flags []string           // of each node
 	token string             // admits every client; empty if none is needed
-	links []*toxiproxy.Proxy // between each node and Redis
+	links []*toxiproxy.Proxy // between each node and Redis; nil: it is embedded
 	doors []*toxiproxy.Proxy // between its clients and each node
 	addrs []string           // addresses of the doors
 
@@ -102,16 +104,22 @@ func TestTorture(t *testing.T) {
 	if seed == 0 {
 		seed = rand.Uint64N(1_000_000) + 1
 	}
-	// Redis keeps what it acknowledged without help: everything is on disk before it replies.
-	redis := storetest.Redis(t, "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0")
 	tt := &torture{
 		// A fault may swallow a request, which then never gets a response.
-		gapcheck: &gapcheck{redis: redis, client: http.Client{Timeout: 10*time.Second + 50**torturePace}},
+		gapcheck: &gapcheck{client: http.Client{Timeout: 10*time.Second + 50**torturePace}},
 		t:        t, seed: seed, rand: rand.New(rand.NewPCG(seed, 1)), faults: map[string]int{},
+	}
+	count := *tortureNodes
+	if *tortureEmbedded {
+		count, tt.dir = 1, filepath.Join(t.TempDir(), "data")
+		tt.flags = []string{"-history-bytes", "1MiB", "-caller-stored", "0", "-caller-appends", "0"} // for the ballast; no session is as long
+	} else {
+		// Redis keeps what it acknowledged without help: everything is on disk before it replies.
+		tt.redis = storetest.Redis(t, "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0")
 	}
 	if *tortureTLS {
 		cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
-		tt.flags = []string{"-tls-cert", cert, "-tls-key", key}
+		tt.flags = append(tt.flags, "-tls-cert", cert, "-tls-key", key)
 	}
 	if *tortureAuth {
 		issuer := authtest.New(t)
@@ -126,15 +134,17 @@ func TestTorture(t *testing.T) {
 		}
 		return p
 	}
-	for i := range *tortureNodes {
-		link := proxy(fmt.Sprint("redis", i+1), redis.Addr())
+	for i := range count {
+		if tt.redis != nil {
+			tt.links = append(tt.links, proxy(fmt.Sprint("redis", i+1), tt.redis.Addr()))
+		}
 		program := binary
 		if !*tortureFaults {
 			program = plainProgram(t)
 		}
-		n := launchProgram(t, program, tt.args(i, link)...)
+		n := launchProgram(t, program, tt.args(i)...)
 		n.token = tt.token
-		tt.links, tt.nodes = append(tt.links, link), append(tt.nodes, n)
+		tt.nodes = append(tt.nodes, n)
 		door := proxy(fmt.Sprint("node", i+1), n.addr)
 		tt.doors, tt.addrs = append(tt.doors, door), append(tt.addrs, door.Listen)
 		transport := http.DefaultTransport.(*http.Transport)
@@ -147,7 +157,7 @@ func TestTorture(t *testing.T) {
 	for _, n := range tt.nodes {
 		n.waitReady()
 	}
-	t.Logf("torture: seed %d, %v, %d nodes, %d sessions at a time", seed, *tortureFor, *tortureNodes, *tortureSessions)
+	t.Logf("torture: seed %d, %v, %d nodes, %d sessions at a time", seed, *tortureFor, count, *tortureSessions)
 
 	ctx, cancel := context.WithCancel(deadline(t))
 	defer cancel()
@@ -192,8 +202,12 @@ func TestTorture(t *testing.T) {
 	tt.judge()
 }
 
-func (tt *torture) args(i int, link *toxiproxy.Proxy, more ...string) []string {
-	return append([]string{"-redis", "redis://" + link.Listen, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, append(slices.Clone(tt.flags), more...)...)
+func (tt *torture) args(i int, more ...string) []string {
+	url := "embedded:" + tt.dir
+	if tt.redis != nil {
+		url = "redis://" + tt.links[i].Listen
+	}
+	return append([]string{"-redis", url, "-node", fmt.Sprint("n", i+1), "-drain", "1s"}, append(slices.Clone(tt.flags), more...)...)
 }
 
 // count returns the number of faults. mu must be held.
@@ -321,6 +335,12 @@ func (tt *torture) plague(ctx context.Context, over time.Time) {
 		"clients' link broken": func() { tt.cut(tt.doors[tt.rand.IntN(len(tt.doors))]) },
 		"redis link broken":    func() { tt.cut(tt.links[tt.rand.IntN(len(tt.links))]) },
 	}
+	if tt.redis == nil {
+		maps.DeleteFunc(all, func(name string, _ func()) bool {
+			return strings.Contains(name, "redis") || strings.Contains(name, "pub/sub")
+		})
+		all["node killed while it rewrites its journal"] = func() { tt.restart(func(n *node) { tt.ballast(ctx, n); n.kill() }) }
+	}
 	names := slices.Sorted(maps.Keys(all))
 	for order := []string(nil); time.Now().Before(over) && ctx.Err() == nil; {
 		if len(order) == 0 { // every fault once, in random order, before any comes again
@@ -347,13 +367,31 @@ func (tt *torture) restart(end func(*node)) {
 	i := tt.rand.IntN(len(tt.nodes))
 	old := tt.node(i)
 	end(old)
-	again := launch(tt.t, tt.args(i, tt.links[i], "-listen", old.addr)...)
+	again := launch(tt.t, tt.args(i, "-listen", old.addr)...)
 	again.token = tt.token
 	tt.mu.Lock()
 	defer tt.mu.Unlock()
 	tt.gapcheck.mu.Lock()
 	tt.nodes[i] = again
 	tt.gapcheck.mu.Unlock()
+}
+
+// ballast makes a node's journal worth rewriting, and returns at some moment while it is rewritten.
+func (tt *torture) ballast(ctx context.Context, n *node) {
+	chunk := `{"content":"` + strings.Repeat("b", 60_000) + `"}`
+	body := "[" + strings.Repeat(chunk+",", 7) + chunk + "]"
+	for range 80 { // 38 MB
+		n.do(ctx, "POST", "/v1/sessions/ballast/chunks", "application/json", strings.NewReader(body))
+	}
+	pause(ctx, tt.time(50))
+}
+
+// history returns the log that is left.
+func (tt *torture) history(session string) []string {
+	if tt.redis != nil {
+		return history(tt.t, tt.redis, session)
+	}
+	return tt.node(0).pages(tt.t, session)
 }
 
 func (tt *torture) freeze(n *node) {
@@ -414,7 +452,7 @@ func (tt *torture) judge() {
 	var slowest time.Duration
 	resets, chunks := 0, 0
 	for _, s := range tt.ended {
-		list := history(t, tt.redis, s.session)
+		list := tt.history(s.session)
 		chunks += len(list)
 		contents := map[string]int{}
 		at := make([]string, len(list))
