@@ -41,7 +41,7 @@ type Log interface {
 	Renew(ctx context.Context, session, epoch string, last int64) error
 	Given(session, epoch string, last int64)
 	Witness(session string, last int64)
-	LostAt() int64
+	ReplacedAt() int64
 	Listen(session string, l store.Listener) (stop func())
 }
 

@@ -151,8 +151,9 @@ func place(o *redis.UniversalOptions) string {
 }
 
 // connect makes the client. It does not wait for Redis.
-func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context, network, address string) (net.Conn, error)) redis.UniversalClient {
-	o.Dialer = dial
+func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context, network, address string) (net.Conn, error),
+	connected func(ctx context.Context, c *redis.Conn) error) redis.UniversalClient {
+	o.Dialer, o.OnConnect = dial, connected
 	// Nothing is repeated behind our back: an append that is sent twice is stored twice.
 	// (In a cluster, what keeps a command from it is once.)
 	o.MaxRetries = -1

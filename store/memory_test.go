@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"gapless/store"
 	"gapless/store/storetest"
@@ -420,5 +421,32 @@ func TestMemory_aViewerIsAWitness(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A node notices that Redis was restarted, and not that connections were cut, or made for the first time.
+func TestServers_aRestartIsNoticed(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	read := func() {
+		storetest.Eventually(t, "Redis answers", func() bool {
+			_, err := s.Read(t.Context(), "s", 1, lots, lots)
+			return err == nil
+		})
+	}
+	read()
+	for _, kind := range []string{"normal", "pubsub"} {
+		r.ClientKillByFilter(t.Context(), "TYPE", kind, "SKIPME", "yes")
+		read()
+	}
+	if at := s.ReplacedAt(); at != 0 {
+		t.Errorf("replaced at %d", at)
+	}
+	r.Kill()
+	r.Start()
+	before := time.Now().Add(-time.Minute).UnixMilli()
+	read()
+	if at := s.ReplacedAt(); at < before {
+		t.Errorf("replaced at %d", at)
 	}
 }

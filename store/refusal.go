@@ -150,8 +150,6 @@ type refusals struct {
 	deaf    seldom // about refused subscriptions,
 	lost    seldom // and about lost Pub/Sub connections
 
-	lostAt atomic.Int64 // when a Pub/Sub connection was last lost, in milliseconds since 1970
-
 	well atomic.Bool // code is empty and nothing is left to log
 
 	mu        sync.Mutex

@@ -277,6 +277,7 @@ type Store struct {
 	thorough  bool // append.lua does it all (a test's)
 	dials     *dials
 	refusals  *refusals
+	servers   servers
 	probes    probes
 	ears      ears
 	overheard overheard
@@ -368,7 +369,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s.refusals = newRefusals(at, cfg, s.metrics, func() { s.ears.redial() })
 	s.probes.turn = make(chan struct{}, 1)
-	s.rdb = connect(cfg, opt, s.dials.connect)
+	s.rdb = connect(cfg, opt, s.dials.connect, s.servers.connected)
 	if cfg.Instrument != nil {
 		if err := cfg.Instrument(s.rdb); err != nil {
 			return nil, fmt.Errorf("instrument the client of redis: %w", err)
@@ -552,8 +553,8 @@ func nextBase(top int64) int64 {
 	return (top + margin + block - 1) / block * block
 }
 
-// LostAt returns when a connection to Redis was last lost, in milliseconds since 1970, or 0.
-func (s *Store) LostAt() int64 { return s.refusals.lostAt.Load() }
+// ReplacedAt returns when this node last found another Redis server than before, or the same one restarted, in milliseconds since 1970, or 0.
+func (s *Store) ReplacedAt() int64 { return s.servers.replacedAt.Load() }
 
 // eval answers a reply for each call. What a server was asked that is not the master was not executed: it is asked once more,
 // on a connection that is made now. Then reads are served by whoever answers. short says that they are stored, but that too few replicas have them.

@@ -299,8 +299,8 @@ func (l *Log) Given(string, string, int64) {}
 // Witness implements the method of store.Store.
 func (l *Log) Witness(string, int64) {}
 
-// LostAt implements the method of store.Store. The log in memory has no connections.
-func (l *Log) LostAt() int64 { return 0 }
+// ReplacedAt implements the method of store.Store. The log in memory has no server.
+func (l *Log) ReplacedAt() int64 { return 0 }
 
 // Listen implements the method of store.Store.
 func (l *Log) Listen(_ string, listener store.Listener) func() {

@@ -24,14 +24,14 @@ type Model struct {
 	// Forgetful makes nodes tell the scripts nothing of what they remember: then losses must be detected otherwise.
 	Forgetful bool
 
-	mu     sync.Mutex
-	keys   keys
-	past   []keys // before each change, the newest last: what a replica may still have
-	nodes  []*Node
-	epochs int
-	after  map[int64]string // epochs in which lost ones continue, by the number after which they begin
-	clock  int64
-	lostAt int64 // when connections were last lost, in milliseconds since 1970
+	mu         sync.Mutex
+	keys       keys
+	past       []keys // before each change, the newest last: what a replica may still have
+	nodes      []*Node
+	epochs     int
+	after      map[int64]string // epochs in which lost ones continue, by the number after which they begin
+	clock      int64
+	replacedAt int64 // when a server that lags took over, in milliseconds since 1970
 }
 
 // Replicas is the maximum number of changes that a replica may lag.
@@ -328,7 +328,7 @@ func (m *Model) Fail(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.keys, m.past = m.past[len(m.past)-n], m.past[:len(m.past)-n]
-	m.lostAt = time.Now().UnixMilli()
+	m.replacedAt = time.Now().UnixMilli()
 	for _, n := range m.nodes {
 		n.waiting, n.down = nil, true
 	}
@@ -676,9 +676,9 @@ func (n *Node) Witness(_ string, last int64) {
 	n.memory.note(memory{epoch: n.m.resumed(to), last: to, mark: nothingYet})
 }
 
-// LostAt implements the method of store.Store.
-func (n *Node) LostAt() int64 {
+// ReplacedAt implements the method of store.Store.
+func (n *Node) ReplacedAt() int64 {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
-	return n.m.lostAt
+	return n.m.replacedAt
 }
