@@ -283,10 +283,10 @@ func (f *feed) doubt() uint64 {
 	return f.awaited
 }
 
-// witness takes a cursor that is ahead of the log as evidence that Redis has lost chunks, if a connection to Redis was lost a short time
-// ago. Another node may know of these chunks too, and then begin another epoch; this node must begin the same one, or the viewer
-// would be reset twice. A client can send any cursor, so one cursor is believed after each lost connection, at most. witness returns the
-// read that the window must come from.
+// witness takes a cursor that is ahead of the log as evidence that Redis has lost chunks, if a connection to Redis was lost recently.
+// Another node may also know of these chunks, and begin another epoch. This node must begin the same one, or the viewer
+// would be reset twice. A client can send any cursor, so at most one is believed after each lost connection. witness returns the
+// number of the read from which the window must come.
 func (f *feed) witness(cursor int64) (read uint64) {
 	lost := f.hub.data.LostAt()
 	if cursor > witnessMost || time.Since(time.UnixMilli(lost)) > witnessFor {
@@ -304,9 +304,9 @@ func (f *feed) witness(cursor int64) (read uint64) {
 }
 
 const (
-	// witnessFor is how long after a lost connection a cursor can be evidence. Clients reconnect within some seconds.
+	// witnessFor is how long after a lost connection a cursor can be evidence. Clients reconnect within seconds.
 	witnessFor = time.Minute
-	// witnessMost is the highest cursor that is evidence. No log has as many chunks, and enough numbers are left after it.
+	// witnessMost is the highest cursor that can be evidence. No log is that long, and enough numbers follow it.
 	witnessMost = 1_000_000_000_000
 )
 
