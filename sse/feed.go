@@ -306,7 +306,7 @@ func (f *feed) witness(cursor int64) (read uint64) {
 const (
 	// witnessFor is how long after a restart a cursor can be evidence. Clients reconnect within some seconds.
 	witnessFor = time.Minute
-	// witnessMost is the highest cursor that is evidence. No log has as many chunks, and enough numbers are left after it.
+	// witnessMost is the highest cursor that can be evidence. No log is that long, and enough numbers follow it.
 	witnessMost = 1_000_000_000_000
 )
 

@@ -55,7 +55,7 @@ type Config struct {
 	// Reconcile is how long a feed goes without reading the log. It limits the delay of a chunk
 	// whose announcements were all lost.
 	Reconcile time.Duration
-	// Kept is how long the store keeps a log after a read, at least; 0 means for ever. A watched
+	// Kept is how long the store keeps a log after a read, at least; 0 means forever. A watched
 	// log is read at least three times in that period.
 	Kept time.Duration
 	// Window is how many bytes of events a feed keeps. WindowTotal limits all feeds together.

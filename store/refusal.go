@@ -26,7 +26,7 @@ const WritesOK = "ok"
 
 var refusalCodes = []string{RedisAway, RedisFull, RedisReadOnly, RedisDenied}
 
-// AwayError means that Redis surely did not execute a command, and gives the reason. It is an ErrAway.
+// AwayError means that Redis certainly did not execute a command, and gives the reason. It is an ErrAway.
 type AwayError struct {
 	Code string // RedisAway, RedisFull, RedisReadOnly or RedisDenied
 	Err  error
