@@ -83,6 +83,8 @@ type Config struct {
 	Demo bool
 	// Tracer traces requests and what they append. Nil: no tracing.
 	Tracer Tracer
+	// Forgetful means that the store keeps everything in memory only. The page says so.
+	Forgetful bool
 
 	Logger *slog.Logger
 }
@@ -343,6 +345,8 @@ func (a *API) Wait(ctx context.Context) { a.answers.wait(ctx) }
 type readiness struct {
 	Status string `json:"status"`
 	Writes string `json:"writes"` // store.WritesOK, or the code of the reason for which Redis refuses writes
+	// Data is "memory" if everything is lost when the process ends.
+	Data string `json:"data,omitzero"`
 }
 
 // ready responds whether this node can serve viewers and, with ?for=writes, whether it can also store chunks. A full
@@ -374,7 +378,11 @@ func (a *API) ready(c echo.Context) error {
 		p.Writes = writes
 		return &p
 	}
-	return c.JSON(http.StatusOK, readiness{Status: "ready", Writes: writes})
+	is := readiness{Status: "ready", Writes: writes}
+	if a.cfg.Forgetful {
+		is.Data = "memory"
+	}
+	return c.JSON(http.StatusOK, is)
 }
 
 // page serves the page and its parts under the strictest policy with which it works.

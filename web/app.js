@@ -431,6 +431,11 @@ async function lookForDemo() {
   $('demo').hidden = $('no-model').hidden = !response?.headers.get('Allow')?.includes('POST'); // CORS may cause any status
 }
 
+async function lookForMemory() {
+  const is = await fetch('/readyz').then(response => response.json()).catch(() => undefined);
+  $('in-memory').hidden = is?.data !== 'memory';
+}
+
 async function disturb(connection, what) {
   if (!connection) return complain('There is no connection now.');
   complain('');
@@ -560,6 +565,7 @@ const follower = follow(`${api}/stream`, {
   fetch: call,
 });
 lookForDemo();
+lookForMemory();
 
 function change() {
   draw();

@@ -271,6 +271,11 @@ func testNoDemo(t *testing.T, w world) {
 	with := open(t, w.browser, w.node.url("/?session=no-demo"), chromedp.WithNewBrowserContext())
 	with.until(`document.getElementById('demo').hidden === false`)
 	with.until(`document.getElementById('no-model').checkVisibility() && document.getElementById('no-model').innerText.includes('-model-url')`)
+	if !eval[bool](with, `document.getElementById('in-memory').hidden`) {
+		t.Error("the page of a server that keeps its data says that it does not")
+	}
+	forgets := open(t, w.browser, start(t, "-redis", "embedded").url("/?session=no-demo"), chromedp.WithNewBrowserContext())
+	forgets.until(`document.getElementById('in-memory').checkVisibility()`)
 }
 
 func testCopyAndAgain(t *testing.T, w world) {
