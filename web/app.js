@@ -554,6 +554,7 @@ const follower = follow(`${api}/stream`, {
   onSnapshot: restore,
   onReset: clear,
   onState: change,
+  onProgress: change,
   onEnd: over,
   onHole: (from, to) => remark(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
   ticket,
