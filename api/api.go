@@ -174,6 +174,7 @@ type API struct {
 
 	registry *prometheus.Registry
 	metrics  *metrics
+	notFound []byte // the page for a path that does not exist
 
 	wrongTypes *rate.Sometimes           // lines of the log about keys of a wrong type
 	heard      atomic.Pointer[time.Time] // when the last call of /v1 came
@@ -377,12 +378,22 @@ func (a *API) ready(c echo.Context) error {
 	return c.JSON(http.StatusOK, readiness{Status: "ready", Writes: writes})
 }
 
-// page serves the page and its parts under the strictest policy that lets it work.
+// pagePolicy is the strictest policy with which the page works.
+const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
+	"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+
+// notFoundPage is the file that tells people that a path does not exist.
+const notFoundPage = "404.html"
+
+// page serves the page and its parts.
 func (a *API) page(files fs.FS) {
+	var err error
+	if a.notFound, err = fs.ReadFile(files, notFoundPage); err != nil {
+		panic(err) // it is in the binary
+	}
 	server := http.FileServerFS(files)
 	h := func(c echo.Context) error {
-		forPeople(c.Response().Header(), "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
-			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+		forPeople(c.Response().Header(), pagePolicy)
 		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // the client is for others' pages, which import it with CORS
 			c.Response().Header().Set("Access-Control-Allow-Origin", "*")
 			if strings.HasSuffix(name, ".ts") {
@@ -399,7 +410,9 @@ func (a *API) page(files fs.FS) {
 			panic(err) // the patterns are constants
 		}
 		for _, name := range names {
-			a.get("/"+name, h)
+			if name != notFoundPage {
+				a.get("/"+name, h)
+			}
 		}
 	}
 }
