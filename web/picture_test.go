@@ -78,7 +78,7 @@ func filmTheShow(t *testing.T) []byte {
 		if problem := p.text("problem"); problem != "" {
 			t.Fatal(problem)
 		}
-		<-time.After(400 * time.Millisecond) // the pace of the film
+		<-time.After(500 * time.Millisecond) // the pace of the film
 	}
 	p.press("#to-gap")
 	take()
@@ -102,7 +102,7 @@ func encode(t *testing.T, shots []image.Image, times []time.Time) []byte {
 	for _, shot := range shots {
 		for y := bounds.Min.Y; y < bounds.Max.Y; y++ {
 			for x := bounds.Min.X; x < bounds.Max.X; x++ {
-				count[coarse(shot.At(x, y))]++
+				count[rgba(shot.At(x, y))]++
 			}
 		}
 	}
@@ -112,17 +112,17 @@ func encode(t *testing.T, shots []image.Image, times []time.Time) []byte {
 	}
 	slices.SortFunc(colours, func(a, b color.RGBA) int { return count[b] - count[a] })
 	palette := color.Palette{}
-	for _, c := range colours[:min(len(colours), 47)] {
+	for _, c := range colours[:min(len(colours), 31)] {
 		palette = append(palette, c)
 	}
 	same := uint8(len(palette)) // stands for what the frame before has there
 	nearest := map[color.RGBA]uint8{}
 	index := func(c color.Color) uint8 {
-		rgba := coarse(c)
-		i, ok := nearest[rgba]
+		it := rgba(c)
+		i, ok := nearest[it]
 		if !ok {
-			i = uint8(palette.Index(rgba))
-			nearest[rgba] = i
+			i = uint8(palette.Index(it))
+			nearest[it] = i
 		}
 		return i
 	}
@@ -173,8 +173,7 @@ func encode(t *testing.T, shots []image.Image, times []time.Time) []byte {
 	return text.Bytes()
 }
 
-// coarse is a colour of which similar ones are the same.
-func coarse(c color.Color) color.RGBA {
+func rgba(c color.Color) color.RGBA {
 	r, g, b, _ := c.RGBA()
-	return color.RGBA{uint8(r>>8) | 7, uint8(g>>8) | 7, uint8(b>>8) | 7, 255}
+	return color.RGBA{uint8(r >> 8), uint8(g >> 8), uint8(b >> 8), 255}
 }
