@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // packed packs web/ as npm does, and installs the package in a new folder, next to React.
@@ -128,8 +129,10 @@ export function Chat() {
 		State    string
 		Messages []string
 	}
-	next := func() (r rendered) {
+	next := func() (r rendered) { // fails when nothing else is shown any more
 		t.Helper()
+		kill := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
+		defer kill.Stop()
 		if err := shown.Decode(&r); err != nil {
 			t.Fatalf("%v\n%s", err, &stderr)
 		}
