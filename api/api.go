@@ -176,6 +176,7 @@ type API struct {
 
 	registry *prometheus.Registry
 	metrics  *metrics
+	notFound []byte // the page for a path that does not exist
 
 	wrongTypes *rate.Sometimes           // log lines about keys of a wrong type
 	heard      atomic.Pointer[time.Time] // when the last call of /v1 arrived
@@ -385,12 +386,22 @@ func (a *API) ready(c echo.Context) error {
 	return c.JSON(http.StatusOK, is)
 }
 
-// page serves the page and its parts under the strictest policy with which it works.
+// pagePolicy is the strictest policy with which the page works.
+const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
+	"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+
+// notFoundPage is the file that tells people that a path does not exist.
+const notFoundPage = "404.html"
+
+// page serves the page and its parts.
 func (a *API) page(files fs.FS) {
+	var err error
+	if a.notFound, err = fs.ReadFile(files, notFoundPage); err != nil {
+		panic(err) // it is in the binary
+	}
 	server := http.FileServerFS(files)
 	h := func(c echo.Context) error {
-		forPeople(c.Response().Header(), "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
-			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+		forPeople(c.Response().Header(), pagePolicy)
 		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // pages of other sites import the client with CORS
 			c.Response().Header().Set("Access-Control-Allow-Origin", "*")
 			if strings.HasSuffix(name, ".ts") {
@@ -407,7 +418,9 @@ func (a *API) page(files fs.FS) {
 			panic(err) // the patterns are constants
 		}
 		for _, name := range names {
-			a.get("/"+name, h)
+			if name != notFoundPage {
+				a.get("/"+name, h)
+			}
 		}
 	}
 }

@@ -366,14 +366,12 @@ func testKeyboard(t *testing.T, w world) {
 	reach(p, "inspect")
 	p.do("press Enter", chromedp.KeyEvent("\r"))
 	p.until(`!document.getElementById('inspector').hidden && document.activeElement.id === 'close' && document.getElementById('inspect').ariaExpanded === 'true'`)
-	if !eval[bool](p, `document.getElementById('chat').inert`) {
-		t.Error("what it covers can be reached")
-	}
+	reach(p, "ask") // nothing is covered
 	reach(p, "cut")
 	p.do("press Escape", chromedp.KeyEvent(kb.Escape))
-	p.until(`document.getElementById('inspector').hidden && document.activeElement.id === 'inspect' && !document.getElementById('chat').inert`)
+	p.until(`document.getElementById('inspector').hidden && document.activeElement.id === 'inspect'`)
 	p.looks(looks[0])
-	p.until(`!document.getElementById('inspector').hidden && !document.getElementById('chat').inert`)
+	p.until(`!document.getElementById('inspector').hidden`)
 }
 
 // axe finds what hinders people with screen readers or weak eyes.
