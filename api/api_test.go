@@ -142,9 +142,9 @@ func serve(t testing.TB, change func(*setup)) *node {
 		n.api.End()
 		n.hub.Drain(0)
 		transport.CloseIdleConnections()
-		n.server.Close()
 		_ = returned.Close()
 		<-served
+		n.server.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		n.api.Wait(ctx)

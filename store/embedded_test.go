@@ -21,7 +21,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// double is a store whose clock the test sets (store.WithClock), and whose state is compared after each step.
+// double is a store whose clock the test sets (Config.WithClock), and whose state is compared after each step.
 type double struct {
 	*store.Store
 	redis redis.UniversalClient
@@ -33,8 +33,8 @@ func newDouble(t *testing.T, change func(*store.Config)) *double {
 	s := open(t, func(c *store.Config) {
 		c.HistoryMax, c.NamesMax = 6, 3
 		change(c)
+		c.WithClock()
 	})
-	s.WithClock()
 	w := &double{Store: s, redis: s.Client()}
 	w.heard = w.redis.Subscribe(t.Context(), "chat:stream:s", "chat:uploads", "all")
 	t.Cleanup(func() { _ = w.heard.Close() })

@@ -120,20 +120,19 @@ func (s *Store) ForgetAll() {
 }
 
 // WithClock makes the scripts read the time, in milliseconds, from the key "clock".
-func (s *Store) WithClock() {
+func (c *Config) WithClock() {
 	const clock = `local redis = (function() local real = redis return {
   pcall = real.pcall, sha1hex = real.sha1hex, error_reply = real.error_reply, call = function(name, ...)
     if name ~= 'TIME' then return real.call(name, ...) end
     local now = tonumber(real.call('GET', 'clock'))
     return { string.format('%.0f', math.floor(now / 1000)), string.format('%.0f', now % 1000 * 1000) }
   end } end)() `
-	for i, script := range s.scripts {
-		flags, text := "", script.text
-		if strings.HasPrefix(text, allowFull) {
-			flags, text = allowFull, text[len(allowFull):]
+	c.script = func(text string) string {
+		rest, full := strings.CutPrefix(text, allowFull)
+		if full {
+			return allowFull + clock + rest
 		}
-		text = flags + clock + text
-		s.scripts[i] = newScript(text)
+		return clock + rest
 	}
 }
 

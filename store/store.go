@@ -56,6 +56,8 @@ type Config struct {
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Instrument, if not nil, is called with the client before it is used.
 	Instrument func(client redis.UniversalClient) error
+	// script changes the text of each script (for tests).
+	script func(text string) string
 	// HistoryTTL is how long a list is kept after its last use. A day: an answer is
 	// read again the next morning, hardly ever later.
 	HistoryTTL time.Duration
@@ -338,6 +340,9 @@ func Open(cfg Config) (*Store, error) {
 	redis.SetLogger(redisLog{cfg.Logger}) // the library has one logger for all its clients
 	s := &Store{cfg: cfg, log: cfg.Logger}
 	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket, allowFull + luaLog + luaSession + luaRun, allowFull + luaTicket} {
+		if cfg.script != nil {
+			text = cfg.script(text)
+		}
 		s.scripts[i] = newScript(text)
 	}
 	opt, at := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}}, cfg.Redis // unused by the embedded one, which has no address
