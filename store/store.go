@@ -82,7 +82,7 @@ type Config struct {
 	// Ping is how long a Pub/Sub connection may be silent before it is asked for a
 	// sign of life, and how long it then has to give one.
 	Ping time.Duration
-	// Timeout bounds a command that got no answer.
+	// Timeout bounds a command that got no answer. The embedded Redis has embeddedPatience times as long.
 	Timeout time.Duration
 
 	Logger *slog.Logger
@@ -97,6 +97,11 @@ const (
 // Embedded is the Config.Redis of the in-process Redis that keeps everything in memory only. With a colon and a directory after it
 // what is acknowledged is on disk.
 const Embedded = "embedded"
+
+// embeddedPatience is how many times Timeout a command of the embedded Redis may take. That Redis is slow only if this
+// machine or its disk is: it executes the command even after we have given up, so giving up soon only adds work, and makes
+// outcomes unknown. A disk that hangs is still noticed.
+const embeddedPatience = 10
 
 // Embedded reports whether Redis is in this process, and in which directory it keeps its data; none: in memory only.
 func (c Config) Embedded() (dir string, embedded bool) {
@@ -355,6 +360,7 @@ func Open(cfg Config) (*Store, error) {
 			return nil, fmt.Errorf("open the embedded redis (-redis embedded:DIR, or embedded for memory only): %w", err)
 		}
 		cfg.Dial = r.Dial
+		opt.ReadTimeout, opt.WriteTimeout = embeddedPatience*cfg.Timeout, embeddedPatience*cfg.Timeout
 		s.closers = append(s.closers, func() {
 			if err := r.Close(); err != nil {
 				s.log.LogAttrs(context.Background(), slog.LevelError, "the embedded redis could not be closed", slog.Any("err", err))
