@@ -40,8 +40,8 @@ const (
 //	done      -          -                 -          -             -               -  (complete at once)
 //
 // "Said" means text, reasoning, a refusal or a tool call. What is said after a finish revokes it.
-// The event [DONE] leads from every stage to done. An error is a failure in every stage: a member
-// error, also of a choice or of its delta, a finish that means failure, an event named error, even
+// The event [DONE] leads from every stage to done. An error is a failure in every stage. It is a member
+// error (also of a choice or of its delta), a finish that means failure, an event named error, even
 // without data, an event without choices that has the message or the code of an error (bare), or an
 // event that cannot be read. A complete answer with only reasoning is empty, which is a failure,
 // too.
