@@ -8,6 +8,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -65,17 +66,32 @@ func makeUp(session string, p store.Producer) (string, error) {
 // subject is the message that a body is about: the one that its request names, or else that of the body's last chunk.
 type subject struct {
 	store.Fill
-	named bool // by its request
-	over  bool // the body has ended it
+	named  bool // by its request
+	known  bool // there is such a message: it is named, or the body has a chunk
+	over   bool // the body has ended it
+	closed bool // the body has ended the log
 }
 
 func (p posting) about() subject {
-	return subject{Fill: p.fill, named: p.fill.MessageID != ""}
+	named := p.fill.MessageID != ""
+	return subject{Fill: p.fill, named: named, known: named}
 }
 
-// see updates s for chunks of the body.
-func (s *subject) see(chunks []store.Chunk) {
-	for _, c := range chunks {
+// see updates s for chunks of the body, and returns what to append for them. No done can come after a chunk that ends
+// the log, so it comes before that chunk: own is its index then, and otherwise -1.
+func (s *subject) see(chunks []store.Chunk, p posting) (all []store.Chunk, own int) {
+	for i, c := range chunks {
+		if s.closed {
+			break
+		}
+		if c.EndsLog() {
+			if own = -1; s.due(p) {
+				chunks, own = slices.Insert(chunks, i, store.NewEnding(store.TypeDone, s.Fill)), i
+			}
+			s.closed = true
+			return chunks, own
+		}
+		s.known = true
 		if !s.named && c.MessageID() != s.MessageID {
 			s.MessageID, s.over = c.MessageID(), false
 		}
@@ -83,11 +99,15 @@ func (s *subject) see(chunks []store.Chunk) {
 			s.over = c.Ends()
 		}
 	}
+	return chunks, -1
 }
+
+// due reports whether the request's done is still to be appended.
+func (s *subject) due(p posting) bool { return p.ends && s.known && !s.over && !s.closed }
 
 // endings returns the chunks to append after a body.
 func (s *subject) endings(p posting) (chunks []store.Chunk) {
-	if p.ends && !s.over || p.kind == typeText || p.kind == typeEvents {
+	if s.due(p) || p.kind == typeText || p.kind == typeEvents {
 		chunks = append(chunks, store.NewEnding(store.TypeDone, s.Fill))
 	}
 	if p.closes {
@@ -247,13 +267,13 @@ func (a *API) appendJSON(c echo.Context, p posting) error {
 	}
 	inBody := len(chunks)
 	about := p.about()
-	about.see(chunks)
+	chunks, own := about.see(chunks, p)
 	chunks = append(chunks, about.endings(p)...)
 	if len(chunks) == 0 && len(u.held) == 0 && p.producer.ID == "" {
 		return a.appendNothing(c)
 	}
 	if err := u.append(chunks, store.HoldNone); err != nil {
-		return blame(err, 0, inBody)
+		return blame(err, 0, inBody, own)
 	}
 	return u.answer(c)
 }
@@ -455,21 +475,21 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 		}
 	}
 	number := 0 // the index of the next chunk in the body; the sender of a text does not know any
-	blamed := func(err error, now int) error {
+	blamed := func(err error, now, own int) error {
 		if refused, ok := errors.AsType[*store.RefusedError](err); ok && p.kind == typeText {
 			return refused.Err
 		}
 		if p.kind == typeText {
 			return err
 		}
-		return blame(err, number, now)
+		return blame(err, number, now, own)
 	}
 	about := p.about()
 	for {
 		chunks, err := src.next()
 		hold := store.HoldOpen
 		body := len(chunks)
-		about.see(chunks)
+		chunks, own := about.see(chunks, p)
 		if err == io.EOF {
 			arrived()
 			hold = store.HoldClosed
@@ -480,7 +500,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 		}
 		if len(chunks) > 0 || hold == store.HoldClosed && len(u.held) > 0 {
 			if failed := u.appendAll(chunks, hold); failed != nil {
-				return blamed(failed, body)
+				return blamed(failed, body, own)
 			}
 			number += body
 		}
@@ -501,7 +521,7 @@ func (u *upload) copy(src source, p posting, length int64, arrived func()) error
 			}
 			return &Problem{Status: http.StatusBadRequest, Code: "body_broken", Detail: detail, cause: err}
 		case err != nil:
-			return blamed(err, 0)
+			return blamed(err, 0, -1)
 		}
 		u.begin()
 	}
@@ -532,14 +552,17 @@ func (u *upload) appendAll(chunks []store.Chunk, hold store.Hold) error {
 }
 
 // blame adds to an error the index of the chunk that caused it, if a chunk of the body did. before is the number of
-// earlier chunks of the body, and now is how many of the appended chunks belong to the body. The others are endings.
-func blame(err error, before, now int) error {
+// earlier chunks of the body, and now is how many of the appended chunks belong to the body. The others are endings, and
+// own is the index of one that comes before a chunk of the body, or -1.
+func blame(err error, before, now, own int) error {
 	refused, late := errors.AsType[*store.RefusedError](err)
 	_, bad := errors.AsType[*store.ChunkError](err)
 	at := before
 	switch {
-	case late && refused.Index < now:
+	case late && (own < 0 || refused.Index < own) && refused.Index < now:
 		at += refused.Index
+	case late && own >= 0 && refused.Index > own && refused.Index <= now:
+		at += refused.Index - 1
 	case late:
 		return refused.Err // the server added that chunk after the body
 	case !bad:

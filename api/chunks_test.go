@@ -251,27 +251,45 @@ func TestAppend_endsTheMessageWhereItIsAskedTo(t *testing.T) {
 		{"?", typeJSON, `{"content":"a"}`, "delta |done "},
 		{"?message_id=m", typeJSON, `[{"content":"a"},{"message_id":"b","content":"b"}]`, "delta m|delta b|done m"},
 		{"?", typeJSON, `{"type":"message","message_id":"a","content":"a"}`, "message a|done a"},
+		// Without a message there is nothing to end.
+		{"?", typeJSON, `[]`, ""},
+		{"?", typeNDJSON, "\n", ""},
+		// Nothing can come after an end: the done comes before it.
+		{"?", typeNDJSON, `{"message_id":"a","content":"a"}` + "\n" + `{"type":"end"}`, "delta a|done a|end "},
+		{"?", typeJSON, `[{"message_id":"a","content":"a"},{"type":"end"}]`, "delta a|done a|end "},
+		{"?message_id=m", typeJSON, `[{"content":"a"},{"message_id":"b"},{"type":"end"}]`, "delta m|delta b|done m|end m"},
+		{"?message_id=m", typeNDJSON, line("a") + `{"type":"failed"}` + "\n" + `{"type":"end"}`, "delta m|failed m|end m"},
+		{"?", typeJSON, `{"type":"end"}`, "end "},
 		// It has ended by itself.
 		{"?message_id=m", typeJSON, `[{"content":"a"},{"type":"done"}]`, "delta m|done m"},
 		{"?message_id=m", typeNDJSON, line("a") + `{"type":"failed"}`, "delta m|failed m"},
 		{"?", typeJSON, `{"message_id":"a","content":"a","is_complete":true}`, "delta a"},
 	} {
 		for _, closed := range []string{"", "true"} {
+			if closed != "" && strings.Contains(c.want, "end") {
+				continue
+			}
 			s := fmt.Sprint("s", i, closed)
 			q := request{method: "POST", path: "/v1/sessions/" + s + "/chunks" + c.query + "&end=done", kind: c.kind, body: c.body, bad: true, header: numbers("p", 0, 0)}
 			if closed != "" {
 				q.header["Stream-Closed"] = closed
-				c.want += "|end "
+				c.want = strings.TrimPrefix(c.want+"|end ", "|")
 			}
 			first := into[Stored](t, n.do(q), 201)
 			var got []string
-			for _, one := range n.chunks(s) {
-				got = append(got, one.Type+" "+one.Message)
+			if c.want != "" {
+				for _, one := range n.chunks(s) {
+					got = append(got, one.Type+" "+one.Message)
+				}
 			}
 			if strings.Join(got, "|") != c.want || first.Count != len(got) {
 				t.Errorf("%+v: %q, %+v", c, got, first)
 			}
-			if again := into[Stored](t, n.do(q), 200); again.Last != first.Last {
+			again := 200
+			if c.want == "" {
+				again = 201
+			}
+			if again := into[Stored](t, n.do(q), again); again.Last != first.Last {
 				t.Errorf("%+v: %+v and then %+v", c, first, again)
 			}
 		}
@@ -279,6 +297,23 @@ func TestAppend_endsTheMessageWhereItIsAskedTo(t *testing.T) {
 	n.do(request{method: "POST", path: "/v1/sessions/s/chunks?end=true", kind: typeJSON, body: `{"content":"a"}`, bad: true}).refused(t, 400, "invalid_parameter")
 	n.append("s", `[{"message_id":"m","content":"a"},{"message_id":"m","type":"done"}]`)
 	n.post("/v1/sessions/s/chunks?message_id=m&end=done", typeJSON, `[]`).refused(t, 409, "message_ended")
+	for _, kind := range []string{typeJSON, typeNDJSON} { // without a chunk there is no session either
+		body := map[string]string{typeJSON: "[]", typeNDJSON: "\n"}[kind]
+		if a := into[Stored](t, n.post("/v1/sessions/none/chunks?end=done", kind, body), 201); a.Count != 0 {
+			t.Errorf("%+v", a)
+		}
+		n.get("/v1/sessions/none").refused(t, 404, "session_not_found")
+	}
+	// An error names the chunk of the body, not that of the log.
+	const late = `{"content":"a"}` + "\n" + `{"type":"end"}` + "\n" + `{"content":"b"}`
+	p := n.post("/v1/sessions/late/chunks?message_id=m&end=done", typeJSON, "["+strings.ReplaceAll(late, "\n", ",")+"]").refused(t, 409, "session_ended")
+	if p.Chunk == nil || *p.Chunk != 2 || p.Stored != nil {
+		t.Errorf("%v, %+v", p.Chunk, p.Stored)
+	}
+	p = n.post("/v1/sessions/late/chunks?message_id=m&end=done", typeNDJSON, late).refused(t, 409, "session_ended")
+	if p.Chunk == nil || *p.Chunk != 2 || p.Stored == nil || p.Stored.Count != 3 {
+		t.Errorf("%v, %+v", p.Chunk, p.Stored)
+	}
 }
 
 // Every name of a content type is known.

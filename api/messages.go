@@ -337,7 +337,8 @@ func (a *API) chunks(reply string, p model.Piece, done store.Chunk) (all []store
 	}
 	if p.Finish != "" {
 		const most = 64 // the reason is a word
-		done = done.With("finish_reason", p.Finish[:min(len(p.Finish), most)])
+		finish := []byte(p.Finish[:min(len(p.Finish), most)])
+		done = done.With("finish_reason", string(finish[:wholeRunes(finish)]))
 	}
 	if p.Usage != nil && len(p.Usage) < 4<<10 {
 		done, _ = done.WithJSON("usage", p.Usage) // or is left out

@@ -556,7 +556,7 @@ func TestMessages_whatAModelSaysBesideItsTextIsKept(t *testing.T) {
 	n := serve(t, func(s *setup) {
 		s.api.ChunkMax = 4 << 10
 		s.model = failing(nil, model.Piece{Text: "sesame"}, model.Piece{Text: "not that", Refusal: true}, model.Piece{ToolCalls: []byte("[{\"id\":\n1}]")},
-			model.Piece{Text: long}, model.Piece{Finish: "length"}, model.Piece{Usage: []byte(`{"total_tokens":7}`)})
+			model.Piece{Text: long}, model.Piece{Finish: strings.Repeat("a", 63) + "é"}, model.Piece{Usage: []byte(`{"total_tokens":7}`)})
 	})
 	v := n.watch("s", "?until=done")
 	v.welcome()
@@ -585,7 +585,7 @@ func TestMessages_whatAModelSaysBesideItsTextIsKept(t *testing.T) {
 	if c := all[3]; c["type"] != "tool_calls" || fmt.Sprint(c["data"]) != "[map[id:1]]" {
 		t.Errorf("%v", c)
 	}
-	if c := all[len(all)-1]; c["finish_reason"] != "length" || fmt.Sprint(c["usage"]) != "map[total_tokens:7]" {
+	if c := all[len(all)-1]; c["finish_reason"] != strings.Repeat("a", 63) || fmt.Sprint(c["usage"]) != "map[total_tokens:7]" {
 		t.Errorf("%v", c)
 	}
 }

@@ -15,13 +15,14 @@ type Event struct {
 // Parser reads an event stream, in whatever pieces it arrives, by the rules of the standard
 // (https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream). It
 // handles a byte order mark at the start, lines that end with CR, LF or CRLF, and data of several
-// lines. It skips comments and unknown fields, does not dispatch an event without data, and
-// discards an event that is torn by the stream's end. It ignores id and retry. The standard
-// replaces invalid UTF-8; Parser returns an error for it, unless AnyBytes is set.
+// lines. It skips comments and unknown fields, does not dispatch an event without data unless
+// NameAlone is set, and discards an event that is torn by the stream's end. It ignores id and retry.
+// The standard replaces invalid UTF-8; Parser returns an error for it, unless AnyBytes is set.
 //
 // The zero Parser is ready for a stream's first byte.
 type Parser struct {
-	AnyBytes bool // names and data may be invalid UTF-8, and are returned as they are
+	AnyBytes  bool // names and data may be invalid UTF-8, and are returned as they are
+	NameAlone bool // an event that has a name and no data is returned, too
 
 	name    []byte
 	data    []byte // each line with LF after it
@@ -97,8 +98,8 @@ func (p *Parser) field(line []byte) {
 
 // dispatch handles an empty line.
 func (p *Parser) dispatch() (e Event, ok bool) {
-	if ok = len(p.data) > 0; ok {
-		e = Event{string(p.name), string(p.data[:len(p.data)-1])}
+	if ok = len(p.data) > 0 || p.NameAlone && len(p.name) > 0; ok {
+		e = Event{string(p.name), string(bytes.TrimSuffix(p.data, []byte{'\n'}))}
 	}
 	p.name, p.data = p.name[:0], p.data[:0]
 	return e, ok

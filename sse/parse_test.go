@@ -199,3 +199,16 @@ func quoted(s string) string {
 	b, _ := json.Marshal(s)
 	return string(b)
 }
+
+// A caller may want an event that has only a name, such as an error.
+func TestParser_returnsANameAloneIfItIsAskedTo(t *testing.T) {
+	for stream, want := range map[string]string{"event: error\n\n": "error ", "event: error\rdata\r\r": "error ", "event\n\nid: 7\n\ndata: a\n\n": " a", "event: e\ndata: a\n\n": "e a"} {
+		p := Parser{NameAlone: true}
+		if e, _, ok, err := p.Next([]byte(stream), 99); !ok || err != nil || e.Name+" "+e.Data != want {
+			t.Errorf("%q: %q, %v, %v", stream, e, ok, err)
+		}
+	}
+	if e, _, ok, _ := new(Parser).Next([]byte("event: error\n\n"), 99); ok {
+		t.Errorf("%q", e)
+	}
+}

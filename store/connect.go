@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -159,8 +160,8 @@ func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context,
 	o.MaxRetries = -1
 	o.DialerRetries = 1
 	o.DialTimeout = dialTimeout
-	o.ReadTimeout = c.Timeout
-	o.WriteTimeout = c.Timeout
+	o.ReadTimeout = cmp.Or(o.ReadTimeout, c.Timeout)
+	o.WriteTimeout = cmp.Or(o.WriteTimeout, c.Timeout)
 	o.ContextTimeoutEnabled = true
 	o.Protocol = 2 // Pub/Sub is received by our own loop, which does not need RESP3
 	o.DisableIdentity = true

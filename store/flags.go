@@ -8,7 +8,7 @@ import (
 
 // Flags declares the flags of what is stored, and where. Their defaults are what c contains.
 func (c *Config) Flags(fs *flag.FlagSet) {
-	fs.StringVar(&c.Redis, "redis", c.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded:DIR: in this process, for one node, with its data in a directory; or embedded: in memory only")
+	fs.StringVar(&c.Redis, "redis", c.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded:DIR (in this process, for one node, with its data in this directory); or embedded (in memory only)")
 	fs.StringVar(&c.Prefix, "prefix", c.Prefix, "`text` at the start of every key and channel in Redis; deployments that share a Redis server need different prefixes, even in different databases")
 	fs.StringVar(&c.RedisCA, "redis-ca", c.RedisCA, "`file` with the CA certificates for a rediss:// server, instead of the system's")
 	fs.StringVar(&c.RedisCert, "redis-cert", c.RedisCert, "`file` with the certificate that this node shows to Redis")

@@ -98,12 +98,14 @@ func leadsElsewhere(text string) bool {
 }
 
 // remedyOf returns what an operator can do about a refusal.
-func remedyOf(code, text string) string {
+func remedyOf(code, text string, embedded bool) string {
 	switch {
 	case strings.Contains(text, "embedded redis") && code == RedisFull:
 		return "make room on the disk of -redis embedded:DIR; viewers are served meanwhile"
 	case strings.Contains(text, "embedded redis"):
 		return "the disk of -redis embedded:DIR fails: mend it, then start again"
+	case embedded && code == RedisAway:
+		return "the machine is overloaded, or the disk of -redis embedded:DIR is slow: give this node fewer users, or a faster machine"
 	case code == RedisFull:
 		return "raise Redis' maxmemory, or keep less: -history-ttl, -history-max, -history-bytes; viewers are served meanwhile"
 	case strings.Contains(text, "MISCONF"):
@@ -142,6 +144,7 @@ func (s *seldom) now() bool {
 // refusals knows what Redis refuses now. It logs this for the operator, at most once a minute for each reason.
 type refusals struct {
 	at      string // the address of Redis, without a password
+	inside  bool   // it is in this process
 	log     *slog.Logger
 	metrics *metrics
 	moved   func() // called when Redis accepts writes again after it was not the master
@@ -174,7 +177,8 @@ const (
 )
 
 func newRefusals(at string, cfg Config, m *metrics, moved func()) *refusals {
-	r := &refusals{at: at, log: cfg.Logger, metrics: m, moved: moved, wake: make(chan struct{}, 1), hints: seldom{every: hintsEvery}, deaf: seldom{every: hintsEvery}, lost: seldom{every: hintsEvery}, said: map[string]*seldom{}}
+	_, inside := cfg.Embedded()
+	r := &refusals{at: at, inside: inside, log: cfg.Logger, metrics: m, moved: moved, wake: make(chan struct{}, 1), hints: seldom{every: hintsEvery}, deaf: seldom{every: hintsEvery}, lost: seldom{every: hintsEvery}, said: map[string]*seldom{}}
 	for _, code := range refusalCodes {
 		r.said[code] = &seldom{every: refusedEvery}
 	}
@@ -201,18 +205,20 @@ func (r *refusals) refused(code, text string) {
 	if r.said[code].now() {
 		r.told = true
 		what := "redis refuses writes"
-		switch code {
-		case RedisAway:
+		switch {
+		case code == RedisAway && r.inside:
+			what = "the embedded redis does not reply in time"
+		case code == RedisAway:
 			what = "redis cannot be reached"
-		case RedisDenied:
+		case code == RedisDenied:
 			what = "redis denies access"
 		}
 		level := slog.LevelWarn
-		if !r.reached && (code == RedisAway || code == RedisDenied) { // most likely -redis is wrong, and only a person can fix that
+		if !r.reached && !r.inside && (code == RedisAway || code == RedisDenied) { // most likely -redis is wrong, and only a person can fix that
 			level = slog.LevelError
 		}
 		r.log.LogAttrs(context.Background(), level, what, slog.String("code", code), slog.String("redis", r.at),
-			slog.String("says", text), slog.String("remedy", remedyOf(code, text)))
+			slog.String("says", text), slog.String("remedy", remedyOf(code, text, r.inside)))
 	}
 	select {
 	case r.wake <- struct{}{}:

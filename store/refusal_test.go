@@ -17,6 +17,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
+	"github.com/redis/go-redis/v9"
 
 	"gapless/store"
 	"gapless/store/storetest"
@@ -416,6 +417,36 @@ func TestRefusal_aServerThatNeverAnswersIsSaidAtTheStart(t *testing.T) {
 	if s.Writes() != store.RedisAway {
 		t.Errorf("writes are said to be %s", s.Writes())
 	}
+}
+
+// An embedded Redis that is slow is this process: nobody can start another one.
+func TestRefusal_anEmbeddedRedisThatIsSlowIsNotToBeStarted(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var log lines
+	s := open(t, func(c *store.Config) {
+		c.Redis, c.Logger, c.Timeout = store.Embedded, log.logger(), 100*time.Millisecond
+		c.Dial = func(context.Context, string, string) (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) }
+	})
+	if _, err := s.Append(t.Context(), "s", store.Batch{Chunks: []store.Chunk{delta("a")}}); !store.Away(err) {
+		t.Fatal(err)
+	}
+	if got := log.String(); !strings.Contains(got, `level=WARN msg="the embedded redis does not reply in time"`) || strings.Contains(got, "start Redis") || !strings.Contains(got, "overloaded") {
+		t.Errorf("the log:\n%s", got)
+	}
+	// It has more time than one that may be away.
+	open(t, func(c *store.Config) {
+		c.Redis, c.Timeout = store.Embedded, time.Second
+		c.Instrument = func(client redis.UniversalClient) error {
+			if o := client.(*redis.Client).Options(); o.ReadTimeout != 10*time.Second || o.WriteTimeout != 10*time.Second {
+				t.Errorf("a command may take %v and %v", o.ReadTimeout, o.WriteTimeout)
+			}
+			return nil
+		}
+	})
 }
 
 // Channels that the user may not subscribe to do not affect the others, and a permission granted later is used.

@@ -84,7 +84,7 @@ type Config struct {
 	// Ping is how long a Pub/Sub connection may be silent before it is pinged, and
 	// how long the reply may then take.
 	Ping time.Duration
-	// Timeout is how long Redis may take to reply to a command.
+	// Timeout is how long Redis may take to reply to a command. The embedded Redis may take embeddedPatience times as long.
 	Timeout time.Duration
 
 	Logger *slog.Logger
@@ -99,6 +99,11 @@ const (
 // Embedded is the Config.Redis of the in-process Redis that keeps everything in memory only. If a colon and a directory follow,
 // whatever was acknowledged is on disk.
 const Embedded = "embedded"
+
+// embeddedPatience is how many times Timeout a command of the embedded Redis may take. That Redis is slow only if this
+// machine or its disk is: it executes the command even after we have given up, so giving up soon only adds work, and makes
+// outcomes unknown. A disk that hangs is still noticed.
+const embeddedPatience = 10
 
 // Embedded reports whether Redis runs in this process. It also returns the data directory, or "" if the data is in memory only.
 func (c Config) Embedded() (dir string, embedded bool) {
@@ -360,6 +365,7 @@ func Open(cfg Config) (*Store, error) {
 			return nil, fmt.Errorf("open the embedded redis (-redis embedded:DIR, or embedded for memory only): %w", err)
 		}
 		cfg.Dial = r.Dial
+		opt.ReadTimeout, opt.WriteTimeout = embeddedPatience*cfg.Timeout, embeddedPatience*cfg.Timeout
 		s.closers = append(s.closers, func() {
 			if err := r.Close(); err != nil {
 				s.log.LogAttrs(context.Background(), slog.LevelError, "the embedded redis could not be closed", slog.Any("err", err))

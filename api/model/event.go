@@ -1,7 +1,10 @@
 package model
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/json"
+	"math"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -30,42 +33,88 @@ func text(value json.RawMessage) (s string) {
 	return s
 }
 
-func number(value json.RawMessage) (n int) {
-	_ = json.Unmarshal(value, &n)
-	return n
+// number returns a whole number that is not negative: 1, "1" or 1.0.
+func number(value json.RawMessage) (n int, ok bool) {
+	f, err := strconv.ParseFloat(strings.TrimSpace(strings.Trim(string(value), `"`)), 64)
+	const most = 1 << 31
+	if err != nil || f != math.Trunc(f) || !(f >= 0 && f < most) {
+		return 0, false
+	}
+	return int(f), true
 }
 
 // means reports whether a value is present and not empty.
 func means(value json.RawMessage) bool {
-	switch string(value) {
-	case "", "null", "false", "0", `""`, "{}", "[]":
+	value = bytes.TrimSpace(value)
+	if len(value) == 0 {
 		return false
 	}
-	return true
+	switch value[0] {
+	case '{':
+		return len(object(value)) > 0
+	case '[':
+		return len(list(value)) > 0
+	case '"':
+		return strings.TrimSpace(text(value)) != ""
+	}
+	n, err := strconv.ParseFloat(string(value), 64)
+	return string(value) != "null" && string(value) != "false" && (err != nil || n != 0)
+}
+
+// strict returns a value in a form that every JSON parser accepts: of duplicate names the last one
+// counts, and what is no UTF-8 is replaced.
+func strict(value json.RawMessage) json.RawMessage {
+	if jsontext.Value(value).IsValid() {
+		return value
+	}
+	d := json.NewDecoder(bytes.NewReader(value))
+	d.UseNumber() // not rounded
+	var v any
+	if d.Decode(&v) != nil {
+		return json.RawMessage("null")
+	}
+	value, _ = json.Marshal(v)
+	return value
 }
 
 // texts reads the content of a stream of deltas.
 type texts struct {
-	source string            // the member that contains the reasoning
-	torn   map[string]string // by member: the first half of a character, in its JSON form
-	call   string            // the id of the last tool call without an index
-	calls  int               // how many tool calls had none
+	torn    map[string]string // by member: the first half of a character, in its JSON form
+	thought strings.Builder   // all reasoning
+	calls   []*call           // all tool calls
+	last    *call             // the last one of which a piece came
 }
 
-// thinking lists the members that may contain reasoning. Services may send the same text in several
-// of them: the first that is not empty counts.
-var thinking = []string{"reasoning_content", "reasoning", "reasoning_details"}
+// thinking lists the members that may contain reasoning. A service may use another one in each
+// event. In one event, the same text in several of them counts once.
+var thinking = []string{"reasoning_content", "reasoning", "reasoning_text", "thinking", repeats}
+
+// repeats is the member in which OpenRouter repeats all reasoning, with a signature, after it has
+// come elsewhere.
+const repeats = "reasoning_details"
+
+// reasoning returns the reasoning of a delta.
+func (t *texts) reasoning(delta members) (all []Piece) {
+	before := t.thought.String()
+	said := map[string]bool{}
+	for _, name := range thinking {
+		pieces, whole := t.parts(name, delta[name], Piece{Reasoning: true}, 0), ""
+		for _, p := range pieces {
+			whole += p.Text
+		}
+		if whole == "" || said[whole] || name == repeats && whole == before {
+			continue
+		}
+		said[whole] = true
+		all = append(all, pieces...)
+		t.thought.WriteString(whole)
+	}
+	return all
+}
 
 // pieces returns the content of a delta, in display order.
 func (t *texts) pieces(delta members) (all []Piece) {
-	for _, name := range thinking {
-		if t.source == "" || t.source == name {
-			if all = t.parts(name, delta[name], Piece{Reasoning: true}, 0); len(all) > 0 {
-				t.source = name
-				break
-			}
-		}
-	}
+	all = t.reasoning(delta)
 	google := object(object(delta["extra_content"])["google"])
 	all = append(all, t.parts("content", delta["content"], Piece{Reasoning: string(google["thought"]) == "true"}, 0)...)
 	all = append(all, t.parts("refusal", delta["refusal"], Piece{Refusal: true}, 0)...)
@@ -93,8 +142,8 @@ func (t *texts) parts(name string, value json.RawMessage, as Piece, depth int) (
 		}
 	case '{': // {"type":"text","text":…}, {"type":"thinking","thinking":[…]}, {"type":"reasoning.summary","summary":…}
 		part := object(value)
-		for _, member := range []string{"text", "thinking", "summary", "refusal"} {
-			if part[member] == nil {
+		for _, member := range []string{"text", "thinking", "summary", "refusal", "content"} {
+			if part[member] == nil || member == "content" && !as.Reasoning { // in a text it may be what a tool said
 				continue
 			}
 			if as.Refusal = as.Refusal || member == "refusal"; member == "thinking" || text(part["type"]) == "thinking" {
@@ -106,56 +155,134 @@ func (t *texts) parts(name string, value json.RawMessage, as Piece, depth int) (
 	return all
 }
 
-// toolCalls reads tool calls, or the next pieces of them. It adds the indexes that Gemini omits,
-// because they are needed to join the pieces. It removes members that are not valid JSON for every
-// parser.
-func (t *texts) toolCalls(calls []json.RawMessage) json.RawMessage {
-	var all []members
-	for _, value := range calls {
-		call := object(value)
-		if call == nil {
-			continue
-		}
-		function := object(call["function"])
-		if index := call["index"]; index == nil || strconv.Itoa(number(index)) != string(index) {
-			if id := text(call["id"]); t.calls == 0 || id != "" && id != t.call || id == "" && text(function["name"]) != "" {
-				t.call = id
-				t.calls++
-			}
-			call["index"] = json.RawMessage(strconv.Itoa(t.calls - 1))
-		}
-		if arguments := function["arguments"]; len(arguments) > 0 && arguments[0] == '"' {
-			function["arguments"], _ = json.Marshal(t.join("call "+string(call["index"]), arguments))
-			call["function"], _ = json.Marshal(function)
-		}
-		for name, value := range call {
-			if !jsontext.Value(value).IsValid() {
-				delete(call, name)
-			}
-		}
-		all = append(all, call)
+// call is a tool call that has begun.
+type call struct {
+	index    int // ours
+	given    int // the service's, or -1
+	id, name string
+}
+
+// of returns the call to which a piece belongs. alone says that the event has no other piece.
+//
+// A piece belongs to the call with its index. The index may be a number or the text of one. A piece
+// with an index of another shape, or without one, belongs to the call with its id. If it has no id
+// either, it begins a call if it has a name; otherwise it belongs to the call at its position in
+// the event, or to the last call if it is alone. An index that comes again with a name and another
+// id begins another call, and so does an id that comes again with another name: some services give
+// every call the same.
+func (t *texts) of(piece members, position int, alone bool) *call {
+	id, name := text(piece["id"]), text(object(piece["function"])["name"])
+	given, ok := number(piece["index"])
+	if !ok {
+		given = -1
 	}
-	if all == nil {
+	another := func(c *call) bool {
+		if ok {
+			return name != "" && id != "" && c.id != "" && id != c.id
+		}
+		return name != "" && c.name != "" && name != c.name
+	}
+	var found *call
+	for _, c := range t.calls {
+		if ok && c.given == given || !ok && id != "" && c.id == id {
+			found = c // the latest
+		}
+	}
+	switch {
+	case ok, id != "", name != "":
+	case alone:
+		found = t.last
+	case position < len(t.calls):
+		found = t.calls[position]
+	}
+	if found != nil && another(found) {
+		found = nil
+	}
+	if found == nil {
+		found = &call{index: given, given: given}
+		for _, c := range t.calls {
+			if !ok || c.index == given {
+				found.index = -1
+			}
+		}
+		if found.index < 0 {
+			for _, c := range t.calls {
+				found.index = max(found.index, c.index)
+			}
+			found.index++
+		}
+		t.calls = append(t.calls, found)
+	}
+	found.id, found.name = cmp.Or(found.id, id), cmp.Or(found.name, name)
+	t.last = found
+	return found
+}
+
+// toolCalls reads tool calls, or the next pieces of them. Each gets the index by which the pieces
+// are joined, and arguments that are text. It has no values that some parsers refuse.
+func (t *texts) toolCalls(values []json.RawMessage) json.RawMessage {
+	var pieces []members
+	for _, value := range values {
+		if piece := object(value); piece != nil {
+			pieces = append(pieces, piece)
+		}
+	}
+	if pieces == nil {
 		return nil
 	}
-	joined, _ := json.Marshal(all)
+	for i, piece := range pieces {
+		c := t.of(piece, i, len(pieces) == 1)
+		piece["index"] = json.RawMessage(strconv.Itoa(c.index))
+		if text(piece["id"]) != "" { // of each piece another one: the first counts
+			piece["id"], _ = json.Marshal(c.id)
+		}
+		if function := object(piece["function"]); function != nil {
+			if arguments, ok := argumentsOf(function); !ok {
+				delete(function, "arguments")
+			} else if arguments[0] == '"' {
+				function["arguments"], _ = json.Marshal(t.join("call "+string(piece["index"]), arguments))
+			} else {
+				function["arguments"], _ = json.Marshal(string(arguments))
+			}
+			piece["function"], _ = json.Marshal(function)
+		}
+		for name, value := range piece {
+			piece[name] = strict(value)
+		}
+	}
+	joined, _ := json.Marshal(pieces)
 	return joined
+}
+
+// argumentsOf returns the arguments of a function: usually a text, and of some services an object.
+// null is none.
+func argumentsOf(function members) (arguments json.RawMessage, ok bool) {
+	arguments = function["arguments"]
+	return arguments, len(arguments) > 0 && string(arguments) != "null"
 }
 
 // Call is a tool call, or a piece of one. Pieces with the same Index are joined by their Arguments.
 type Call struct {
-	Index                     json.RawMessage
+	Index                     json.RawMessage // a number
 	ID, Type, Name, Arguments string
 }
 
-// Calls parses Piece.ToolCalls.
+// Calls parses Piece.ToolCalls, and what producers append in this form. An index may be a number or
+// the text of one. In place of one of another shape, or of none, stands the position.
 func Calls(calls json.RawMessage) (all []Call) {
-	for _, value := range list(calls) {
+	for i, value := range list(calls) {
 		call := object(value)
 		function := object(call["function"])
-		c := Call{call["index"], text(call["id"]), text(call["type"]), text(function["name"]), string(function["arguments"])}
-		if strings.HasPrefix(c.Arguments, `"`) { // some services send an object
-			c.Arguments = text(function["arguments"])
+		c := Call{call["index"], text(call["id"]), text(call["type"]), text(function["name"]), ""}
+		index, ok := number(c.Index)
+		if !ok {
+			index = i
+		}
+		c.Index = json.RawMessage(strconv.Itoa(index))
+		if arguments, ok := argumentsOf(function); ok {
+			if c.Arguments = string(arguments); arguments[0] == '"' {
+				c.Arguments = text(arguments)
+			}
 		}
 		all = append(all, c)
 	}

@@ -2,6 +2,7 @@ package model
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -12,10 +13,10 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
-	"mime"
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -238,13 +239,13 @@ func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, erro
 	if err != nil {
 		return nil, err
 	}
-	kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
-	encoding := res.Header.Get("Content-Encoding") // not gzip, which net/http has decoded
 	switch {
 	case res.StatusCode != http.StatusOK: // the body is ignored, however long it is
 		err = &statusError{res.StatusCode, retryAfter(res.Header.Get("Retry-After"))}
-	case err != nil || kind != eventStream || encoding != "" && !strings.EqualFold(encoding, "identity"):
+	case !isEvents(res.Header.Get("Content-Type")):
 		err = errEvents
+	default:
+		err = decode(res)
 	}
 	if err != nil {
 		_ = res.Body.Close()
@@ -254,6 +255,53 @@ func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, erro
 }
 
 const eventStream = "text/event-stream"
+
+// isEvents reports whether a Content-Type is that of an event stream. Its parameters do not matter,
+// however malformed they are, and neither does what a proxy added after a comma.
+func isEvents(contentType string) bool {
+	kind, _, _ := strings.Cut(contentType, ";")
+	kind, _, _ = strings.Cut(kind, ",")
+	return strings.EqualFold(strings.TrimSpace(kind), eventStream)
+}
+
+// codings are the content codings that we never ask for and cannot decode
+// (https://www.iana.org/assignments/http-parameters). Every other name is no coding: some gateways
+// send none or utf-8.
+var codings = map[string]bool{
+	"aes128gcm": true, "br": true, "compress": true, "dcb": true, "dcz": true, "deflate": true, "exi": true, "pack200-gzip": true, "x-compress": true, "zstd": true,
+}
+
+// decode makes the body of a response plain. net/http has done so already, and removed the header,
+// if the coding is gzip.
+func decode(res *http.Response) error {
+	all := strings.Split(strings.Join(res.Header.Values("Content-Encoding"), ","), ",")
+	for _, coding := range slices.Backward(all) { // the last one was applied last
+		switch coding = strings.ToLower(strings.TrimSpace(coding)); {
+		case codings[coding]:
+			return errEvents
+		case coding == "gzip" || coding == "x-gzip":
+			res.Body, res.Uncompressed = &unzipped{ReadCloser: res.Body}, true
+		}
+	}
+	return nil
+}
+
+// unzipped decodes a body as it comes.
+type unzipped struct {
+	io.ReadCloser // the compressed body
+	plain         *gzip.Reader
+	err           error
+}
+
+func (u *unzipped) Read(p []byte) (int, error) {
+	if u.plain == nil && u.err == nil { // which waits for the header
+		u.plain, u.err = gzip.NewReader(u.ReadCloser)
+	}
+	if u.err != nil {
+		return 0, u.err
+	}
+	return u.plain.Read(p)
+}
 
 // Errors of an attempt, besides those of the connection.
 var (

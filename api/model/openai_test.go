@@ -366,6 +366,45 @@ func TestOpenAI_readsWhatIsCompressedWordByWord(t *testing.T) {
 	}
 }
 
+// Headers that do not follow the letter do not refuse a good stream.
+func TestOpenAI_readsAStreamUnderAnyHeaderThatMayMeanIt(t *testing.T) {
+	t.Parallel()
+	const kind = "text/event-stream"
+	plain := "data: " + delta("sesame") + "\n\ndata: " + finish + "\n\ndata: [DONE]\n\n"
+	var b strings.Builder
+	z := gzip.NewWriter(&b)
+	_, _ = io.WriteString(z, plain)
+	_ = z.Close()
+	zipped := b.String()
+	for _, c := range []struct{ kind, coding, body, reason string }{
+		{kind, "none", plain, ""}, {kind, "utf-8", plain, ""}, {kind, "UTF8", plain, ""}, {kind, "Identity", plain, ""}, {kind, ", ", plain, ""},
+		{kind, "x-gzip", zipped, ""}, {kind, "GZIP", zipped, ""}, {kind, "identity, X-Gzip", zipped, ""}, {kind, "gzip, none", zipped, ""},
+		{kind, "x-gzip", zipped[:20], Broken}, {kind, "x-gzip", plain, Broken}, {kind, "x-gzip", "", Broken},
+		{kind, "br", plain, Rejected}, {kind, "deflate", plain, Rejected}, {kind, "none, zstd", plain, Rejected},
+		{kind + "; charset", "", plain, ""}, {kind + ";", "", plain, ""}, {kind + "; charset=a; charset=b", "", plain, ""}, {kind + ", " + kind, "", plain, ""},
+		{"Text/Event-Stream ;=;", "", plain, ""}, {kind + "s", "", plain, Rejected}, {"text/plain; x=" + kind, "", plain, Rejected}, {"", "", plain, Rejected},
+	} {
+		s := serve(t, func(_ int64, w http.ResponseWriter, _ *http.Request) {
+			w.Header()["Content-Type"] = []string{c.kind}
+			if c.coding != "" {
+				w.Header()["Content-Encoding"] = []string{c.coding}
+			}
+			_, _ = io.WriteString(w, c.body)
+		})
+		o := NewOpenAI(s.config())
+		text := ""
+		failed, _ := o.attempt(t.Context(), nil, func(p Piece) bool { text += p.Text; return true })
+		o.http.CloseIdleConnections()
+		reason := ""
+		if failed != nil {
+			reason = explain(failed).Reason
+		}
+		if reason != c.reason || reason == "" && text != "sesame" {
+			t.Errorf("%q, %q: %q, %v", c.kind, c.coding, text, failed)
+		}
+	}
+}
+
 // hang returns the address of a listener that never responds.
 func (*service) hang(t *testing.T) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")

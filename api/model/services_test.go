@@ -388,6 +388,64 @@ data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
 data: [DONE]
 
 `, "\n", "\r"), text: `Green 🍵 \ud83c.`, finish: "stop"},
+	"a gateway: the thinking changes its member": {
+		stream: `data: {"choices":[{"index":0,"delta":{"reasoning_content":"\n","reasoning":""}}]}
+
+data: {"choices":[{"index":0,"delta":{"reasoning":"Te","reasoning_content":"Te"}}]}
+
+data: {"choices":[{"index":0,"delta":{"reasoning_content":"a"}}]}
+
+data: {"choices":[{"index":0,"delta":{"reasoning":{"content":", hm"}}}]}
+
+data: {"choices":[{"index":0,"delta":{"thinking":", hm"}}]}
+
+data: {"choices":[{"index":0,"delta":{"thinking":"?","reasoning_text":"!"}}]}
+
+data: {"choices":[{"index":0,"delta":{"content":"Green tea"}}]}
+
+data: [DONE]⏹
+
+`, thought: "\nTea, hm, hm!?", text: "Green tea"},
+	"a gateway: indexes of calls as text": {
+		stream: `data: {"choices":[{"delta":{"tool_calls":[{"index":"0","id":"a","function":{"name":"brew","arguments":null}},{"index":"1","id":"b","function":{"name":"pour","arguments":""}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":"1","function":{"arguments":"{\"for\":"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":0.0,"id":null,"function":{"name":null,"arguments":"{}"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":1,"id":"","function":{"name":"","arguments":"2}"}}]}}]}
+
+data: {"choices":[{"delta":{},"finish_reason":"tool_calls"}]}
+
+⏹data: [DONE]
+
+`, calls: `0 brew {}; 1 pour {"for":2}`, finish: "tool_calls"},
+	"a gateway: calls with ids alone": {
+		stream: `data: {"choices":[{"delta":{"tool_calls":[{"index":[],"id":"a","function":{"name":"brew","arguments":""}},{"id":"b","function":{"name":"pour","arguments":""}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":-1,"id":"b","function":{"arguments":"{\"for\":"}},{"id":"a","function":{"arguments":"{"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"}"}},{"function":{"arguments":"2"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"id":"b","function":{"name":"pour"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"}"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"id":"b","function":{"name":"drink","arguments":"{}"}}]}}]}
+
+data: [DONE]⏹
+
+`, calls: `0 brew {}; 1 pour {"for":2}; 2 drink {}`},
+	"a gateway: one index for all calls": {
+		stream: `data: {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"a","function":{"name":"brew","arguments":"{}"}},{"index":0,"id":"b","function":{"name":"pour","arguments":"{"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"c","function":{"arguments":"}"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"id":"d","function":{"name":"drink","arguments":{"a":1,"a":2}}}]}}]}
+
+data: [DONE]⏹
+
+`, calls: `0 brew {}; 1 pour {}; 2 drink {"a":1,"a":2}`},
 	"members of any shape": {
 		stream: `data: {"id":7,"choices":[{"index":"0","delta":{"content":{"type":"text","text":"Green"},"refusal":false,"tool_calls":"none","role":[]},"finish_reason":{"type":"stop"},"logprobs":true}],"usage":"none","x_groq":[],"object":{}}
 
@@ -459,7 +517,7 @@ func (h *heard) take(p Piece) {
 	}
 	_ = json.Unmarshal(p.ToolCalls, &calls)
 	for _, c := range calls {
-		if c.Function.Name != "" {
+		if c.Function.Name != "" && !strings.Contains(h.calls, fmt.Sprintf("; %d %s ", c.Index, c.Function.Name)) {
 			h.calls += fmt.Sprintf("; %d %s ", c.Index, c.Function.Name)
 		}
 		at := strings.Index(h.calls, fmt.Sprintf("; %d ", c.Index))
@@ -518,7 +576,7 @@ func TestServices_eachStreamSaysWhatItSays(t *testing.T) {
 }
 
 // Promise: an answer that did not end is never done. A stream is cut at each byte, or falls silent
-// there, or ends there.
+// there, or ends there. An event that has begun there counts only if it is whole by itself.
 func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testing.T) {
 	t.Parallel()
 	for name, s := range services {
@@ -528,26 +586,24 @@ func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testi
 				before, after, ends := strings.Cut(s.stream, "⏹")
 				stream := before + after
 				end := len(strings.TrimRight(before, "\r\n")) // of the event that completes the answer
-				var events, atEnd heard
+				var want heard
 				for at := range len(stream) {
 					change := at == 0 || strings.ContainsAny(stream[at-1:at], "\r\n]}")
 					if change {
-						events, atEnd = said(stream[:at]), said(stream[:at]+"\n\n")
+						want = said(stream[:at] + "\n\n")
 					}
+					// [DONE] completes the answer, whatever comes after it.
+					complete := ends && at >= end && (strings.HasSuffix(before[:end], "[DONE]") || !unfinished(stream[:at]))
 					for how, then := range map[string]error{"broken": errCut, "silent": nil, "ended": io.EOF} {
 						if how == "silent" && !change {
 							continue // the same as at the byte before
-						}
-						want, complete := events, ends && at >= end+blankLine(stream[end:])
-						if how == "ended" { // the last event counts even without its blank line
-							want, complete = atEnd, ends && at >= end
 						}
 						got, err := play(t.Context(), played{stream: stream[:at], then: then})
 						got.finish, got.usage, want.finish, want.usage = "", "", "", ""
 						switch {
 						case got != want:
 							t.Fatalf("%s at byte %d, %q: %+v, and not %+v", how, at, tail(stream[:at]), got, want)
-						case how == "ended" && s.claims: // the end confirms the claim: see the next test
+						case how == "ended" && s.claims && !unfinished(stream[:at]): // the end confirms the claim: see the next test
 						case complete != (err == nil):
 							t.Fatalf("%s at byte %d, %q: %v", how, at, tail(stream[:at]), err)
 						case how == "silent" && !complete && !errors.Is(err, errSilent) && !errors.Is(err, s.fails):
@@ -560,8 +616,27 @@ func TestServices_anAnswerIsCompleteWhereItsServiceSaidSoAndNowhereElse(t *testi
 	}
 }
 
-// blankLine returns the length of the end of an event at the start of a text.
-func blankLine(text string) int { return min(len(text)-len(strings.TrimLeft(text, "\r\n")), 2) }
+// unfinished reports whether a stream ends inside an event that is not whole by itself.
+func unfinished(stream string) bool {
+	stream = strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(strings.TrimPrefix(stream, "\uFEFF"))
+	last := stream[strings.LastIndex("\n\n"+stream, "\n\n"):]
+	begun, data := false, ""
+	for i, line := range strings.Split(last, "\n") {
+		name, value, _ := strings.Cut(line, ":")
+		whole := i < strings.Count(last, "\n")
+		begun = begun || name == "event" || name == "data" || !whole && name != ""
+		if name == "data" {
+			data += value + "\n"
+		}
+	}
+	return begun && (strings.TrimSpace(data) == "" || !whole(data))
+}
+
+// whole reports whether the data of an event is readable: [DONE], JSON values, and comments.
+func whole(data string) bool {
+	_, err := new(answer).take(sse.Event{Data: data})
+	return !errors.Is(err, errJSON)
+}
 
 func tail(text string) string { return text[max(len(text)-60, 0):] }
 
@@ -574,6 +649,8 @@ func TestAnswer_finishInEachEventIsConfirmedByTheEndAlone(t *testing.T) {
 	null := `data: {"choices":[{"delta":{"content":"Green"},"finish_reason":"null"}]}` + "\n\n"
 	thought := `data: {"choices":[{"delta":{"reasoning":"Hm"},"finish_reason":"stop"}]}` + "\n\n"
 	failed := `data: {"error":{"message":"TimeoutError","code":504}}` + "\n\n"
+	torn := `data: {"choices":[{"index":0,"delta":{"content":" world and mo`
+	end := "data: [DONE]\n\n"
 	for stream, want := range map[string][3]error{ // cut, silent, ended
 		word:                        {errCut, errSilent, nil},
 		word + word:                 {errCut, errSilent, nil},
@@ -594,6 +671,41 @@ func TestAnswer_finishInEachEventIsConfirmedByTheEndAlone(t *testing.T) {
 		bare + "data: oh no\n\n":    {errJSON, errJSON, errJSON},
 		bare + stop + "data: {\n\n": {errJSON, errJSON, errJSON},
 		bare + stop + failed:        {errSaid, errSaid, errSaid},
+		// The stream ends inside an event.
+		bare + stop + torn: {errCut, errSilent, errShort},
+		word + word + torn: {errCut, errSilent, errShort},
+		bare + stop + `data: {"error":{"message":"overlo`:    {errCut, errSilent, errShort},
+		bare + stop + "data: [DON":                           {errCut, errSilent, errShort},
+		bare + stop + "data:":                                {errCut, errSilent, errShort},
+		bare + stop + "da":                                   {errCut, errSilent, errShort},
+		bare + stop + "event: messa":                         {errCut, errSilent, errShort},
+		bare + stop + "event: error\n":                       {errSaid, errSaid, errSaid},
+		bare + stop + "data: {\n":                            {errCut, errSilent, errShort},
+		bare + stop + "data: {\"error\":\ndata: {\"code\":7": {errCut, errSilent, errShort},
+		bare + stop + torn + "\n\n":                          {errJSON, errJSON, errJSON},
+		stop + torn:                                          {errCut, errSilent, errShort},
+		bare + strings.TrimRight(stop, "\n"):                 {nil, nil, nil},
+		bare + "data: [DONE]":                                {nil, nil, nil},
+		bare + stop + strings.TrimRight(failed, "\n"):        {errSaid, errSaid, errSaid},
+		bare + stop + strings.TrimRight(bare, "\n"):          {errCut, errSilent, errShort},
+		bare + stop + ": a comm":                             {nil, nil, nil},
+		bare + stop + "data: : a comm":                       {nil, nil, nil},
+		bare + stop + " ":                                    {nil, nil, nil},
+		// An error that has lost its form.
+		bare + "event: error\n\n" + end:                                                             {errSaid, errSaid, errSaid},
+		bare + "event: Error\ndata: {}\n\n" + end:                                                   {errSaid, errSaid, errSaid},
+		bare + `data: {"message":"Internal error","code":500}` + "\n\n" + end:                       {errSaid, errSaid, errSaid},
+		bare + `data: {"code":"rate_limit"}` + "\n\n" + end:                                         {errSaid, errSaid, errSaid},
+		bare + `data: {"code":"500","choices":[]}` + "\n\n" + end:                                   {errSaid, errSaid, errSaid},
+		bare + `data: {"detail":"Internal Server Error"}` + "\n\n" + end:                            {errSaid, errSaid, errSaid},
+		bare + `data: {"success":false,"errors":[{"code":7}]}` + "\n\n" + end:                       {errSaid, errSaid, errSaid},
+		bare + `data: {"message":"ok","code":0}` + "\n\n" + end:                                     {nil, nil, nil},
+		bare + `data: {"message":"ok","code":"200"}` + "\n\n" + end:                                 {nil, nil, nil},
+		bare + `data: {"type":"ping","message":{}}` + "\n\n" + end:                                  {nil, nil, nil},
+		bare + `data: {"error":{ },"choices":[{"error":[ ],"delta":{"error":" "}}]}` + "\n\n" + end: {nil, nil, nil},
+		bare + `data: {"error":0.0}` + "\n\n" + end:                                                 {nil, nil, nil},
+		bare + `data: {"error":{ "a":1}}` + "\n\n" + end:                                            {errSaid, errSaid, errSaid},
+		bare + `data: {"error":true}` + "\n\n" + end:                                                {errSaid, errSaid, errSaid},
 	} {
 		for i, then := range []error{errCut, nil, io.EOF} {
 			synctest.Test(t, func(t *testing.T) {
@@ -675,6 +787,44 @@ func TestAnswer_commentsAreSignsOfLifeWithinBounds(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// The index of a call may be a number or text, and its arguments text, a value, or nothing.
+func TestCalls_readsEveryForm(t *testing.T) {
+	t.Parallel()
+	for data, want := range map[string]string{
+		`[{"index":0,"id":"a","type":"function","function":{"name":"f","arguments":"{\"x\":1}"}}]`: `0 a f {"x":1}`,
+		`[{"index":"1","function":{"arguments":null}},{"index":1.0,"function":{}}]`:                `1   ; 1   `,
+		`[{"function":{"arguments":{"x":1,"x":2}}},{"index":[7],"function":{"arguments":[]}}]`:     `0   {"x":1,"x":2}; 1   []`,
+		`[{"index":-1},{"index":1e99},7,{"index":null},{"index":"no"},{"index":" 2 "}]`:            `0   ; 1   ; 2   ; 3   ; 4   ; 2   `,
+	} {
+		var got []string
+		for _, c := range Calls(json.RawMessage(data)) {
+			got = append(got, fmt.Sprintf("%s %s %s %s", c.Index, c.ID, c.Name, c.Arguments))
+		}
+		if strings.Join(got, "; ") != want {
+			t.Errorf("%s: %q, and not %q", data, got, want)
+		}
+	}
+}
+
+// A value that some JSON parsers refuse is not lost: the last one of duplicate names counts.
+func TestAnswer_duplicateNamesLoseNothing(t *testing.T) {
+	t.Parallel()
+	got, err := play(t.Context(), played{then: io.EOF, stream: `data: {"choices":[{"delta":{"content":"a","content":"b","tool_calls":[{"index":0,"x":{"n":12345678901234567890,"n":1e999},"function":{"name":"e","name":"f","arguments":{"s":"\ud800"}}}]}}]}
+
+data: {"choices":[],"usage":{"n":1,"n":12345678901234567890,"s":"\ud800"}}
+
+data: [DONE]
+
+`})
+	if want := (heard{"", "b", `0 f {"s":"\ud800"}`, "", `{"n":12345678901234567890,"s":"` + "\uFFFD" + `"}`}); got != want || err != nil {
+		t.Errorf("%+v, %v", got, err)
+	}
+	calls := new(texts).toolCalls([]json.RawMessage{json.RawMessage(`{"x":{"n":1,"n":1e999}}`)})
+	if want := `[{"index":0,"x":{"n":1e999}}]`; string(calls) != want {
+		t.Errorf("%s, and not %s", calls, want)
 	}
 }
 

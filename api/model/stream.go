@@ -1,10 +1,12 @@
 package model
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,18 +32,23 @@ const (
 // show it too early. So an answer goes through stages, and its stage when the stream ends decides
 // the result:
 //
-//	          is said    a finish          silence    the response  the connection
-//	stage     again      is said           too long   ends          breaks
-//	open      open       claimed/finished  timeout    broken        broken
-//	claimed   open       claimed/finished  timeout    complete      broken
-//	finished  open       finished          complete   complete      complete
-//	done      -          -                 -          -             -          complete at once
+//	          is said    a finish          silence    the response  the connection  any of the three,
+//	stage     again      is said           too long   ends          breaks          inside an event
+//	open      open       claimed/finished  timeout    broken        broken          timeout/broken
+//	claimed   open       claimed/finished  timeout    complete      broken          timeout/broken
+//	finished  open       finished          complete   complete      complete        timeout/broken
+//	done      -          -                 -          -             -               -  (complete at once)
 //
 // "Said" means text, reasoning, a refusal or a tool call. What is said after a finish revokes it.
 // The event [DONE] leads from every stage to done. An error is a failure in every stage. It is a member
-// error (also of a choice or of its delta), a finish that means failure, an event named error, or an
+// error (also of a choice or of its delta), a finish that means failure, an event named error, even
+// without data, an event without choices that has the message or the code of an error (bare), or an
 // event that cannot be read. A complete answer with only reasoning is empty, which is a failure,
 // too.
+//
+// An event whose blank line is missing when nothing more comes is the event that it is if it is
+// whole by itself: [DONE], or readable JSON. Otherwise the stream ended inside an event, which may
+// have said anything. Blanks and a comment are no event.
 //
 // A finish is a finish_reason that is text, and neither empty nor "null" nor "none". It is ignored
 // on an event with only reasoning: some services send "stop" there. Other services send it in each
@@ -79,7 +86,7 @@ type answer struct {
 
 // take takes an event, and returns its content.
 func (a *answer) take(e sse.Event) (all []Piece, err error) {
-	if e.Name == "error" {
+	if strings.EqualFold(strings.TrimSpace(e.Name), "error") {
 		return nil, errSaid
 	}
 	for rest := strings.TrimSpace(e.Data); rest != ""; rest = strings.TrimSpace(rest) {
@@ -108,17 +115,18 @@ func (a *answer) take(e sse.Event) (all []Piece, err error) {
 // read reads the object of an event.
 func (a *answer) read(event members) (all []Piece, err error) {
 	groq := object(event["x_groq"])
-	if means(event["error"]) || means(groq["error"]) || text(event["object"]) == "error" || text(event["type"]) == "error" {
+	choices := list(event["choices"])
+	if means(event["error"]) || means(groq["error"]) || text(event["object"]) == "error" || text(event["type"]) == "error" || len(choices) == 0 && bare(event) {
 		return nil, errSaid
 	}
 	for _, usage := range []json.RawMessage{groq["usage"], event["usage"]} {
 		if object(usage) != nil {
-			a.usage = usage
+			a.usage = strict(usage)
 		}
 	}
-	for _, value := range list(event["choices"]) {
+	for _, value := range choices {
 		choice := object(value)
-		if number(choice["index"]) > 0 { // there is only one, unless the options ask for more
+		if index, _ := number(choice["index"]); index > 0 { // there is only one, unless the options ask for more
 			continue
 		}
 		delta := object(choice["delta"])
@@ -132,6 +140,22 @@ func (a *answer) read(event members) (all []Piece, err error) {
 		}
 	}
 	return all, nil
+}
+
+// bare reports whether an event without choices is an error: some gateways send what they caught as
+// the whole event, {"message":"Internal error","code":500} or {"detail":"…"}. A code that is 0, or a
+// status that means success, is no error, whatever its message says.
+func bare(event members) bool {
+	code := strings.Trim(string(event["code"]), `"`)
+	if n, err := strconv.Atoi(code); err == nil {
+		return n != 0 && (n < 200 || n > 299)
+	}
+	for _, name := range []string{"code", "message", "detail"} {
+		if strings.TrimSpace(text(event[name])) != "" {
+			return true
+		}
+	}
+	return means(event["errors"])
 }
 
 // move updates the stage for a choice of an event, which has content and a finish.
@@ -163,10 +187,10 @@ func (a *answer) move(said []Piece, finish string) error {
 }
 
 // complete returns nil if the answer was complete when its stream ended. err is nil after [DONE],
-// or the reason why nothing more came.
-func (a *answer) complete(err error, clean bool) error {
+// or the reason why nothing more came. torn says that the stream ended inside an event.
+func (a *answer) complete(err error, clean, torn bool) error {
 	switch {
-	case a.stage == done, a.stage == finished, a.stage == claimed && clean:
+	case a.stage == done, !torn && (a.stage == finished || a.stage == claimed && clean):
 		if !a.words {
 			return errEmpty
 		}
@@ -183,13 +207,14 @@ type stream struct {
 	parser sse.Parser
 	rest   []byte // bytes that have arrived, and are no whole event yet
 	err    error  // why nothing more arrives
-	torn   bool   // the response ended before the last event's blank line
+	ended  bool   // the rest was closed, because nothing more arrives
+	torn   bool   // it ended inside an event
 	mute   int    // bytes since the last content
 	buf    [8 << 10]byte
 }
 
-// next returns the next event. alive is called whenever bytes arrive. An event at the response's
-// end counts even without its blank line, as for most clients.
+// next returns the next event. alive is called whenever bytes arrive. When nothing more arrives, the
+// event that has begun is returned without its blank line, and is torn until somebody has read it.
 func (s *stream) next(alive func()) (e sse.Event, err error) {
 	for {
 		var whole bool
@@ -199,8 +224,9 @@ func (s *stream) next(alive func()) (e sse.Event, err error) {
 			return e, errLarge
 		case whole:
 			return e, nil
-		case errors.Is(s.err, io.EOF) && !s.torn:
-			s.torn, s.rest = true, append(s.rest, "\n\n"...)
+		case s.err != nil && !s.ended:
+			s.ended, s.torn = true, s.parser.Torn(bytes.TrimSpace(s.rest))
+			s.rest = append(s.rest, "\n\n"...)
 			continue
 		case s.err != nil:
 			return e, s.err
@@ -232,7 +258,7 @@ func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) 
 	}
 	defer res.Body.Close()
 
-	s := &stream{body: res.Body, parser: sse.Parser{AnyBytes: true}}
+	s := &stream{body: res.Body, parser: sse.Parser{AnyBytes: true, NameAlone: true}}
 	var a answer
 	last := time.Now() // when something was last said
 	patience := func() time.Duration {
@@ -262,8 +288,12 @@ func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) 
 				return nil, true
 			}
 		}
-		if err != nil && !(s.torn && errors.Is(err, errJSON)) {
+		switch {
+		case s.torn && errors.Is(err, errJSON): // complete says what that means
+		case err != nil:
 			return err, false
+		default:
+			s.torn = s.torn && strings.TrimSpace(e.Data) == ""
 		}
 		if len(said) > 0 {
 			s.mute, last = 0, time.Now()
@@ -278,7 +308,7 @@ func (o *OpenAI) attempt(ctx context.Context, request []byte, yield func(Piece) 
 	}
 	// Without a length or chunks, a broken connection looks like the end.
 	framed := res.ProtoMajor > 1 || res.ContentLength >= 0 || len(res.TransferEncoding) > 0 || res.Uncompressed
-	if failed := a.complete(why(err), framed && errors.Is(err, io.EOF)); failed != nil {
+	if failed := a.complete(why(err), framed && errors.Is(err, io.EOF), s.torn); failed != nil {
 		return failed, false
 	}
 	return nil, (a.finish != "" || a.usage != nil) && !yield(Piece{Finish: a.finish, Usage: a.usage})

@@ -204,7 +204,7 @@ func (f *Fold) calls(b []byte, data jsontext.Value) []byte {
 			}
 			b = f.add(b, of)
 		}
-		if p.Arguments != "" && p.Arguments != "null" {
+		if p.Arguments != "" {
 			b = f.delta(b, of, p.Arguments)
 		}
 	}
