@@ -198,7 +198,7 @@ func (a *API) operate(next echo.HandlerFunc) echo.HandlerFunc {
 // guard sets what every response says to browsers, and refuses what nothing is to be done for. What is
 // read here is no script, no style and no picture of another site's page.
 func (a *API) guard() echo.MiddlewareFunc {
-	checks := []func(*http.Request) error{a.checkSize, a.checkHost, checkOrigin(a.cfg.Origins)}
+	checks := []func(*http.Request) error{a.checkSize, a.checkHost, a.checkOrigin()}
 	noSniffing, ours := []string{"nosniff"}, []string{"same-origin"} // nobody writes into a header's values
 	return func(next echo.HandlerFunc) echo.HandlerFunc {
 		return func(c echo.Context) error {
@@ -221,9 +221,7 @@ func (a *API) guard() echo.MiddlewareFunc {
 // over has them, too.
 func (a *API) share() echo.MiddlewareFunc {
 	return middleware.CORSWithConfig(middleware.CORSConfig{
-		Skipper: func(c echo.Context) bool {
-			return !strings.HasPrefix(c.Request().URL.Path, "/v1/") && !isOpenAI(c.Request())
-		},
+		Skipper: func(c echo.Context) bool { return !shared(c.Request()) },
 		// Exactly these: the library's own list has patterns.
 		AllowOriginFunc:  func(origin string) (bool, error) { return slices.Contains(a.cfg.Origins, origin), nil },
 		AllowCredentials: true,

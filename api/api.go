@@ -129,8 +129,7 @@ func (c Config) Validate() error {
 	errs = append(errs, c.Limits.Validate())
 	for _, o := range c.Origins {
 		// A browser that names it otherwise would never be let in; * would let everybody in who has a cookie.
-		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") ||
-			u.Scheme == "https" && u.Port() == "443" || u.Scheme == "http" && u.Port() == "80" {
+		if !isOrigin(o) {
 			errs = append(errs, fmt.Errorf("-cors-origins: %q is not an origin: use https://host or https://host:port, without the scheme's default port; * is not allowed", o))
 		}
 	}
@@ -429,25 +428,6 @@ func (a *API) checkHost(r *http.Request) error {
 	}
 	return &Problem{Status: http.StatusMisdirectedRequest, Code: "host_not_allowed", Member: "Host",
 		Detail: fmt.Sprintf("unknown host %q: add it to -hosts if it is a name of this server", host)}
-}
-
-// checkOrigin refuses what another site's page sends in a browser's name: with its cookie, or
-// from within its network. Pages of the configured origins may; and no page at all can send a
-// token of its own without a preflight, which only those pass.
-func checkOrigin(origins []string) func(r *http.Request) error {
-	protection := http.NewCrossOriginProtection()
-	for _, origin := range origins {
-		if err := protection.AddTrustedOrigin(origin); err != nil {
-			panic(err) // Validate has seen it
-		}
-	}
-	return func(r *http.Request) error {
-		if err := protection.Check(r); err != nil {
-			return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
-				Detail: "pages of another origin may not change anything here: add the origin to -cors-origins"}
-		}
-		return nil
-	}
 }
 
 const idRule = "an id must have 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not only dots"
