@@ -81,6 +81,8 @@ type Config struct {
 	Patience time.Duration
 	// Demo adds the calls with which the page shows what goes wrong elsewhere (demo.go).
 	Demo bool
+	// Guide has the pages of /docs/guide, in Markdown (guide.go); nil: there is none.
+	Guide fs.FS
 	// Tracer follows requests and what they append; nil: nobody does.
 	Tracer Tracer
 
