@@ -50,34 +50,34 @@ lint:
 # detector lets it go in a reasonable time. A test gives up when nothing has happened
 # for a while (store/storetest/patience.go); the hour is for what never stands still.
 unit:
-	go test -race -count=1 -timeout 1h -skip TestRelease .
-	go test -race -count=1 -timeout 0 -run TestRelease .
-	go test -race -count=1 -timeout 1h $$(go list ./... | grep -v '^gapless$$')
+	go test -race -count=1 -timeout 1h -skip TestRelease ./test
+	go test -race -count=1 -timeout 0 -run TestRelease ./test
+	go test -race -count=1 -timeout 1h $$(go list ./... | grep -v '^gapless/test$$')
 	go test -count=1 -timeout 1h -run 'TestExplorer_everyOrder$$' ./sse
 
 # Three nodes, a Redis, producers and viewers, and whatever can happen to them, from a seed:
-# make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2
+# make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2, ARGS=-torture.embedded one node on disk
 FOR  := 3m
 SEED := 0
 torture: setup ## the fault test, and its table
-	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for $(FOR) -torture.seed $(SEED) $(ARGS)
+	go test -count=1 -timeout 0 -run 'TestTorture$$' -v ./test -torture.for $(FOR) -torture.seed $(SEED) $(ARGS)
 	go test -count=1 -timeout 0 -run 'TestExplorer' -v ./sse -explorer.deeper 1 -explorer.for $(FOR) -explorer.seed $(SEED)
 
 soak: setup ## ten minutes of three hundred sessions: memory stays as it is
-	go test -count=1 -timeout 0 -run 'TestTorture$$' -v . -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s
+	go test -count=1 -timeout 0 -run 'TestTorture$$' -v ./test -torture.for 10m -torture.faults=false -torture.sessions 300 -torture.pace 1s
 
-# The scenarios of main_bench_linux_test.go, beside a server that checks nothing; a quarter of an
+# The scenarios of test/bench_linux_test.go, beside a server that checks nothing; a quarter of an
 # hour on two idle cores. ONLY is a part of their names: make bench RUNS=1 ONLY=fanout
 RUNS := 3
 ONLY :=
 bench: setup ## what a chunk and an append cost, and how fast the whole is: a table
 	$(if $(ONLY),,go test -run xxx -bench . -benchmem ./sse ./store)
-	go test -count=1 -timeout 0 -run xxx -bench 'Scenarios$$/$(ONLY)' -benchtime 1x . -scenarios.runs $(RUNS)
+	go test -count=1 -timeout 0 -run xxx -bench 'Scenarios$$/$(ONLY)' -benchtime 1x ./test -scenarios.runs $(RUNS)
 
-# What one caller can do to the others: main_siege_test.go. FOR is how long each attack lasts, ONLY a regular expression of their names.
+# What one caller can do to the others: test/siege_test.go. FOR is how long each attack lasts, ONLY a regular expression of their names.
 siege: FOR := 20s
 siege: setup ## every attack next to a neighbour, and the table: memory, Redis, the neighbour's times, refusals
-	go test -count=1 -timeout 0 -run xxx -bench 'Siege$$' -benchtime 1x . -siege.for $(FOR) -siege.only '$(ONLY)'
+	go test -count=1 -timeout 0 -run xxx -bench 'Siege$$' -benchtime 1x ./test -siege.for $(FOR) -siege.only '$(ONLY)'
 
 fuzz: ## each fuzz target for a while
 	go test -count=1 -run TestElement_isReadAsAnybodyReadsIt ./store -elements 1000000

@@ -10,10 +10,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -22,13 +20,11 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/KimMachineGun/automemlimit/memlimit"
-	"github.com/dustin/go-humanize"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
@@ -108,8 +104,9 @@ type config struct {
 func parse(args []string, env func(string) (string, bool)) (config, error) {
 	stored := store.DefaultConfig()
 	stored.Redis = store.Embedded + ":gapless-data"
-	cfg := config{store: stored, sse: sse.DefaultConfig(), api: api.DefaultConfig(), auth: auth.DefaultConfig(), model: model.DefaultConfig()}
-	host, _ := os.Hostname()
+	delivery := sse.DefaultConfig()
+	delivery.Node, _ = os.Hostname()
+	cfg := config{store: stored, sse: delivery, api: api.DefaultConfig(), auth: auth.DefaultConfig(), model: model.DefaultConfig()}
 	var hosts, origins, proxies, modelName, logFormat string
 	var level slog.Level
 	var calls bool // the demo's
@@ -120,143 +117,40 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	fs.StringVar(&cfg.tlsKey, "tls-key", "", "`file` with the private key of -tls-cert")
 	fs.BoolVar(&cfg.h2c, "h2c", false, "also accept HTTP/2 without TLS, from proxies that use prior knowledge")
 	fs.StringVar(&hosts, "hosts", "", "comma-separated `names` under which browsers may call a server on loopback, besides localhost and IP addresses")
-	fs.StringVar(&cfg.auth.Source, "auth", "", "whose tokens are accepted: `secret:FILE`[,FILE…] for HS256 (at least 32 bytes each), or the https://… URL of a JWKS for RS256, ES256 and EdDSA; by default everybody may do everything")
-	fs.StringVar(&cfg.auth.Issuer, "auth-issuer", "", "the `iss` that a token must have; by default it is not checked")
-	fs.StringVar(&cfg.auth.Audience, "auth-audience", "", "the `aud` that a token must have; by default it is not checked")
-	fs.StringVar(&cfg.auth.Claim, "auth-claim", cfg.auth.Claim, "`name` of the claim that lists what the holder of a token may do")
-	fs.StringVar(&cfg.auth.Cookie, "auth-cookie", "", "`name` of a cookie that may carry the token when there is no Authorization header; by default none may")
 	fs.BoolVar(&cfg.open, "insecure-open", false, "listen on addresses other than loopback without -auth: anyone who can connect may read, write and delete everything")
 	fs.StringVar(&origins, "cors-origins", "", "comma-separated `origins` whose pages may call the API with credentials, such as https://chat.example")
-	fs.StringVar(&cfg.sse.Node, "node", host, "`name` of this node in the welcome event and in logs")
 	fs.DurationVar(&cfg.drain, "drain", 10*time.Second, "how long a shutdown may take; viewers are moved to other nodes during this time")
-
-	fs.StringVar(&cfg.store.Redis, "redis", cfg.store.Redis, "`URL`: redis://…, redis+sentinel://…/master, redis+cluster://…, with rediss for TLS; or embedded:DIR: in this process, for one node, with its data in a directory; or embedded: in memory only")
-	fs.StringVar(&cfg.store.Prefix, "prefix", cfg.store.Prefix, "`text` at the start of every key and channel in Redis; deployments that share a Redis server need different prefixes, even in different databases")
-	fs.StringVar(&cfg.store.RedisCA, "redis-ca", "", "`file` with the CA certificates for a rediss:// server, instead of the system's")
-	fs.StringVar(&cfg.store.RedisCert, "redis-cert", "", "`file` with the certificate that this node shows to Redis")
-	fs.StringVar(&cfg.store.RedisKey, "redis-key", "", "`file` with the private key of -redis-cert")
-	fs.IntVar(&cfg.store.WaitReplicas, "wait-replicas", 0, "how many replicas must have an append before it is acknowledged")
-	fs.DurationVar(&cfg.store.WaitTimeout, "wait-timeout", cfg.store.WaitTimeout, "how long replicas may take; after that the outcome of the append is unknown")
-	fs.DurationVar(&cfg.store.HistoryTTL, "history-ttl", cfg.store.HistoryTTL, "how long a log is kept after its last use; viewing a log is using it")
-	fs.IntVar(&cfg.store.HistoryMax, "history-max", cfg.store.HistoryMax, "how many chunks of a log are kept")
-	bytesVar(fs, &cfg.store.HistoryBytes, "history-bytes", "how many `bytes` of chunks of a log are kept; 0: no limit but -history-max")
-	fs.DurationVar(&cfg.store.Grace, "grace", cfg.store.Grace, "how long a message stays unfinished after its node died, or after the connection of a producer with numbers broke")
-	fs.StringVar(&cfg.store.HistoryOrder, "history-order", cfg.store.HistoryOrder, "the end of the list to which foreign producers push: oldest-first (RPUSH) or newest-first (LPUSH)")
-
-	fs.DurationVar(&cfg.sse.Heartbeat, "heartbeat", cfg.sse.Heartbeat, "longest silence on a stream")
-	fs.DurationVar(&cfg.sse.Reconcile, "reconcile", cfg.sse.Reconcile, "how often a watched log is read when nothing is announced; this is the longest delay of a chunk while Redis works")
-	fs.DurationVar(&cfg.sse.Linger, "linger", cfg.sse.Linger, "how long a log stays in memory after its last viewer has left")
-	fs.DurationVar(&cfg.sse.WriteTimeout, "write-timeout", cfg.sse.WriteTimeout, "how long a viewer may read nothing before its connection is closed; for other responses at most 45s")
-	bytesVar(fs, &cfg.sse.Window, "window", "how many `bytes` of a log's events are kept in memory")
-	bytesVar(fs, &cfg.sse.WindowTotal, "window-total", "how many `bytes` of events of all logs are kept in memory")
-	bytesVar(fs, &cfg.sse.SnapshotMax, "snapshot-max", "largest snapshot in `bytes`; the rest of a longer log is sent as chunks; 0: no snapshots")
-	bytesVar(fs, &cfg.api.ChunkMax, "chunk-max", "largest event that a chunk may become, in `bytes`")
-
-	limits := &cfg.api.Limits
 	fs.StringVar(&proxies, "trusted-proxies", "", "comma-separated `addresses` and ranges of proxies whose X-Forwarded-For is believed, such as 10.0.0.0/8")
-	fs.IntVar(&limits.Connections, "connections", limits.Connections, "limit of connections of this node; 0: as many as its file descriptors allow")
-	fs.IntVar(&limits.CallerConnections, "caller-connections", limits.CallerConnections, "limit of connections per client address (IPv6: per /64), trusted proxies excepted; 0: no limit, here and below")
-	fs.IntVar(&limits.Strangers, "strangers", limits.Strangers, "limit of connections that have not presented a token yet, with -auth")
-	fs.IntVar(&limits.CallerStrangers, "caller-strangers", limits.CallerStrangers, "limit of connections per client address that have not presented a token yet")
-	bytesVar(fs, &limits.StrangerBytes, "stranger-bytes", "how many `bytes` per second and client address are read from such connections; ten times as many at once")
-	fs.IntVar(&limits.Viewers, "viewers", limits.Viewers, "limit of viewers of this node")
-	fs.IntVar(&limits.CallerViewers, "caller-viewers", limits.CallerViewers, "limit of viewers per caller, which is a token's subject, or else a client address")
-	fs.IntVar(&limits.Uploads, "uploads", limits.Uploads, "limit of concurrent uploads of this node")
-	fs.IntVar(&limits.CallerUploads, "caller-uploads", limits.CallerUploads, "limit of concurrent uploads per caller")
-	fs.IntVar(&limits.Answers, "answers", limits.Answers, "limit of concurrent model answers of this node")
-	fs.IntVar(&limits.CallerAnswers, "caller-answers", limits.CallerAnswers, "limit of concurrent model answers per caller")
-	bytesVar(fs, &limits.Bodies, "bodies", "limit of `bytes` of memory for large JSON bodies on this node; each counts three times its length")
-	bytesVar(fs, &limits.CallerBodies, "caller-bodies", "limit of `bytes` of memory for large JSON bodies per caller")
-	bytesVar(fs, &limits.Responses, "responses", "limit of `bytes` of memory for calls in progress on this node, viewers and uploads excepted; each counts 64 KiB and the page that it holds")
-	bytesVar(fs, &limits.CallerResponses, "caller-responses", "limit of `bytes` of memory for calls in progress per client address")
-	fs.IntVar(&limits.Naive, "naive", limits.Naive, "limit of naive demo viewers of this node")
-	fs.IntVar(&limits.CallerNaive, "caller-naive", limits.CallerNaive, "limit of naive demo viewers per caller")
-	fs.IntVar(&limits.CallerCalls, "caller-calls", limits.CallerCalls, "limit of calls per second and caller; bursts may be ten times as large")
-	fs.IntVar(&limits.CallerAppends, "caller-appends", limits.CallerAppends, "limit of appended chunks per second and caller, where each KiB counts as a chunk; bursts may be ten times as large")
-	bytesVar(fs, &limits.CallerStored, "caller-stored", "limit of `bytes` of chunks that a caller stores per day")
-	fs.IntVar(&limits.CallerSessions, "caller-sessions", limits.CallerSessions, "limit of new sessions per second and caller; bursts may be ten times as large")
-	fs.IntVar(&limits.CallerTickets, "caller-tickets", limits.CallerTickets, "limit of new tickets per second and caller; bursts may be ten times as large")
-	fs.IntVar(&cfg.sse.Feeds, "feeds", cfg.sse.Feeds, "limit of logs that are watched at the same time")
-	fs.IntVar(&cfg.store.NamesMax, "session-names", cfg.store.NamesMax, "limit of messages and producers per session")
-	bytesVar(fs, &cfg.api.BodyMax, "body-max", "largest JSON body in `bytes`")
-	fs.IntVar(&cfg.api.BatchMax, "batch-max", cfg.api.BatchMax, "largest number of chunks in an array; half as many with producer numbers")
-	bytesVar(fs, &cfg.api.BatchBytes, "batch-bytes", "largest size in `bytes` of the chunks of an array, unless it is a single chunk")
-	bytesVar(fs, &cfg.api.URLMax, "url-max", "longest URL in `bytes`")
-	bytesVar(fs, &cfg.api.HeaderMax, "header-max", "largest request header in `bytes`")
 	fs.DurationVar(&cfg.header, "header-timeout", 10*time.Second, "how long a request header or a TLS handshake may take")
-	fs.DurationVar(&cfg.api.BodyTimeout, "body-timeout", cfg.api.BodyTimeout, "how long 64 KiB of a JSON body, or all of a shorter one, may take")
 	fs.DurationVar(&cfg.idle, "idle-timeout", 2*time.Minute, "how long an idle connection is kept; it should be longer than that of the proxies in front")
-
-	fs.BoolVar(&cfg.sse.Plain, "plain", false, "serve streams through the HTTP server instead of taking over HTTP/1.1 connections; slower, for comparison")
 	fs.StringVar(&cfg.metrics, "metrics", "", "additional `address` that serves only /metrics, without a token; keep it away from strangers")
 	fs.StringVar(&cfg.pprof, "pprof", "", "loopback `address` that serves profiles at /debug/pprof/; off by default")
-
 	fs.BoolVar(&calls, "demo", false, "with -model demo, serve the calls by which the page cuts connections and shows a viewer that loses chunks; by default only on loopback without -auth")
 	fs.StringVar(&modelName, "model", "demo", "what answers questions: demo, which has a few built-in texts, or openai, a service with the chat-completions API; -model-url implies openai")
-	fs.StringVar(&cfg.model.URL, "model-url", "", "base `URL` of the model's API, such as https://api.openai.com/v1; the API key is read from the environment variable "+model.KeyVariable)
-	fs.StringVar(&cfg.model.Name, "model-name", "", "`name` of the model to request")
-	fs.StringVar(&cfg.model.Options, "model-options", "", "additional members of each model request, a `JSON` object such as {\"temperature\":0.2}; null removes a member")
-	fs.DurationVar(&cfg.model.Timeout, "model-timeout", cfg.model.Timeout, "how long the model may be silent before its first word")
-	fs.DurationVar(&cfg.model.Stall, "model-stall", cfg.model.Stall, "how long the model may be silent between two words")
-	bytesVar(fs, &cfg.api.ContextMax, "model-context", "how many `bytes` of the conversation are sent with a question; the newest messages are kept")
-	bytesVar(fs, &cfg.api.AnswerMax, "model-answer-max", "longest answer in `bytes` of text")
 	showVersion := fs.Bool("version", false, "print the version and exit")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
 	fs.StringVar(&logFormat, "log-format", "text", "format of the log: text or json")
+	cfg.store.Flags(fs)
+	cfg.sse.Flags(fs)
+	cfg.api.Flags(fs)
+	cfg.auth.Flags(fs)
+	cfg.model.Flags(fs)
 	fs.Usage = func() { cli.Help(fs.Output(), fs) }
 
-	var errs []error
-	fs.SetOutput(io.Discard) // it would print the usage behind each mistake
-	for {
-		err := fs.Parse(args)
-		if args = fs.Args(); err == nil {
-			break
+	given, errs := cli.Parse(fs, args, env, func(rest []string) error {
+		if broken(cfg.store.Redis, rest) {
+			return errQuote
 		}
-		if errors.Is(err, flag.ErrHelp) {
-			fs.SetOutput(os.Stdout)
-			fs.Usage()
-			return cfg, err
-		}
-		mistake := err.Error()
-		if broken(cfg.store.Redis, append([]string{mistake}, args...)) {
-			err = errQuote
-		}
-		hint := "gapless help shows all flags"
-		if _, name, ok := strings.Cut(mistake, "provided but not defined: -"); ok && err != errQuote {
-			if near := cli.Nearest(name, cli.Names(fs)); near != "" {
-				hint = "did you mean -" + near + "?"
-			}
-		}
-		errs = append(errs, fmt.Errorf("%w (%s)", err, hint))
-		if strings.Contains(mistake, "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
-			args = args[1:] // its value
-		}
+		return nil
+	})
+	if errs == nil && given == nil {
+		return cfg, flag.ErrHelp
 	}
 	if *showVersion {
 		of, from := build()
 		fmt.Println("gapless", of, from, runtime.Version(), runtime.GOOS+"/"+runtime.GOARCH)
 		return cfg, flag.ErrHelp
 	}
-	if fs.NArg() > 0 && broken(cfg.store.Redis, fs.Args()) {
-		errs = append(errs, errQuote)
-	} else if fs.NArg() > 0 {
-		hint := "gapless help shows commands and flags"
-		if near := cli.Nearest(fs.Arg(0), append(slices.Collect(maps.Keys(cli.Commands())), "serve", "help", "version")); near != "" && near != fs.Arg(0) {
-			hint = "did you mean gapless " + near + "?"
-		}
-		errs = append(errs, fmt.Errorf("unexpected argument %q (%s)", fs.Arg(0), hint))
-	}
-	given := map[string]bool{}
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	fs.VisitAll(func(f *flag.Flag) {
-		name := cli.Variable(f.Name)
-		if value, ok := env(name); ok && !given[f.Name] {
-			given[f.Name] = true
-			if err := f.Value.Set(value); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %q: %w", name, value, err))
-			}
-		}
-	})
 
 	var handler slog.Handler
 	switch logFormat {
@@ -318,6 +212,7 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	case open && cfg.auth.Source == "" && !cfg.open:
 		errs = append(errs, fmt.Errorf("-listen: anyone who can reach %s could read, write and delete everything: set -auth, or listen on 127.0.0.1 behind a proxy that authenticates (-insecure-open allows it anyway)", cfg.listen))
 	}
+	limits := &cfg.api.Limits
 	// Who sets a limit of callers means it. Else addresses on loopback are this machine's own, and
 	// mostly a proxy's, which all its clients share.
 	limits.Addresses = !isLoopback(address) || proxies != ""
@@ -648,24 +543,4 @@ func drain(cfg config, handler *api.API, hub *sse.Hub, server *http.Server, fail
 	<-failed
 	cfg.log.Info("gapless has drained", slog.Duration("took", time.Since(begun)))
 	return err
-}
-
-// bytesVar is a flag for an amount of bytes, such as 64KiB.
-func bytesVar(fs *flag.FlagSet, p *int, name, usage string) {
-	fs.Var((*byteSize)(p), name, usage)
-}
-
-type byteSize int
-
-func (b *byteSize) String() string {
-	return strings.ReplaceAll(humanize.IBytes(uint64(max(*b, 0))), " ", "")
-}
-
-func (b *byteSize) Set(text string) error {
-	n, err := humanize.ParseBytes(text)
-	if err != nil || n > 1<<40 {
-		return fmt.Errorf("must be a number with KiB, MiB or GiB, up to 1024GiB")
-	}
-	*b = byteSize(n)
-	return nil
 }

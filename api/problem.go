@@ -250,6 +250,7 @@ type incoming struct {
 	since   int           // bytes since the deadline was set, at first by the server
 }
 
+// Read implements io.Reader. It returns the decoded body.
 func (b *incoming) Read(p []byte) (int, error) {
 	if b.plain != nil {
 		return b.plain.Read(p)

@@ -359,7 +359,7 @@ func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
 	}
 }
 
-// A query that cannot be parsed is refused by each call. What the library understands of it may be something else than was meant.
+// Each call refuses a query that cannot be parsed, because the library might understand something else than was meant.
 func TestProblem_malformedQueriesAreRefused(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

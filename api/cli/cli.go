@@ -4,10 +4,12 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 
@@ -98,6 +100,66 @@ func Help(w io.Writer, fs *flag.FlagSet) {
 			part.PrintDefaults()
 		}
 	}
+}
+
+// Parse reads flags from arguments, and those that are not given from their environment variables (Variable). It returns which flags are
+// given, and every mistake, with a hint. If it returns nothing, -help was given, and the help was printed. If explain recognizes the
+// arguments that follow a mistake, its error is returned instead: they may contain a secret.
+func Parse(fs *flag.FlagSet, args []string, env func(string) (string, bool), explain func(rest []string) error) (given map[string]bool, errs []error) {
+	fs.SetOutput(io.Discard) // it would print the usage after each mistake
+	for {
+		err := fs.Parse(args)
+		if args = fs.Args(); err == nil {
+			break
+		}
+		if errors.Is(err, flag.ErrHelp) {
+			fs.SetOutput(os.Stdout)
+			fs.Usage()
+			return nil, nil
+		}
+		mistake := err.Error()
+		explained := explain(append([]string{mistake}, args...))
+		if explained != nil {
+			err = explained
+		}
+		hint := "gapless help shows all flags"
+		if _, name, ok := strings.Cut(mistake, "provided but not defined: -"); ok && explained == nil {
+			if near := Nearest(name, Names(fs)); near != "" {
+				hint = "did you mean -" + near + "?"
+			}
+		}
+		errs = append(errs, fmt.Errorf("%w (%s)", err, hint))
+		if strings.Contains(mistake, "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+			args = args[1:] // its value
+		}
+	}
+	given = map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	if fs.NArg() > 0 {
+		errs = append(errs, unexpected(fs.Args(), explain))
+	}
+	fs.VisitAll(func(f *flag.Flag) {
+		name := Variable(f.Name)
+		if value, ok := env(name); ok && !given[f.Name] {
+			given[f.Name] = true
+			if err := f.Value.Set(value); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %q: %w", name, value, err))
+			}
+		}
+	})
+	return given, errs
+}
+
+// unexpected returns the error for arguments that are no flags.
+func unexpected(args []string, explain func(rest []string) error) error {
+	if err := explain(args); err != nil {
+		return err
+	}
+	hint := "gapless help shows commands and flags"
+	if near := Nearest(args[0], append(slices.Collect(maps.Keys(Commands())), "serve", "help", "version")); near != "" && near != args[0] {
+		hint = "did you mean gapless " + near + "?"
+	}
+	return fmt.Errorf("unexpected argument %q (%s)", args[0], hint)
 }
 
 // Nearest returns the one of names that is most similar to name, or "" if none is similar.
