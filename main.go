@@ -6,10 +6,11 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	_ "embed"
+	"embed"
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -40,6 +41,9 @@ import (
 
 //go:embed openapi.yaml
 var contract []byte
+
+//go:embed docs/*.md
+var docs embed.FS
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -358,6 +362,9 @@ func run(ctx context.Context, cfg config) error {
 	var answers model.Model = model.NewDemo()
 	if !cfg.demo {
 		answers = model.NewOpenAI(cfg.model)
+	}
+	if cfg.api.Guide, err = fs.Sub(docs, "docs"); err != nil {
+		panic(err) // the name is a constant
 	}
 	handler := api.New(cfg.api, logs, hub, answers, web.Files, contract, metrics(logs, hub))
 	stopMetrics, err := aside(cfg, "-metrics", cfg.metrics, handler.Metrics())

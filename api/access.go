@@ -198,7 +198,7 @@ func (a *API) operate(next echo.HandlerFunc) echo.HandlerFunc {
 // guard sets the headers that every response has for browsers, and refuses requests that must have no effect. No
 // response may serve another site's page as a script, a style or a picture.
 func (a *API) guard() echo.MiddlewareFunc {
-	checks := []func(*http.Request) error{a.checkSize, a.checkHost, checkOrigin(a.cfg.Origins)}
+	checks := []func(*http.Request) error{a.checkSize, a.checkHost, a.checkOrigin()}
 	noSniffing, ours := []string{"nosniff"}, []string{"same-origin"} // shared, because no handler changes a header's values in place
 	return func(next echo.HandlerFunc) echo.HandlerFunc {
 		return func(c echo.Context) error {
@@ -221,9 +221,7 @@ func (a *API) guard() echo.MiddlewareFunc {
 // over has them, too.
 func (a *API) share() echo.MiddlewareFunc {
 	return middleware.CORSWithConfig(middleware.CORSConfig{
-		Skipper: func(c echo.Context) bool {
-			return !strings.HasPrefix(c.Request().URL.Path, "/v1/") && !isOpenAI(c.Request())
-		},
+		Skipper: func(c echo.Context) bool { return !shared(c.Request()) },
 		// Exact matches only: the library's own list allows patterns.
 		AllowOriginFunc:  func(origin string) (bool, error) { return slices.Contains(a.cfg.Origins, origin), nil },
 		AllowCredentials: true,

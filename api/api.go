@@ -81,6 +81,8 @@ type Config struct {
 	Patience time.Duration
 	// Demo adds the calls with which the page shows what goes wrong with other servers (demo.go).
 	Demo bool
+	// Guide has the pages of /docs/guide, in Markdown (guide.go); nil: there is none.
+	Guide fs.FS
 	// Tracer traces requests and what they append. Nil: no tracing.
 	Tracer Tracer
 	// Forgetful means that the store keeps everything in memory only. The page says so.
@@ -131,8 +133,7 @@ func (c Config) Validate() error {
 	errs = append(errs, c.Limits.Validate())
 	for _, o := range c.Origins {
 		// A browser sends exactly this form, so any other would never match; * would admit every site with the user's cookie.
-		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") ||
-			u.Scheme == "https" && u.Port() == "443" || u.Scheme == "http" && u.Port() == "80" {
+		if !isOrigin(o) {
 			errs = append(errs, fmt.Errorf("-cors-origins: %q is not an origin: use https://host or https://host:port, without the scheme's default port; * is not allowed", o))
 		}
 	}
@@ -450,25 +451,6 @@ func (a *API) checkHost(r *http.Request) error {
 	}
 	return &Problem{Status: http.StatusMisdirectedRequest, Code: "host_not_allowed", Member: "Host",
 		Detail: fmt.Sprintf("unknown host %q: add it to -hosts if it is a name of this server", host)}
-}
-
-// checkOrigin refuses what another site's page sends in a browser's name: with its cookie, or
-// from within its network. Pages of the configured origins may send it. No page at all can add a
-// token without a preflight, and only those pages pass it.
-func checkOrigin(origins []string) func(r *http.Request) error {
-	protection := http.NewCrossOriginProtection()
-	for _, origin := range origins {
-		if err := protection.AddTrustedOrigin(origin); err != nil {
-			panic(err) // Validate has checked it
-		}
-	}
-	return func(r *http.Request) error {
-		if err := protection.Check(r); err != nil {
-			return &Problem{Status: http.StatusForbidden, Code: "cross_origin", Member: "Origin",
-				Detail: "pages of another origin may not change anything here: add the origin to -cors-origins"}
-		}
-		return nil
-	}
 }
 
 const idRule = "an id must have 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not only dots"

@@ -20,7 +20,7 @@ import (
 const docsPolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " +
 	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// docs serves the API reference from the folder docs, with its parts.
+// docs serves the API reference and the guide from the folder docs, with their parts.
 func (a *API) docs(files fs.FS) {
 	names, err := fs.Glob(files, "docs/*.*")
 	if err != nil {
@@ -31,8 +31,14 @@ func (a *API) docs(files fs.FS) {
 		if err != nil {
 			panic(err) // it is in the binary
 		}
-		if name == "docs/index.html" {
+		switch {
+		case name == "docs/index.html":
 			a.get("/docs", doc(name, text))
+			continue
+		case name == "docs/guide.html":
+			if a.cfg.Guide != nil {
+				a.guide(a.cfg.Guide, string(text))
+			}
 			continue
 		}
 		a.get("/"+strings.TrimSuffix(name, ".gz"), doc(name, text))

@@ -171,3 +171,9 @@ func (s *Store) ReadOnlyFor(d time.Duration) {
 	}
 	s.refusals.elsewhereSince = time.Now().Add(-d)
 }
+
+// Refuses returns functions that note what Redis at an address does: it refuses a command, or replies to a probe.
+func Refuses(at string, cfg Config) (refused func(text string), answered func()) {
+	r := newRefusals(at, cfg, newMetrics(func() int { return 0 }), func() {})
+	return func(text string) { r.refused(refusalIn(text), text) }, func() { r.answered(); r.accepted() }
+}

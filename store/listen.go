@@ -226,7 +226,7 @@ func (s *subscriber) run(ctx context.Context) {
 			return
 		}
 		s.metrics.lost.Inc()
-		if !errors.Is(err, errRefused) && s.trouble.lost.now() {
+		if !errors.Is(err, errRefused) && !s.trouble.unusable() && s.trouble.lost.now() {
 			s.log.LogAttrs(ctx, slog.LevelWarn, "pub/sub connection lost: chunks come up to -reconcile late until it is back",
 				slog.String("redis", s.trouble.at), slog.Any("err", err))
 		}
@@ -344,7 +344,7 @@ func (s *subscriber) deny(ctx context.Context, text string) {
 	s.mu.Lock()
 	s.alone = true
 	s.mu.Unlock()
-	if s.trouble.deaf.now() {
+	if !s.trouble.unusable() && s.trouble.deaf.now() {
 		s.log.LogAttrs(ctx, slog.LevelWarn, "redis refuses a subscription: chunks come up to -reconcile late", slog.String("redis", s.trouble.at),
 			slog.String("says", text), slog.String("remedy", "give the user of -redis the rights to its channels and to subscribe: docs/redis.md, ACL SETUSER"))
 	}

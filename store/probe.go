@@ -67,7 +67,7 @@ func (s *Store) probe(ctx context.Context) error {
 			c := &call{session: id, args: []any{1, 0, 0, 0}}
 			s.exec(ctx, scriptRead, []*call{c})
 			if reads[i] = classify(c.err); reads[i] != nil {
-				s.refusals.note(context.WithoutCancel(ctx), reads[i]) // a timeout says something, too
+				s.refusals.unread(context.WithoutCancel(ctx), reads[i]) // a timeout says something, too
 			} else {
 				s.refusals.answered()
 			}

@@ -57,7 +57,8 @@ func Why(err error) string {
 // Redis, with a prefix ("ERR Error running script …: @user_script: 1: -OOM command not allowed …").
 var (
 	refusedWord = regexp.MustCompile(`(?:^|[ :-])(OOM|READONLY|MISCONF|NOREPLICAS|NOAUTH|WRONGPASS|NOPERM|DENIED) `)
-	deniedWords = []string{"The user executing the script can't", "ACL failure in script", "ERR invalid password", "ERR Client sent AUTH"}
+	deniedWords = []string{"The user executing the script can't", "ACL failure in script", "ERR invalid password", "ERR Client sent AUTH",
+		"ERR Protocol error: unauthenticated"} // of Redis 7 and later, for a long command without a password
 	// Commands that have no effect when refused, but which the scripts send after their first write.
 	hintWords = regexp.MustCompile(`publish to the channel|one of the channels|'s?publish'|access the '[^']*' channel`)
 )
@@ -118,8 +119,20 @@ func remedyOf(code, text string, embedded bool) string {
 		return "a script of another program keeps Redis busy: wait for it, or end it with SCRIPT KILL"
 	case strings.Contains(text, "NOPERM") || strings.Contains(text, "script"):
 		return "give the user of -redis the rights that it needs: docs/redis.md, ACL SETUSER"
+	case strings.Contains(text, "NOAUTH") || strings.Contains(text, "unauthenticated"):
+		return "Redis wants a password: name it in -redis redis://user:password@host:port"
 	case code == RedisDenied:
 		return "look at the user and the password in -redis, and at ACL LIST in Redis"
+	case strings.Contains(text, "lookup "):
+		return "correct the host in -redis, or look at the DNS"
+	case strings.Contains(text, "x509:"):
+		return "name the CA of Redis' certificate with -redis-ca, and a host in -redis that the certificate is for"
+	case strings.Contains(text, "tls:"):
+		return "correct -redis: redis:// is for a Redis without TLS, rediss:// for one with TLS (-redis-ca, -redis-cert)"
+	case strings.Contains(text, "redis: can't parse") || strings.Contains(text, "redis: invalid reply"):
+		return "what listens there is not Redis: correct the address in -redis"
+	case strings.HasSuffix(text, "EOF") || strings.Contains(text, "reset by peer") || strings.Contains(text, "deadline exceeded") || strings.Contains(text, "timeout"):
+		return "start Redis there, or name another one with -redis; rediss:// is for a Redis with TLS, redis:// for one without"
 	}
 	return "start Redis there, or name another one with -redis"
 }
@@ -141,7 +154,7 @@ func (s *seldom) now() bool {
 	return false
 }
 
-// refusals knows what Redis refuses now. It logs this for the operator, at most once a minute for each reason.
+// refusals knows what Redis refuses now. It logs this for the operator, at most twice a minute for each reason.
 type refusals struct {
 	at      string // the address of Redis, without a password
 	inside  bool   // it is in this process
@@ -164,9 +177,10 @@ type refusals struct {
 	// elsewhereSince is the time of the first such reply after the last accepted write.
 	elsewhereSince time.Time
 	reached        bool // Redis has replied since the start
+	missed         bool // the log says that it has not
 }
 
-// Redis is away for moments at each failover. That is logged more often than refusals that only an operator can end.
+// A Redis that cannot be used at all is logged more often than one that refuses only writes.
 const (
 	awayEvery    = 30 * time.Second
 	refusedEvery = time.Minute
@@ -182,7 +196,7 @@ func newRefusals(at string, cfg Config, m *metrics, moved func()) *refusals {
 	for _, code := range refusalCodes {
 		r.said[code] = &seldom{every: refusedEvery}
 	}
-	r.said[RedisAway].every = awayEvery
+	r.said[RedisAway].every, r.said[RedisDenied].every = awayEvery, awayEvery
 	r.well.Store(true)
 	return r
 }
@@ -215,7 +229,7 @@ func (r *refusals) refused(code, text string) {
 		}
 		level := slog.LevelWarn
 		if !r.reached && !r.inside && (code == RedisAway || code == RedisDenied) { // most likely -redis is wrong, and only a person can fix that
-			level = slog.LevelError
+			level, r.missed = slog.LevelError, true
 		}
 		r.log.LogAttrs(context.Background(), level, what, slog.String("code", code), slog.String("redis", r.at),
 			slog.String("says", text), slog.String("remedy", remedyOf(code, text, r.inside)))
@@ -231,6 +245,17 @@ func (r *refusals) answered() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.reached = true
+	if r.missed { // it was not there at the start
+		r.missed, r.told = false, false
+		r.log.LogAttrs(context.Background(), slog.LevelInfo, "redis is there now", slog.String("redis", r.at))
+	}
+}
+
+// unusable reports whether Redis cannot be used at all. refused logs that, so its consequences need no line.
+func (r *refusals) unusable() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.reached || r.code == RedisAway || r.code == RedisDenied
 }
 
 // accepted notes that Redis executed a write.
@@ -281,6 +306,15 @@ func (r *refusals) note(ctx context.Context, err error) {
 	} else if errors.Is(err, ErrOutcomeUnknown) {
 		r.refused(RedisAway, deepest(err))
 	}
+}
+
+// unread records the error of a probe's read. One without a name means that Redis cannot be used, too.
+func (r *refusals) unread(ctx context.Context, err error) {
+	if reply := redis.Error(nil); Why(err) == "" && errors.As(err, &reply) {
+		r.refused(RedisAway, reply.Error())
+		return
+	}
+	r.note(ctx, err)
 }
 
 // deepest returns the text of an error without the words that we wrapped around it.

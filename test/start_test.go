@@ -198,7 +198,7 @@ func TestStart_anAddressThatIsTakenIsAnErrorThatNamesIt(t *testing.T) {
 func TestStart_healthPageAndContractAreServed(t *testing.T) {
 	t.Parallel()
 	n := start(t)
-	for path, kind := range map[string]string{"/healthz": "application/json", "/readyz": "application/json", "/openapi.yaml": "application/yaml", "/docs": "text/html", "/": "text/html"} {
+	for path, kind := range map[string]string{"/healthz": "application/json", "/readyz": "application/json", "/openapi.yaml": "application/yaml", "/docs": "text/html", "/docs/guide": "text/html", "/docs/guide/redis": "text/html", "/": "text/html"} {
 		a := n.get(path)
 		if a.status != http.StatusOK || !strings.HasPrefix(a.header.Get("Content-Type"), kind) || a.body == "" {
 			t.Errorf("%s: %d %s", path, a.status, a.header.Get("Content-Type"))
