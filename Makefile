@@ -6,7 +6,7 @@ GOSEC       := github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 REDOCLY     := @redocly/cli@1.34.5
 SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
-.PHONY: run build release reproducible test setup lint unit torture soak bench siege fuzz
+.PHONY: run build release reproducible test setup lint unit torture soak bench siege fuzz picture
 
 run: ## the server, with its data in gapless-data
 	go run .
@@ -78,6 +78,9 @@ bench: setup ## what a chunk and an append cost, and how fast the whole is: a ta
 siege: FOR := 20s
 siege: setup ## every attack next to a neighbour, and the table: memory, Redis, the neighbour's times, refusals
 	go test -count=1 -timeout 0 -run xxx -bench 'Siege$$' -benchtime 1x ./test -siege.for $(FOR) -siege.only '$(ONLY)'
+
+picture: setup ## the README's moving picture: the page's own show, filmed in Chromium
+	go test -count=1 -timeout 0 -run TestPicture_ -v ./web -picture
 
 fuzz: ## each fuzz target for a while
 	go test -count=1 -run TestElement_isReadAsAnybodyReadsIt ./store -elements 1000000

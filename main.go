@@ -238,6 +238,8 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	default:
 		cfg.api.Demo = cfg.demo && local
 	}
+	dir, embedded := cfg.store.Embedded()
+	cfg.api.Forgetful = embedded && dir == ""
 	cfg.sse.Kept = cfg.store.HistoryTTL
 	// Responses that are no streams are small: who takes nothing of one is not there.
 	cfg.api.WriteTimeout, limits.Tokens = min(cfg.sse.WriteTimeout, cfg.api.WriteTimeout), cfg.auth.Source != ""

@@ -18,17 +18,17 @@ import (
 	"gapless/sse"
 )
 
-// call registers a call of /v1, and says what it does to the session that it names: none can be
-// added without that. Who it is that calls is asked first, then what is called, then whether
-// that is allowed; all of it before anything is asked of Redis about the session, so that
-// nobody learns what there is who may not know. A call that names no session in its path
-// asks for itself (may).
+// call registers a call of /v1 with its action on the session that it names; every call
+// has one. The checks come in this order: who calls, then which session, then
+// whether that is allowed. All of them come before Redis is asked about the session, so a caller
+// without permission cannot learn what exists. A call that names no session in its path
+// checks permission itself (may).
 func (a *API) call(method, path string, action auth.Action, h echo.HandlerFunc) {
 	h = checkQuery(h)
 	if strings.Contains(path, "/:id") {
 		h = checkID(a.permit(action)(h))
 	}
-	h = a.identify(a.pace(h)) // put together here, once: Echo would do it for each request
+	h = a.identify(a.pace(h)) // assembled here, once: Echo would do it for each request
 	if method == http.MethodGet {
 		a.get(path, h)
 		return
@@ -36,7 +36,7 @@ func (a *API) call(method, path string, action auth.Action, h echo.HandlerFunc) 
 	a.echo.Add(method, path, h)
 }
 
-// checkQuery refuses a query that cannot be parsed: the library would leave out what it does not understand of it.
+// checkQuery refuses a query that cannot be parsed: the library would silently drop the parts that it does not understand.
 func checkQuery(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		if query := c.Request().URL.RawQuery; strings.ContainsAny(query, "%;") {
@@ -48,8 +48,8 @@ func checkQuery(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// identify reads the request's credential into a grant. A ticket is left to the stream, which it
-// lets in.
+// identify reads the request's credential into a grant. It leaves a ticket to the stream, which
+// accepts it.
 func (a *API) identify(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		if a.cfg.Auth == nil || ticketOf(c) != "" {
@@ -60,7 +60,7 @@ func (a *API) identify(next echo.HandlerFunc) echo.HandlerFunc {
 			return a.sendAway(c)
 		}
 		if err != nil {
-			if over := a.limits.Calls.Take(a.limits.Caller(c.Request()), 1); over != nil { // nobody else is known to have called
+			if over := a.limits.Calls.Take(a.limits.Caller(c.Request()), 1); over != nil { // the caller is known by its address only
 				return over
 			}
 			return err
@@ -71,7 +71,7 @@ func (a *API) identify(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// credential is what a request may do by its Authorization header or else by its cookie.
+// credential returns what a request may do by its Authorization header or, without one, by its cookie.
 func (a *API) credential(r *http.Request) (auth.Grant, error) {
 	token, member := "", "Authorization"
 	switch headers := r.Header.Values("Authorization"); {
@@ -103,7 +103,7 @@ func (a *API) credential(r *http.Request) (auth.Grant, error) {
 	return g, err
 }
 
-// showsToken reports whether a request has a credential that is good.
+// showsToken reports whether a request has a valid credential.
 func (a *API) showsToken(r *http.Request) bool {
 	if a.cfg.Auth == nil {
 		return false
@@ -119,13 +119,13 @@ func (a *API) otherWays() string {
 	return "; a stream also accepts a ?ticket="
 }
 
-// unauthorized refuses a credential (RFC 6750, section 3).
+// unauthorized returns the refusal of a credential (RFC 6750, section 3).
 func unauthorized(member, detail string) *Problem {
 	return &Problem{Status: http.StatusUnauthorized, Code: "unauthorized", Member: member, Detail: detail,
 		challenge: `Bearer realm="gapless", error="invalid_token", error_description="the body says what is wrong"`}
 }
 
-// permit refuses those who may not do this to the session that the path names.
+// permit refuses callers that may not do this to the session that the path names.
 func (a *API) permit(action auth.Action) echo.MiddlewareFunc {
 	return func(next echo.HandlerFunc) echo.HandlerFunc {
 		return func(c echo.Context) error {
@@ -139,7 +139,7 @@ func (a *API) permit(action auth.Action) echo.MiddlewareFunc {
 	}
 }
 
-// may refuses those who may not do this to a session.
+// may returns an error if the caller may not do this to a session.
 func (a *API) may(c echo.Context, action auth.Action, id string) error {
 	g := a.grant(c)
 	if g.May(action, id) {
@@ -161,7 +161,7 @@ func (a *API) may(c echo.Context, action auth.Action, id string) error {
 		challenge: `Bearer realm="gapless", error="insufficient_scope", error_description="the body says what is missing"`}
 }
 
-// grant is what the request's credential allows; nothing, where there is none.
+// grant returns what the request's credential allows; without a credential, nothing.
 func (a *API) grant(c echo.Context) auth.Grant {
 	if a.cfg.Auth == nil {
 		return everything
@@ -172,12 +172,12 @@ func (a *API) grant(c echo.Context) auth.Grant {
 
 var everything = auth.Everything()
 
-// errExpired refuses the rest of a request that was begun in time.
+// errExpired refuses the rest of a request that began in time.
 var errExpired = unauthorized("Authorization", "the token expired while the request was under way: get a new one from its issuer, and go on with that")
 
 func expired(g auth.Grant) bool { return !g.Expires.IsZero() && !time.Now().Before(g.Expires) }
 
-// ticketOf is the ticket that a stream is asked for with, unless it has a token.
+// ticketOf returns the ticket of a request for a stream, or "" if the request has a token.
 func ticketOf(c echo.Context) string {
 	if c.Path() != streamPath || c.Request().Header.Get("Authorization") != "" {
 		return ""
@@ -185,7 +185,7 @@ func ticketOf(c echo.Context) string {
 	return c.QueryParam("ticket")
 }
 
-// operate is for what concerns all sessions.
+// operate admits only callers that may do everything to all sessions.
 func (a *API) operate(next echo.HandlerFunc) echo.HandlerFunc {
 	return a.identify(func(c echo.Context) error {
 		if err := a.may(c, auth.Admin, auth.All); err != nil {
@@ -195,11 +195,11 @@ func (a *API) operate(next echo.HandlerFunc) echo.HandlerFunc {
 	})
 }
 
-// guard sets what every response says to browsers, and refuses what nothing is to be done for. What is
-// read here is no script, no style and no picture of another site's page.
+// guard sets the headers that every response has for browsers, and refuses requests that must have no effect. No
+// response may serve another site's page as a script, a style or a picture.
 func (a *API) guard() echo.MiddlewareFunc {
 	checks := []func(*http.Request) error{a.checkSize, a.checkHost, checkOrigin(a.cfg.Origins)}
-	noSniffing, ours := []string{"nosniff"}, []string{"same-origin"} // nobody writes into a header's values
+	noSniffing, ours := []string{"nosniff"}, []string{"same-origin"} // shared, because no handler changes a header's values in place
 	return func(next echo.HandlerFunc) echo.HandlerFunc {
 		return func(c echo.Context) error {
 			h := c.Response().Header()
@@ -215,29 +215,29 @@ func (a *API) guard() echo.MiddlewareFunc {
 	}
 }
 
-// share lets pages of the configured origins call /v1, with cookies and without
+// share lets pages of the configured origins call /v1, with and without cookies
 // (https://fetch.spec.whatwg.org/#http-cors-protocol). It sets its headers before anything can
-// fail, so that such a page can read problems as well; a stream's connection that is taken
+// fail, so that such a page can also read problems. A stream whose connection is taken
 // over has them, too.
 func (a *API) share() echo.MiddlewareFunc {
 	return middleware.CORSWithConfig(middleware.CORSConfig{
 		Skipper: func(c echo.Context) bool {
 			return !strings.HasPrefix(c.Request().URL.Path, "/v1/") && !isOpenAI(c.Request())
 		},
-		// Exactly these: the library's own list has patterns.
+		// Exact matches only: the library's own list allows patterns.
 		AllowOriginFunc:  func(origin string) (bool, error) { return slices.Contains(a.cfg.Origins, origin), nil },
 		AllowCredentials: true,
 		AllowHeaders: []string{"Authorization", "Content-Type", "Last-Event-ID", "If-None-Match", "Cache-Control", headerProducerID, headerProducerEpoch, headerProducerChunk,
 			"Stream-Closed", "Content-Encoding",
 			"X-Stainless-Lang", "X-Stainless-Package-Version", "X-Stainless-OS", "X-Stainless-Arch", "X-Stainless-Runtime", "X-Stainless-Runtime-Version", "X-Stainless-Retry-Count",
 			"X-Stainless-Timeout", "X-Stainless-Helper-Method", "OpenAI-Organization", "OpenAI-Project", "Idempotency-Key", // OpenAI's clients
-			"traceparent", "tracestate", "baggage"}, // what instrumented pages add to each request (https://www.w3.org/TR/trace-context/)
+			"traceparent", "tracestate", "baggage"}, // instrumented pages add these to each request (https://www.w3.org/TR/trace-context/)
 		ExposeHeaders: []string{"Location", "Link", "ETag", "Retry-After", "WWW-Authenticate", "Gapless-Connection", "Gapless-Epoch", "Gapless-Reason", "Gapless-Refused", headerRun, headerTail, headerSession, headerProducerEpoch, headerExpectedChunk},
-		MaxAge:        7200, // no browser keeps it for longer
+		MaxAge:        7200, // no browser caches it for longer
 	})
 }
 
-// until ends an upload when what allows it runs out: it is answered with what it has stored.
+// until ends an upload when its credential expires. The response says what was stored.
 func (u *upload) until(g auth.Grant) (stop func() bool) {
 	if g.Expires.IsZero() {
 		return func() bool { return true }
@@ -245,7 +245,7 @@ func (u *upload) until(g auth.Grant) (stop func() bool) {
 	return time.AfterFunc(time.Until(g.Expires), func() { u.stop(errExpired) }).Stop
 }
 
-// keysReady says whether tokens can be judged.
+// keysReady returns an error if tokens cannot be verified.
 func (a *API) keysReady(ctx context.Context) error {
 	if a.cfg.Auth == nil {
 		return nil

@@ -58,13 +58,13 @@ func bearing(q request, token string) request {
 func needs(q request) string {
 	path, _, _ := strings.Cut(q.path, "?")
 	switch {
-	case q.path == "/openai/v1/responses", isCompletion(q): // which are read as well
+	case q.path == "/openai/v1/responses", isCompletion(q): // these calls also read
 		return "ask"
 	case q.method == "GET", isTickets(q), strings.HasSuffix(path, "/demo"):
 		return "read"
 	case q.method == "DELETE":
 		return "admin"
-	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // it reads as well
+	case strings.HasSuffix(path, "/messages"), strings.HasSuffix(path, "/ui-stream"): // this call also reads
 		return "ask"
 	case strings.HasSuffix(path, "/cancel"), strings.HasSuffix(path, "/stop"):
 		return "cancel"
@@ -72,7 +72,7 @@ func needs(q request) string {
 	return "write"
 }
 
-// isCompletion says whether a call is about a session that it makes.
+// isCompletion reports whether a call makes its own session.
 func isCompletion(q request) bool { return strings.HasSuffix(q.path, "/completions") }
 
 var everyAction = []string{"read", "write", "ask", "cancel", "admin"}

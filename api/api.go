@@ -1,10 +1,10 @@
-// Package api is the HTTP face: it reads requests, chooses the status, and turns every
-// error into a problem (problem.go has the one table). What a log is and how it gets to
-// viewers is not decided here.
+// Package api is the HTTP interface: it reads requests, chooses the status, and turns every
+// error into a problem (problem.go has the only table). It does not decide what a log is, or how a log
+// reaches its viewers.
 //
-// Two rules come from EventSource. The stream answers transient trouble with 200 and
-// holds the viewer, or breaks it off, since any other status ends an EventSource for
-// good. And it ends a response cleanly only where the log has ended.
+// Two rules come from EventSource. A stream responds to transient trouble with 200 and
+// holds the viewer, or breaks the connection, because any other status ends an EventSource for
+// good. And it ends a response cleanly only if the log has ended.
 package api
 
 import (
@@ -35,59 +35,61 @@ import (
 
 // Config bounds what requests may ask for.
 type Config struct {
-	// ChunkMax bounds the event that a chunk makes in a stream, in bytes. 64 KiB, because
-	// two common clients stop at longer ones by default.
+	// ChunkMax limits the size of the event that a chunk becomes in a stream, in bytes. The default is 64 KiB, because
+	// two common clients stop at longer events by default.
 	ChunkMax int
-	// BodyMax bounds a body that is read whole, in bytes.
+	// BodyMax limits the size of a body that is read as a whole, in bytes.
 	BodyMax int
-	// BodyTimeout is how long 64 KiB of such a body, or all of a shorter one, may take. It is the
-	// http.Server's ReadTimeout as well.
+	// BodyTimeout is how long 64 KiB of such a body, or all of a shorter one, may take. It is also the
+	// http.Server's ReadTimeout.
 	BodyTimeout time.Duration
-	// WriteTimeout is how long a client may take nothing of a response. 0: for ever. Streams have the hub's.
+	// WriteTimeout is how long a client may read nothing of a response. 0: no limit. Streams have the hub's timeout instead.
 	WriteTimeout time.Duration
-	// URLMax and HeaderMax bound a request's URL and its header, in bytes: as most servers and
-	// proxies do.
+	// URLMax and HeaderMax limit a request's URL and its header, in bytes. The defaults are those of most servers and
+	// proxies.
 	URLMax, HeaderMax int
-	// BatchMax bounds the chunks of one array, which are appended in one script call, during which Redis serves nobody
-	// else: 1,000 chunks of a message each take it eight milliseconds. With a producer's numbers they take twice as long, so
+	// BatchMax limits the chunks of one array. One script call appends them, and Redis serves no other client
+	// meanwhile: 1,000 chunks of a message each take eight milliseconds. With a producer's numbers they take twice as long, so
 	// half as many are allowed.
 	BatchMax int
-	// BatchBytes bounds the bytes of several of them: Redis takes some eight milliseconds for a MiB.
+	// BatchBytes limits the bytes of an array of several chunks: Redis takes about eight milliseconds per MiB.
 	BatchBytes int
-	// Limits bounds what callers can make grow.
+	// Limits limits everything that callers can make grow.
 	Limits limit.Config
-	// AnswerMax bounds what a model says in one answer, in bytes. 1 MiB is a book: a model that
+	// AnswerMax limits what a model says in one answer, in bytes. 1 MiB is a book: a model that
 	// does not stop is stopped.
 	AnswerMax int
-	// ContextMax bounds what of a conversation is sent along with a question, in bytes. 256 KiB
-	// are some 60,000 tokens: what common models take.
+	// ContextMax limits how much of a conversation is sent along with a question, in bytes. 256 KiB
+	// are about 60,000 tokens, which common models accept.
 	ContextMax int
-	// Hosts are names by which a browser may call this server, beside localhost and IP
-	// addresses. Nil: any, for servers that listen on other addresses than loopback.
+	// Hosts are the names by which a browser may call this server, in addition to localhost and IP
+	// addresses. Nil: any name, for servers that do not listen on loopback.
 	Hosts []string
-	// UploadPatience is how long an upload, which cannot be repeated like a request, waits
-	// for a Redis that is away.
+	// UploadPatience is how long an upload waits for a Redis that is away. Unlike a request, an upload
+	// cannot be repeated.
 	UploadPatience time.Duration
-	// Look is how often an upload that says nothing asks whether it may go on. It is also
-	// how it holds its messages, so it has to be well below the store's Grace.
+	// Look is how often a silent upload checks whether it may continue. The check also
+	// keeps its messages open, so Look must be well below the store's Grace.
 	Look time.Duration
-	// Auth says who may do what; nil: everybody may do everything. Its Close is its owner's.
+	// Auth decides who may do what. Nil: everybody may do everything. Its owner closes it.
 	Auth *auth.Auth
-	// Origins are those whose pages may call /v1, and may change something there, as
-	// browsers name them: https://chat.example, with a port if it is not the scheme's own.
+	// Origins are the origins whose pages may call /v1, and may change something there, in
+	// the form that browsers use: https://chat.example, with a port unless it is the scheme's default.
 	Origins []string
-	// Patience is how long a stream waits for Redis before it answers with a status:
-	// later it cannot say 204 any more. Where that may be so, it waits until Redis is known to be away.
+	// Patience is how long a stream waits for Redis before it sends its status. After that
+	// it can no longer send 204. If 204 is possible, it waits until Redis is known to be away.
 	Patience time.Duration
-	// Demo adds the calls with which the page shows what goes wrong elsewhere (demo.go).
+	// Demo adds the calls with which the page shows what goes wrong with other servers (demo.go).
 	Demo bool
-	// Tracer follows requests and what they append; nil: nobody does.
+	// Tracer traces requests and what they append. Nil: no tracing.
 	Tracer Tracer
+	// Forgetful means that the store keeps everything in memory only. The page says so.
+	Forgetful bool
 
 	Logger *slog.Logger
 }
 
-// DefaultConfig is what the flags start from.
+// DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
 	return Config{
 		ChunkMax: 64 << 10, BodyMax: 8 << 20, BodyTimeout: 30 * time.Second, BatchMax: 1000, BatchBytes: 512 << 10, URLMax: 8 << 10, HeaderMax: 16 << 10, WriteTimeout: 45 * time.Second,
@@ -128,7 +130,7 @@ func (c Config) Validate() error {
 	}
 	errs = append(errs, c.Limits.Validate())
 	for _, o := range c.Origins {
-		// A browser that names it otherwise would never be let in; * would let everybody in who has a cookie.
+		// A browser sends exactly this form, so any other would never match; * would admit every site with the user's cookie.
 		if u, err := url.Parse(o); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || o != u.Scheme+"://"+strings.ToLower(u.Host) || strings.Contains(o, "*") ||
 			u.Scheme == "https" && u.Port() == "443" || u.Scheme == "http" && u.Port() == "80" {
 			errs = append(errs, fmt.Errorf("-cors-origins: %q is not an origin: use https://host or https://host:port, without the scheme's default port; * is not allowed", o))
@@ -143,7 +145,7 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// Logs is what the calls need of the store. The methods' contracts are store.Store's.
+// Logs is the part of the store that the calls need. The methods' contracts are store.Store's.
 type Logs interface {
 	Append(ctx context.Context, session string, b store.Batch) (store.Appended, error)
 	Cancel(ctx context.Context, session, message string) (store.Cancelled, error)
@@ -163,7 +165,7 @@ type Logs interface {
 	Overhear(ctx context.Context, session string, begun func(), heard func(payload string)) error
 }
 
-// API answers requests. It owns the answers of the model that are under way.
+// API serves requests. It owns the model's answers that are under way.
 type API struct {
 	cfg   Config
 	logs  Logs
@@ -174,25 +176,26 @@ type API struct {
 
 	registry *prometheus.Registry
 	metrics  *metrics
+	notFound []byte // the page for a path that does not exist
 
-	wrongTypes *rate.Sometimes           // lines of the log about keys of a wrong type
-	heard      atomic.Pointer[time.Time] // when the last call of /v1 came
+	wrongTypes *rate.Sometimes           // log lines about keys of a wrong type
+	heard      atomic.Pointer[time.Time] // when the last call of /v1 arrived
 	limits     *limit.Limits
-	// refusing is how many responses under way only say that there are too many.
+	// refusing is the number of responses under way that only say that there are too many.
 	refusing atomic.Int64
 	answers  underway
-	folds    chan struct{} // a place for each fold of a log that is being made
+	folds    chan struct{} // one place per fold of a log that is being made
 	uploads  *uploads
 	tickets  *tickets
-	demo     *demo // nil: there is none
-	// draining ends first: not ready any more. ending ends uploads and answers.
+	demo     *demo // nil without Config.Demo
+	// draining ends first: the node is no longer ready. ending ends uploads and answers.
 	draining, ending context.Context
 	drain            context.CancelFunc
 	end              context.CancelCauseFunc
 }
 
-// New wires the calls. files is the page, contract the text of openapi.yaml, registry what
-// is served at /metrics: New adds the calls' own.
+// New registers the calls. files contains the page, contract is the text of openapi.yaml, and registry is
+// served at /metrics. New adds the calls' own metrics to it.
 func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contract []byte, registry *prometheus.Registry) *API {
 	a := &API{cfg: cfg, logs: logs, hub: hub, model: m, log: cfg.Logger, echo: echo.New(), registry: registry, limits: limit.New(cfg.Limits), folds: make(chan struct{}, foldsMost),
 		wrongTypes: &rate.Sometimes{Interval: time.Minute}}
@@ -206,7 +209,7 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	e.IPExtractor = a.limits.Client
 	e.HTTPErrorHandler = a.problem
 	a.metrics = newMetrics(a)
-	e.Pre(a.partInDrain, a.metrics.observe, a.guard()) // what is refused is counted too
+	e.Pre(a.partInDrain, a.metrics.observe, a.guard()) // refused requests are counted too
 	if cfg.Tracer != nil {
 		e.Pre(a.traceRoute)
 	}
@@ -219,15 +222,15 @@ func New(cfg Config, logs Logs, hub *sse.Hub, m model.Model, files fs.FS, contra
 	}
 
 	a.get("/healthz", func(c echo.Context) error { return c.JSON(http.StatusOK, map[string]string{"status": "ok"}) })
-	a.get("/readyz", a.ready) // it asks Redis, but not more often than twice a second
+	a.get("/readyz", a.ready) // asks Redis, but at most twice a second
 	a.get("/openapi.yaml", func(c echo.Context) error { return c.Blob(http.StatusOK, "application/yaml", contract) })
 	a.get("/metrics", echo.WrapHandler(a.serveMetrics()), a.pace, a.operate)
 	a.page(files)
 	a.docs(files)
 
-	// Each route has its own check: a group's would answer every other method with 404.
-	a.call("POST", "/v1/sessions", auth.Write, decode(a.createSession)) // whose body names it
-	a.call("GET", "/v1/sessions", auth.Admin, a.listSessions)           // of all
+	// Each route has its own check: a group's check would respond to every other method with 404.
+	a.call("POST", "/v1/sessions", auth.Write, decode(a.createSession)) // the body names the session
+	a.call("GET", "/v1/sessions", auth.Admin, a.listSessions)           // of all sessions
 	a.call("POST", onePath, auth.Write, a.createNamed)
 	a.call("GET", onePath, auth.Read, a.describeSession)
 	a.call("DELETE", onePath, auth.Admin, a.deleteSession)
@@ -260,7 +263,7 @@ const (
 	streamPath = onePath + "/stream"
 )
 
-// get registers a path that can be read. HEAD is the same call: the server leaves out the body.
+// get registers a path for reading. HEAD makes the same call: the server leaves out the body.
 func (a *API) get(path string, h echo.HandlerFunc, m ...echo.MiddlewareFunc) {
 	a.echo.GET(path, h, m...)
 	a.echo.HEAD(path, h, m...)
@@ -270,8 +273,8 @@ func (a *API) get(path string, h echo.HandlerFunc, m ...echo.MiddlewareFunc) {
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	limit.Arrived(sse.Conn(r.Context()))
 	if len(r.TransferEncoding) > 0 {
-		// It may have had a Content-Length as well, which a proxy in front may have believed: what follows on the
-		// connection is not to be trusted (RFC 9112, section 6.1). The library does not say.
+		// It may also have had a Content-Length, which a proxy in front may have believed. Then nothing that follows on the
+		// connection can be trusted (RFC 9112, section 6.1). The library does not tell us.
 		w.Header().Set("Connection", "close")
 	}
 	o := a.admit(w, r)
@@ -291,9 +294,9 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	returned = true
 }
 
-// partInDrain has the client's next request come on another connection while this node
-// drains: one that is closed while it lies idle may be closed just when the client sends something.
-// Over HTTP/2 the same header makes a GOAWAY: what is under way on the connection goes on.
+// partInDrain makes the client send its next request on another connection while this node
+// drains. Otherwise an idle connection might be closed just when the client sends something.
+// Over HTTP/2 the same header causes a GOAWAY: the requests under way on the connection continue.
 func (a *API) partInDrain(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		c.Response().Before(func() {
@@ -305,14 +308,14 @@ func (a *API) partInDrain(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// Listener bounds the connections that come from l.
+// Listener limits the connections that l accepts.
 func (a *API) Listener(l net.Listener) net.Listener { return a.limits.Listener(l) }
 
-// Drain says at /readyz that this node wants no more requests.
+// Drain makes /readyz say that this node wants no more requests.
 func (a *API) Drain() { a.drain() }
 
-// Quiet waits, until ctx ends, for a time without any call: until those who send them here
-// have seen that this node is not ready.
+// Quiet waits, until ctx ends, for a period of length long without any call. By then those who send
+// calls here have seen that this node is not ready.
 func (a *API) Quiet(ctx context.Context, long time.Duration) {
 	for ctx.Err() == nil {
 		last := a.heard.Load()
@@ -330,23 +333,25 @@ func (a *API) Quiet(ctx context.Context, long time.Duration) {
 	}
 }
 
-// End ends uploads with what they have stored, and answers with a failed chunk.
+// End ends uploads, which keep what they have stored, and ends answers with a failed chunk.
 func (a *API) End() {
 	a.drain()
 	a.end(errDraining)
 }
 
-// Wait waits, until ctx ends, for the answers that are under way.
+// Wait waits for the answers under way, until ctx ends.
 func (a *API) Wait(ctx context.Context) { a.answers.wait(ctx) }
 
-// readiness is what a node says of itself that is ready.
+// readiness is the body that a ready node sends.
 type readiness struct {
 	Status string `json:"status"`
-	Writes string `json:"writes"` // store.WritesOK, or the code of why Redis refuses them
+	Writes string `json:"writes"` // store.WritesOK, or the code of the reason for which Redis refuses writes
+	// Data is "memory" if everything is lost when the process ends.
+	Data string `json:"data,omitzero"`
 }
 
-// ready says whether this node can serve viewers, and with ?for=writes whether it can take chunks as well. A Redis that is
-// full must not take every node, and with it all viewers, out of a balancer.
+// ready responds whether this node can serve viewers and, with ?for=writes, whether it can also store chunks. A full
+// Redis must not take every node, and with it all viewers, out of a balancer.
 func (a *API) ready(c echo.Context) error {
 	all := c.QueryParams()["for"]
 	if len(all) > 1 || len(all) == 1 && all[0] != "writes" {
@@ -374,19 +379,33 @@ func (a *API) ready(c echo.Context) error {
 		p.Writes = writes
 		return &p
 	}
-	return c.JSON(http.StatusOK, readiness{Status: "ready", Writes: writes})
+	is := readiness{Status: "ready", Writes: writes}
+	if a.cfg.Forgetful {
+		is.Data = "memory"
+	}
+	return c.JSON(http.StatusOK, is)
 }
 
-// page serves the page and its parts under the strictest policy that lets it work.
+// pagePolicy is the strictest policy with which the page works.
+const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
+	"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+
+// notFoundPage is the file that tells people that a path does not exist.
+const notFoundPage = "404.html"
+
+// page serves the page and its parts.
 func (a *API) page(files fs.FS) {
+	var err error
+	if a.notFound, err = fs.ReadFile(files, notFoundPage); err != nil {
+		panic(err) // it is in the binary
+	}
 	server := http.FileServerFS(files)
 	h := func(c echo.Context) error {
-		forPeople(c.Response().Header(), "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "+
-			"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
-		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // the client is for others' pages, which import it with CORS
+		forPeople(c.Response().Header(), pagePolicy)
+		if name := c.Path(); strings.HasPrefix(name, "/gapless.") { // pages of other sites import the client with CORS
 			c.Response().Header().Set("Access-Control-Allow-Origin", "*")
 			if strings.HasSuffix(name, ".ts") {
-				c.Response().Header().Set("Content-Type", "application/typescript; charset=utf-8") // of this name most systems know a video
+				c.Response().Header().Set("Content-Type", "application/typescript; charset=utf-8") // most systems take .ts for a video
 			}
 		}
 		server.ServeHTTP(copied{c.Response()}, c.Request())
@@ -399,12 +418,14 @@ func (a *API) page(files fs.FS) {
 			panic(err) // the patterns are constants
 		}
 		for _, name := range names {
-			a.get("/"+name, h)
+			if name != notFoundPage {
+				a.get("/"+name, h)
+			}
 		}
 	}
 }
 
-// forPeople sets what a page that is shown in a browser says beside its policy.
+// forPeople sets the headers, besides the policy, of a page that a browser shows.
 func forPeople(h http.Header, policy string) {
 	h.Set("Content-Security-Policy", policy)
 	h.Set("Cross-Origin-Opener-Policy", "same-origin")
@@ -413,10 +434,10 @@ func forPeople(h http.Header, policy string) {
 	h.Set("Cache-Control", "no-cache")
 }
 
-// checkHost keeps a web page from reaching a loopback server through a name of its own
-// that it points here (DNS rebinding): no page can choose to be called by an address.
+// checkHost keeps a web page from reaching a loopback server through a host name that
+// the page's owner points here (DNS rebinding). An IP address needs no check, because it cannot be pointed elsewhere.
 func (a *API) checkHost(r *http.Request) error {
-	if a.cfg.Hosts == nil || r.Host == "" { // HTTP/1.0 may have none, as some health checks; browsers always send it
+	if a.cfg.Hosts == nil || r.Host == "" { // HTTP/1.0, as some health checks use it, may have none; browsers always send it
 		return nil
 	}
 	host := r.Host
@@ -432,13 +453,13 @@ func (a *API) checkHost(r *http.Request) error {
 }
 
 // checkOrigin refuses what another site's page sends in a browser's name: with its cookie, or
-// from within its network. Pages of the configured origins may; and no page at all can send a
-// token of its own without a preflight, which only those pass.
+// from within its network. Pages of the configured origins may send it. No page at all can add a
+// token without a preflight, and only those pages pass it.
 func checkOrigin(origins []string) func(r *http.Request) error {
 	protection := http.NewCrossOriginProtection()
 	for _, origin := range origins {
 		if err := protection.AddTrustedOrigin(origin); err != nil {
-			panic(err) // Validate has seen it
+			panic(err) // Validate has checked it
 		}
 	}
 	return func(r *http.Request) error {
@@ -452,7 +473,7 @@ func checkOrigin(origins []string) func(r *http.Request) error {
 
 const idRule = "an id must have 1 to 128 of the characters A-Z a-z 0-9 . _ ~ -, and not only dots"
 
-// validID refuses dots alone, too: in a path, clients and proxies take them for steps.
+// validID reports whether an id is valid. It refuses dots alone: in a path, clients and proxies resolve them as steps.
 func validID(id string) bool {
 	if len(id) < 1 || len(id) > 128 || strings.Trim(id, ".") == "" {
 		return false
@@ -474,7 +495,7 @@ func checkID(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// param is a part of the path.
+// param returns a parameter of the path, unescaped.
 func param(c echo.Context, name string) string {
 	text := c.Param(name)
 	if c.Request().URL.RawPath != "" { // then the router matched the escaped path
@@ -485,7 +506,7 @@ func param(c echo.Context, name string) string {
 	return text
 }
 
-// session is the session that the path names.
+// session returns the session that the path names.
 func session(c echo.Context) string { return param(c, "id") }
 
 var errDraining = errors.New("draining")

@@ -103,7 +103,7 @@ func TestConversation_noMessageIsCutByABoundaryOfReading(t *testing.T) {
 			n.append("s", "["+strings.Join(many(60, `{"message_id":"A","content":"A%d "},{"type":"message","role":"user","content":"u"},{"message_id":"B","content":"B%d "}`), ",")+"]")
 			n.fill("s", contextMargin, filler)
 			n.append("s", `[{"type":"message","message_id":"u1","role":"user","content":"second"},{"message_id":"C","content":"answer"}]`)
-			n.fill("s", contextChunks-70, filler)
+			n.fill("s", contextChunks-69, filler) // the boundary is a chunk of A: B begins after a user's message
 		}, func(c []model.Turn) bool {
 			return len(c) == 3 && strings.HasSuffix(c[0].Content, "u\n\nsecond") && c[1].Content == "answer" && c[2].Content == "Why?"
 		}},

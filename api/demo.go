@@ -18,8 +18,8 @@ import (
 	"gapless/store"
 )
 
-// The demo is what the page needs to show why this server exists: a way to disturb a connection, and the viewer that
-// first reads and then subscribes, shown next to ours. A server with a real model has none of it.
+// The demo lets the page show why this server exists. It can disturb a connection. It also has the viewer that
+// first reads and then subscribes, which the page shows next to ours. A server with a real model has none of it.
 
 // demo holds the naive viewers of this node, by the names of their connections. The hub holds all other viewers.
 type demo struct {

@@ -48,6 +48,7 @@ type gunzip struct {
 // paceBytes is how many decoded bytes cost as much as one chunk.
 const paceBytes = 1 << 10
 
+// Read implements io.Reader.
 func (g *gunzip) Read(p []byte) (n int, err error) {
 	if g.reader == nil {
 		if g.reader, err = gzip.NewReader(&g.from); err != nil {
@@ -80,6 +81,7 @@ type arriving struct {
 	err error // why it broke off
 }
 
+// Read implements io.Reader.
 func (a *arriving) Read(p []byte) (int, error) {
 	n, err := a.b.arrive(p)
 	if err != nil && err != io.EOF {

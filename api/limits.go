@@ -12,9 +12,9 @@ import (
 	"gapless/store"
 )
 
-// caller is who is held to limits: the token's subject, or else the address. With a ticket, or a
-// token that names nobody, it is the address. Whose token may write all sessions is the operator's own
-// service, through which everybody's words may come: only the node's limits are for it.
+// caller returns the caller that the limits apply to: the token's subject, or else the address. With a ticket, or a
+// token without a subject, it is the address. A token that may write all sessions is the operator's own
+// service, which acts for many users: only the node's limits apply to it.
 func (a *API) caller(c echo.Context) limit.Caller {
 	g := a.grant(c)
 	if a.cfg.Auth != nil && g.May(auth.Write, auth.All) {
@@ -26,7 +26,7 @@ func (a *API) caller(c echo.Context) limit.Caller {
 	return a.limits.Caller(c.Request())
 }
 
-// onBehalf says to the store whose work it does: callers take turns. Those that cannot be told apart take turns by session.
+// onBehalf tells the store whom it works for, so that callers take turns. Callers that cannot be told apart take turns by session.
 func onBehalf(ctx context.Context, caller limit.Caller) context.Context {
 	switch {
 	case caller.Subject != "":
@@ -37,7 +37,7 @@ func onBehalf(ctx context.Context, caller limit.Caller) context.Context {
 	return ctx
 }
 
-// pace refuses calls that come too fast. Who calls is known by then, if a token says it.
+// pace refuses calls that come too fast. By then the caller is identified, if it has a token.
 func (a *API) pace(next echo.HandlerFunc) echo.HandlerFunc {
 	return func(c echo.Context) error {
 		err := a.limits.Calls.Take(a.caller(c), 1)
@@ -51,8 +51,8 @@ func (a *API) pace(next echo.HandlerFunc) echo.HandlerFunc {
 	}
 }
 
-// checkSize refuses what is longer than anybody needs, in words: of what is longer still, the
-// server takes nothing.
+// checkSize refuses a URL or a header that exceeds its limit, with a problem. If one is much longer still,
+// the HTTP server refuses it itself.
 func (a *API) checkSize(r *http.Request) error {
 	if most := a.cfg.URLMax; len(r.RequestURI) > most {
 		return &Problem{Status: http.StatusRequestURITooLong, Code: "url_too_long", Limit: most,

@@ -234,7 +234,8 @@ func (a *API) answer(u *upload, x exchange, q asking) {
 	log.Info("answer ends")
 }
 
-// Pieces of the model that arrive during an append share the next one. When this many pieces wait, the model must wait.
+// piecesMost is how many pieces of the model may wait. Pieces that arrive during an append share the next one. When
+// this many wait, the model must wait.
 const piecesMost = 256
 
 // transcribe appends what the model says, and returns the chunk that ends it.

@@ -120,8 +120,10 @@ func (a *API) Metrics() http.Handler {
 	return mux
 }
 
+// scrapeLog logs the errors that promhttp reports.
 type scrapeLog struct{ *API }
 
+// Println implements promhttp.Logger.
 func (l scrapeLog) Println(v ...any) {
 	l.log.Error("metrics cannot be read", slog.String("err", fmt.Sprint(v...)))
 }

@@ -22,8 +22,8 @@ import (
 	"gapless/store"
 )
 
-// The OpenAI Responses API, for its clients as they are. Package openai translates; here is who may, and how it is sent. These
-// paths name a session in a response's id or in the body, so each call asks itself whether it is allowed (may).
+// The OpenAI Responses API, for unmodified OpenAI clients. Package openai translates; this file authorises and sends. These
+// paths name a session in a response's id or in the body, so each call checks permission itself (may).
 
 const (
 	openaiPath   = "/openai/v1"
@@ -41,7 +41,7 @@ func (a *API) routeOpenAI() {
 
 func isOpenAI(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, openaiPath+"/") }
 
-// openaiError is a problem as OpenAI's clients read it.
+// openaiError returns a problem in the form that OpenAI's clients read.
 func openaiError(p *Problem) []byte {
 	kind := "invalid_request_error"
 	switch {
@@ -69,14 +69,14 @@ func openaiError(p *Problem) []byte {
 	}
 	body, err := json.Marshal(e)
 	if err != nil {
-		panic(err) // flat text
+		panic(err) // only flat text
 	}
 	return body
 }
 
 var errNoResponse = &Problem{Status: http.StatusNotFound, Code: "response_not_found", Member: "response_id", Detail: "unknown response: it does not exist, or its beginning is no longer kept"}
 
-// response is the response that a path names.
+// response identifies the response that a path names.
 type response struct {
 	session, message string
 	seq              int64
@@ -89,7 +89,7 @@ func (a *API) responseOf(c echo.Context, action auth.Action) (r response, err er
 func (a *API) responseNamed(c echo.Context, id string, action auth.Action) (r response, err error) {
 	var ok bool
 	if r.session, r.message, r.seq, ok = openai.ParseID(id); !ok || !validID(r.session) {
-		if err := a.may(c, action, auth.All); err != nil { // it names no session that this might be about
+		if err := a.may(c, action, auth.All); err != nil { // the id names no session whose permission could be checked
 			return r, err
 		}
 		return r, errNoResponse
@@ -97,7 +97,7 @@ func (a *API) responseNamed(c echo.Context, id string, action auth.Action) (r re
 	return r, a.may(c, action, r.session)
 }
 
-// foldResponse reads a response as far as it is in the log. epoch and last are those of the log.
+// foldResponse folds a response as far as it is in the log. p has the epoch and the last number of the log.
 func (a *API) foldResponse(ctx context.Context, r response) (f *openai.Fold, p store.Page, err error) {
 	give, err := a.fold(ctx)
 	if err != nil {
@@ -162,7 +162,7 @@ func (a *API) createResponse(c echo.Context) error {
 	case q.Previous != "":
 		previous, err := a.responseNamed(c, q.Previous, auth.Ask)
 		if err == nil {
-			err = a.may(c, auth.Read, previous.session) // before anything is said about it
+			err = a.may(c, auth.Read, previous.session) // before anything is said about the response
 		}
 		if err == nil {
 			err = a.mayFollow(c, previous)
@@ -186,10 +186,10 @@ func (a *API) createResponse(c echo.Context) error {
 		return &Problem{Status: http.StatusBadRequest, Code: "invalid_session_id", Member: "conversation", Limit: 128, Detail: idRule}
 	}
 	named := id
-	if alone { // it may have any name
+	if alone { // the session may have any name
 		named = auth.All
 	}
-	for _, action := range []auth.Action{auth.Ask, auth.Read} { // it is answered with what it asks
+	for _, action := range []auth.Action{auth.Ask, auth.Read} { // the response contains the answer
 		if err := a.may(c, action, named); err != nil {
 			return err
 		}
@@ -215,7 +215,7 @@ func (a *API) createResponse(c echo.Context) error {
 	}
 	caller := a.caller(c)
 	if q.Stream {
-		if a.draining.Err() != nil { // nobody could view the answer here
+		if a.draining.Err() != nil { // no viewer could view the answer here
 			return errDraining
 		}
 		if err := a.limits.Viewers.Take(caller, 1); err != nil {
@@ -237,14 +237,14 @@ func (a *API) createResponse(c echo.Context) error {
 	if !q.Background {
 		select {
 		case <-x.done:
-		case <-c.Request().Context().Done(): // the answer goes on
+		case <-c.Request().Context().Done(): // the answer continues
 			return c.Request().Context().Err()
 		}
 	}
 	return a.sendResponse(c, r)
 }
 
-// mayFollow refuses to continue a response that is not over, or that others have followed: a log has no branches.
+// mayFollow refuses to continue a response that is not over, or that another one follows: a log has no branches.
 func (a *API) mayFollow(c echo.Context, r response) error {
 	f, _, err := a.foldResponse(c.Request().Context(), r)
 	if err != nil {
@@ -257,7 +257,7 @@ func (a *API) mayFollow(c echo.Context, r response) error {
 		Detail: "the previous response is not the last one of its conversation, and branches are not supported: continue the last one, or send the whole input without previous_response_id"})
 }
 
-// onlyResponse refuses with no when another response begins at or after chunk number from.
+// onlyResponse returns the error no if another response begins at or after chunk number from.
 func (a *API) onlyResponse(c echo.Context, r response, from int64, no error) error {
 	for {
 		p, err := a.logs.Read(c.Request().Context(), r.session, from, foldPage, 1<<20)
@@ -287,7 +287,7 @@ func (a *API) sendResponse(c echo.Context, r response) error {
 func (a *API) streamResponse(c echo.Context, r response, epoch string, f *openai.Fold) error {
 	caller, taken := a.caller(c), 0
 	defer func() { a.limits.Bodies.Give(caller, taken) }()
-	f.Grow = func(bytes int) bool { // it keeps its text, to say it again when it is whole
+	f.Grow = func(bytes int) bool { // the fold keeps its text, to repeat it when it is complete
 		if a.limits.Bodies.Take(caller, bytes) != nil {
 			return false
 		}
@@ -298,7 +298,7 @@ func (a *API) streamResponse(c echo.Context, r response, epoch string, f *openai
 	return a.foldStream(c, ask, nil, func(cause sse.Cause) bool { return cause == sse.Done && f.Over() })
 }
 
-// getResponse returns a response, or its events from a number on.
+// getResponse responds with a response, or with its events from a number on.
 func (a *API) getResponse(c echo.Context) error {
 	r, err := a.responseOf(c, auth.Read)
 	if err != nil {
@@ -318,7 +318,7 @@ func (a *API) getResponse(c echo.Context) error {
 			return &Problem{Status: http.StatusBadRequest, Code: "unsupported_parameter", Member: name, Detail: fmt.Sprintf("%.40q with this value is not supported here", name)}
 		}
 	}
-	if c.Request().ContentLength != 0 { // openai-go says stream in a body
+	if c.Request().ContentLength != 0 { // openai-go sends stream in a body
 		body, err := a.readBody(c, a.atMost(c, smallBody))
 		if err != nil {
 			return err
@@ -351,7 +351,7 @@ func (a *API) getResponse(c echo.Context) error {
 	return a.streamResponse(c, r, p.Epoch, f)
 }
 
-// cancelResponse stops a response. One that has ended stays as it is.
+// cancelResponse stops a response. A response that has ended stays as it is.
 func (a *API) cancelResponse(c echo.Context) error {
 	r, err := a.responseOf(c, auth.Cancel)
 	if err != nil {
@@ -367,7 +367,7 @@ func (a *API) cancelResponse(c echo.Context) error {
 	return a.sendResponse(c, r)
 }
 
-// deleteResponse deletes a response with its session, if that was made for it and has no other.
+// deleteResponse deletes a response together with its session, if the session was made for it and has no other response.
 func (a *API) deleteResponse(c echo.Context) error {
 	r, err := a.responseOf(c, auth.Admin)
 	if err != nil {
@@ -391,7 +391,7 @@ func (a *API) deleteResponse(c echo.Context) error {
 	return c.JSON(http.StatusOK, map[string]any{"id": openai.ID(r.session, r.message, r.seq), "object": "response", "deleted": true})
 }
 
-// inputItems lists what a response was asked.
+// inputItems lists the input of a response.
 func (a *API) inputItems(c echo.Context) error {
 	r, err := a.responseOf(c, auth.Read)
 	if err != nil {
@@ -450,15 +450,15 @@ func (a *API) inputItems(c echo.Context) error {
 	return c.JSON(http.StatusOK, list)
 }
 
-// passer is a model that has a service.
+// passer is a model with a service.
 type passer interface {
 	Pass(ctx context.Context, request []byte) (*http.Response, error)
 }
 
 const headerSession = "Gapless-Session"
 
-// complete passes a request of chat completions on to the model's service, and its response back to the byte. Events are recorded
-// as they came, in a session of their own. A client that goes away does not end that.
+// complete passes a request for a chat completion to the model's service, and returns its response byte for byte. Events are recorded
+// as they came, in a new session. The recording continues if the client goes away.
 func (a *API) complete(c echo.Context) error {
 	if err := checkJSON(c); err != nil {
 		return err
@@ -474,7 +474,7 @@ func (a *API) complete(c echo.Context) error {
 	}
 	id := made.String()
 	for _, action := range []auth.Action{auth.Ask, auth.Read} {
-		if err := a.may(c, action, auth.All); err != nil { // its session may have any name
+		if err := a.may(c, action, auth.All); err != nil { // the session may have any name
 			return err
 		}
 	}
@@ -482,7 +482,7 @@ func (a *API) complete(c echo.Context) error {
 	if !ok {
 		return &Problem{Status: http.StatusBadRequest, Code: "unsupported_parameter", Detail: "chat completions need a model's service (-model-url): the demo has none. Its answers are at /openai/v1/responses"}
 	}
-	a.answers.add() // before it is looked whether all have to end
+	a.answers.add() // before checking whether all must end
 	defer a.answers.done()
 	if a.draining.Err() != nil {
 		return errDraining
@@ -527,7 +527,7 @@ func (a *API) complete(c echo.Context) error {
 	return a.record(c, u, res.Body)
 }
 
-// record appends the events of a response, and sends the client what is stored of them.
+// record appends the events of a response, and sends the client those that are stored.
 func (a *API) record(c echo.Context, u *upload, from io.Reader) error {
 	c.Response().WriteHeader(http.StatusOK)
 	c.Response().Flush()
@@ -550,7 +550,7 @@ func (a *API) record(c echo.Context, u *upload, from io.Reader) error {
 		if err == io.EOF {
 			break
 		}
-		if err != nil { // what cannot be recorded is passed on all the same
+		if err != nil { // what cannot be recorded is still passed on
 			u.leave(store.HoldBroken)
 			if _, bad := io.Copy(c.Response(), from); broken || bad != nil || errors.Is(err, errBroken) {
 				panic(http.ErrAbortHandler)
@@ -567,6 +567,7 @@ type seen struct {
 	buf  bytes.Buffer
 }
 
+// Read implements io.Reader.
 func (s *seen) Read(p []byte) (int, error) {
 	n, err := s.from.Read(p)
 	s.buf.Write(p[:n])

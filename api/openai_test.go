@@ -28,7 +28,7 @@ import (
 	"gapless/store/storetest"
 )
 
-// created asks for a response in the background.
+// created creates a response in the background.
 func (n *node) created(t *testing.T, body string) map[string]any {
 	t.Helper()
 	return into[map[string]any](t, n.post("/openai/v1/responses", typeJSON, body), 200)
@@ -72,7 +72,7 @@ func eventsOf(t *testing.T, body []byte) (all []string) {
 	}
 }
 
-// kinds is the types of events, those in a row once.
+// kinds returns the types of events, with consecutive repeats once.
 func kinds(t *testing.T, all []string) string {
 	t.Helper()
 	var out []string
@@ -88,7 +88,8 @@ func kinds(t *testing.T, all []string) string {
 	return strings.Join(out, " ")
 }
 
-// Promise: resumable. An event has the same number at every node, during and after, and what is retrieved whole is what they add up to.
+// Promise: resumable. An event has the same number on every node, during the response and after it. The response that is retrieved as
+// a whole equals the sum of its events.
 func TestResponse_hasItsEventsFromEveryNumberAtEveryNode(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -106,7 +107,7 @@ func TestResponse_hasItsEventsFromEveryNumberAtEveryNode(t *testing.T) {
 	a.append("s", `{"message_id":"other","content":"not of it"}`)
 	var wg sync.WaitGroup
 	during := make([][]string, 6)
-	for i := range during { // there are events 0 to 5 by now
+	for i := range during { // events 0 to 5 exist by now
 		res, err := []*node{a, b}[i%2].client.Do(a.new(request{method: "GET", path: path + fmt.Sprint("?stream=true&starting_after=", i)}))
 		if err != nil {
 			t.Fatal(err)
@@ -142,12 +143,12 @@ func TestResponse_hasItsEventsFromEveryNumberAtEveryNode(t *testing.T) {
 	if whole := into[map[string]any](t, a.get(path+"?stream=false"), 200); !reflect.DeepEqual(whole, last.Response) || whole["status"] != "completed" {
 		t.Errorf("%v\n%v", whole, last.Response)
 	}
-	// openai-go says in a body that it wants a stream.
+	// openai-go requests a stream in a body.
 	if got := b.events(t, request{method: "GET", path: path + "?starting_after=4", body: `{"stream":true}`, bad: true}); !reflect.DeepEqual(got, all[5:]) {
 		t.Errorf("%q", got)
 	}
 	b.do(request{method: "GET", path: path, body: `{"stream":5}`, bad: true}).refused(t, 400, "invalid_json")
-	// Events that were lost are said aloud.
+	// Lost events are reported.
 	if got := kinds(t, b.events(t, request{method: "GET", path: path + "?stream=true&starting_after=99"})); got != "error" {
 		t.Errorf("%s", got)
 	}
@@ -166,7 +167,7 @@ func TestResponse_withoutAStreamIsWaitedFor(t *testing.T) {
 	}
 }
 
-// What is asked, and how, comes to the service as chat completions have it, and its calls of tools come back.
+// A question with tools reaches the service in the form of chat completions, and the model's tool calls come back.
 func TestResponse_passesToolsOnAndBack(t *testing.T) {
 	t.Parallel()
 	var mu sync.Mutex
@@ -238,11 +239,11 @@ func TestResponse_passesToolsOnAndBack(t *testing.T) {
 	if got := said(1); !reflect.DeepEqual(got, want) || asked[1]["model"] != "davinci" {
 		t.Errorf("%q", got)
 	}
-	// Branches are not supported, and said so.
+	// Branches are not supported, and the error says so.
 	if p := n.post("/openai/v1/responses", typeJSON, body).refused(t, 400, "unsupported_parameter"); p.Member != "previous_response_id" {
 		t.Errorf("%+v", p)
 	}
-	// A client may send all of it again, and has a new conversation.
+	// A client may send everything again, and gets a new conversation.
 	n.created(t, `{"input":[{"role":"user","content":"`+secret+`"},{"type":"reasoning","id":"rs_1","summary":[]},{"type":"message","role":"assistant","content":[{"type":"output_text","text":"Let me see"}]},
 		{"type":"function_call","call_id":"call_1","name":"tea","arguments":"{\"kind\":\"green\"}"},{"type":"function_call_output","call_id":"call_1","output":[{"type":"input_text","text":"80"}]}]}`)
 	if got := said(2); !reflect.DeepEqual(got, want) {
@@ -304,7 +305,7 @@ func TestResponse_isCancelledTwiceListedAndDeleted(t *testing.T) {
 	n.get(path+"/input_items").refused(t, 404, "response_not_found")
 	n.do(request{method: "POST", path: path + "/cancel"}).refused(t, 404, "response_not_found")
 	n.do(request{method: "DELETE", path: path}).refused(t, 404, "response_not_found")
-	// One of a conversation is not deleted alone.
+	// A response of a conversation is not deleted alone.
 	r = n.created(t, `{"background":true,"input":"`+secret+`","conversation":{"id":"s"}}`)
 	n.do(request{method: "DELETE", path: fmt.Sprint("/openai/v1/responses/", r["id"])}).refused(t, 400, "unsupported_parameter")
 	for _, none := range []string{"resp_1", "x", "resp_01990b6c7d1e7c3a8a515d0f6e2b9a10_01_s", "resp_01990b6c7d1e7c3a8a515d0f6e2b9a10_1_", "resp_01990b6c7d1e7c3a8a515d0f6e2b9a10_1_s"} {
@@ -312,7 +313,7 @@ func TestResponse_isCancelledTwiceListedAndDeleted(t *testing.T) {
 	}
 }
 
-// Nothing that a request says is ignored.
+// Nothing in a request is ignored.
 func TestResponse_whatIsNotSupportedIsNamed(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.api.ChunkMax, s.api.BatchBytes = 2<<10, 3<<10 })
@@ -358,7 +359,7 @@ func TestResponse_whatIsNotSupportedIsNamed(t *testing.T) {
 	}
 }
 
-// Where a stream cannot go on it is broken off: an SDK's caller asks again.
+// A stream that cannot continue is broken off, so that an SDK's caller retries.
 func TestResponse_streamBreaksOffAndFailuresAreSaid(t *testing.T) {
 	t.Parallel()
 	m := newPaced()
@@ -387,7 +388,7 @@ func TestResponse_streamBreaksOffAndFailuresAreSaid(t *testing.T) {
 	n.post("/openai/v1/responses", typeJSON, `{"input":"x","stream":true}`).refused(t, 503, "draining")
 }
 
-// A stream keeps its text while it lasts: that counts among bodies, and one for which there is no room is broken off.
+// A stream keeps its text while it lasts. The text counts among bodies, and a stream without room for it is broken off.
 func TestResponse_textOfAStreamIsBounded(t *testing.T) {
 	t.Parallel()
 	n := serve(t, func(s *setup) { s.model = says(strings.Repeat(secret, 10_000)) })
@@ -411,7 +412,7 @@ func TestResponse_textOfAStreamIsBounded(t *testing.T) {
 	}
 }
 
-// Promise: to the byte. Chat completions are the service's own, whatever it says, and what it streams is recorded.
+// Promise: byte for byte. Chat completions return the service's response, whatever it contains, and record its stream.
 func TestCompletions_areTheServicesOwnToTheByte(t *testing.T) {
 	t.Parallel()
 	const events = ": hello\n\nid: 1\nevent: x\ndata: {\"choices\":[{\"delta\":{\"content\":\"🍞\"}}]}\n\ndata:{\"choices\":[]}\r\n\r\ndata: [DONE]\n\n"
@@ -449,7 +450,7 @@ func TestCompletions_areTheServicesOwnToTheByte(t *testing.T) {
 		t.Errorf("%d %s %v", a.status, a.body, a.header)
 	}
 	a := post(`{"stream":true}`)
-	if id := a.header.Get("Gapless-Session"); string(a.body) != "" || id == "" { // the checking transport reads no stream
+	if id := a.header.Get("Gapless-Session"); string(a.body) != "" || id == "" { // the checking transport does not read streams
 		res, err := n.client.Do(n.new(request{method: "POST", path: "/openai/v1/chat/completions", kind: typeJSON, body: `{"stream":true}`}))
 		if err != nil {
 			t.Fatal(err)
@@ -477,14 +478,14 @@ func TestCompletions_areTheServicesOwnToTheByte(t *testing.T) {
 	serve(t, nil).post("/openai/v1/chat/completions", typeJSON, `{}`).refused(t, 400, "unsupported_parameter")
 }
 
-// broken is a model with a service that fails in a way that nobody knows.
+// broken is a model whose service fails for an unknown reason.
 type broken struct{ model.Model }
 
 func (broken) Pass(context.Context, []byte) (*http.Response, error) {
 	return nil, errors.New("a fault")
 }
 
-// A fault, or a Redis that does not answer, has the form that OpenAI's clients read.
+// A fault, and a Redis that is away, are reported in the form that OpenAI's clients read.
 func TestResponse_errorsHaveOpenAIsForm(t *testing.T) {
 	t.Parallel()
 	var f *faulty
@@ -503,8 +504,7 @@ func TestResponse_errorsHaveOpenAIsForm(t *testing.T) {
 	}
 }
 
-// Whatever id or session is named, a token for one session reaches no other.
-// Whoever may ask and not read learns nothing about a response that it names: not whether it exists, nor whether it is over.
+// A caller that may ask, but not read, learns nothing about the response that it names: not whether it exists, nor whether it is over.
 func TestResponse_aPreviousOneIsLookedAtOnlyByWhoMayRead(t *testing.T) {
 	t.Parallel()
 	n, issuer := locked(t, nil)
@@ -518,6 +518,7 @@ func TestResponse_aPreviousOneIsLookedAtOnlyByWhoMayRead(t *testing.T) {
 	}
 }
 
+// Whatever id or session is named, a token for one session reaches no other.
 func FuzzOpenAIAccess(f *testing.F) {
 	const uid = "01990b6c7d1e7c3a8a515d0f6e2b9a10"
 	f.Add("resp_"+uid+"_1_theirs", "theirs", byte(0))
@@ -547,14 +548,14 @@ func FuzzOpenAIAccess(f *testing.F) {
 		if err != nil {
 			return
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // a stream would go on
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // a stream would continue
 		defer cancel()
 		r = r.WithContext(ctx)
 		r.Header.Set("Authorization", "Bearer "+all)
 		r.Header.Set("Content-Type", q.kind)
 		w := httptest.NewRecorder()
 		func() {
-			defer func() { // which breaks a stream off
+			defer func() { // breaking off a stream panics
 				if why := recover(); why != nil && why != http.ErrAbortHandler {
 					panic(why)
 				}
@@ -567,7 +568,7 @@ func FuzzOpenAIAccess(f *testing.F) {
 	})
 }
 
-// reached keeps which sessions the store was asked about.
+// reached records the sessions for which the store was called.
 type reached struct {
 	Logs
 	mu  sync.Mutex
@@ -583,7 +584,7 @@ func (l *reached) see(id string) {
 	l.all[id] = true
 }
 
-// other is a session but this one that was asked about.
+// other returns a session other than id for which the store was called, or "".
 func (l *reached) other(id string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()

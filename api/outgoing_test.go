@@ -152,7 +152,7 @@ func TestResponse_toAClientThatLeavesIsNoError(t *testing.T) {
 	eventually(t, "nothing is under way", func() bool { return n.api.limits.Responses.Taken() == 0 && n.api.limits.Viewers.Taken() == 0 })
 }
 
-// Callers without a token fill half of the memory. The other half is for those who show one, also on a new connection.
+// Callers without a token fill half of the memory. The other half is for callers with a token, even on a new connection.
 func TestResponse_strangersLeaveHalfToOthers(t *testing.T) {
 	t.Parallel()
 	const all = 8 * CallCost

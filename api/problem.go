@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"mime"
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -123,7 +125,7 @@ func problemOf(err error) *Problem {
 	if e, ok := errors.AsType[*echo.HTTPError](err); ok {
 		switch e.Code {
 		case http.StatusNotFound:
-			return &Problem{Status: e.Code, Code: "not_found", Detail: "unknown path: /openapi.yaml lists all paths"}
+			return &Problem{Status: e.Code, Code: codeNotFound, Detail: "unknown path: /openapi.yaml lists all paths"}
 		case http.StatusMethodNotAllowed:
 			return &Problem{Status: e.Code, Code: "method_not_allowed", Detail: "this path does not support the method: the Allow header lists those that it supports"}
 		}
@@ -228,6 +230,14 @@ func (a *API) problem(err error, c echo.Context) {
 		body, kind = openaiError(&p), typeJSON
 		h.Set("Content-Length", strconv.Itoa(len(body)))
 	}
+	if p.Code == codeNotFound {
+		h.Add("Vary", "Accept")
+		if wantsHTML(c.Request().Header.Values("Accept")) {
+			body, kind = a.notFound, "text/html; charset=utf-8"
+			h.Set("Content-Length", strconv.Itoa(len(body)))
+			forPeople(h, pagePolicy)
+		}
+	}
 	if err := c.Blob(p.Status, kind, body); err != nil {
 		a.log.Debug("problem not delivered", slog.Any("err", err))
 	}
@@ -235,6 +245,34 @@ func (a *API) problem(err error, c echo.Context) {
 		_ = ctl.Flush()
 		linger(sse.Conn(c.Request().Context()))
 	}
+}
+
+// codeNotFound is the code of a path that does not exist.
+const codeNotFound = "not_found"
+
+// wantsHTML reports whether an Accept header is that of a browser that shows a page: it names HTML, and prefers it to JSON.
+// A wildcard alone, as curl and fetch send it, does not.
+func wantsHTML(accepted []string) bool {
+	html, json := 0.0, 0.0
+	for one := range strings.SplitSeq(strings.Join(accepted, ","), ",") {
+		kind, parameters, err := mime.ParseMediaType(one)
+		if err != nil {
+			continue
+		}
+		weight := 1.0
+		if q, ok := parameters["q"]; ok {
+			if weight, err = strconv.ParseFloat(q, 64); err != nil {
+				continue
+			}
+		}
+		switch kind {
+		case "text/html", "application/xhtml+xml":
+			html = max(html, weight)
+		case typeJSON, "application/problem+json":
+			json = max(json, weight)
+		}
+	}
+	return html > json
 }
 
 // incoming is a request's body that knows whether all of it has arrived.
@@ -250,6 +288,7 @@ type incoming struct {
 	since   int           // bytes since the deadline was set, at first by the server
 }
 
+// Read implements io.Reader. It returns the decoded body.
 func (b *incoming) Read(p []byte) (int, error) {
 	if b.plain != nil {
 		return b.plain.Read(p)

@@ -1,11 +1,15 @@
 package api
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -13,6 +17,7 @@ import (
 
 	"gapless/store"
 	"gapless/store/storetest"
+	"gapless/web"
 )
 
 // calls returns one valid request for each operation of the contract.
@@ -359,7 +364,61 @@ func TestProblem_pathsAndMethodsThatAreNoneOfTheContracts(t *testing.T) {
 	}
 }
 
-// A query that cannot be parsed is refused by each call. What the library understands of it may be something else than was meant.
+// A person whose browser opens an address that does not exist sees a page; a program gets the problem.
+func TestProblem_unknownPathsAreAPageForPeople(t *testing.T) {
+	t.Parallel()
+	n := serve(t, nil)
+	page, err := fs.ReadFile(web.Files, "404.html")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
+	for _, c := range []struct {
+		path   string
+		accept []string
+		html   bool
+	}{
+		{"/nothing", []string{browser}, true},
+		{"/v1/nothing", []string{browser}, true},
+		{"/openai/v1/nothing", []string{browser}, true},
+		{"/404.html", []string{browser}, true},
+		{"/nothing", []string{"application/xml", "text/html"}, true},
+		{"/nothing", []string{"application/json;q=0.5, TEXT/HTML;q=0.9"}, true},
+		{"/nothing", nil, false},
+		{"/nothing", []string{"*/*"}, false},
+		{"/nothing", []string{"text/html;q=0"}, false},
+		{"/nothing", []string{"text/html;q=0.1, application/json"}, false},
+		{"/nothing", []string{"application/problem+json, text/html"}, false},
+		{"/nothing", []string{"text/html;q=much", ";;", ""}, false},
+		{"/v1/sessions/none", []string{browser}, false}, // the contract says what this call returns
+	} {
+		for _, method := range []string{"GET", "HEAD"} {
+			r, err := http.NewRequestWithContext(t.Context(), method, n.server.URL+c.path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header["Accept"] = c.accept
+			res, err := http.DefaultClient.Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(res.Body)
+			res.Body.Close()
+			kind, policy := "application/problem+json", ""
+			if c.html {
+				kind, policy = "text/html; charset=utf-8", pagePolicy
+			}
+			h := res.Header
+			if res.StatusCode != 404 || h.Get("Content-Type") != kind || c.html && h.Get("Content-Security-Policy") != policy ||
+				method == "GET" && bytes.Equal(body, page) != c.html || c.path != "/v1/sessions/none" && !slices.Contains(h["Vary"], "Accept") {
+				t.Errorf("%s %s for %q: %d %v %.80s", method, c.path, c.accept, res.StatusCode, h, body)
+			}
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
+}
+
+// Each call refuses a query that cannot be parsed, because the library might understand something else than was meant.
 func TestProblem_malformedQueriesAreRefused(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)

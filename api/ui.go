@@ -26,19 +26,19 @@ import (
 )
 
 // The Vercel AI SDK's useChat, with its DefaultChatTransport, asks by POST and, when a page is
-// loaded again, resumes by GET. It is answered with a UI message stream: the parts of one
+// reloaded, resumes by GET. The response is a UI message stream: the parts of one
 // message (https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol#data-stream-protocol), always from
-// the message's beginning. Here that is one more form of a viewer's stream, so it is as gapless,
-// as bounded and as slow as its reader.
+// the message's beginning. Here it is another form of a viewer's stream, with the same
+// guarantees and limits, and as slow as its reader.
 //
-// Its client takes a clean end for the end of the answer. So the response ends cleanly behind
-// [DONE] alone, and else it is broken off. The SDK's WorkflowChatTransport, which comes back by
-// itself, wants the opposite (ui_run.go).
+// The client takes a clean end for the end of the answer. So the response ends cleanly only after
+// [DONE]; otherwise it is broken off. The SDK's WorkflowChatTransport, which reconnects by
+// itself, needs the opposite (ui_run.go).
 
-// uiAsk takes what useChat sends, and answers with the answer.
+// uiAsk accepts a question from useChat, and responds with the answer.
 func (a *API) uiAsk(c echo.Context) error {
 	kind, err := mediaType(c.Request())
-	run := kind == typeText // WorkflowChatTransport sends JSON, and leaves its type to fetch
+	run := kind == typeText // WorkflowChatTransport sends JSON, and lets fetch set the type
 	if !run {
 		err = checkJSON(c)
 	}
@@ -57,13 +57,13 @@ func (a *API) uiAsk(c echo.Context) error {
 	if err != nil {
 		return err
 	}
-	if expired(a.grant(c)) { // a body may take its time
+	if expired(a.grant(c)) { // a body may take long
 		return errExpired
 	}
-	if err := a.may(c, auth.Read, session(c)); err != nil { // it is answered with what it asks
+	if err := a.may(c, auth.Read, session(c)); err != nil { // the response contains the answer
 		return err
 	}
-	if a.draining.Err() != nil { // nobody could view the answer here
+	if a.draining.Err() != nil { // no viewer could view the answer here
 		return errDraining
 	}
 	caller := a.caller(c)
@@ -81,10 +81,10 @@ func (a *API) uiAsk(c echo.Context) error {
 	return a.uiStream(c, sse.Ask{Cursor: x.seq, Epoch: x.epoch}, f)
 }
 
-// uiQuestion is the text of the last message that useChat sent, and where it stands. All others are in the log: they are
-// skipped as they arrive, since a conversation is many times larger parsed than sent. Whatever they look like is no matter.
+// uiQuestion returns the text of the last message that useChat sent, and where the text is. All other messages are in the log.
+// They are skipped as they arrive, whatever they contain: a conversation is many times larger parsed than sent.
 func uiQuestion(body io.Reader) (content, member string, err error) {
-	dec := jsontext.NewDecoder(body, jsontext.AllowDuplicateNames(true)) // it would keep the names
+	dec := jsontext.NewDecoder(body, jsontext.AllowDuplicateNames(true)) // otherwise it would keep the names
 	var last uiSent
 	count, twice := 0, false
 	err = members(dec, func(name string) error {
@@ -136,18 +136,18 @@ func uiQuestion(body io.Reader) (content, member string, err error) {
 	return last.text, member, nil
 }
 
-// errTwice says that a body has something twice that is read, or more than its object, or no object.
+// errTwice says that a body contains a relevant member twice, more than one object, or no object.
 var errTwice = errors.New("it can be read in two ways")
 
-// shapeError says that a member is not what useChat sends.
+// shapeError says that a member does not have the type that useChat sends.
 type shapeError struct{ member string }
 
 func (e *shapeError) Error() string { return e.member + " has another shape" }
 
-// uiSent is what is read of a message that useChat sent.
+// uiSent is the part of a message from useChat that is used.
 type uiSent struct {
 	role, text string
-	other      int // which of its parts is no text; -1: none
+	other      int // the index of its first part that is not text; -1: none
 }
 
 func readUISent(dec *jsontext.Decoder) (uiSent, error) {
@@ -207,7 +207,7 @@ func readUIPart(dec *jsontext.Decoder) (kind, text string, err error) {
 	return kind, text, err
 }
 
-// members calls read in front of the value of each member of an object. It has to read that.
+// members calls read before the value of each member of an object. read must consume the value.
 func members(dec *jsontext.Decoder, read func(name string) error) error {
 	if kind := dec.PeekKind(); kind != '{' && kind != 0 {
 		return errTwice
@@ -228,7 +228,7 @@ func members(dec *jsontext.Decoder, read func(name string) error) error {
 	return err
 }
 
-// elements calls read in front of each element of an array. It has to read that.
+// elements calls read before each element of an array. read must consume the element.
 func elements(dec *jsontext.Decoder, read func(i int) error) error {
 	if _, err := dec.ReadToken(); err != nil {
 		return err
@@ -246,7 +246,7 @@ func elements(dec *jsontext.Decoder, read func(i int) error) error {
 	return err
 }
 
-// readText is a value that is text.
+// readText reads a string.
 func readText(dec *jsontext.Decoder) (string, error) {
 	if kind := dec.PeekKind(); kind != '"' && kind != 0 {
 		return "", &shapeError{string(dec.StackPointer())}
@@ -258,10 +258,10 @@ func readText(dec *jsontext.Decoder) (string, error) {
 	return text.String(), nil
 }
 
-// uiResume answers with the assistant's message under way that began last; 204 when there is none.
+// uiResume streams the assistant's unfinished message that began last. It responds with 204 if none exists.
 func (a *API) uiResume(c echo.Context) error { return a.uiView(c, "") }
 
-// uiMessage answers with a message that is under way; 204 when it is not.
+// uiMessage streams an unfinished message. It responds with 204 if the message is not under way.
 func (a *API) uiMessage(c echo.Context) error {
 	id, err := messageID(c)
 	if err != nil {
@@ -284,7 +284,7 @@ func (a *API) uiView(c echo.Context, message string) error {
 			return err
 		}
 		begins = ask.Cursor
-		if begins == b.Former { // its beginning may be gone: it is looked for from the first chunk that is kept
+		if begins == b.Former { // its beginning may be gone: search from the first chunk that is kept
 			ask.Cursor = 0
 		}
 	}
@@ -299,11 +299,11 @@ func (a *API) uiView(c echo.Context, message string) error {
 	return a.uiStream(c, ask, newUIFold(message, begins))
 }
 
-// running is the assistant's message under way that began last, and where in the log it begins: behind chunk number after
-// of an epoch. open are the messages that the server knows to be unfinished. Empty: there is none.
+// running returns the assistant's unfinished message that began last. It begins after chunk number after
+// of epoch. open lists the messages that the server knows to be unfinished. If none exists, message is empty.
 //
-// An answer of the model is one from its question on, before its first word. So one of which nothing is in the log yet began
-// later than all that have said something, if its id is such as this server makes.
+// An answer of the model is a message from its question on, before its first word. So a message without chunks in the log
+// began later than all that have some, if this server made its id.
 func (a *API) running(ctx context.Context, session string, open []string) (message string, after int64, epoch string, err error) {
 	if len(open) == 0 {
 		return "", 0, "", nil
@@ -328,14 +328,14 @@ func (a *API) running(ctx context.Context, session string, open []string) (messa
 	switch {
 	case silent != "" && (made || last.ID == ""):
 		return silent, m.Last(), m.Epoch(), nil
-	case last.First == m.First() && m.First() > p.Former+1: // what it began with may be gone
+	case last.First == m.First() && m.First() > p.Former+1: // its first chunks may be gone
 		return last.ID, p.Former, m.Epoch(), nil
 	}
 	return last.ID, max(last.First-1, 0), m.Epoch(), nil
 }
 
-// newest is the newest of messages of which nothing is in the log: of those whose ids this server made, and which tell the
-// time, or, if there are none, of others.
+// newest returns the newest of the messages that have nothing in the log. It compares the ids that this server made, because they
+// contain the time. If there are none, it compares the others, and made is false.
 func newest(open iter.Seq[string]) (message string, made bool) {
 	var ours, others string
 	for id := range open {
@@ -354,11 +354,11 @@ func newest(open iter.Seq[string]) (message string, made bool) {
 func (a *API) uiStream(c echo.Context, ask sse.Ask, f *uiFold) error {
 	ask.Session, ask.Fold = strings.Clone(session(c)), f.fold
 	return a.foldStream(c, ask, http.Header{"X-Vercel-Ai-Ui-Message-Stream": {"v1"}}, func(cause sse.Cause) bool {
-		return cause == sse.Done || f.run // its client comes back after a clean end without finish
+		return cause == sse.Done || f.run // WorkflowChatTransport reconnects after a clean end without finish
 	})
 }
 
-// foldStream answers with a stream that ask.Fold makes. clean says whether it is to end cleanly.
+// foldStream responds with a stream that ask.Fold makes. clean reports whether the response must end cleanly.
 func (a *API) foldStream(c echo.Context, ask sse.Ask, header http.Header, clean func(sse.Cause) bool) error {
 	uncount(c)
 	connection, err := newConnection(c)
@@ -390,12 +390,12 @@ func (a *API) foldStream(c echo.Context, ask sse.Ask, header http.Header, clean 
 	if clean(cause) {
 		cause = sse.Done
 	} else {
-		cause = sse.Outside // the log's end, or its deletion, is none of the message's
+		cause = sse.Outside // the end or deletion of the log does not end the message
 	}
 	return w.End(cause)
 }
 
-// stopMessage stops a message. One that has ended is stopped as well: the button was late.
+// stopMessage stops a message. It also succeeds if the message has ended: the button was pressed late.
 func (a *API) stopMessage(c echo.Context) error {
 	id, err := messageID(c)
 	if err != nil {
@@ -417,29 +417,29 @@ func messageID(c echo.Context) (string, error) {
 	return id, nil
 }
 
-// uiFold makes parts of a UI message of the chunks of one message. Which parts those are follows from the chunks alone, so
-// that each has the same place on every connection.
+// uiFold turns the chunks of one message into parts of a UI message. The parts depend on the chunks alone, so
+// each part has the same position on every connection.
 type uiFold struct {
 	message string
 	base    int64 // the message begins somewhere after this number
-	first   int64 // the first chunk that it was given; where that is not base+1, a message that goes on there has lost its beginning
+	first   int64 // the first chunk received; if it is not base+1, a message that continues there has lost its beginning
 
 	begun bool
-	begin int64          // the message's first chunk; 0: there was none yet
-	open  string         // the kind of the part that is open: text, reasoning; empty: none is
-	parts map[string]int // by kind, how many have begun
-	made  int            // how many parts, those that the client has already included
+	begin int64          // the message's first chunk; 0: none yet
+	open  string         // the kind of the open part: text or reasoning; empty: none is open
+	parts map[string]int // how many parts of each kind have begun
+	made  int            // how many parts were made, including those that the client already has
 
 	run   bool  // finish follows whatever ends the message
-	skip  int   // how many more parts the client has already
-	known int64 // up to this number the log has made all those parts
+	skip  int   // how many of the next parts the client already has
+	known int64 // the chunks up to this number contain all those parts
 }
 
 func newUIFold(message string, base int64) *uiFold {
 	return &uiFold{message: message, base: base, parts: map[string]int{}}
 }
 
-// part is a part of a UI message stream. Which of its members it has follows from its type.
+// part is a part of a UI message stream. Its type determines which members it has.
 type part struct {
 	Type         string          `json:"type"`
 	MessageID    string          `json:"messageId,omitempty"`
@@ -468,7 +468,7 @@ func (f *uiFold) fold(b, events []byte, ended bool) (out []byte, over bool) {
 	return b, false
 }
 
-// chunk appends what comes of a chunk.
+// chunk appends the parts that a chunk causes.
 func (f *uiFold) chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) {
 	if f.first == 0 {
 		f.first = seq
@@ -527,7 +527,7 @@ func (f *uiFold) chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool
 	return b, false
 }
 
-// mayMatter says whether a chunk may be of the message: most others are not parsed.
+// mayMatter reports whether a chunk may belong to the message, so that most others are not parsed.
 func (f *uiFold) mayMatter(chunk []byte) bool {
 	return bytes.Contains(chunk, []byte(f.message)) || bytes.IndexByte(chunk, '\\') >= 0
 }
@@ -542,7 +542,7 @@ func (f *uiFold) endPart(b []byte) []byte {
 	return b
 }
 
-// part appends a part that the client does not have.
+// part appends a part, unless the client already has it.
 func (f *uiFold) part(b []byte, p part) []byte {
 	out := appendPart(b, p)
 	if len(out) == len(b) {
@@ -556,7 +556,7 @@ func (f *uiFold) part(b []byte, p part) []byte {
 	return out
 }
 
-// end appends the last part, and the stream's end.
+// end appends the last part, and then the end of the stream.
 func (f *uiFold) end(b []byte, last part) []byte {
 	b = f.part(f.endPart(b), last)
 	if f.run && last.Type != "finish" {
@@ -568,7 +568,7 @@ func (f *uiFold) end(b []byte, last part) []byte {
 	return append(b, done...)
 }
 
-// lost ends the stream of a client that has more parts than there are: it was given what Redis has lost since.
+// lost ends the stream of a client that has more parts than exist: it received what Redis has lost since.
 func (f *uiFold) lost(b []byte) []byte {
 	b = appendPart(b, part{Type: "error", ErrorText: "a part of the answer was lost: load it again"})
 	return append(appendPart(b, part{Type: "finish"}), done...)
@@ -578,13 +578,13 @@ const done = "data: [DONE]\n\n"
 
 func appendPart(b []byte, p part) []byte {
 	text, err := json.Marshal(p)
-	if err != nil { // what a foreign producer takes for JSON, and this library does not
+	if err != nil { // a foreign producer may accept JSON that this library refuses
 		return b
 	}
 	return append(append(append(b, "data: "...), text...), "\n\n"...)
 }
 
-// finishReason is the AI SDK's word for a finish_reason of the chat-completions API.
+// finishReason returns the AI SDK's word for a finish_reason of the chat-completions API.
 func finishReason(text string) string {
 	switch text {
 	case "", "stop", "length":

@@ -16,19 +16,19 @@ import (
 )
 
 // WorkflowChatTransport of @ai-sdk/workflow counts the parts that it has received. When a response ends without finish, it
-// asks for the rest by that number, at once and as often as it takes. An aborted body counts as an error there, and so
-// does every other status than 200. So here a response ends cleanly wherever it ends, also where there is trouble, and
-// finish follows an error, too: without it the client would ask on for ever.
+// requests the rest by that number, at once and as often as needed. It treats an aborted body as an error,
+// like every status but 200. So a response ends cleanly here wherever it ends, even in trouble.
+// finish also follows an error, because without it the client would retry forever.
 
 const (
-	headerRun  = "X-Workflow-Run-Id"            // the message
-	headerTail = "X-Workflow-Stream-Tail-Index" // the number of the last part that there is, from 0
+	headerRun  = "X-Workflow-Run-Id"            // the id of the message
+	headerTail = "X-Workflow-Stream-Tail-Index" // the number of the last existing part, from 0
 )
 
-// uiPause is how long a client that has to come back is held: it would come back at once.
+// uiPause is how long a client that must reconnect is held, because it would reconnect at once.
 const uiPause = time.Second
 
-// uiRun streams a message without its first parts, under way or not.
+// uiRun streams a message without its first parts, whether or not it is under way.
 func (a *API) uiRun(c echo.Context) error {
 	id, err := messageID(c)
 	if err != nil {
@@ -63,7 +63,7 @@ func (a *API) uiRun(c echo.Context) error {
 	return nil
 }
 
-// parseIndex reads the number of a part; below 0: that many parts before the end.
+// parseIndex parses the number of a part. A negative number counts parts from the end.
 func parseIndex(text string) (int, error) {
 	digits, negative := strings.CutPrefix(text, "-")
 	n, err := parseNumber(digits)
@@ -76,12 +76,12 @@ func parseIndex(text string) (int, error) {
 	return int(n), nil
 }
 
-// uiFrom streams a message from a part on.
+// uiFrom streams a message from a given part on.
 func (a *API) uiFrom(c echo.Context, message string, start int) error {
 	ctx, session := c.Request().Context(), session(c)
 	b, open, err := a.logs.Open(ctx, session)
 	ask, begins := sse.Ask{Epoch: b.Epoch}, b.Former
-	if message == session && !slices.Contains(open, message) { // a page that was just loaded names its chat: it knows no message
+	if message == session && !slices.Contains(open, message) { // a page that was just loaded names its chat, because it knows no message
 		if err == nil {
 			message, ask.Cursor, ask.Epoch, err = a.uiLatest(ctx, session, open, start > 0)
 		}
@@ -91,7 +91,7 @@ func (a *API) uiFrom(c echo.Context, message string, start int) error {
 		case err == nil && message == "":
 			return errNoMessage
 		}
-		if begins = ask.Cursor; begins == b.Former { // its beginning may be gone: it is looked for from the first chunk that is kept
+		if begins = ask.Cursor; begins == b.Former { // its beginning may be gone: search from the first chunk that is kept
 			ask.Cursor = 0
 		}
 	}
@@ -122,8 +122,8 @@ func (a *API) uiFrom(c echo.Context, message string, start int) error {
 
 var errNoMessage = &Problem{Status: http.StatusNotFound, Code: "message_not_found", Member: "message_id", Detail: "unknown message: the session does not have it, or no longer keeps it"}
 
-// uiLatest is the assistant's message that began last, and after which chunk of which epoch: of those under way, or, for a
-// client that has some of it, of all.
+// uiLatest returns the assistant's message that began last, and after which chunk of which epoch it began. It considers unfinished
+// messages only. If none exists and all is set, because the client has some of the message, it considers all messages.
 func (a *API) uiLatest(ctx context.Context, session string, open []string, all bool) (message string, after int64, epoch string, err error) {
 	message, after, epoch, err = a.running(ctx, session, open)
 	if message != "" || err != nil || !all {
@@ -141,7 +141,7 @@ func (a *API) uiLatest(ctx context.Context, session string, open []string, all b
 	return message, p.Former, p.Epoch, nil // countParts finds where it begins
 }
 
-// countParts makes the parts of a message that the log has now, for their number (made) and for where it begins.
+// countParts makes the parts of a message that the log has now. The result holds their number (made) and where it begins.
 func (a *API) countParts(ctx context.Context, session, message string) (f *uiFold, p store.Page, err error) {
 	give, err := a.fold(ctx)
 	if err != nil {
@@ -154,7 +154,7 @@ func (a *API) countParts(ctx context.Context, session, message string) (f *uiFol
 		if err != nil {
 			return nil, p, err
 		}
-		if p.Epoch != epoch || p.From != next && f.first > 0 { // another log, or its beginning was trimmed: from here on
+		if p.Epoch != epoch || p.From != next && f.first > 0 { // the log was replaced, or its beginning was trimmed: start from here
 			epoch = p.Epoch
 			f = newUIFold(message, p.Former)
 			f.run = true
@@ -176,15 +176,15 @@ func (a *API) countParts(ctx context.Context, session, message string) (f *uiFol
 	return f, p, nil
 }
 
-// uiNothing answers a page that was loaded while nothing is under way. There is no other word for that which its client
-// understands: an empty response has it ask on, and any other status is an error to it.
+// uiNothing responds to a page that was loaded while nothing is under way. Its client understands no other
+// response: it retries after an empty one, and any other status is an error to it.
 func uiNothing(c echo.Context) error {
 	b := append(appendPart(nil, part{Type: "finish"}), done...)
 	_, err := uiHeader(c).Write(b)
 	return err
 }
 
-// uiHeader is the header of a UI message stream that no viewer is given.
+// uiHeader sets the header of a UI message stream that has no viewer.
 func uiHeader(c echo.Context) *echo.Response {
 	h := c.Response().Header()
 	h.Set("Content-Type", typeEvents)

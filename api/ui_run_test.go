@@ -15,13 +15,13 @@ import (
 	"gapless/store/storetest"
 )
 
-// run asks for a message from a part on, as WorkflowChatTransport does.
+// run requests a message from a part on, as WorkflowChatTransport does.
 func (n *node) run(t *testing.T, message string, start int) *uiParts {
 	t.Helper()
 	return n.ui(t, request{method: "GET", path: fmt.Sprintf("/v1/sessions/s/ui-stream/%s/stream?startIndex=%d", message, start)})
 }
 
-// texts is parts as they came.
+// texts returns parts as JSON.
 func texts(t *testing.T, all []part) (out []string) {
 	t.Helper()
 	for _, p := range all {
@@ -37,14 +37,14 @@ func texts(t *testing.T, all []part) (out []string) {
 const manyKinds = `[{"message_id":"before","content":"not of it"},{"message_id":"m","type":"reasoning","content":"Hm"},{"message_id":"m","type":"reasoning","content":", tea."},
 	{"message_id":"m","content":"Green"},{"message_id":"other","content":"nor this"},{"message_id":"m","content":" tea"},{"message_id":"m","type":"tool_calls","data":[{"index":0}]},{"message_id":"m","content":"."}]`
 
-// Promise: resumable. A part has the same number whenever and wherever it is asked for.
+// Promise: resumable. A part has the same number whenever and wherever it is requested.
 func TestUIRun_everyPartHasItsNumberAtEveryNodeDuringAndAfter(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	a, b := serve(t, on(redis)), serve(t, on(redis))
 	a.append("s", manyKinds)
 	var early []*uiParts
-	for start := range 13 { // there are 12 parts by now, and the client has 0 to 12 of them
+	for start := range 13 { // 12 parts exist by now, and the client has 0 to 12 of them
 		early = append(early, []*node{a, b}[start%2].run(t, "m", start))
 	}
 	tail := b.run(t, "m", -3)
@@ -83,7 +83,7 @@ func TestUIRun_everyPartHasItsNumberAtEveryNodeDuringAndAfter(t *testing.T) {
 	}
 }
 
-// The number that a question is answered with leads to the answer.
+// The id in the response to a question leads to the answer.
 func TestUIRun_ofAQuestionInPlainText(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -101,7 +101,7 @@ func TestUIRun_ofAQuestionInPlainText(t *testing.T) {
 	}
 }
 
-// Its client asks on until it is given finish.
+// The client retries until it receives finish.
 func TestUIRun_whateverEndsAMessageIsFollowedByFinish(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -125,7 +125,7 @@ func TestUIRun_whateverEndsAMessageIsFollowedByFinish(t *testing.T) {
 	}
 }
 
-// Promise: said aloud. A client that has more parts than there are has some that Redis has lost.
+// Promise: said aloud. If a client has more parts than exist, Redis has lost some.
 func TestUIRun_partsThatWereLostAreSaidAloud(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
@@ -145,12 +145,12 @@ func TestUIRun_partsThatWereLostAreSaidAloud(t *testing.T) {
 	for range 20 {
 		n.append("s", `{"message_id":"m","content":"sesame"}`)
 	}
-	other := serve(t, few) // which has nothing of it in memory
+	other := serve(t, few) // this node has nothing of the message in memory
 	lost("trimmed", other.run(t, "m", 9))
 	lost("trimmed", other.run(t, "m", -2))
 }
 
-// A page that was just loaded knows no message: it names its chat, which is the session.
+// A page that was just loaded knows no message. It names its chat, which is the session.
 func TestUIRun_ofTheSessionIsWhatIsUnderWay(t *testing.T) {
 	t.Parallel()
 	n := serve(t, nil)
@@ -201,7 +201,7 @@ func TestUIRun_thatIsNoneOrBadIsRefused(t *testing.T) {
 	}
 }
 
-// Trouble that passes is no error to the client: the response ends cleanly, and not at once, since the client asks again at once.
+// Temporary trouble is no error to the client: the response ends cleanly, but not at once, because the client retries at once.
 func TestUIRun_endsCleanlyWhereItCannotGoOn(t *testing.T) {
 	t.Parallel()
 	var f *faulty

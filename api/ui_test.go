@@ -127,7 +127,7 @@ func TestUI_resumesTheAssistantsAnswerThatBeganLast(t *testing.T) {
 	t.Parallel()
 	redis := storetest.Redis(t)
 	n := serve(t, on(redis))
-	const v7 = "01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10" // an id such as this server makes
+	const v7 = "01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10" // an id like those that this server makes
 	for i, c := range []struct{ log, want string }{
 		{`[{"message_id":"z","role":"assistant","content":"old"},{"message_id":"a","role":"assistant","content":"new"}]`, "a"},
 		{`[{"message_id":"z","content":"old"},{"message_id":"a","content":"new"},{"message_id":"z","content":"goes on"}]`, "a"},

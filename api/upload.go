@@ -172,7 +172,7 @@ func (u *upload) note(a store.Appended) {
 	u.added = u.added || a.Known < a.Count
 }
 
-// send calls Redis, and retries if that is safe: while its patience lasts if surely nothing was stored, and with
+// send calls Redis, and retries if that is safe: while its patience lasts if certainly nothing was stored, and with
 // producer numbers if something may have been stored. mu must be held.
 func (u *upload) send(b store.Batch) (store.Appended, error) {
 	b.Producer, b.Life, b.Lease, b.Token = u.producer, u.life, u.lease, u.token
@@ -212,7 +212,7 @@ func (u *upload) send(b store.Batch) (store.Appended, error) {
 			case <-u.ctx.Done():
 			}
 		}
-		if unknown && errors.Is(err, store.ErrAway) { // this try surely stored nothing, but an earlier one may have
+		if unknown && errors.Is(err, store.ErrAway) { // this try certainly stored nothing, but an earlier one may have
 			err = store.ErrOutcomeUnknown
 		}
 		return done, err

@@ -153,7 +153,7 @@ func (s *stage) append(b []byte, nodes [2]int, first int) []byte {
 	for _, i := range nodes {
 		b = strconv.AppendBool(b, s.nodes[i].Calls() == s.looked[s.nodes[i].Node])
 	}
-	// Only those facts that a node knows matter that somebody shows, or may be shown.
+	// Of the facts that a node knows, only those matter that a client shows, or may be shown.
 	b = fmt.Append(b, "\nknown ", s.regained)
 	l := s.log()
 	for _, known := range []map[told]bool{s.nodes[nodes[0]].knows, s.nodes[nodes[1]].knows, s.recorded} {

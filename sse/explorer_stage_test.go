@@ -58,7 +58,7 @@ type stageNode struct {
 	knows map[told]bool // what it acknowledged or gave out since it was started
 }
 
-// told is a chunk that somebody has received or that was acknowledged.
+// told is a chunk that a viewer has received or that was acknowledged.
 type told struct {
 	epoch string
 	seq   int64

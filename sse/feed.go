@@ -65,9 +65,9 @@ type feed struct {
 	// their bytes. Above zero, a chunk was announced and not yet seen in the list. Below zero, it
 	// was seen before its announcement came.
 	foreign map[uint64]int
-	// witnessed is the loss of a connection (Log.LostAt) after which a cursor was last believed, and the read that followed.
+	// witnessed is the restart of Redis (Log.ReplacedAt) after which a cursor was last believed, and the read that followed.
 	witnessed struct {
-		lost int64
+		at   int64
 		read uint64
 	}
 }
@@ -283,30 +283,30 @@ func (f *feed) doubt() uint64 {
 	return f.awaited
 }
 
-// witness takes a cursor that is ahead of the log as evidence that Redis has lost chunks, if a connection to Redis was lost a short time
+// witness takes a cursor that is ahead of the log as evidence that Redis has lost chunks, if Redis was restarted or replaced a short time
 // ago. Another node may know of these chunks too, and then begin another epoch; this node must begin the same one, or the viewer
-// would be reset twice. A client can send any cursor, so one cursor is believed after each lost connection, at most. witness returns the
+// would be reset twice. A client can send any cursor, so one cursor is believed after each restart, at most. witness returns the
 // read that the window must come from.
 func (f *feed) witness(cursor int64) (read uint64) {
-	lost := f.hub.data.LostAt()
-	if cursor > witnessMost || time.Since(time.UnixMilli(lost)) > witnessFor {
+	at := f.hub.data.ReplacedAt()
+	if cursor > witnessMost || time.Since(time.UnixMilli(at)) > witnessFor {
 		return 0
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.witnessed.lost != lost {
+	if f.witnessed.at != at {
 		f.hub.data.Witness(f.session, cursor)
 		f.ask()
 		f.awaited = f.reads + 1
-		f.witnessed.lost, f.witnessed.read = lost, f.awaited
+		f.witnessed.at, f.witnessed.read = at, f.awaited
 	}
 	return f.witnessed.read
 }
 
 const (
-	// witnessFor is how long after a lost connection a cursor can be evidence. Clients reconnect within some seconds.
+	// witnessFor is how long after a restart a cursor can be evidence. Clients reconnect within some seconds.
 	witnessFor = time.Minute
-	// witnessMost is the highest cursor that is evidence. No log has as many chunks, and enough numbers are left after it.
+	// witnessMost is the highest cursor that can be evidence. No log is that long, and enough numbers follow it.
 	witnessMost = 1_000_000_000_000
 )
 

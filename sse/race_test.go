@@ -270,7 +270,7 @@ func TestFeed_announcedBeforePushed_looksAgainSoon(t *testing.T) {
 	})
 }
 
-// The feed does not search for ever for what is announced and never pushed.
+// The feed stops searching for an announced chunk that is never pushed.
 func TestFeed_announcedAndNeverPushed_givesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &storetest.Log{}

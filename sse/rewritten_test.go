@@ -428,7 +428,7 @@ func TestFeed_failover_liveChunkBeforeTheRead_isNotTaken(t *testing.T) {
 	})
 }
 
-// Redis has lost chunks that a viewer has from another node. The node that it comes to knows only that a connection was lost.
+// Redis has lost chunks that a viewer has from another node. The node that it comes to knows only that Redis was replaced.
 // The viewer is reset once, although the other node notices the loss later. A cursor that is ahead without such a loss, or for a second
 // time, starts no epoch.
 func TestWitness_aViewerIsResetOnceByTwoNodes(t *testing.T) {

@@ -119,7 +119,7 @@ func (r *row) remove(s *seat) {
 }
 
 // Take takes over the connection of a viewer, if it can. If it returns false, nothing has happened.
-// After it returns true, the response goes on as with Over, with its patience, and then Serve.
+// If it returns true, the response continues as with Over, with its patience, and then Serve.
 func (h *Hub) Take(v *Viewer, to http.ResponseWriter, r *http.Request, patience time.Duration, told Told) bool {
 	if h.cfg.Plain || v.bare() || r.ProtoMajor != 1 || r.ProtoMinor != 1 { // a Raw response may need a read before its status is known
 		return false
@@ -245,7 +245,7 @@ func (s *seat) leftByPeer() {
 	}
 }
 
-// leave ends the response for a cause of ours. The first cause counts.
+// leave ends the response for one of our causes. The first cause counts.
 func (s *seat) leave(c Cause) {
 	r := &s.feed.row
 	r.mu.Lock()
@@ -265,7 +265,7 @@ func (s *seat) leave(c Cause) {
 	}
 }
 
-// sendAway breaks the response off for a cause of ours.
+// sendAway breaks the response off for one of our causes.
 func (s *seat) sendAway(c Cause) {
 	if s.head != nil {
 		if whole, err := s.greet(); !whole || err != nil {
@@ -635,6 +635,7 @@ type framed struct {
 	skip int
 }
 
+// Write writes p as one frame.
 func (f *framed) Write(p []byte) (int, error) {
 	head := strconv.AppendInt(make([]byte, 0, 8), int64(len(p)), 16)
 	parts := net.Buffers{append(head, "\r\n"...), p, []byte("\r\n")}
@@ -651,4 +652,5 @@ func (f *framed) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// Flush does nothing, because Write does not buffer.
 func (f *framed) Flush() error { return nil }

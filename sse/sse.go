@@ -41,7 +41,7 @@ type Log interface {
 	Renew(ctx context.Context, session, epoch string, last int64) error
 	Given(session, epoch string, last int64)
 	Witness(session string, last int64)
-	LostAt() int64
+	ReplacedAt() int64
 	Listen(session string, l store.Listener) (stop func())
 }
 
@@ -55,7 +55,7 @@ type Config struct {
 	// Reconcile is how long a feed goes without reading the log. It limits the delay of a chunk
 	// whose announcements were all lost.
 	Reconcile time.Duration
-	// Kept is how long the store keeps a log after a read, at least; 0 means for ever. A watched
+	// Kept is how long the store keeps a log after a read, at least; 0 means forever. A watched
 	// log is read at least three times in that period.
 	Kept time.Duration
 	// Window is how many bytes of events a feed keeps. WindowTotal limits all feeds together.

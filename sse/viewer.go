@@ -81,8 +81,8 @@ func (v *Viewer) bare() bool { return v.Raw || v.Fold != nil }
 const (
 	leastPage = segmentSize
 	mostPage  = 64 * segmentSize
-	// Of a bare viewer, each event of a page is taken apart, and there may be nothing to send, by which it would notice that its
-	// client has left: it looks more often.
+	// Each event of a bare viewer's page is decoded, and often nothing is sent, so the viewer would not notice that its
+	// client has left. So its pages are smaller, and it checks more often.
 	mostBare  = 4 * segmentSize
 	quickPage = 250 * time.Millisecond
 )

@@ -186,7 +186,7 @@ func (w *Writer) look() {
 	}
 }
 
-// leave ends the response for a cause of ours, even while the socket is blocked. The first cause
+// leave ends the response for one of our causes, even while the socket is blocked. The first cause
 // counts. It may be called after End, when the connection serves another request. It sets a
 // deadline only for a write under way: an expired deadline ends an HTTP/2 stream, and last may
 // still have to write.

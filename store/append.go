@@ -65,7 +65,7 @@ const NoNew = -1
 //
 // If a chunk is to blame, the error is a *RefusedError that wraps ErrSessionEnded, *MessageEndedError, *FullError or
 // ErrProducerConflict. Otherwise it is ErrSessionEnded, *MessageEndedError, *FullError, ErrSessionDeleted, ErrNotMade,
-// *FencedError, *GapError, ErrAway (surely nothing was stored) or ErrOutcomeUnknown.
+// *FencedError, *GapError, ErrAway (certainly nothing was stored) or ErrOutcomeUnknown.
 func (s *Store) Append(ctx context.Context, session string, b Batch) (Appended, error) {
 	a, err := s.appendOnce(ctx, session, b)
 	if err == nil {

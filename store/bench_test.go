@@ -14,7 +14,7 @@ import (
 
 func BenchmarkAppend(b *testing.B) { appendBy(b, func(*store.Store) {}) }
 
-// The same without push.lua, for comparison.
+// This benchmark does the same without push.lua, for comparison.
 func BenchmarkAppend_byTheScriptThatKnowsEveryCase(b *testing.B) {
 	appendBy(b, (*store.Store).Thorough)
 }
@@ -30,7 +30,7 @@ func appendBy(b *testing.B, way func(*store.Store)) {
 	}
 }
 
-// The cost of an append does not grow with the log.
+// The cost of an append does not depend on the length of the log.
 func BenchmarkAppend_toALogOf(b *testing.B) {
 	for _, length := range []int{0, 1_000, 50_000} {
 		b.Run(fmt.Sprint(length), func(b *testing.B) {
@@ -71,7 +71,7 @@ func BenchmarkRead_aPageOf(b *testing.B) {
 	}
 }
 
-// The same where it is stored: the ratio of the embedded Redis to a redis-server, which this machine runs as well.
+// BenchmarkStores compares the embedded Redis with a redis-server on this machine, both in memory and on disk.
 func BenchmarkStores(b *testing.B) {
 	for _, where := range []string{"redis-server", "embedded", "redis-server with AOF always", "embedded:DIR"} {
 		for _, at := range []int{1, 16} {
@@ -92,7 +92,7 @@ func BenchmarkStores(b *testing.B) {
 	}
 }
 
-// appendTo has so many callers for each processor append to a session each.
+// appendTo runs at callers per processor. Each appends to a separate session.
 func appendTo(b *testing.B, s *store.Store, at int) {
 	chunk := delta(strings.Repeat("x", 100))
 	var next atomic.Int64

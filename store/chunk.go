@@ -453,9 +453,9 @@ func syntaxError(err error) *ChunkError {
 	return e
 }
 
-// AppendElement appends list element number seq as viewers and pages receive it: the element itself if it is a JSON
-// object on one line in valid UTF-8, otherwise an object that contains its text. So every element becomes a chunk. ends
-// is what the chunk claims to end.
+// AppendElement appends list element number seq as viewers and pages receive it. A JSON object on one line in valid
+// UTF-8 is appended as it is. For any other element, it appends an object that contains its text. So every element
+// becomes a chunk. ends is what the chunk claims to end.
 //
 // An element that the append script wrote contains its number. If that differs because the element was written in an
 // earlier epoch, or was copied from another log, seq replaces it.
@@ -485,7 +485,7 @@ func AppendElement(b []byte, seq int64, element string) (chunk []byte, ends Endi
 type Ending uint8
 
 // A chunk may be both. Its claim about its message is true. Its claim about the log is true only if the log has ended
-// (Bounds.Ended), which the API checks: any program may push such a chunk, or copy it from another log.
+// (Bounds.Ended), and the API checks that: any program may push such a chunk, or copy it from another log.
 const (
 	EndsMessage Ending = 1 << iota
 	EndsLog

@@ -17,7 +17,7 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-// Schemes of Config.Redis. With rediss in front, each is over TLS.
+// Schemes of Config.Redis. With rediss instead of redis, each uses TLS.
 const (
 	schemeSingle   = "redis"
 	schemeSentinel = "redis+sentinel"
@@ -27,12 +27,12 @@ const (
 const urlForms = "redis://[user:password@]host:port[/db], redis+sentinel://[user:password@]host:port,…/master[/db] " +
 	"or redis+cluster://[user:password@]host:port,…; rediss… for TLS; or " + Embedded + ":DIR, or " + Embedded
 
-// escapes is the remedy for a URL that cannot be read: most often its password holds a character that ends a part of a URL.
+// escapes is the remedy for a URL that cannot be parsed: usually its password contains a character that ends a part of a URL.
 const escapes = "in a user name or password escape / as %2F, # as %23, ? as %3F, @ as %40, : as %3A, % as %25 and a space as %20"
 
-// parseRedis reads Config.Redis, and the files that TLS needs.
+// parseRedis parses Config.Redis, and reads the files that TLS needs.
 //
-// Its errors repeat nothing of the URL but a scheme. Any other part of a URL that is not well formed may be a part of its
+// Its errors repeat only the scheme of the URL. In a malformed URL any other part may belong to the
 // password: in redis://:ab/cd@host the host is ":ab", and the path "cd@host".
 func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	u, err := url.Parse(c.Redis)
@@ -113,7 +113,7 @@ func parseRedis(c Config) (*redis.UniversalOptions, error) {
 	return o, nil
 }
 
-// tls is the configuration of TLS: the server's name is verified, always.
+// tls returns the TLS configuration. The server's name is always verified.
 func (c Config) tls() (*tls.Config, error) {
 	t := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.RedisCA != "" {
@@ -135,13 +135,13 @@ func (c Config) tls() (*tls.Config, error) {
 	return t, nil
 }
 
-// dialTimeout is how long a connection may take to be made.
+// dialTimeout is how long connecting may take.
 const dialTimeout = 2 * time.Second
 
-// Asking whether a server announces maintenance costs a command at each connect.
+// noMaintNotifications saves a command per connection, which asks whether a server announces maintenance.
 var noMaintNotifications = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 
-// place is where Redis is, for those who read a log.
+// place returns where Redis is, for the log.
 func place(o *redis.UniversalOptions) string {
 	at := strings.Join(o.Addrs, ",")
 	if o.MasterName != "" {
@@ -151,17 +151,18 @@ func place(o *redis.UniversalOptions) string {
 }
 
 // connect makes the client. It does not wait for Redis.
-func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context, network, address string) (net.Conn, error)) redis.UniversalClient {
-	o.Dialer = dial
-	// Nothing is repeated behind our back: an append that is sent twice is stored twice.
-	// (In a cluster, what keeps a command from it is once.)
+func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context, network, address string) (net.Conn, error),
+	connected func(ctx context.Context, c *redis.Conn) error) redis.UniversalClient {
+	o.Dialer, o.OnConnect = dial, connected
+	// The client must not repeat a command: an append that is sent twice is stored twice.
+	// (In a Cluster, the type once keeps the client from it.)
 	o.MaxRetries = -1
 	o.DialerRetries = 1
 	o.DialTimeout = dialTimeout
 	o.ReadTimeout = c.Timeout
 	o.WriteTimeout = c.Timeout
 	o.ContextTimeoutEnabled = true
-	o.Protocol = 2 // Pub/Sub is received by our own loop, which needs nothing of RESP3
+	o.Protocol = 2 // Pub/Sub is received by our own loop, which does not need RESP3
 	o.DisableIdentity = true
 	o.MaintNotificationsConfig = noMaintNotifications
 	switch {
@@ -177,7 +178,7 @@ func connect(c Config, o *redis.UniversalOptions, dial func(ctx context.Context,
 	return redis.NewClient(o.Simple())
 }
 
-// master is the client of the server that has a session.
+// master returns the client of the server that holds a session.
 func (s *Store) master(ctx context.Context, key string) (*redis.Client, error) {
 	switch rdb := s.rdb.(type) {
 	case *redis.ClusterClient:

@@ -13,10 +13,10 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// dials makes the connections to Redis, and has them made anew when they may lead to the wrong server: an address that
-// moved at a failover (a virtual IP, a name, a balancer) leads to the new master only for those who dial it again, and
-// the former master keeps the connections that it has. go-redis drops the one connection that was answered READONLY; the
-// others of its pool lead to the same server.
+// dials makes the connections to Redis, and replaces them when they may lead to the wrong server. At a failover an address
+// may move (a virtual IP, a name, a balancer). It leads to the new master only when it is dialled again, because
+// the old master keeps its connections. go-redis drops the one connection that received READONLY, and the
+// others of its pool still lead to the same server.
 type dials struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error)
 
@@ -25,11 +25,11 @@ type dials struct {
 	dropped    time.Time // when generation was last raised
 }
 
-// dropEvery bounds how often connections are dropped: a Redis that stays read-only is not dialled for each command.
+// dropEvery limits how often connections are dropped: a Redis that stays read-only is not dialled for each command.
 const dropEvery = time.Second
 
-// drop has every connection that was made until now fail when it is used again, unless that was done just now. A command
-// that is under way on it is not disturbed.
+// drop makes every existing connection fail when it is next used, unless drop did so just now. It does not disturb a command
+// that is under way.
 func (d *dials) drop() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -39,17 +39,17 @@ func (d *dials) drop() {
 	}
 }
 
-// spoil does what drop does at once, and says nothing of where the address leads: one of the connections must not be used again.
+// spoil does what drop does, without its limit, and does not count as a drop: one of the connections must not be used again.
 func (d *dials) spoil() { d.generation.Add(1) }
 
-// recently reports whether drop has just had connections made anew: those that there are now lead wherever the address leads.
+// recently reports whether drop has just taken effect: connections made since then lead where the address now leads.
 func (d *dials) recently() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return !d.dropped.IsZero() && time.Since(d.dropped) < dropEvery
 }
 
-// lasting marks the context of a dial for Pub/Sub: such a connection is closed by its owner, and drop does not touch it.
+// lasting marks the context of a dial for Pub/Sub. The owner of such a connection closes it, and drop does not affect it.
 type lasting struct{}
 
 func (d *dials) connect(ctx context.Context, network, address string) (net.Conn, error) {
@@ -65,23 +65,24 @@ func (d *dials) connect(ctx context.Context, network, address string) (net.Conn,
 	return c, nil
 }
 
-// unsent marks an error after which no command can have been executed. What go-redis asks of an error it finds in it still.
+// unsent marks an error after which no command can have been executed. It wraps the error, so go-redis still recognises it.
 func unsent(err error) error { return fmt.Errorf("%w: %w", errUnsent, err) }
 
 var errStale = fmt.Errorf("%w: its connection is from before a failover", errUnsent)
 
-// conn is a connection to Redis. It is used by one command after the other.
+// conn is a connection to Redis. Commands use it one after another.
 type conn struct {
 	net.Conn
 	from       *dials
 	generation int64
 	lasting    bool
-	asking     atomic.Bool // a command was written, in part or whole, and no answer has been read
-	answered   atomic.Bool // something was read: before that nothing was sent but HELLO
+	asking     atomic.Bool // a command was written, in part or whole, and no reply has been read
+	answered   atomic.Bool // something was read; before that only HELLO was sent
 }
 
 func (c *conn) stale() bool { return !c.lasting && c.generation < c.from.generation.Load() }
 
+// Write implements net.Conn. On a stale connection it returns errStale instead of beginning a command.
 func (c *conn) Write(p []byte) (int, error) {
 	if !c.asking.Swap(true) && c.stale() {
 		return 0, errStale
@@ -93,23 +94,25 @@ func (c *conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// Read implements net.Conn.
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
 		c.asking.Store(false)
 		c.answered.Store(true)
 	} else if err != nil && !c.answered.Load() {
-		err = unsent(err) // such as by a proxy that has no Redis
+		err = unsent(err) // for example closed by a proxy that has no Redis
 	}
 	return n, err
 }
 
-// sysConn is a connection whose socket go-redis looks at before it uses it.
+// sysConn is a connection whose socket go-redis checks before each use.
 type sysConn struct {
 	*conn
 	sys syscall.Conn
 }
 
+// SyscallConn implements syscall.Conn. It returns errStale on a stale connection.
 func (c sysConn) SyscallConn() (syscall.RawConn, error) {
 	if c.stale() {
 		return nil, errStale
@@ -117,9 +120,10 @@ func (c sysConn) SyscallConn() (syscall.RawConn, error) {
 	return c.sys.SyscallConn()
 }
 
-// dialHook marks the errors of dials that fail before they get to ours, such as one whose Sentinels cannot be reached.
+// dialHook marks the errors of dials that fail before they reach ours, for example because no Sentinel can be reached.
 type dialHook struct{}
 
+// DialHook implements redis.Hook.
 func (dialHook) DialHook(next redis.DialHook) redis.DialHook {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := next(ctx, network, address)
@@ -130,8 +134,10 @@ func (dialHook) DialHook(next redis.DialHook) redis.DialHook {
 	}
 }
 
+// ProcessHook implements redis.Hook.
 func (dialHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
 
+// ProcessPipelineHook implements redis.Hook.
 func (dialHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return next
 }

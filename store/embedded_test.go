@@ -21,12 +21,12 @@ import (
 	"gapless/store/storetest"
 )
 
-// double is a store whose clock is the test's (store.WithClock), and which is looked at after each step.
+// double is a store whose clock the test sets (store.WithClock), and whose state is compared after each step.
 type double struct {
 	*store.Store
 	redis redis.UniversalClient
 	heard *redis.PubSub
-	base  int64 // of the log
+	base  int64 // the log's base, the highest seen
 }
 
 func newDouble(t *testing.T, change func(*store.Config)) *double {
@@ -46,7 +46,7 @@ func newDouble(t *testing.T, change func(*store.Config)) *double {
 	return w
 }
 
-// state is all that Redis has, and has said since the last time. Times to live are told apart by minutes.
+// state returns everything in Redis, and everything published since the last call. It rounds times to live to minutes.
 func (w *double) state(ctx context.Context) string {
 	var b strings.Builder
 	keys := w.redis.Keys(ctx, "*").Val()
@@ -68,7 +68,7 @@ func (w *double) state(ctx context.Context) string {
 			w.base = max(w.base, base) // the hash may be lost
 			for _, m := range w.redis.ZRangeWithScores(ctx, key, 0, -1).Val() {
 				var seq int64
-				if key == "chat:producers:s" { // runs whose chunks are gone are looked for at random
+				if key == "chat:producers:s" { // the scripts look for runs of lost chunks at random
 					_, _ = fmt.Sscanf(fmt.Sprint(m.Member), "%s %d %d", new(string), new(int64), &seq)
 				}
 				if key != "chat:producers:s" || seq > w.base {
@@ -94,14 +94,14 @@ func (w *double) state(ctx context.Context) string {
 	return b.String()
 }
 
-// What the embedded Redis does is what redis-server does: of two logs to which the same happens at the same times, one in
-// each, everything is equal: what callers are told, what is stored and for how long, and what is published.
+// The embedded Redis behaves like redis-server. The same happens to two logs, one in each, at the same times. Then the
+// results of calls, the stored data, the times to live and the published messages are all equal.
 func TestEmbedded_isRedis(t *testing.T) {
 	t.Run("in memory", func(t *testing.T) { twins(t, store.Embedded) })
 	t.Run("on disk", func(t *testing.T) { twins(t, store.Embedded+":"+t.TempDir()) })
 }
 
-// epochs are random.
+// epochs matches epochs, which are random.
 var epochs = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}`)
 
 func twins(t *testing.T, embedded string) {
@@ -134,7 +134,7 @@ func twins(t *testing.T, embedded string) {
 			w.FlushAll(ctx)
 			w.ForgetAll()
 			w.base = 0
-			w.state(ctx) // what was published is of the former round
+			w.state(ctx) // discard what the previous round published
 		}
 		now, life, number := int64(1_800_000_000_000), int64(0), int64(0)
 		for step := range rapid.IntRange(1, 60).Draw(r, "steps") {
@@ -162,7 +162,7 @@ func twins(t *testing.T, embedded string) {
 				told := func(err error) string {
 					text := fmt.Sprint(err)
 					if broken := (*store.HalfDoneError)(nil); errors.As(err, &broken) || errors.Is(err, store.ErrWrongType) {
-						text, _, _ = strings.Cut(text, " script") // Redis says where in the script it was
+						text, _, _ = strings.Cut(text, " script") // Redis adds the place in the script
 					}
 					return text
 				}
@@ -225,7 +225,7 @@ func twins(t *testing.T, embedded string) {
 				case "delete":
 					return told(w.Delete(ctx, "s"))
 				case "end":
-					if step%3 > 0 { // there is nothing to see after it
+					if step%3 > 0 { // nothing can happen after it
 						return ""
 					}
 					batch.Chunks = append(batch.Chunks, store.NewChunk(store.TypeEnd, "", "", ""))

@@ -68,7 +68,7 @@ func MemoryHolds(n int) Held {
 // RefusalIn returns the code of a Redis error, or an empty string.
 func RefusalIn(text string) string { return refusalIn(text) }
 
-// Classify distinguishes "surely not executed" from "unknown".
+// Classify distinguishes "certainly not executed" from "unknown".
 func Classify(err error) error { return classify(err) }
 
 // ScriptError returns an error reply of Redis.
@@ -106,20 +106,20 @@ func Order(most int, names []string) (order []string) {
 	return order
 }
 
-// Client is the client of Redis.
+// Client returns the client of Redis.
 func (s *Store) Client() redis.UniversalClient { return s.rdb }
 
-// Order is Config.HistoryOrder.
+// Order returns Config.HistoryOrder.
 func (s *Store) Order() string { return s.cfg.HistoryOrder }
 
-// ForgetAll has the node remember nothing.
+// ForgetAll makes the node remember nothing.
 func (s *Store) ForgetAll() {
 	s.memory.mu.Lock()
 	defer s.memory.mu.Unlock()
 	s.memory.newer, s.memory.older = nil, nil
 }
 
-// WithClock has the scripts take the time from the key "clock": it is in milliseconds.
+// WithClock makes the scripts read the time, in milliseconds, from the key "clock".
 func (s *Store) WithClock() {
 	const clock = `local redis = (function() local real = redis return {
   pcall = real.pcall, sha1hex = real.sha1hex, error_reply = real.error_reply, call = function(name, ...)
@@ -137,7 +137,7 @@ func (s *Store) WithClock() {
 	}
 }
 
-// Served is in what order calls are served that came one after another, when each run has the time for one of them only.
+// Served returns the order in which a number of consecutive calls are served if each run has time for only one of them.
 func Served(count int) (order []string) {
 	begun := make(chan struct{})
 	p := pipe{calls: 64, bytes: 1 << 20, patience: time.Hour}

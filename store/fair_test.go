@@ -493,7 +493,7 @@ func BenchmarkFair(b *testing.B) {
 	}
 }
 
-// Who had no turn in a run, because it was over, is first in the next one.
+// A call that had no turn, because its run was over, is first in the next run.
 func TestPipe_nobodyIsOvertakenByThoseWhoComeLater(t *testing.T) {
 	if order := store.Served(9); fmt.Sprint(order) != "[0 1 2 3 4 5 6 7 8]" {
 		t.Error(order)

@@ -230,7 +230,7 @@ func TestHold_broken_aProducerThatComesBackInTimeGoesOn(t *testing.T) {
 		batch{Producer: p, Hold: store.HoldBroken, Messages: []string{"m"}}.must(t, s)
 		time.Sleep(300 * time.Millisecond)
 		batch{Producer: p, Chunks: []store.Chunk{of("m")}}.must(t, s)
-		time.Sleep(4 * time.Second) // longer than any grace period: that is for uploads, and this is none
+		time.Sleep(4 * time.Second) // longer than any grace period, which only uploads have
 		if all := saying(t, s, "s"); !slices.Equal(all, []string{"delta m", "delta m"}) {
 			t.Fatal(all)
 		}

@@ -226,9 +226,6 @@ func (s *subscriber) run(ctx context.Context) {
 			return
 		}
 		s.metrics.lost.Inc()
-		if !errors.Is(err, errRefused) {
-			s.trouble.lostAt.Store(time.Now().UnixMilli())
-		}
 		if !errors.Is(err, errRefused) && s.trouble.lost.now() {
 			s.log.LogAttrs(ctx, slog.LevelWarn, "pub/sub connection lost: chunks come up to -reconcile late until it is back",
 				slog.String("redis", s.trouble.at), slog.Any("err", err))

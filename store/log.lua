@@ -21,7 +21,7 @@
 --   empty, 0, empty), the number of its arguments, and the arguments
 --
 -- Redis does not roll scripts back. So a script tries everything that can fail (a key of another type, a Redis that
--- refuses writes) before its first write, and never reports a failure after the first write as "not done" (run.lua).
+-- refuses writes) before its first write. It never reports a failure after the first write as "not done" (run.lua).
 local newest_first = ARGV[4] == 'newest-first'
 
 -- The current caller's log. `open` sets log, or leaves it nil if neither hash nor list exists. lost is where a log

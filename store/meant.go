@@ -77,7 +77,7 @@ func meantBy(name string) string {
 	return ""
 }
 
-// brief is a name as an error shows it.
+// brief shortens a name for an error.
 func brief(name string) string {
 	const most = 40
 	if len(name) > most {

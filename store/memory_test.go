@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"gapless/store"
 	"gapless/store/storetest"
@@ -381,8 +382,8 @@ func TestLearn_aMillionElementsInSlices(t *testing.T) {
 	t.Log(calls, r.Info(t.Context(), "commandstats").Val())
 }
 
-// A viewer has chunks that one node gave out and Redis has lost. The node that it comes to knew none of them. Whatever is in the log by
-// then, and whichever node comes first, both nodes find the log in the same epoch from then on.
+// A viewer has chunks that one node gave out and Redis has lost. It comes to another node, which knew none of them. Whatever the log
+// contains by then, and whichever node comes first, both nodes see the same epoch from then on.
 func TestMemory_aViewerIsAWitness(t *testing.T) {
 	r := storetest.Redis(t)
 	on := func(c *store.Config) { c.Redis = r.URL() }
@@ -405,7 +406,7 @@ func TestMemory_aViewerIsAWitness(t *testing.T) {
 				case "appended":
 					mustAppend(t, told, "s", delta("x"))
 				}
-				told.Witness("s", 7) // it may lag
+				told.Witness("s", 7) // its connection may lag
 				p := mustRead(t, told, "s", 1, lots, lots)
 				if since != "nothing" && p.Last != 1_000_001 || p.Former != 1_000_000 {
 					t.Errorf("the node that is told: %+v", p.Bounds)
@@ -420,5 +421,32 @@ func TestMemory_aViewerIsAWitness(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A node notices that Redis was restarted, and not that connections were cut, or made for the first time.
+func TestServers_aRestartIsNoticed(t *testing.T) {
+	r := storetest.Redis(t)
+	s := open(t, func(c *store.Config) { c.Redis = r.URL() })
+	read := func() {
+		storetest.Eventually(t, "Redis answers", func() bool {
+			_, err := s.Read(t.Context(), "s", 1, lots, lots)
+			return err == nil
+		})
+	}
+	read()
+	for _, kind := range []string{"normal", "pubsub"} {
+		r.ClientKillByFilter(t.Context(), "TYPE", kind, "SKIPME", "yes")
+		read()
+	}
+	if at := s.ReplacedAt(); at != 0 {
+		t.Errorf("replaced at %d", at)
+	}
+	r.Kill()
+	r.Start()
+	before := time.Now().Add(-time.Minute).UnixMilli()
+	read()
+	if at := s.ReplacedAt(); at < before {
+		t.Errorf("replaced at %d", at)
 	}
 }

@@ -22,8 +22,8 @@ type metrics struct {
 
 // Kinds of error in gapless_redis_errors_total.
 const (
-	kindAway    = "away"    // surely not executed: Redis cannot be reached
-	kindRefused = "refused" // surely not executed: Redis refuses it, like others
+	kindAway    = "away"    // certainly not executed: Redis cannot be reached
+	kindRefused = "refused" // certainly not executed: Redis refuses it, like others
 	kindUnknown = "unknown" // its reply was lost
 	kindFault   = "fault"   // it failed, and will fail again
 )

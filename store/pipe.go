@@ -12,21 +12,21 @@ import (
 	"time"
 )
 
-// pipe has the calls of many callers share the runs of a script (group commit): while one is under way, those
-// that come meanwhile wait, and then go together. One that comes alone goes at once. Where half a run waits
-// already, a second one is under way beside the first: then the way to Redis is what takes long.
+// pipe lets many callers share the runs of a script (group commit). While one run is under way, new calls
+// wait, and the next run takes them together. A call that comes alone runs at once. If half a run is waiting
+// already, a second run starts next to the first: then the network takes most of the time.
 //
-// Before a run goes, whoever could go on at that moment goes on first: on a busy node those are other callers, some
-// microseconds away from calling. The larger the runs, the less of Redis each call takes.
+// Before a run starts, other goroutines that can run do so first. On a busy node those are callers that will call
+// within microseconds. The larger the runs, the less of Redis each call takes.
 type pipe struct {
-	// run runs the script for calls, and leaves with each its reply, or its error.
+	// run runs the script for calls, and stores in each its reply or its error.
 	run func(ctx context.Context, calls []*call)
-	// A run has at most calls calls, and so many bytes: nobody else is served by Redis meanwhile, and it has
-	// one time-out.
+	// A run has at most this many calls and bytes. Redis serves no other client during a run, and the run has
+	// a single timeout.
 	calls, bytes int
 	patience     time.Duration // how long a call waits for its turn
 
-	turn *turn // or nil: Redis is in this process
+	turn *turn // nil if Redis is in this process
 
 	mu      sync.Mutex
 	waiting []*call
@@ -34,23 +34,23 @@ type pipe struct {
 	former  int // calls of the last run
 }
 
-// call is what one caller wants of a script, and has of it once done is closed.
+// call is one caller's use of a script. reply and err are valid once done is closed.
 type call struct {
 	session string
 	args    []any
-	size    int             // bytes, about, of what it sends or wants
-	wait    bool            // for the replicas to have it
-	ctx     context.Context // of its caller: a run that several share is the first one's, to those who trace
+	size    int             // about how many bytes it sends or wants
+	wait    bool            // until the replicas have it
+	ctx     context.Context // the caller's; traces attribute a shared run to its first call
 
 	reply []any
 	err   error
-	again bool // its run was over before its turn
+	again bool // the run ended before it reached this call
 	done  chan struct{}
 }
 
-// do executes a call, once. It waits for its turn, and no longer than ctx: a call that had none was
-// not sent (errUnsent). One that is on its way, or leads those that are, is waited for: the client's own time-outs
-// bound that.
+// do executes a call once. It waits for its turn, but not after ctx has ended: a call that had no turn was
+// not sent (errUnsent). Once a call is in a run, or leads one, do waits for it; the client's timeouts
+// limit that.
 func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%w: %w", errTurn, ctx.Err())
@@ -58,7 +58,7 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	c.done, c.ctx = make(chan struct{}), ctx
 	p.mu.Lock()
 	p.waiting = append(p.waiting, c)
-	leads := p.under == 0 // then all who wait came now: it goes with them
+	leads := p.under == 0 // then all waiting calls came just now, and this run takes them
 	switch {
 	case leads:
 		p.under = 1
@@ -69,7 +69,7 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	p.mu.Unlock()
 	if leads {
 		p.lead()
-		<-c.done // another run may have taken it along
+		<-c.done // another run may have taken the call
 		return c.reply, c.err
 	}
 	patience := timers.Get().(*time.Timer)
@@ -96,14 +96,14 @@ func (p *pipe) do(ctx context.Context, c *call) ([]any, error) {
 	return c.reply, c.err
 }
 
-// timers are stopped ones. Each call that waits needs one.
+// timers holds stopped timers, one for each call that waits.
 var timers = sync.Pool{New: func() any {
 	t := time.NewTimer(time.Hour)
 	t.Stop()
 	return t
 }}
 
-// lead executes those who have waited longest, and has the next run begin. It ends within the client's time-outs.
+// lead runs the calls that have waited longest, and starts the next run. It ends within the client's timeouts.
 func (p *pipe) lead() {
 	p.gather()
 	p.mu.Lock()
@@ -117,9 +117,9 @@ func (p *pipe) lead() {
 	p.waiting = slices.Delete(p.waiting, 0, n)
 	p.former = n
 	p.mu.Unlock()
-	defer func() { // also if the run panics
+	defer func() { // also if run panics
 		p.mu.Lock()
-		// Those that had no turn are first in the next run: in a crowd somebody would have none for long.
+		// Calls that had no turn are first in the next run. Otherwise, in a crowd, a call could wait for long.
 		had := func(c *call) bool { return !c.again }
 		p.waiting = append(slices.DeleteFunc(slices.Clone(calls), had), p.waiting...)
 		calls = slices.DeleteFunc(calls, func(c *call) bool { return c.again })
@@ -133,15 +133,15 @@ func (p *pipe) lead() {
 			close(c.done)
 		}
 	}()
-	if n > 0 { // nobody may have had the patience
+	if n > 0 { // all of them may have given up
 		for _, c := range calls {
-			c.err, c.again = errBroken, false // unless the run says something else
+			c.err, c.again = errBroken, false // unless run sets something else
 		}
 		p.run(context.WithoutCancel(calls[0].ctx), calls)
 	}
 }
 
-// order has callers take turns, where not all can go: of each the first call, then of each the second. mu is held.
+// order lets callers take turns if not all calls fit: first each caller's first call, then each caller's second. p.mu is held.
 func (p *pipe) order() {
 	if len(p.waiting) <= p.calls {
 		return
@@ -158,7 +158,7 @@ func (p *pipe) order() {
 
 var errBroken = errors.New("the run of the script broke off")
 
-// gather waits for those who are about to call: while there are many, for as long as each turn brings more.
+// gather waits for callers that are about to call. On a busy node it continues for as long as each turn brings more calls.
 func (p *pipe) gather() {
 	runtime.Gosched()
 	p.mu.Lock()
@@ -176,19 +176,19 @@ func (p *pipe) gather() {
 	}
 }
 
-// turn is for letting everybody go on for whom something has come from the network. The runtime looks at its sockets
-// all together, and when nobody is left to go on: so who waits for a byte through a pipe goes on when the others can.
-// Where somebody is always left, it looks every 10 ms: a turn that is not over soon is given up, and there is none for
-// a while.
+// A turn ends when the goroutines that received something from the network have run. The runtime polls all its sockets
+// together, when no goroutine can run. So a goroutine that waits for a byte from a pipe runs when those goroutines can.
+// If some goroutine can always run, the runtime polls only every 10 ms. So a turn that takes too long is given up, and for
+// a while there are no turns.
 type turn struct {
 	from, to *os.File
-	taken    chan struct{} // one for each byte; closed at the end
+	taken    chan struct{} // receives one for each byte; closed at the end
 	began    time.Time
-	rest     atomic.Int64 // until when there is none, ns after began; 0: there are
+	rest     atomic.Int64 // no turns until then, in ns after began; 0: turns are possible
 }
 
 const (
-	turnMost = 2 * time.Millisecond // some hundred requests are answered in it
+	turnMost = 2 * time.Millisecond // about a hundred requests are served in it
 	turnRest = 100 * time.Millisecond
 )
 
@@ -198,7 +198,7 @@ func newTurn() (*turn, error) {
 		return nil, err
 	}
 	t := &turn{from: from, to: to, taken: make(chan struct{}, 16), began: time.Now()}
-	go func() { // ends with close
+	go func() { // ended by close
 		defer close(t.taken)
 		var bytes [16]byte
 		for {
@@ -206,7 +206,7 @@ func newTurn() (*turn, error) {
 			for range n {
 				select {
 				case t.taken <- struct{}{}:
-				default: // they were given up
+				default: // the turns for these bytes were given up
 				}
 			}
 			if err != nil {
@@ -218,14 +218,14 @@ func newTurn() (*turn, error) {
 	return t, nil
 }
 
-// take says whether there was a turn.
+// take waits for a turn and reports whether there was one.
 func (t *turn) take() bool {
 	if rest := t.rest.Load(); rest > 0 {
 		if time.Since(t.began) < time.Duration(rest) {
 			return false
 		}
 		if t.rest.CompareAndSwap(rest, 0) {
-			for more := true; more; { // what was given up has come since
+			for more := true; more; { // bytes of turns that were given up have arrived since
 				select {
 				case _, more = <-t.taken:
 				default:
@@ -251,6 +251,6 @@ func (t *turn) take() bool {
 
 func (t *turn) close() {
 	_ = t.to.Close()
-	for range t.taken { // until it is closed
+	for range t.taken { // until the goroutine has closed it
 	}
 }

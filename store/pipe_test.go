@@ -15,7 +15,7 @@ import (
 )
 
 // While Redis is silent, a few commands are under way, and their outcome is unknown. Those that wait after them were
-// surely not executed, now or later.
+// certainly not executed, now or later.
 func TestPipe_whatWaitsBehindASilentRedisIsSurelyNotStored(t *testing.T) {
 	redis := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis, c.Timeout = redis.URL(), 3*time.Second })

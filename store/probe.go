@@ -124,7 +124,7 @@ var (
 		"ZREM @messages m", "ZSCAN @messages 0", "ZREMRANGEBYLEX @producers - (0", "ZREVRANGEBYLEX @producers + -",
 		"PEXPIRE @session 1", "DEL @session", "UNLINK @session", "SETRANGE @stream 0 v", "HSET @ticket f v", "MULTI", "EXEC", "DISCARD",
 	}
-	rightsToHint    = []string{"PUBLISH @stream v", "PUBLISH @uploads v", "PUBLISH @tickets v", "PING", "SCAN 0 COUNT 1", "SUBSCRIBE @stream @uploads @tickets", "UNSUBSCRIBE @stream"}
+	rightsToHint    = []string{"PUBLISH @stream v", "PUBLISH @uploads v", "PUBLISH @tickets v", "PING", "SCAN 0 COUNT 1", "INFO server", "SUBSCRIBE @stream @uploads @tickets", "UNSUBSCRIBE @stream"}
 	rightsOfMasters = []string{"SPUBLISH @stream v", "SSUBSCRIBE @stream", "SUNSUBSCRIBE @stream"} // of a Cluster
 )
 

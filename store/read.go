@@ -103,8 +103,8 @@ const (
 	sliceMost  = 256 << 10
 )
 
-// read calls the script. If the script replies that the elements should be read without it, p begins where they begin,
-// and size is the size of the list in bytes; otherwise size is 0.
+// read calls the script. The script may reply that the elements should be read without it. Then p begins where they begin,
+// and size is the size of the list in bytes. Otherwise size is 0.
 func (s *Store) read(ctx context.Context, session string, from int64, bytes, count, alone int) (p Page, size int64, failed error) {
 	wanted := bytes
 	bytes = min(bytes, sliceMost)

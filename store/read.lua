@@ -3,8 +3,8 @@
 -- sliceMost), though the script always returns one chunk. The third is the maximum number of chunks, 0 for only the
 -- bounds. The reply contains the chunks in parts, as they were read: copying them would cost as much again.
 --
--- A chunk that passes through Lua costs Redis six times as much as one that does not. So if many chunks are wanted from
--- a list that is not larger than the fourth argument, the reply is only where they begin, and the size of the list in
+-- A chunk that passes through Lua costs Redis six times as much as one that does not. So if many chunks are wanted, and
+-- the list is not larger than the fourth argument, the reply is only where they begin, and the size of the list in
 -- bytes. The caller then reads bounds and chunks in one transaction.
 --
 -- Waiting for a session creates no keys: if the session does not exist, nothing is written. Reading needs no write: if

@@ -26,7 +26,7 @@ const WritesOK = "ok"
 
 var refusalCodes = []string{RedisAway, RedisFull, RedisReadOnly, RedisDenied}
 
-// AwayError means that Redis surely did not execute a command, and gives the reason. It is an ErrAway.
+// AwayError means that Redis certainly did not execute a command, and gives the reason. It is an ErrAway.
 type AwayError struct {
 	Code string // RedisAway, RedisFull, RedisReadOnly or RedisDenied
 	Err  error
@@ -149,8 +149,6 @@ type refusals struct {
 	hints   seldom // limits lines about failed announcements,
 	deaf    seldom // about refused subscriptions,
 	lost    seldom // and about lost Pub/Sub connections
-
-	lostAt atomic.Int64 // when a Pub/Sub connection was last lost, in milliseconds since 1970
 
 	well atomic.Bool // code is empty and nothing is left to log
 

@@ -129,7 +129,7 @@ func TestRights_thoseOfTheDocumentationAreEnough(t *testing.T) {
 	}
 }
 
-// A Cluster needs a few more, which docs/redis.md names as well.
+// A Cluster needs a few more permissions, which docs/redis.md also names.
 func TestRights_thoseOfTheDocumentationAreEnoughForACluster(t *testing.T) {
 	page, err := os.ReadFile("../docs/redis.md")
 	if err != nil {

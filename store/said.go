@@ -6,18 +6,18 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// Said holds the known members of a chunk. Chunks of other programs may have any types, and a member of an unexpected
-// type is empty.
+// Said holds the known members of a chunk. In other programs' chunks they may have any types; a member of an unexpected
+// type is left empty.
 type Said struct {
 	Type, MessageID, Role, Content string
 	Reason, Detail, FinishReason   string
-	ToolCallID                     string // in the result of a tool, the call
+	ToolCallID                     string // the call, if this is the result of a tool
 	Complete, Refusal              bool
 	Time                           int64 // in milliseconds
 	Data, Usage                    jsontext.Value
 }
 
-// ParseSaid reads a chunk or an element.
+// ParseSaid parses a chunk or an element of the list.
 func ParseSaid(chunk []byte) (s Said) {
 	EachMember(chunk, func(name string, value jsontext.Value) {
 		switch name {

@@ -50,7 +50,7 @@ func (s *Store) Delete(ctx context.Context, session string) error {
 }
 
 // Renew ends an epoch in which numbers up to last are in use, because the log in Redis is not the one that they belong
-// to. The list is numbered anew, in an epoch whose numbers are far higher. If the epoch has ended already, Renew
+// to. The list gets new numbers, in an epoch whose numbers are far higher. If the epoch has ended already, Renew
 // changes nothing.
 func (s *Store) Renew(ctx context.Context, session, epoch string, last int64) error {
 	_, _, err := s.session(ctx, session, "renew", epoch, last)

@@ -26,8 +26,8 @@ local function work()
 
   if what == 'delete' then
     if log.deleted then return reply('ok', log.sweep and 1 or 0) end
-    -- The hash keeps the last number, so that numbers continue; the count of deletions, so that an upload from before
-    -- does not write into the next log; and the producers (log.lua: sweep).
+    -- The hash keeps the last number, so that numbers continue. It keeps the count of deletions, so that an upload from
+    -- before does not write into the next log. And it keeps the producers (log.lua: sweep).
     -- The tombstone comes first: a script that fails after it has lost nothing that it needs.
     log.deleted, log.sweep = int(now()), '0'
     write('HSET', session, 'epoch', log.epoch, 'base', int(log.last), 'last_seen', int(log.last), 'mark', '',

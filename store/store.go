@@ -1,22 +1,22 @@
-// Package store keeps logs in Redis, and is the only place that knows how.
+// Package store keeps logs in Redis. It is the only package that knows how.
 //
-// A log is a list (chat:history:<id>, one JSON object a chunk) next to a hash
-// (chat:session:<id>; chat: is Config.Prefix) that says what the list cannot: its epoch, the base of its
-// numbers, and what was seen at its end. The chunk at position i has number
-// base+i; nothing else numbers anything, so that a program which knows nothing of
+// A log is a list (chat:history:<id>, one JSON object per chunk) next to a hash
+// (chat:session:<id>; chat: is Config.Prefix). The hash holds what the list cannot: the log's epoch, the base of its
+// numbers, and what was last seen at its end. The chunk at position i has number
+// base+i. Nothing else numbers anything, so a program that knows nothing of
 // this one can push to the list and is understood.
 //
-// Each operation is one Lua script, so what it answers is true of one instant, and
-// what it changes is changed whole. Every script begins by checking that the list is
-// the one that was seen last, and has what this node acknowledged or gave out of it
-// (log.lua, memory.go): a list that was flushed, replaced or cut by other hands, or by a
-// failover, gets a new epoch, whose numbers are far above those of all former ones, so
-// that no number ever means two chunks. Of the append there are two: push.lua, which is short, does
-// what nearly all appends are, and leaves the others to append.lua, which knows every case.
+// Each operation is one Lua script, so its reply is true of one instant, and
+// its changes are made as a whole. Every script first checks that the list is
+// the one that was last seen, and that it contains what this node acknowledged or read
+// (log.lua, memory.go). A list that was flushed, replaced or cut by another program, or by a
+// failover, gets a new epoch. The new epoch's numbers are far above all former ones, so
+// that no number ever means two chunks. There are two scripts for appends: push.lua is short and does
+// nearly all of them; it leaves the others to append.lua, which handles every case.
 //
-// Promised: a chunk that Append acknowledged is in the list, once. Not promised: that
-// a Listener hears of it. Pub/Sub is a hint and loses messages whenever a connection
-// breaks; who needs all chunks reads the log whenever Resync is called, and now and
+// A chunk that Append acknowledged is in the list, once. The package does not promise that
+// a Listener receives it. Pub/Sub is a hint and loses messages whenever a connection
+// breaks. A listener that needs all chunks reads the log whenever Resync is called, and now and
 // then without being asked.
 package store
 
@@ -37,68 +37,68 @@ import (
 	"gapless/store/embedded"
 )
 
-// Config says where the logs are and how long they are kept.
+// Config says where the logs are kept, and for how long.
 type Config struct {
-	// Redis is "embedded" (in this process, in memory), "embedded:DIR" (in this process, kept in a directory) or a URL: of one
-	// server, of the Sentinels of a master, or of a Cluster (connect.go).
+	// Redis is "embedded" (in this process, in memory), "embedded:DIR" (in this process, kept in a directory) or a URL. The URL
+	// names one server, the Sentinels of a master, or a Cluster (connect.go).
 	Redis string
 	// Prefix starts the name of every key and every channel. Deployments that share a Redis need different ones.
 	Prefix string
 	// RedisCA is a file of certificates that vouch for a rediss:// server, instead of the
-	// system's; RedisCert and RedisKey are files by which it knows us.
+	// system's. RedisCert and RedisKey are the files by which we authenticate to it.
 	RedisCA, RedisCert, RedisKey string
-	// WaitReplicas is how many replicas must have an append before it is acknowledged;
-	// WaitTimeout is how long they may take. A failover then loses nothing that was
-	// acknowledged, if it chooses one of those.
+	// WaitReplicas is how many replicas must have an append before it is acknowledged.
+	// WaitTimeout is how long they may take. A failover to one of those replicas then
+	// loses nothing that was acknowledged.
 	WaitReplicas int
 	WaitTimeout  time.Duration
 	// Dial makes the connections to Redis, if not nil.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// Instrument is told of the client before it is used, if not nil.
+	// Instrument, if not nil, is called with the client before it is used.
 	Instrument func(client redis.UniversalClient) error
 	// HistoryTTL is how long a list is kept after its last use. A day: an answer is
 	// read again the next morning, hardly ever later.
 	HistoryTTL time.Duration
-	// SessionTTL is how long the hash is kept, or twice as long as the list if that is longer. It
-	// outlives the list by far, so that numbers go on, and are not reused, when somebody
-	// comes back to an expired log, and so that one that has ended stays so.
+	// SessionTTL is how long the hash is kept. The hash is kept at least twice as long as the list. It
+	// outlives the list by far, so that numbers continue, and are not reused, when somebody
+	// returns to an expired log, and so that an ended session stays ended.
 	SessionTTL time.Duration
 	// HistoryMax is how many chunks of a log are kept. 100,000 words are a long book.
 	HistoryMax int
-	// HistoryBytes is how many bytes of chunks a log keeps; 0: all. 64 MiB are thirty of those books, with what their JSON adds.
+	// HistoryBytes is how many bytes of chunks a log keeps; 0: no limit. 64 MiB are thirty of those books, with their JSON.
 	HistoryBytes int
 	// NamesMax is how many messages and producers a log may have: their names are kept for as long
 	// as the session. 20,000 are two years of thirty questions a day, and 2 MB.
 	NamesMax int
-	// Grace is how long the messages of an upload outlive it: one that breaks off and has
-	// a producer's numbers, or one whose node dies. 30 s: a producer is back by then, and
+	// Grace is how long an upload's messages outlive it, if it breaks off and has
+	// a producer's numbers, or if its node dies. 30 s: a producer is back by then, and
 	// a reader waits that long for the next word.
 	Grace time.Duration
 	// HistoryOrder is OldestFirst (producers RPUSH) or NewestFirst (producers LPUSH).
 	HistoryOrder string
-	// Listeners is how many Pub/Sub connections sessions are spread over. One would
-	// do until its output buffer is the limit; a few keep a slow moment of one apart.
+	// Listeners is how many Pub/Sub connections the sessions are spread over. One is
+	// enough until its output buffer is the limit. With several, a slow one does not delay the others.
 	Listeners int
-	// Ping is how long a Pub/Sub connection may be silent before it is asked for a
-	// sign of life, and how long it then has to give one.
+	// Ping is how long a Pub/Sub connection may be silent before it is pinged, and
+	// how long the reply may then take.
 	Ping time.Duration
-	// Timeout bounds a command that got no answer.
+	// Timeout is how long Redis may take to reply to a command.
 	Timeout time.Duration
 
 	Logger *slog.Logger
 }
 
-// The two ends of the list that producers may push to.
+// Values of Config.HistoryOrder: the end of the list to which producers push.
 const (
 	OldestFirst = "oldest-first"
 	NewestFirst = "newest-first"
 )
 
-// Embedded is the Config.Redis of the in-process Redis that keeps everything in memory only. With a colon and a directory after it
-// what is acknowledged is on disk.
+// Embedded is the Config.Redis of the in-process Redis that keeps everything in memory only. If a colon and a directory follow,
+// whatever was acknowledged is on disk.
 const Embedded = "embedded"
 
-// Embedded reports whether Redis is in this process, and in which directory it keeps its data; none: in memory only.
+// Embedded reports whether Redis runs in this process. It also returns the data directory, or "" if the data is in memory only.
 func (c Config) Embedded() (dir string, embedded bool) {
 	name, dir, _ := strings.Cut(c.Redis, ":")
 	return dir, name == Embedded
@@ -107,10 +107,10 @@ func (c Config) Embedded() (dir string, embedded bool) {
 // DefaultPrefix is the Config.Prefix of a deployment that has a Redis to itself.
 const DefaultPrefix = "chat:"
 
-// maxPrefix bounds what the prefix costs: Redis keeps it with each key, and each script is sent five times as much.
+// maxPrefix limits the cost of the prefix: Redis keeps it with each key, and each script receives it five times per call.
 const maxPrefix = 64
 
-// DefaultConfig is what the flags start from.
+// DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
 	return Config{
 		Redis:        Embedded,
@@ -176,14 +176,14 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// leastBytes is the least that a log keeps, in bytes.
+// leastBytes is the smallest HistoryBytes.
 const leastBytes = 1 << 10
 
-// mostTTL is the longest that a list is kept.
+// mostTTL is the longest HistoryTTL.
 const mostTTL = 100 * 365 * 24 * time.Hour
 
-// validatePrefix takes what is the same in a key, in a pattern of an ACL rule and on a shell's command line. Braces would
-// choose the slot in a Cluster, which is the session's to choose.
+// validatePrefix accepts what means the same in a key, in a pattern of an ACL rule and on a shell's command line. Braces would
+// choose the slot in a Cluster, and the session must choose it.
 func validatePrefix(prefix string) error {
 	if prefix == "" || len(prefix) > maxPrefix {
 		return fmt.Errorf("-prefix: must have 1 to %d characters, not %d", maxPrefix, len(prefix))
@@ -196,29 +196,28 @@ func validatePrefix(prefix string) error {
 	return nil
 }
 
-// Errors that callers tell apart. Everything else that a Store returns is a fault
-// that nobody foresaw.
+// Errors that callers tell apart. All other errors of a Store are unforeseen faults.
 var (
-	// ErrAway says that Redis cannot serve now, and that the command was surely not
-	// executed. An AwayError says why, and Why returns its code.
+	// ErrAway says that Redis cannot serve now, and that the command was certainly not
+	// executed. An AwayError says why; Why returns its code.
 	ErrAway = errors.New("redis is away")
-	// ErrWrongType says that a key of the session has another type than a script gives it: another program has written it.
+	// ErrWrongType says that a key of the session has a type that no script gives it: another program wrote it.
 	ErrWrongType = errors.New("a key of the session has the wrong type")
-	// ErrOutcomeUnknown says that a command was sent and its answer lost: it may or
-	// may not have been executed, and is not repeated here.
+	// ErrOutcomeUnknown says that a command was sent and its reply was lost. It may or
+	// may not have been executed, and the store does not repeat it.
 	ErrOutcomeUnknown = errors.New("redis did not answer: the outcome is unknown")
 	ErrNotFound       = errors.New("no such session")
 	ErrSessionEnded   = errors.New("the session has ended")
 	ErrSessionDeleted = errors.New("the session was deleted")
-	// ErrProducerConflict says that the log has something else under a producer's number.
+	// ErrProducerConflict says that the log holds something else under a producer's number.
 	ErrProducerConflict = errors.New("the producer has posted something else under this number")
 	ErrMessageUnknown   = errors.New("no such message")
-	// ErrNotMade says that there is no such session, and that none was to be made.
+	// ErrNotMade says that the session does not exist, and that the call must not create it.
 	ErrNotMade = errors.New("no session is made")
 )
 
-// RefusedError says which chunk of an append the log does not take, and why. Those
-// before it would be taken.
+// RefusedError says which chunk of an append the log refuses, and why. The chunks
+// before it would be accepted.
 type RefusedError struct {
 	Index int
 	Err   error
@@ -233,7 +232,7 @@ type MessageEndedError struct {
 	How       string // done, failed, cancelled (each by a chunk), or Stopped
 }
 
-// Stopped is how a message ended that Cancel ended.
+// Stopped is the MessageEndedError.How of a message that Cancel ended.
 const Stopped = "stopped"
 
 func (e *MessageEndedError) Error() string {
@@ -244,39 +243,40 @@ func (e *MessageEndedError) Error() string {
 	return fmt.Sprintf("message %q has ended: it is %s", e.MessageID, how)
 }
 
-// FullError refuses a chunk whose message, or whose producer, the log does not know yet: it has
-// as many of them as it may, or up to a dozen more.
+// FullError refuses a chunk whose message, or whose producer, is new to the log. The log already has as many of them
+// as it may, or up to a dozen more.
 type FullError struct{ Most int }
 
 func (e *FullError) Error() string {
 	return fmt.Sprintf("limit of %d messages and producers per session reached (-session-names): continue in another session", e.Most)
 }
 
-// FencedError refuses a producer of an older epoch than the session knows.
+// FencedError refuses a producer whose epoch is older than the one that the session knows.
 type FencedError struct{ Epoch int64 }
 
 func (e *FencedError) Error() string {
 	return fmt.Sprintf("another producer has taken over: its epoch is %d", e.Epoch)
 }
 
-// GapError refuses chunks in front of which a producer's numbers are missing.
+// GapError refuses chunks if the producer's numbers before them are missing.
 type GapError struct{ Expected int64 }
 
 func (e *GapError) Error() string {
 	return fmt.Sprintf("chunks of the producer are missing: the next number is %d", e.Expected)
 }
 
-// Store is the logs of one Redis. Its methods may be called from many goroutines.
+// Store holds the logs of one Redis. Its methods are safe for concurrent use.
 type Store struct {
 	cfg       Config
 	rdb       redis.UniversalClient
 	scripts   [len(scriptNames)]script
 	pipes     [len(scriptNames)]*pipe
-	large     *queue // of reads that want more than largeRead
+	large     *queue // for reads of more than largeRead bytes
 	clustered bool
-	thorough  bool // append.lua does it all (a test's)
+	thorough  bool // append.lua does everything (for a test)
 	dials     *dials
 	refusals  *refusals
+	servers   servers
 	probes    probes
 	ears      ears
 	overheard overheard
@@ -292,12 +292,12 @@ const (
 	scriptRead
 	scriptSession
 	scriptTicket
-	// The same, in a Redis that is full: scripts that free memory, or take so little of it that Redis can spare that.
+	// The same for a full Redis: these scripts free memory, or need so little that Redis can spare it.
 	scriptSessionFull
 	scriptTicketFull
 )
 
-// scriptNames are what metrics call them: to those who look at them a push is an append.
+// scriptNames are the scripts' names in the metrics, where a push counts as an append.
 var scriptNames = [...]string{"append", "append", "read", "session", "ticket", "session", "ticket"}
 
 //go:embed log.lua
@@ -321,7 +321,7 @@ var luaSession string
 //go:embed ticket.lua
 var luaTicket string
 
-// allowFull has Redis, from version 7 on, execute a script although it is full. An older Redis refuses the line.
+// allowFull lets a full Redis execute a script, from version 7 on. An older Redis refuses the line.
 const allowFull = "#!lua flags=allow-oom\n"
 
 // script is a Lua program and its name in Redis's cache.
@@ -329,7 +329,7 @@ type script struct{ text, sha string }
 
 func newScript(text string) script { return script{text, redis.NewScript(text).Hash()} }
 
-// Open connects to Redis. It does not wait for it: a Redis that is away now is away
+// Open connects to Redis and does not wait for it. A Redis that is away now is handled
 // like one that goes away later.
 func Open(cfg Config) (*Store, error) {
 	if err := cfg.Validate(); err != nil {
@@ -340,7 +340,7 @@ func Open(cfg Config) (*Store, error) {
 	for i, text := range [...]string{luaPush, luaLog + luaAppend + luaRun, luaLog + luaRead + luaRun, luaLog + luaSession + luaRun, luaTicket, allowFull + luaLog + luaSession + luaRun, allowFull + luaTicket} {
 		s.scripts[i] = newScript(text)
 	}
-	opt, at := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}}, cfg.Redis // of nobody: the embedded one has no address
+	opt, at := &redis.UniversalOptions{Addrs: []string{"127.0.0.1:0"}}, cfg.Redis // unused by the embedded one, which has no address
 	dir, isEmbedded := cfg.Embedded()
 	switch {
 	case !isEmbedded:
@@ -368,14 +368,14 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s.refusals = newRefusals(at, cfg, s.metrics, func() { s.ears.redial() })
 	s.probes.turn = make(chan struct{}, 1)
-	s.rdb = connect(cfg, opt, s.dials.connect)
+	s.rdb = connect(cfg, opt, s.dials.connect, s.servers.connected)
 	if cfg.Instrument != nil {
 		if err := cfg.Instrument(s.rdb); err != nil {
 			return nil, fmt.Errorf("instrument the client of redis: %w", err)
 		}
 	}
 	var turn *turn
-	if !isEmbedded { // to which nothing goes by the network
+	if !isEmbedded { // the embedded Redis needs no network
 		var err error
 		if turn, err = newTurn(); err != nil {
 			return nil, fmt.Errorf("make a pipe: %w", err)
@@ -386,7 +386,7 @@ func Open(cfg Config) (*Store, error) {
 	for i := range s.pipes {
 		run := func(ctx context.Context, calls []*call) { s.exec(ctx, i, calls) }
 		bytes := runBytes
-		if i == scriptRead { // the script looks to it that they are not too many (run.lua)
+		if i == scriptRead { // run.lua limits what the replies hold
 			bytes *= 4
 		}
 		s.pipes[i] = &pipe{run: run, calls: 64, bytes: bytes, patience: cfg.Timeout / 2, turn: turn}
@@ -394,8 +394,8 @@ func Open(cfg Config) (*Store, error) {
 	s.closers = append(s.closers, func() { _ = s.rdb.Close() })
 	_, s.clustered = s.rdb.(*redis.ClusterClient)
 	s.ears = s.newEars(cfg.Listeners)
-	s.probes.simple.Store(isEmbedded) // it has no users, and so no rights
-	if cfg.Redis != Embedded {        // which refuses nothing
+	s.probes.simple.Store(isEmbedded) // the embedded Redis has no users, and so no rights
+	if cfg.Redis != Embedded {        // the one in memory refuses nothing
 		watching, stop := context.WithCancel(context.Background())
 		watched := make(chan struct{})
 		go func() { // ended by Close, which waits for it
@@ -407,7 +407,7 @@ func Open(cfg Config) (*Store, error) {
 	return s, nil
 }
 
-// Close ends the receive loops, then the connections.
+// Close ends the receive loops, then closes the connections.
 func (s *Store) Close() {
 	s.ears.close()
 	s.overheard.close()
@@ -416,14 +416,15 @@ func (s *Store) Close() {
 	}
 }
 
-// redisLog is for what go-redis says of itself: every error comes to us as well.
+// redisLog receives what go-redis logs itself. We get every error from the calls as well.
 type redisLog struct{ *slog.Logger }
 
+// Printf implements the interface of go-redis's loggers.
 func (l redisLog) Printf(ctx context.Context, format string, v ...any) {
 	l.LogAttrs(ctx, slog.LevelDebug, "go-redis", slog.String("says", fmt.Sprintf(format, v...)))
 }
 
-// key is the name of what a session has in Redis. In a Cluster all of it is in one slot.
+// key returns the name of one of a session's keys. In a Cluster all of them are in one slot.
 func (s *Store) key(what, id string) string {
 	if s.clustered {
 		id = "{" + id + "}"
@@ -433,26 +434,26 @@ func (s *Store) key(what, id string) string {
 
 // Channels for all sessions, after the prefix.
 const (
-	// uploads names a session whose uploads have to check whether they may go on.
+	// uploads names a session whose uploads must check whether they may continue.
 	uploads = "uploads"
-	// tickets names a ticket with which a connection has taken the place of another one.
+	// tickets names a ticket whose connection was displaced by a new one.
 	tickets = "tickets"
 )
 
-// Hint is published where the log changed in a way that no chunk says: it was deleted,
-// or begins another epoch. It means "read the log"; programs that follow the
-// channel themselves may pass over it.
+// Hint is published when the log changed in a way that no chunk says: it was deleted,
+// or it began another epoch. It means "read the log". Programs that subscribe to the
+// channel themselves may ignore it.
 const Hint = `{"type":"hint"}`
 
-// A read of more than largeRead bytes does not stand in line with the others, but has a queue of its own, which largeReads may
-// leave at once.
+// A read of more than largeRead bytes waits in a separate queue. That queue lets largeReads of them
+// run at once.
 const (
 	largeRead  = 256 << 10
 	largeReads = 2
 )
 
-// runBytes is how many bytes one run of a script sends, unless one call has more; each chunk counts as chunkCost bytes more. It
-// takes Redis some three milliseconds.
+// runBytes is how many bytes one run of a script sends, unless one call alone has more. Each chunk counts as chunkCost additional
+// bytes. Such a run takes Redis about three milliseconds.
 const (
 	runBytes  = 256 << 10
 	chunkCost = 1 << 10
@@ -461,10 +462,11 @@ const (
 // once is a command that go-redis never sends twice.
 type once struct{ *redis.Cmd }
 
+// NoRetry tells go-redis not to retry the command.
 func (once) NoRetry() bool { return true }
 
-// run executes a script on one session and returns its reply's fields. size is about how many bytes it sends
-// or wants. With wait, it also waits until the replicas have what it wrote.
+// run executes a script on one session and returns the fields of its reply. size is about how many bytes it sends
+// or wants. If wait is set, run also waits until the replicas have what the script wrote.
 func (s *Store) run(ctx context.Context, which int, id string, size int, wait bool, args ...any) (reply []any, failed error) {
 	begun := time.Now()
 	defer func() {
@@ -483,7 +485,7 @@ func (s *Store) run(ctx context.Context, which int, id string, size int, wait bo
 		s.exec(ctx, which, []*call{c})
 		return c.reply, classify(c.err)
 	}
-	if s.clustered { // sessions are in different places
+	if s.clustered { // sessions may be on different servers
 		s.exec(ctx, which, []*call{c})
 		return c.reply, classify(c.err)
 	}
@@ -491,7 +493,7 @@ func (s *Store) run(ctx context.Context, which int, id string, size int, wait bo
 	return reply, classify(failed)
 }
 
-// exec runs a script once, for all calls, and leaves with each its reply, or its error.
+// exec runs a script once for all calls, and stores in each its reply or its error.
 func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 	replies, short, err := s.eval(ctx, which, calls)
 	for i, c := range calls {
@@ -524,7 +526,7 @@ func (s *Store) exec(ctx context.Context, which int, calls []*call) {
 	}
 }
 
-// noted takes a script's note of what Redis has refused meanwhile.
+// noted handles a script's note of what Redis has refused meanwhile.
 func (s *Store) noted(note string) {
 	what, text, _ := strings.Cut(note, " ")
 	switch what {
@@ -535,28 +537,28 @@ func (s *Store) noted(note string) {
 	}
 }
 
-// Given tells the store what a feed has given out without having read it, so that it is remembered.
+// Given tells the store what a feed has given out without having read it, so that the store remembers it.
 func (s *Store) Given(session, epoch string, last int64) {
 	s.memory.note(session, remembered{epoch: epoch, last: last})
 }
 
-// Witness tells the store that a viewer has chunk last, which Redis has lost, from another node. The log continues as it does for a node
-// that remembers the chunk.
+// Witness tells the store that a viewer received chunk last from another node, and that Redis has lost it. The log then continues
+// as it does for a node that remembers the chunk.
 func (s *Store) Witness(session string, last int64) {
 	s.memory.note(session, remembered{last: nextBase(last), mark: "-"}) // log.lua: open
 }
 
-// nextBase returns the number after which an epoch begins if numbers up to top were in use before (log.lua: next_base).
+// nextBase returns the number after which a new epoch begins if numbers up to top were in use (log.lua: next_base).
 func nextBase(top int64) int64 {
 	const block, margin = 1_000_000, 500_000
 	return (top + margin + block - 1) / block * block
 }
 
-// LostAt returns when a connection to Redis was last lost, in milliseconds since 1970, or 0.
-func (s *Store) LostAt() int64 { return s.refusals.lostAt.Load() }
+// ReplacedAt returns when this node last found another Redis server than before, or the same one restarted, in milliseconds since 1970, or 0.
+func (s *Store) ReplacedAt() int64 { return s.servers.replacedAt.Load() }
 
-// eval answers a reply for each call. What a server was asked that is not the master was not executed: it is asked once more,
-// on a connection that is made now. Then reads are served by whoever answers. short says that they are stored, but that too few replicas have them.
+// eval returns a reply for each call. If the server is not the master, it did not execute the script, and eval asks once more
+// on a new connection. After that, any server may serve reads. short says that the calls are stored, but on too few replicas.
 func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []any, short, err error) {
 	generation := s.dials.generation.Load()
 	replies, short, err = s.evalOnce(ctx, which, calls)
@@ -566,7 +568,7 @@ func (s *Store) eval(ctx context.Context, which int, calls []*call) (replies []a
 	return replies, short, err
 }
 
-// elsewhere reports whether err says that the server is not the master, or is silent; then connections are made anew.
+// elsewhere reports whether err says that the server is not the master. In that case, and if the server is silent, it drops the connections.
 func (s *Store) elsewhere(err error) bool {
 	if reply := redis.Error(nil); errors.As(err, &reply) {
 		if leadsElsewhere(reply.Error()) {
@@ -581,7 +583,7 @@ func (s *Store) elsewhere(err error) bool {
 	return false
 }
 
-// dropped has all connections made anew, in a Cluster after it was asked who its masters are.
+// dropped replaces all connections. It first asks a Cluster for its current masters.
 func (s *Store) dropped() {
 	s.dials.drop()
 	if cluster, ok := s.rdb.(*redis.ClusterClient); ok {
@@ -608,7 +610,7 @@ func (s *Store) evalOnce(ctx context.Context, which int, calls []*call) (replies
 	return replies, short, err
 }
 
-// keys are what a script's callers have in Redis.
+// keys returns the kinds of keys that a script receives for each call.
 func keys(which int) []string {
 	all := [...]string{"history", "session", "stream", "producers", "messages"}
 	if which == scriptPush {
@@ -617,7 +619,7 @@ func keys(which int) []string {
 	return all[:]
 }
 
-// argv is the command that runs a script, for all calls.
+// argv returns the command that runs a script for all calls.
 func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	keys := keys(which)
 	size := 15
@@ -657,31 +659,31 @@ func (s *Store) argv(which int, calls []*call) ([]any, error) {
 	return argv, nil
 }
 
-// sendScript sends a script by its name, and if Redis does not know that, by its text.
+// sendScript sends a script by its hash. If Redis does not know the hash, it sends the text.
 func (s *Store) sendScript(ctx context.Context, which int, argv []any, send func(context.Context, []any) (*redis.Cmd, error, error)) (cmd *redis.Cmd, short, err error) {
 	fresh := func() (*redis.Cmd, error, error) {
 		for {
-			// Each connection of the pool that is from before a failover is found out once, and gone then.
+			// Each pooled connection from before a failover fails once this way, and is then gone.
 			if cmd, short, err := send(ctx, argv); !errors.Is(err, errStale) {
 				return cmd, short, err
 			}
 		}
 	}
 	cmd, short, err = fresh()
-	if redis.HasErrorPrefix(err, "NOSCRIPT") { // surely not executed: Redis was restarted or flushed
+	if redis.HasErrorPrefix(err, "NOSCRIPT") { // certainly not executed: Redis was restarted or flushed
 		argv[0], argv[1] = "eval", s.scripts[which].text
 		cmd, short, err = fresh()
 	}
 	return cmd, short, err
 }
 
-// scriptError is what Redis answered a command of a script.
+// scriptError is the error that Redis returned to a command in a script.
 type scriptError string
 
 func (e scriptError) Error() string { return string(e) }
 func (scriptError) RedisError()     {}
 
-// send sends a command once.
+// send sends a command once. In a Cluster it repeats the command while its slot moves.
 func (s *Store) send(ctx context.Context, argv []any) (cmd *redis.Cmd, short, err error) {
 	for pause := redirectPause; ; pause *= 2 {
 		cmd := redis.NewCmd(ctx, argv...)
@@ -689,19 +691,19 @@ func (s *Store) send(ctx context.Context, argv []any) (cmd *redis.Cmd, short, er
 		if !s.clustered || !redis.HasErrorPrefix(err, "TRYAGAIN") || pause > redirectMost {
 			return cmd, nil, err
 		}
-		time.Sleep(pause) // a part of the session is in another place already: it was not executed
+		time.Sleep(pause) // some of the session's keys have already moved: the command was not executed
 	}
 }
 
-// A slot that moves takes a session along within moments.
+// A session that is in a moving slot moves within moments.
 const (
 	redirectPause = 5 * time.Millisecond
 	redirectMost  = 500 * time.Millisecond
 )
 
-// sendAndWait sends a command once, and on the same connection asks that replicas have
-// it: WAIT counts only what its own connection wrote, and scripts may not use it. So in a
-// Cluster the redirections are followed here.
+// sendAndWait sends a command once, and on the same connection waits until replicas have
+// it. WAIT counts only the writes of its own connection, and scripts may not use it. So
+// sendAndWait itself follows the redirections of a Cluster.
 func (s *Store) sendAndWait(ctx context.Context, argv []any) (cmd *redis.Cmd, short, err error) {
 	for pause := redirectPause; ; pause *= 2 {
 		master, err := s.master(ctx, argv[3].(string))
@@ -730,7 +732,7 @@ func (s *Store) sendAndWait(ctx context.Context, argv []any) (cmd *redis.Cmd, sh
 	}
 }
 
-// What surely was not sent.
+// Errors of commands that were certainly not sent.
 var (
 	errNoMaster = errors.New("no master is known")
 	errUnsent   = errors.New("the command was not sent")
@@ -739,7 +741,7 @@ var (
 
 var errReply = errors.New("not a reply of ours")
 
-// classify tells "surely not executed" from "not known".
+// classify distinguishes "certainly not executed" from "unknown".
 func classify(err error) error {
 	if err == nil {
 		return nil
@@ -754,7 +756,7 @@ func classify(err error) error {
 			return fmt.Errorf("%w: %w", ErrWrongType, err)
 		case code == "":
 			return err
-		case code == RedisDenied && hintWords.MatchString(reply.Error()): // scripts announce what they have done
+		case code == RedisDenied && hintWords.MatchString(reply.Error()): // scripts announce only what they have already done
 			return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 		}
 		return &AwayError{Code: code, Err: err}
@@ -762,15 +764,15 @@ func classify(err error) error {
 		errors.Is(err, redis.ErrClosed), errors.Is(err, errNoMaster), errors.Is(err, errUnsent):
 		return &AwayError{Code: RedisAway, Err: err}
 	}
-	// Whatever else is no reply of Redis: the connection broke, or time ran out.
+	// Anything else is not a reply of Redis: the connection broke, or time ran out.
 	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 }
 
-// HalfDoneError says that a script failed after its first write. It is an ErrOutcomeUnknown. Text is what Redis said.
+// HalfDoneError says that a script failed after its first write. It is an ErrOutcomeUnknown. Text is what Redis replied.
 type HalfDoneError struct{ Text string }
 
 func (e *HalfDoneError) Error() string { return "a script failed in the middle: " + e.Text }
 func (e *HalfDoneError) Unwrap() error { return ErrOutcomeUnknown }
 
-// Away says whether err means that Redis cannot be reached, whatever became of the command.
+// Away reports whether err means that Redis cannot be reached, whether or not the command was executed.
 func Away(err error) bool { return errors.Is(err, ErrAway) || errors.Is(err, ErrOutcomeUnknown) }

@@ -488,7 +488,7 @@ func TestEmbedded_logsExpire(t *testing.T) {
 	mustAppend(t, s, "s", delta("a"))
 	deadline := time.Now().Add(storetest.Patience)
 	for mustDescribe := func() store.Bounds {
-		// Describe counts as a use, which would keep the log for ever. So the test waits longer than the time to live.
+		// Describe counts as a use, which would keep the log forever. So the test waits longer than the time to live.
 		time.Sleep(1100 * time.Millisecond)
 		b, err := s.Describe(t.Context(), "s")
 		if err != nil {
@@ -521,7 +521,7 @@ func TestAppend_keyOfAnotherType_writesNothing(t *testing.T) {
 	}
 }
 
-// Errors distinguish what was surely not stored from what may have been.
+// Errors distinguish what was certainly not stored from what may have been.
 func TestAway_isToldFromUnknown(t *testing.T) {
 	r := storetest.Redis(t)
 	s := open(t, func(c *store.Config) { c.Redis = r.URL(); c.Timeout = 2 * time.Second })

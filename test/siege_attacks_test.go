@@ -30,25 +30,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// siegeOrder is what an attacker is told.
+// siegeOrder is an attacker's task.
 type siegeOrder struct {
 	Attack, Addr, Token string
 	TLS                 bool
-	Small               bool     // it has a moment
-	Said                []string // how it has to be answered before it ends
+	Small               bool     // there is only a moment
+	Said                []string // responses that must have come before it ends
 }
 
-// siegeOutcome is what it saw.
+// siegeOutcome is what an attacker observed.
 type siegeOutcome struct {
-	Said map[string]int // answers, by status and code
-	Kept time.Duration  // the longest that a connection was kept that made no progress
+	Said map[string]int // responses, by status and code
+	Kept time.Duration  // the longest time that a connection without progress was kept
 }
 
-// attacker does one attack, in a process of its own, until it is told to stop.
+// attacker makes one attack, in a separate process, until it is told to stop.
 type attacker struct {
 	siegeOrder
-	ctx context.Context // the attack is over
-	web *http.Client    // HTTP/1.1, as many connections as it takes
+	ctx context.Context // ends with the attack
+	web *http.Client    // HTTP/1.1, with as many connections as needed
 
 	mu  sync.Mutex
 	out siegeOutcome
@@ -70,7 +70,7 @@ func init() {
 		told := make(chan os.Signal, 1)
 		signal.Notify(told, syscall.SIGTERM)
 		fmt.Println("begun")
-		go func() { // ends with the process
+		go func() { // ended by the end of the process
 			<-told
 			for waited := 0; waited < 600 && !a.heard(); waited++ {
 				time.Sleep(100 * time.Millisecond)
@@ -80,7 +80,7 @@ func init() {
 		a.web = a.client()
 		run(a)
 		<-a.ctx.Done()
-		a.mu.Lock() // whoever is late is not heard
+		a.mu.Lock() // later calls are not counted
 		if err := json.NewEncoder(os.Stdout).Encode(a.out); err != nil {
 			panic(err)
 		}
@@ -94,14 +94,14 @@ func (a *attacker) said(what string) {
 	a.out.Said[what]++
 }
 
-// heard reports whether it was answered in all the ways that it has to be.
+// heard reports whether all required responses have come.
 func (a *attacker) heard() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return !slices.ContainsFunc(a.siegeOrder.Said, func(what string) bool { return a.out.Said[what] == 0 })
 }
 
-// few is n, or less of it when there is only a moment.
+// few returns n, or less if there is only a moment.
 func (a *attacker) few(n int) int {
 	if a.Small {
 		return max(1, n/5)
@@ -111,7 +111,7 @@ func (a *attacker) few(n int) int {
 
 func (a *attacker) over() bool { return a.ctx.Err() != nil }
 
-// rest waits, and reports whether the attack goes on.
+// rest waits, and reports whether the attack continues.
 func (a *attacker) rest(d time.Duration) bool {
 	select {
 	case <-a.ctx.Done():
@@ -121,7 +121,7 @@ func (a *attacker) rest(d time.Duration) bool {
 	}
 }
 
-// many has n goroutines do something again and again, until the attack is over.
+// many runs n goroutines that repeat something until the attack is over.
 func (a *attacker) many(n int, do func(i int)) {
 	var wg sync.WaitGroup
 	for i := range n {
@@ -136,14 +136,14 @@ func (a *attacker) many(n int, do func(i int)) {
 	select {
 	case <-done:
 	case <-a.ctx.Done():
-		select { // some wait for a socket
+		select { // some goroutines wait for a socket
 		case <-done:
 		case <-time.After(2 * time.Second):
 		}
 	}
 }
 
-// dial connects from one of this machine's addresses, and reads little ahead.
+// dial connects from one of this machine's addresses, with a small receive buffer.
 func (a *attacker) dial(from string, protocols ...string) (net.Conn, error) {
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 10 * time.Second, Control: smallReceiveBuffer}
 	ctx, cancel := context.WithCancel(a.ctx)
@@ -152,7 +152,7 @@ func (a *attacker) dial(from string, protocols ...string) (net.Conn, error) {
 	if err != nil || !a.TLS || len(protocols) > 0 && protocols[0] == "tcp" {
 		return conn, err
 	}
-	secure := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: protocols}) // #nosec G402 -- it is our own
+	secure := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: protocols}) // #nosec G402 -- it is our own server
 	if err := secure.HandshakeContext(ctx); err != nil {
 		_ = conn.Close()
 		return nil, err
@@ -162,7 +162,7 @@ func (a *attacker) dial(from string, protocols ...string) (net.Conn, error) {
 
 const evil = "127.0.0.2"
 
-// client is an HTTP client from the attacker's address.
+// client returns an HTTP client with the attacker's address.
 func (a *attacker) client() *http.Client {
 	d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(evil)}, Timeout: 10 * time.Second}
 	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: d.DialContext, MaxIdleConnsPerHost: 256, DisableCompression: true,
@@ -176,7 +176,7 @@ func (a *attacker) url(path string) string {
 	return "http://" + a.Addr + path
 }
 
-// call makes a call, and notes how it was answered. It returns the status, 0 without an answer, and the body's beginning.
+// call makes a call, and counts the response. It returns the status, or 0 without a response, and the beginning of the body.
 func (a *attacker) call(method, path, kind, body string, headers ...string) (int, string) {
 	r, err := http.NewRequestWithContext(a.ctx, method, a.url(path), strings.NewReader(body))
 	if err != nil {
@@ -212,12 +212,12 @@ func (a *attacker) call(method, path, kind, body string, headers ...string) (int
 	}
 	a.said(what)
 	if res.StatusCode == http.StatusTooManyRequests || res.StatusCode == http.StatusServiceUnavailable {
-		a.rest(20 * time.Millisecond) // thousands a second would measure the machine
+		a.rest(20 * time.Millisecond) // thousands a second would only measure the machine
 	}
 	return res.StatusCode, string(text)
 }
 
-// request is a request as text.
+// request returns a request as text.
 func (a *attacker) request(path string, headers ...string) string {
 	var text strings.Builder
 	text.WriteString("GET " + path + " HTTP/1.1\r\nHost: localhost\r\n")
@@ -230,8 +230,8 @@ func (a *attacker) request(path string, headers ...string) string {
 	return text.String() + "\r\n"
 }
 
-// hold keeps n connections, and replaces those that are closed. open begins one; drip, if any, goes on with it five times a
-// second. It notes how long a connection was kept that was let alone.
+// hold keeps n connections open, and replaces those that are closed. open opens one. drip, if not nil, continues it five times a
+// second. hold records how long the node kept a connection.
 func (a *attacker) hold(n int, open func(i int) (net.Conn, error), drip func(c net.Conn) error) {
 	opening := make(chan struct{}, 50)
 	a.many(n, func(i int) {
@@ -265,7 +265,7 @@ func (a *attacker) hold(n int, open func(i int) (net.Conn, error), drip func(c n
 	})
 }
 
-// closed reports whether the peer has ended a connection, of which nobody reads.
+// closed reports whether the peer has ended a connection that nobody reads.
 func closed(c net.Conn) bool {
 	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
 		c = t.NetConn()
@@ -283,7 +283,7 @@ func closed(c net.Conn) bool {
 	return ended
 }
 
-// say opens a connection and sends a text on it.
+// say opens a connection and sends a text.
 func (a *attacker) say(from, text string, protocols ...string) (net.Conn, error) {
 	c, err := a.dial(from, protocols...)
 	if err != nil {
@@ -297,7 +297,7 @@ func (a *attacker) say(from, text string, protocols ...string) (net.Conn, error)
 	return c, nil
 }
 
-// two is a connection of HTTP/2, frame by frame.
+// two is a connection of HTTP/2 that is written frame by frame.
 type two struct {
 	*http2.Framer
 	net.Conn
@@ -321,7 +321,7 @@ func (a *attacker) two(from string, settings ...http2.Setting) (*two, error) {
 	return h, h.to.Flush()
 }
 
-// NetConn is for closed.
+// NetConn returns the underlying connection, for closed.
 func (h *two) NetConn() net.Conn {
 	if t, ok := h.Conn.(interface{ NetConn() net.Conn }); ok {
 		return t.NetConn()
@@ -329,7 +329,7 @@ func (h *two) NetConn() net.Conn {
 	return h.Conn
 }
 
-// ask begins a stream, and returns its number.
+// ask opens a stream, and returns its number.
 func (h *two) ask(token, method, path string, end bool, more ...string) uint32 {
 	h.head.Reset()
 	field := func(name, value string) { _ = h.enc.WriteField(hpack.HeaderField{Name: name, Value: value}) }
@@ -348,33 +348,33 @@ func (h *two) ask(token, method, path string, end bool, more ...string) uint32 {
 	return h.next - 2
 }
 
-// discard reads what comes, so that acknowledgements of the kernel do not end the connection.
+// discard reads everything, so that the kernel's acknowledgements do not end the connection.
 func discard(c net.Conn) { go func() { _, _ = io.Copy(io.Discard, c) }() }
 
 const (
-	bundle = "/docs/swagger-ui-bundle.js" // the largest file that anybody may have
+	bundle = "/docs/swagger-ui-bundle.js" // the largest file that is public
 	logID  = "evil-log"
-	// fullBatch is as many chunks as an array may have.
+	// fullBatch is the number of chunks in a full array.
 	fullBatch = 500
 )
 
 // siegeAttack is one attack.
 type siegeAttack struct {
 	name    string
-	most    int    // MiB of memory, and so who attacks: stranger, reader or writer
-	who     string // attacks, if most does not say it
+	most    int    // MiB of memory; this also determines the attacker: stranger, reader or writer
+	who     string // the attacker, if most does not determine it
 	tls     bool
-	node    []string // further flags of the node,
+	node    []string // additional flags of the node,
 	redis   []string // and of its Redis
-	refused []string // the limits that must have been met
-	said    []string // answers that must have come
+	refused []string // limits that must have been met
+	said    []string // responses that must have come
 	least   time.Duration
-	long    bool // it says nothing in a moment
+	long    bool // a moment is too short for it
 	prepare func(b *besieged)
 	run     func(a *attacker)
 }
 
-// fill appends so many MiB of chunks to the evil log.
+// fill returns a function that appends that many MiB of chunks to the evil log.
 func fill(mib, size int) func(b *besieged) {
 	return func(b *besieged) {
 		chunk := `{"message_id":"m","content":"` + strings.Repeat("x", size) + `"}`
@@ -388,7 +388,7 @@ func fill(mib, size int) func(b *besieged) {
 	}
 }
 
-// pieces are n chunks as JSON, each of a message of its own.
+// pieces returns n chunks as JSON, each of a different message.
 func pieces(from, n int, text string) string {
 	var b strings.Builder
 	for i := range n {
@@ -404,12 +404,12 @@ func twentyThousand(a *attacker, id, query string) {
 	}
 }
 
-// evilChunks is the path of the evil log's.
+// evilChunks is the path of the evil log's chunks.
 const evilChunks = "/v1/sessions/" + logID + "/chunks"
 
 var noWindow = http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}
 
-// windowZero opens connections whose streams ask for large files, and lets the node send nothing of them.
+// windowZero opens connections whose streams request large files, and does not let the node send them.
 func windowZero(addresses int) func(a *attacker) {
 	return func(a *attacker) {
 		n := a.few(1000)
@@ -430,7 +430,7 @@ func windowZero(addresses int) func(a *attacker) {
 	}
 }
 
-// floods writes frames on connections of HTTP/2 as fast as the node reads them.
+// floods writes frames on HTTP/2 connections as fast as the node reads them.
 func floods(n int, write func(a *attacker, h *two) error) func(a *attacker) {
 	return func(a *attacker) {
 		a.many(n, func(int) {
@@ -455,14 +455,14 @@ func floods(n int, write func(a *attacker, h *two) error) func(a *attacker) {
 	}
 }
 
-// calls makes the same call from n connections at once, as fast as it is answered.
+// calls repeats a call on n connections, as fast as the responses come.
 func calls(n int, method, path, kind, body string, headers ...string) func(a *attacker) {
 	return func(a *attacker) {
 		a.many(n, func(int) { a.call(method, path, kind, body, headers...) })
 	}
 }
 
-// abandon asks from n connections, reads a little, and leaves.
+// abandon sends requests from n connections, reads a little, and disconnects.
 func abandon(n int, path string, headers ...string) func(a *attacker) {
 	return func(a *attacker) {
 		a.many(n, func(int) {
@@ -482,14 +482,14 @@ func abandon(n int, path string, headers ...string) func(a *attacker) {
 	}
 }
 
-// unread holds n connections that ask for something and read nothing of it.
+// unread holds n connections that send a request and read nothing of the response.
 func unread(n int, path string, headers ...string) func(a *attacker) {
 	return func(a *attacker) {
 		a.hold(n, func(int) (net.Conn, error) { return a.say(evil, a.request(path, headers...)) }, nil)
 	}
 }
 
-// slowly holds n connections that send a beginning, and then a little of the rest now and then.
+// slowly holds n connections that send a beginning, and then a small piece now and then.
 func slowly(n int, begin func(a *attacker) string, piece string, protocols ...string) func(a *attacker) {
 	return func(a *attacker) {
 		a.hold(n, func(int) (net.Conn, error) {
@@ -507,7 +507,7 @@ func slowly(n int, begin func(a *attacker) string, piece string, protocols ...st
 
 func always(s string) func(a *attacker) string { return func(*attacker) string { return s } }
 
-// postOf is a POST whose body is still to come.
+// postOf returns a POST without its body.
 func postOf(path, kind, length string) func(a *attacker) string {
 	return func(a *attacker) string {
 		return strings.Replace(a.request(path, "Content-Type: "+kind, length), "GET", "POST", 1)
@@ -516,9 +516,9 @@ func postOf(path, kind, length string) func(a *attacker) string {
 
 const header = "GET / HTTP/1.1\r\nHost: localhost\r\n"
 
-// siegeAttacks are those of earlier rounds, and those that were thought of without a look at the defence.
+// siegeAttacks are all attacks. Some repeat earlier ones; the others were designed without knowledge of the defence.
 var siegeAttacks = []siegeAttack{
-	// Callers without a token.
+	// Attacks without a token.
 	{name: "files that nobody reads", most: stranger, refused: []string{"caller-strangers"}, run: unread(1000, bundle)},
 	{name: "HTTP/2 with window 0", most: stranger, tls: true, refused: []string{"caller-responses"}, run: windowZero(1)},
 	{name: "HTTP/2 with window 0 from ten addresses", most: writer, who: "no token", tls: true, long: true, run: windowZero(10)},
@@ -599,7 +599,7 @@ var siegeAttacks = []siegeAttack{
 		return nil
 	})},
 	{name: "HTTP/2 pings and settings", most: stranger, tls: true, run: func(a *attacker) {
-		a.hold(a.few(200), func(int) (net.Conn, error) { return a.two(evil) }, func(c net.Conn) error { // which does not read
+		a.hold(a.few(200), func(int) (net.Conn, error) { return a.two(evil) }, func(c net.Conn) error { // the client does not read
 			h := c.(*two)
 			for range 100 {
 				_ = h.WritePing(false, [8]byte{1})
@@ -609,7 +609,7 @@ var siegeAttacks = []siegeAttack{
 		})
 	}},
 	{name: "HTTP/2 headers that unfold", most: stranger, tls: true, run: floods(8, func(a *attacker, h *two) error {
-		value := strings.Repeat("x", 3900) // the table holds it, and each mention is a byte
+		value := strings.Repeat("x", 3900) // the table holds the value, and each reference is one byte
 		more := []string{}
 		for range 200 {
 			more = append(more, "x-a", value)
@@ -653,7 +653,7 @@ var siegeAttacks = []siegeAttack{
 	{name: "files, as fast as they are sent", most: stranger, run: calls(8, "GET", bundle, "", "")},
 	{name: "preflights", most: stranger, run: calls(8, "OPTIONS", evilChunks, "", "", "Origin", "https://evil.example", "Access-Control-Request-Method", "POST")},
 
-	// A token that may read.
+	// Attacks with a token that may read.
 	{name: "pages that nobody reads", most: reader, prepare: fill(40, 4000), refused: []string{"caller-responses"}, run: unread(400, evilChunks+"?limit=1000")},
 	{name: "pages read slowly", most: reader, prepare: fill(40, 4000), run: func(a *attacker) {
 		a.hold(a.few(400), func(int) (net.Conn, error) { return a.say(evil, a.request(evilChunks+"?limit=1000")) }, func(c net.Conn) error {
@@ -725,7 +725,7 @@ var siegeAttacks = []siegeAttack{
 	{name: "tickets", most: reader, said: []string{"429 rate_limited"}, refused: []string{"caller-tickets"}, run: calls(16, "POST", "/v1/sessions/"+logID+"/tickets", "", "")},
 	{name: "calls of nothing", most: reader, run: calls(32, "HEAD", "/v1/sessions/"+logID, "", "")},
 
-	// A token that may write, of sessions of its own.
+	// Attacks with a token that may write to the attacker's sessions.
 	{name: "bodies of 8 MiB for ui-stream", most: writer, refused: []string{"caller-bodies"}, run: func(a *attacker) {
 		huge := `{"messages":[` + strings.Repeat(`{"a":[{}]},`, 700_000) + `{"role":"user","parts":[{"type":"text","text":"x"}]}]}`
 		a.many(16, func(int) { a.call("POST", "/v1/sessions/evil-ui/ui-stream", "application/json", huge) })
@@ -770,7 +770,7 @@ var siegeAttacks = []siegeAttack{
 		a.many(4, func(int) {
 			k := int(n.Add(1))
 			var all []string
-			for i := range fullBatch { // each begins a run of its own
+			for i := range fullBatch { // each begins a new run
 				all = append(all, []string{fmt.Sprintf(`{"type":"delta","message_id":"m%d"}`, i), fmt.Sprintf(`{"message_id":"m%d","content":"x"}`, i)}[i%2])
 			}
 			a.call("POST", fmt.Sprintf("/v1/sessions/evil-%d/chunks", k), "application/json", "["+strings.Join(all, ",")+"]",
@@ -884,7 +884,7 @@ var siegeAttacks = []siegeAttack{
 	}},
 }
 
-// bomb is n zeroes, compressed.
+// bomb returns n zeroes, compressed.
 func bomb(n int) string {
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)

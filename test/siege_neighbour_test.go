@@ -19,26 +19,26 @@ import (
 	"time"
 )
 
-// neighbourOrder is what the neighbour is told.
+// neighbourOrder is the neighbour's task.
 type neighbourOrder struct {
 	Addr, Token string
 	TLS         bool
 	For         time.Duration
 }
 
-// neighbourFound is what it saw.
+// neighbourFound is what the neighbour observed.
 type neighbourFound struct {
-	P50, P99    time.Duration // from when a chunk was due to when the neighbour's viewer had it
+	P50, P99    time.Duration // from when a chunk was due until the neighbour's viewer received it
 	Stored, Got int           // chunks
 	Refused     int           // calls that were refused by a limit
-	Away        int           // calls that Redis was too busy for; they were made again
+	Away        int           // calls that Redis was too busy for; they were repeated
 	Cut         int           // streams that broke
 	Why         string        // the last refusal
 }
 
 const neighbourPace = 50 * time.Millisecond
 
-// neighbourRole appends a chunk to a session of its own twenty times a second, follows that session, and creates one now and then.
+// neighbourRole appends a chunk to its session twenty times a second, follows that session, and creates a session now and then.
 func neighbourRole([]string) {
 	var order neighbourOrder
 	if err := json.NewDecoder(os.Stdin).Decode(&order); err != nil {
@@ -92,13 +92,13 @@ type neighbour struct {
 	web   *http.Client
 	found neighbourFound
 	got   atomic.Int64
-	took  []time.Duration // of the one who follows
+	took  []time.Duration // delays, as the follower observed them
 }
 
-// lost reports whether it is refused for so long that it gives up.
+// lost reports whether calls have been refused for so long that the neighbour gives up.
 func (n *neighbour) lost(ends time.Time) bool { return time.Since(ends) > time.Minute }
 
-// call makes a call, and reports whether it was executed. One that the node could not take for want of Redis is made again.
+// call makes a call, and reports whether it succeeded. The caller repeats a call that was not executed because Redis was away.
 func (n *neighbour) call(method, url, body string) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -118,7 +118,7 @@ func (n *neighbour) call(method, url, body string) bool {
 	switch {
 	case res.StatusCode < 300:
 		return true
-	case strings.Contains(string(text), `"redis_away"`): // surely not executed
+	case strings.Contains(string(text), `"redis_away"`): // certainly not executed
 		n.found.Away++
 	default:
 		n.refused(fmt.Sprint(res.Status, " ", string(text)))
@@ -132,7 +132,7 @@ func (n *neighbour) refused(why string) {
 	time.Sleep(neighbourPace)
 }
 
-// follow reads the stream, and comes back to it as an EventSource does.
+// follow reads the stream, and reconnects as an EventSource does.
 func (n *neighbour) follow(ctx context.Context) {
 	last := ""
 	for ctx.Err() == nil {
@@ -160,7 +160,7 @@ func (n *neighbour) follow(ctx context.Context) {
 			_ = res.Body.Close()
 		}
 		if ctx.Err() == nil {
-			n.found.Cut++ // its own goroutine writes Cut, the other one the rest
+			n.found.Cut++ // the follower's goroutine writes Cut, the other one the rest
 			time.Sleep(100 * time.Millisecond)
 		}
 	}

@@ -31,45 +31,45 @@ import (
 	"gapless/store/storetest"
 )
 
-// The siege: one caller does its worst (siege_attacks_test.go), next to a neighbour who appends and follows. The node
+// In the siege, one caller does its worst (siege_attacks_test.go), next to a neighbour that appends and follows. The node
 // is the built program with the default limits, and with the memory settings that the shipped files give a node of 512 MiB.
-// Its Redis has the shipped maxmemory. Each attack meets a new node and a new Redis, so that all memory is its own doing.
-// Attackers and the neighbour are processes of their own; the attackers yield to all others, as other machines would.
+// Its Redis has the shipped maxmemory. Each attack meets a new node and a new Redis, so that it causes all the memory they use.
+// Attackers and the neighbour are separate processes. The attackers yield to all others, as if they were on other machines.
 //
 //	make siege                          every attack, and the table
 //	make siege FOR=2m ONLY='window|files'       the attacks whose names match, two minutes each
 //
-// TestSiege_short gives each attack a moment. It judges memory and refusals. Times are for a machine that does nothing else.
+// TestSiege_short gives each attack a moment. It checks memory and refusals. Times are meaningful only on an idle machine.
 var (
 	siegeFor  = flag.Duration("siege.for", 20*time.Second, "how long each attack of BenchmarkSiege lasts")
 	siegeOnly = flag.String("siege.only", "", "a regular expression that the names of the attacks match; empty: all")
 )
 
-// The most memory that an attack may cost a node, in MiB: of callers without a token, with one that may read, and with
-// one that may write.
+// The most memory that an attack may cost a node, in MiB: by callers without a token, with a token that may read, and with
+// a token that may write.
 const (
 	stranger = 256
 	reader   = 384
 	writer   = 460
 )
 
-// closedWithin is how long a connection may stay that makes no progress.
+// closedWithin is how long a connection without progress may stay open.
 const closedWithin = time.Minute
 
-// assault is what became of one attack.
+// assault is the outcome of one attack.
 type assault struct {
 	attack    siegeAttack
 	peak      int            // RSS of the node, MiB
 	slowest   time.Duration  // the longest call of Redis,
-	script    string         // what it was,
-	over      int            // and how many took more than 10 ms
+	script    string         // its name,
+	over      int            // and how many calls took more than 10 ms
 	neighbour neighbourFound // what the neighbour saw
-	said      map[string]int // how the attacker was answered
+	said      map[string]int // the responses to the attacker
 	refused   map[string]int // what the node refused, by limit
 	kept      time.Duration  // how long the attacker kept a connection without progress
 }
 
-// shippedMemory is what deploy/systemd sets for a node of 512 MiB.
+// shippedMemory returns the environment that deploy/systemd sets for a node of 512 MiB.
 func shippedMemory(t testing.TB) []string {
 	t.Helper()
 	unit, err := os.ReadFile("deploy/systemd/gapless.service")
@@ -86,12 +86,12 @@ func shippedMemory(t testing.TB) []string {
 	return all
 }
 
-// besieged is a node as it is shipped, and the tokens of those who call it.
+// besieged is a node as shipped, with the tokens of its callers.
 type besieged struct {
 	t     testing.TB
 	redis *storetest.Server
 	node  *node
-	order siegeOrder // what its attacker is told
+	order siegeOrder // the attacker's task
 	good  string     // the neighbour's token
 	long  time.Duration
 }
@@ -111,7 +111,7 @@ func besiege(t testing.TB, a siegeAttack, long time.Duration, small bool) *besie
 	if err := os.WriteFile(script, []byte(text), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	// On loopback addresses tell callers apart only where a limit of callers is given: this one is the default.
+	// On loopback, addresses distinguish callers only if a limit per caller is given. This one is the default.
 	flags := []string{"-redis", b.redis.URL(), "-auth", issuer.Source(), "-log-level", "info", "-caller-connections", "1000"}
 	if a.tls {
 		cert, key := storetest.NewAuthority(t).Issue("127.0.0.1")
@@ -134,7 +134,7 @@ func besiege(t testing.TB, a siegeAttack, long time.Duration, small bool) *besie
 	return b
 }
 
-// launchRole starts a role of this program, and waits until it says that it has begun. wait ends it, if that is wanted, and reads what it found out.
+// launchRole starts a role of this program, and waits until the role has begun. wait ends it if stop is set, and reads its findings.
 func launchRole(ctx context.Context, role string, nice int, order any) (wait func(stop bool, found any) error, err error) {
 	what, err := json.Marshal(order)
 	if err != nil {
@@ -155,7 +155,7 @@ func launchRole(ctx context.Context, role string, nice int, order any) (wait fun
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	_ = syscall.Setpriority(syscall.PRIO_PROCESS, cmd.Process.Pid, nice) // its threads are still to come
+	_ = syscall.Setpriority(syscall.PRIO_PROCESS, cmd.Process.Pid, nice) // its threads are created later
 	from := bufio.NewReader(said)
 	if _, err := from.ReadString('\n'); err != nil {
 		return nil, fmt.Errorf("%s: %w, %w: %s", role, err, cmd.Wait(), &wrong)
@@ -172,7 +172,7 @@ func launchRole(ctx context.Context, role string, nice int, order any) (wait fun
 	}, nil
 }
 
-// assault runs one attack, for as long as the neighbour is there, and until the node has refused what it has to.
+// assault runs one attack until the neighbour has finished and the node has refused what it must refuse.
 func (b *besieged) assault(a siegeAttack) assault {
 	b.t.Helper()
 	b.redis.Do(b.t.Context(), "slowlog", "reset")
@@ -205,7 +205,7 @@ func (b *besieged) assault(a siegeAttack) assault {
 	return found
 }
 
-// refused is how often the node refused something, by the limit.
+// refused returns how often the node refused something, by limit.
 func (b *besieged) refused() map[string]int {
 	b.t.Helper()
 	all := map[string]int{}
@@ -218,7 +218,7 @@ func (b *besieged) refused() map[string]int {
 	return all
 }
 
-// peak is the most memory that the node has had, in MiB.
+// peak returns the most memory that the node has used, in MiB.
 func (b *besieged) peak() int {
 	b.t.Helper()
 	proc, err := procfs.NewProc(b.node.cmd.Process.Pid)
@@ -232,7 +232,7 @@ func (b *besieged) peak() int {
 	return int(status.VmHWM >> 20)
 }
 
-// slowest is the longest call of Redis, and how many took more than 10 ms.
+// slowest returns the longest call of Redis, and how many calls took more than 10 ms.
 func (b *besieged) slowest() (longest time.Duration, script string, over int) {
 	b.t.Helper()
 	all, err := b.redis.SlowLogGet(b.t.Context(), -1).Result()
@@ -243,7 +243,7 @@ func (b *besieged) slowest() (longest time.Duration, script string, over int) {
 	for _, one := range all {
 		name := strings.ToLower(one.Args[0])
 		switch {
-		case name == "slowlog" || name == "info": // the test's own
+		case name == "slowlog" || name == "info": // made by the test
 			continue
 		case name == "evalsha":
 			name = cmp.Or(names[one.Args[1]], "a script")
@@ -258,7 +258,7 @@ func (b *besieged) slowest() (longest time.Duration, script string, over int) {
 	return longest, script, over
 }
 
-// scriptNames are those of the files that the store's scripts are put together from, by what Redis calls them.
+// scriptNames maps the hashes of the store's scripts to the names of the files from which they are assembled.
 func scriptNames(t testing.TB) map[string]string {
 	t.Helper()
 	read := func(name string) string {
@@ -280,7 +280,7 @@ func scriptNames(t testing.TB) map[string]string {
 	return names
 }
 
-// judge says what must not be, of memory and refusals.
+// judge returns what is wrong with memory and refusals.
 func (f assault) judge() (wrong []string) {
 	if f.peak > f.attack.most {
 		wrong = append(wrong, fmt.Sprintf("the node has had %d MiB, of %d", f.peak, f.attack.most))
@@ -299,7 +299,7 @@ func (f assault) judge() (wrong []string) {
 	return wrong
 }
 
-// why is what was refused, in a few words.
+// why summarises what was refused.
 func (f assault) why() string {
 	var all []string
 	for _, limit := range slices.Sorted(maps.Keys(f.refused)) {
@@ -314,13 +314,13 @@ func (f assault) why() string {
 	return cmp.Or(strings.Join(all, ", "), "nothing")
 }
 
-// chosen are the attacks that -siege.only names.
+// chosen returns the attacks that match -siege.only.
 func chosen() []siegeAttack {
 	only := regexp.MustCompile(*siegeOnly)
 	return slices.DeleteFunc(slices.Clone(siegeAttacks), func(a siegeAttack) bool { return !only.MatchString(a.name) })
 }
 
-// BenchmarkSiege runs all attacks for long, and prints the table.
+// BenchmarkSiege runs each attack for long, and prints the table.
 func BenchmarkSiege(b *testing.B) {
 	calm := siegeAttack{name: "nothing", most: writer, run: func(a *attacker) { <-a.ctx.Done() }}
 	var all []assault
@@ -344,7 +344,7 @@ func BenchmarkSiege(b *testing.B) {
 	fmt.Println()
 }
 
-// row is a line of the table.
+// row returns a line of the table.
 func (f assault) row() string {
 	ms := func(d time.Duration) string { return strconv.FormatFloat(float64(d.Microseconds())/1000, 'f', 1, 64) }
 	who := map[int]string{stranger: "no token", reader: "reads", writer: "writes"}[f.attack.most]
@@ -361,8 +361,8 @@ func (f assault) row() string {
 	return fmt.Sprintf("| %s | %s | %d | %s | %s | %s | %s |", f.attack.name, who, f.peak, redis, ms(f.neighbour.P50), ms(f.neighbour.P99), f.why())
 }
 
-// Whatever a caller does, the node's memory keeps within its limit, the caller is refused what it has too much of, and its
-// neighbour is refused nothing.
+// Whatever a caller does, the node's memory stays within its limit, the caller's excess is refused, and
+// nothing of its neighbour's is refused.
 func TestSiege_short(t *testing.T) {
 	if len(siegeAttacks) < 20 {
 		t.Fatalf("%d attacks", len(siegeAttacks))

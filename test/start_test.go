@@ -204,6 +204,12 @@ func TestStart_healthPageAndContractAreServed(t *testing.T) {
 			t.Errorf("%s: %d %s", path, a.status, a.header.Get("Content-Type"))
 		}
 	}
+	if b := n.get("/readyz").body; strings.Contains(b, "memory") {
+		t.Errorf("a node on disk says %s", b)
+	}
+	if b := start(t, "-redis", "embedded").get("/readyz").body; !strings.Contains(b, `"data":"memory"`) {
+		t.Errorf("a node in memory says %s", b)
+	}
 	if n.get("/openapi.yaml").body != string(contract()) {
 		t.Error("/openapi.yaml is not openapi.yaml")
 	}

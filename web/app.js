@@ -65,6 +65,7 @@ let messages = [];       // in the order of their first chunks
 const byId = new Map();
 const dirty = new Set(); // messages that must be drawn again
 let current = null;      // the message of the last chunk
+let holes = 0;           // how many chunks the stream left out for good
 let awaited = '';        // the id of an answer that we asked for and that has not begun
 const wordless = new Set(); // ids of messages that ended without text: they never begin
 
@@ -72,6 +73,7 @@ const endings = ['done', 'failed', 'cancelled'];
 
 function take(chunk, seq, { source }) {
   plot.mark(source, seq);
+  showing?.had.add(seq);
   if (source === 'live' && Number.isFinite(chunk.ts)) note.latency(Date.now() - chunk.ts);
   const text = typeof chunk.content === 'string' ? chunk.content : '';
   if (chunk.type === 'end' && !text) return; // only the server knows whether the log has ended: see over
@@ -102,6 +104,7 @@ function restore(snapshot) {
   clear('');
   awaited = asked;
   plot.mark('snapshot', snapshot.last_seq, snapshot.first_seq);
+  if (showing) for (let seq = snapshot.first_seq; seq <= snapshot.last_seq; seq++) showing.had.add(seq);
   set($('snapshot'), `${snapshot.last_seq - snapshot.first_seq + 1} chunks in one event`);
   for (const { message_id: id, role, content, reasoning, reasoning_ms: ms, status, reason, chunks = [], first_seq: first, last_seq: last } of snapshot.messages) {
     if (!content && !reasoning && status === 'done') {
@@ -213,6 +216,8 @@ function clear(reason) {
   dirty.clear();
   current = null;
   awaited = '';
+  holes = 0;
+  showing?.had.clear();
   plot.clear();
   log.replaceChildren();
   if (whyCleared[reason]) remark(whyCleared[reason]);
@@ -231,10 +236,21 @@ const whyFailed = {
   shutdown: 'its node was stopped',
 };
 
+// Headings of a conversation of which nothing can be shown, by the state, or by the refusal's status.
+const blanks = {
+  coming: ['Connecting…', 'The conversation appears here as soon as the server answers.'],
+  ended: ['This conversation has ended', 'Nothing was said in it.'],
+  closed: ['No connection', 'Nothing of this conversation has come yet.'],
+  400: ['This address names no conversation', 'The part after "session=" is not a valid id. Check the address, or start a new conversation.'],
+  401: ['A token is needed', 'This server shows conversations only to callers with a token. Paste yours below.'],
+  403: ['This conversation is not open to you', 'Your token does not allow it. Use another token, or start a new conversation.'],
+};
+
 // ---- drawing: once per frame, however many chunks came
 
 let frame = 0;
 let timer = 0;
+let hadConnection = false;
 let rest = 0; // until when the page should do other work than drawing
 
 function draw() {
@@ -292,16 +308,45 @@ function flush() {
   note.draw();
 
   const coming = state === 'connecting' || state === 'catching up';
-  $('empty').hidden = coming || state === 'disconnected' || log.childElementCount > 0 || awaited !== '';
-  const waiting = awaited !== '' && !byId.has(awaited) && !wordless.has(awaited) && state !== 'ended';
-  $('waiting').hidden = !waiting;
-  $('disconnected').hidden = state !== 'disconnected' || !$('login').hidden;
   const ended = state === 'ended';
+  const closed = state === 'disconnected';
+  const connected = state === 'catching up' || state === 'live' || ended;
+  hadConnection ||= connected;
+  // Style says so after the last word of each answer that was growing.
+  const lost = hadConnection && !connected;
+  document.body.classList.toggle('lost', lost);
+
+  // A conversation of which nothing can be shown has a heading that says why.
+  const silent = log.childElementCount === 0 && awaited === '';
+  const blank = !silent ? undefined : ended ? blanks.ended
+    : closed ? blanks[$('login').hidden ? refusal : 401] ?? blanks.closed
+      : coming || !hadConnection ? blanks.coming : undefined;
+  $('blank').hidden = !blank;
+  $('blank').dataset.coming = blank === blanks.coming;
+  if (blank) {
+    set($('blank-title'), blank[0]);
+    set($('blank-text'), blank[1]);
+  }
+  $('empty').hidden = !silent || blank !== undefined;
+  const waiting = awaited !== '' && !byId.has(awaited) && !wordless.has(awaited) && !ended;
+  $('waiting').hidden = !waiting;
+  set($('waiting').firstChild, lost ? 'The connection is lost. The answer comes when it is back' : 'The answer is on its way');
+
+  // What can be done about a refusal.
+  const nowhere = closed && refusal === 400;
+  $('why').hidden = $('reconnect').hidden = !closed || nowhere || refusal === 403;
+  $('another').hidden = !forbidden && !(closed && refusal === 403);
+  $('fresh').hidden = !closed || !nowhere && refusal !== 403;
+  $('disconnected').hidden = !$('login').hidden || !closed && !forbidden;
   $('ended').hidden = !ended;
-  $('form').hidden = ended;
+  $('form').hidden = ended || nowhere;
   ask.disabled = $('send').disabled = ended;
   document.body.classList.toggle('over', ended);
   for (const b of $('samples').querySelectorAll('button')) b.disabled = ended;
+  for (const b of document.querySelectorAll('.show')) {
+    b.disabled = ended;
+    b.ariaDisabled = showing ? 'true' : null;
+  }
   // A message that is streaming in one part of the log may have ended in the rest. Until the rest
   // is here, the button stays as it was.
   if (!coming) offerStop(waiting || messages.some((m) => m.status === 'streaming' && !m.anonymous));
@@ -369,6 +414,8 @@ const note = {
     const sorted = this.latencies.toSorted((a, b) => a - b);
     if (sorted.length > 0) set($('latency'), `${sorted[sorted.length >> 1]} ms`.replace('-', '−'));
     if (sorted[0] < 0) set($('skew'), `This page's clock is behind the server's by ${-sorted[0]} ms or more: so much is missing from the latency.`);
+    set($('our-count'), `${holes} lost`);
+    $('our-count').dataset.zero = holes === 0;
     const lost = `${naive.missing} lost`;
     set($('naive-count'), naive.everLost.size > naive.missing ? `${lost} now, ${naive.everLost.size} in all` : lost);
     $('naive-count').dataset.zero = naive.missing === 0;
@@ -398,14 +445,14 @@ function drawKeys() {
 drawKeys();
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', drawKeys);
 
-// Next to the conversation if there is room, otherwise over it.
+// Next to the conversation if there is room, otherwise below it, in the lower half.
 const wide = matchMedia('(min-width: 64rem)');
 
 function inspect(open) {
   $('inspector').hidden = !open;
   $('inspect').ariaExpanded = String(open);
   document.body.classList.toggle('inspected', open);
-  $('chat').inert = open && !wide.matches;
+  draw();
 }
 
 inspect(wide.matches);
@@ -428,12 +475,18 @@ function closeInspector() {
 
 async function lookForDemo() {
   const response = await fetch(`${api}/demo`, { method: 'OPTIONS' }).catch(() => undefined);
-  $('demo').hidden = $('no-model').hidden = !response?.headers.get('Allow')?.includes('POST'); // CORS may cause any status
+  $('demo').hidden = $('no-model').hidden = document.querySelector('.offer').hidden = !response?.headers.get('Allow')?.includes('POST'); // CORS may cause any status
 }
 
+async function lookForMemory() {
+  const is = await fetch('/readyz').then(response => response.json()).catch(() => undefined);
+  $('in-memory').hidden = is?.data !== 'memory';
+}
+
+// Reports whether it was done.
 async function disturb(connection, what) {
-  if (!connection) return complain('There is no connection now.');
-  complain('');
+  complain(connection ? '' : 'There is no connection now.');
+  if (!connection) return false;
   try {
     const response = await call(`${api}/demo`, {
       method: 'POST',
@@ -441,8 +494,10 @@ async function disturb(connection, what) {
       body: JSON.stringify({ connection, do: what }),
     });
     if (!response.ok) complain(await reasonOf(response));
+    return response.ok;
   } catch {
     complain('The server did not answer.');
+    return false;
   }
 }
 
@@ -522,8 +577,9 @@ const naiveDirty = new Set();
 
 let comparing = 0;
 
-$('compare').addEventListener('click', () => {
-  const on = $('compare').ariaChecked !== 'true';
+$('compare').addEventListener('click', () => compare($('compare').ariaChecked !== 'true'));
+
+function compare(on) {
   $('compare').ariaChecked = String(on);
   $('naive').hidden = !on;
   scroll.querySelector('.side-label').hidden = $('lost-key').hidden = !on;
@@ -539,12 +595,117 @@ $('compare').addEventListener('click', () => {
     }, 500);
   } else {
     naive.stop();
+    $('shown').hidden = true;
   }
   toEnd();
-});
+}
 
 $('gap').addEventListener('change', () => {
   if ($('compare').ariaChecked === 'true') naive.start(Number($('gap').value));
+});
+
+// ---- the show: one answer, two viewers, two cuts, and then how much each of them has lost
+
+const showQuestion = 'Why do streamed answers lose words when a page is reloaded?';
+const cuts = 2;
+const beforeCut = 25; // chunks that come before each cut
+
+let showing; // {had}: the numbers of the chunks that came since the show began
+
+for (const b of document.querySelectorAll('.show')) b.addEventListener('click', show);
+
+async function show() {
+  if (showing) return;
+  const { had } = showing = { had: new Set() };
+  try {
+    if (!wide.matches && !$('inspector').hidden) closeInspector(); // both viewers need the room
+    if (naive.state === 'idle') compare(true);
+    tell('Both viewers connect.');
+    await until(() => follower.state === 'live' && naive.state === 'live');
+    const from = follower.seq;
+    tell('The demo is asked.');
+    const reply = await question(showQuestion);
+    if (!reply) return tell('');
+    const over = () => byId.get(reply)?.ended === true;
+    let made = 0;
+    for (let left = cuts; left > 0; left--) {
+      const at = follower.seq;
+      await until(() => over() || follower.seq >= at + beforeCut && naive.last >= at + beforeCut);
+      if (over()) break; // the answer was too short for all cuts
+      const [ours, theirs] = [follower.connection, naive.connection];
+      tell(`Cut ${made + 1} of ${cuts}: both viewers have lost their connection, and the answer goes on.`);
+      const done = await Promise.all([disturb(ours, 'cut'), disturb(theirs, 'cut')]);
+      if (done.includes(false)) return tell('');
+      made++;
+      await until(() => follower.state === 'live' && follower.connection !== ours && naive.state === 'live' && naive.connection !== theirs);
+      tell(`Cut ${made} of ${cuts}: both are back.`);
+    }
+    await until(over);
+    tell('The answer is complete. What each viewer has is compared with the log.');
+    const response = await call(api);
+    if (!response.ok) throw new Error(await reasonOf(response));
+    const { last_seq: last } = await response.json();
+    await until(() => follower.seq >= last && naive.last >= last);
+    count(from, last, made, had);
+  } catch (err) {
+    tell('');
+    complain(`Show me: ${err.message}`);
+  } finally {
+    showing = undefined;
+    draw();
+  }
+}
+
+// Compares what came with the chunks after `from` up to `last`, all of which the log has.
+function count(from, last, made, had) {
+  let ours = 0;
+  for (let seq = from + 1; seq <= last; seq++) if (!had.has(seq)) ours++;
+  const within = (numbers) => [...numbers].filter((seq) => seq > from && seq <= last).length;
+  const theirs = within(naive.everLost);
+  const still = within(naive.lacks);
+  tell(`Gapless: ${ours} lost, naive viewer: ${theirs} lost.`, true);
+  $('to-gap').hidden = still === 0;
+  const returned = theirs > still ? ` Of the ${theirs}, ${theirs - still} came back when it read the history again, and ${still} are still missing.` : '';
+  set($('shown-how'), `${last - from} chunks, ${made} cuts, ${$('gap').value} ms between the naive viewer's reading and subscribing.${returned}`);
+  $('shown-how').hidden = false;
+  set($('said'), $('shown-what').textContent);
+}
+
+function tell(text, result = false) {
+  set($('shown-what'), text);
+  $('shown').classList.toggle('result', result);
+  $('shown').hidden = !text;
+  $('to-gap').hidden = $('shown-how').hidden = true;
+}
+
+// Waits. Fails if there is nothing to wait for any more.
+function until(ok) {
+  return new Promise((resolve, reject) => {
+    let was = '';
+    let since = 0;
+    const timer = setInterval(() => {
+      const is = [follower.state, follower.seq, naive.state, naive.last].join();
+      if (is !== was) since = Date.now();
+      was = is;
+      const why = naive.state === 'idle' ? 'the naive viewer was stopped.'
+        : follower.state === 'disconnected' || follower.state === 'ended' ? `the conversation is ${follower.state}.`
+          : Date.now() - since > 60_000 ? 'nothing has happened for a minute.' : '';
+      if (!ok() && !why) return;
+      clearInterval(timer);
+      if (ok()) resolve();
+      else reject(new Error(why));
+    }, 50);
+  });
+}
+
+$('to-gap').addEventListener('click', (e) => {
+  e.preventDefault(); // the address is the conversation's
+  const gap = $('naive-log').querySelector('mark');
+  if (!gap) return;
+  gap.id = 'first-gap';
+  gap.tabIndex = -1;
+  gap.scrollIntoView({ block: 'center' });
+  gap.focus({ preventScroll: true });
 });
 
 // ---- following
@@ -554,35 +715,59 @@ const follower = follow(`${api}/stream`, {
   onSnapshot: restore,
   onReset: clear,
   onState: change,
+  onProgress: progress,
   onEnd: over,
-  onHole: (from, to) => remark(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`),
+  onHole(from, to) {
+    holes += to - from + 1;
+    remark(from === to ? `Chunk ${from} is missing.` : `Chunks ${from}–${to} are missing.`);
+  },
   ticket,
   fetch: call,
 });
 lookForDemo();
+lookForMemory();
 
-function change() {
+function progress() {
   draw();
   if (slowed && slowed !== follower.connection) {
     slowed = '';
     $('slow').ariaPressed = 'false';
   }
+}
+
+let refusal = 0; // the status with which the session was refused; 400 for every id that cannot be one
+let forbidden = false; // a call was refused with 403: another token may help
+
+function change() {
   if (follower.state === 'disconnected') explain();
+  else refusal = 0;
 }
 
 // An EventSource does not say why it was refused. A request for the session may.
 async function explain() {
   let reason = 'The server cannot be reached.';
+  let status = 0;
   try {
     const response = await call(api);
-    reason = response.ok || (response.status === 401 && !token) ? '' : await reasonOf(response); // the form says it
+    ({ status } = response);
+    if (status === 414 || status === 404 && (await response.clone().json().catch(() => ({}))).code !== 'session_not_found') status = 400;
+    const known = response.ok || status === 404 || (status === 401 && !token); // the form says it
+    reason = known ? '' : await reasonOf(response);
   } catch {
     // This is not reachable, either.
   }
-  if (follower.state === 'disconnected') complain(reason);
+  if (follower.state !== 'disconnected') return;
+  refusal = status;
+  complain(reason);
 }
 
 $('reconnect').addEventListener('click', reconnect);
+
+$('another').addEventListener('click', () => {
+  $('login').hidden = false;
+  $('token').focus();
+  complain('');
+});
 
 function reconnect() {
   complain('');
@@ -620,7 +805,7 @@ async function submit() {
   sending = ask.readOnly = false;
 }
 
-// Reports whether it arrived.
+// Returns the id of the answer, or '' if the question was not accepted.
 async function question(content) {
   complain('');
   try {
@@ -628,11 +813,11 @@ async function question(content) {
     awaited = reply ?? '';
     toEnd();
     if (follower.state === 'disconnected') follower.restart();
-    return true;
+    return awaited || content;
   } catch (err) {
     // It may have arrived nevertheless. The page must not send it twice by itself.
-    complain(err.status ? err.message : 'The server did not answer. If your question does not appear above, send it again.');
-    return false;
+    complain(err.status ? err.message : 'The server did not answer. If your question does not appear above, send it again.', err.status);
+    return '';
   }
 }
 
@@ -683,7 +868,7 @@ async function cancel() {
   } catch (err) {
     // 404 and 409 mean that nothing is left to stop, which is the user's goal.
     if (!err.status) complain('The server did not answer. If more is said, press Stop again.');
-    else if (err.status !== 404 && err.status !== 409) complain(err.message);
+    else if (err.status !== 404 && err.status !== 409) complain(err.message, err.status);
   } finally {
     stopping = false;
     stop.ariaDisabled = null;
@@ -696,9 +881,11 @@ async function reasonOf(response) {
   return problem.detail || problem.title || `The server answered with status ${response.status}.`;
 }
 
-function complain(text) {
+function complain(text, status = 0) {
   set($('problem'), text);
   $('problem').hidden = !text;
+  forbidden = status === 403;
+  draw();
 }
 
 $('copy').addEventListener('click', () => copy($('copy'), location.href));

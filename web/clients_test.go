@@ -329,12 +329,14 @@ var installed = sync.OnceValues(func() (string, error) {
 	if err := os.CopyFS(to, os.DirFS(filepath.Join("testdata", "clients"))); err != nil {
 		return "", err
 	}
-	module, err := os.ReadFile("gapless.js")
-	if err == nil {
-		err = os.WriteFile(filepath.Join(to, "gapless.js"), module, 0o600)
-	}
-	if err != nil {
-		return "", err
+	for _, name := range []string{"gapless.js", "react.js"} {
+		module, err := os.ReadFile(name)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(to, name), module, 0o600)
+		}
+		if err != nil {
+			return "", err
+		}
 	}
 	ci := exec.Command(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--legacy-peer-deps", "--prefer-offline", "--loglevel=error")
 	ci.Dir = to

@@ -32,7 +32,9 @@
  * @property {(reason: ResetReason) => void} [onReset] discard every chunk; the log starts again at its first kept chunk
  * @property {(from: number, to: number) => void} [onHole] the stream omitted these chunks, even when they
  *   were requested again; they are skipped
- * @property {(state: State, follower: Follower) => void} [onState] the state or one of the numbers has changed
+ * @property {(state: State, follower: Follower) => void} [onState] the state has changed
+ * @property {(follower: Follower) => void} [onProgress] the state, or something else that the follower knows, such as
+ *   `seq`, may have changed; called after `onChunk` and `onState`
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; called once
  * @property {() => Promise<string> | string} [ticket] returns a ticket for the stream, or '' for none; if it throws or
  *   rejects, the follower is disconnected. With a ticket, each tab has its own connection
@@ -212,9 +214,14 @@ export type Options = {
      */
     onHole?: ((from: number, to: number) => void) | undefined;
     /**
-     * the state or one of the numbers has changed
+     * the state has changed
      */
     onState?: ((state: State, follower: Follower) => void) | undefined;
+    /**
+     * the state, or something else that the follower knows, such as
+     * `seq`, may have changed; called after `onChunk` and `onState`
+     */
+    onProgress?: ((follower: Follower) => void) | undefined;
     /**
      * nothing follows; called once
      */

@@ -56,7 +56,9 @@
  * @property {(reason: ResetReason) => void} [onReset] discard every chunk; the log starts again at its first kept chunk
  * @property {(from: number, to: number) => void} [onHole] the stream omitted these chunks, even when they
  *   were requested again; they are skipped
- * @property {(state: State, follower: Follower) => void} [onState] the state or one of the numbers has changed
+ * @property {(state: State, follower: Follower) => void} [onState] the state has changed
+ * @property {(follower: Follower) => void} [onProgress] the state, or something else that the follower knows, such as
+ *   `seq`, may have changed; called after `onChunk` and `onState`
  * @property {(reason: EndReason) => void} [onEnd] nothing follows; called once
  * @property {() => Promise<string> | string} [ticket] returns a ticket for the stream, or '' for none; if it throws or
  *   rejects, the follower is disconnected. With a ticket, each tab has its own connection
@@ -159,6 +161,8 @@ export class Follower {
   #signs = 0;          // how many hints came
   #restarting = false;
   #tried = '';         // the leading tab's connection that made us try again
+  /** @type {State | ''} */
+  #told = '';          // the state that onState was called with
 
   /**
    * @param {string | URL} url
@@ -256,7 +260,7 @@ export class Follower {
     this.state = 'ended';
     if (reason === 'ended') this.#post(); // to the tabs that have the whole log, too
     this.#end();
-    this.#tell('onState', this.state, this);
+    this.#report();
     this.#tell('onEnd', reason);
   }
 
@@ -412,7 +416,7 @@ export class Follower {
   // A tab that does not lead closes its connection when it has caught up.
   #settle() {
     if (this.leading || !this.#source) return this.#enter(this.leading ? this.#progress() : this.#theirs);
-    if (!this.#welcomed) return this.#tell('onState', this.state, this);
+    if (!this.#welcomed) return this.#report();
     if (this.seq < Math.max(this.#last, this.#known)) return this.#enter('catching up');
     this.#opening++;
     this.#source.close();
@@ -428,7 +432,7 @@ export class Follower {
   #enter(state) {
     this.state = state;
     this.#post();
-    this.#tell('onState', state, this);
+    this.#report();
   }
 
   /** @param {Partial<Hint>} [more] */
@@ -696,7 +700,7 @@ export class Follower {
     this.#tell('onChunk', chunk, seq, { source });
     if (opening !== this.#opening) return; // the handler has closed or restarted us
     if (!this.epoch && this.leading) this.#learn();
-    if (this.leading) this.#tell('onState', this.state, this);
+    if (this.leading) this.#report();
     else this.#settle();
   }
 
@@ -751,8 +755,17 @@ export class Follower {
     this.#tell('onReset', reason);
   }
 
+  #report() {
+    const { state } = this;
+    if (state !== this.#told) {
+      this.#told = state;
+      this.#tell('onState', state, this);
+    }
+    this.#tell('onProgress', this);
+  }
+
   /**
-   * @template {'onChunk' | 'onSnapshot' | 'onReset' | 'onHole' | 'onState' | 'onEnd'} Name
+   * @template {'onChunk' | 'onSnapshot' | 'onReset' | 'onHole' | 'onState' | 'onProgress' | 'onEnd'} Name
    * @param {Name} name
    * @param {Parameters<NonNullable<Options[Name]>>} args
    */

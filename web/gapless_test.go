@@ -494,6 +494,22 @@ func TestGapless_forgetsAtAResetAndGoesOnBehindIt(t *testing.T) {
 	})
 }
 
+// A program that shows only the state need not do so for each chunk.
+func TestGapless_tellsOfAStateOnce(t *testing.T) {
+	both(t, func(t *testing.T, by string) {
+		f := newFake(t, "404",
+			func(s says) { s.welcome("e", 0, 3); s.chunks(1, 2, 3, 4, 5); s.breaks() },
+			func(s says) { s.welcome("e", 5, 5); s.end(6) })
+		r := followed(t, f.URL+streamPath, by, nil)
+		r.until("state", "ended")
+		r.until("seq", 6)
+		want := "[connecting catching up live waiting to reconnect connecting live connecting ended]"
+		if got := fmt.Sprint(r.member("entered")); got != want {
+			t.Errorf("onState was called with %s, not %s", got, want)
+		}
+	})
+}
+
 // A deletion is reported on the connection, or by 204 to a client that was away.
 func TestGapless_endsWhenTheSessionIsDeleted(t *testing.T) {
 	both(t, func(t *testing.T, by string) {

@@ -9,8 +9,8 @@ export class Naive {
   /** idle | connecting | reading | live */
   state = 'idle';
   connection = '';
-  /** How many chunks are missing from what it shows now. */
-  missing = 0;
+  /** The numbers of the chunks that are missing from what it shows now. */
+  lacks = new Set();
   /** Chunks that were missing at some time, each once. */
   everLost = new Set();
 
@@ -28,6 +28,12 @@ export class Naive {
     this.#url = url;
     this.#on = on;
   }
+
+  /** How many chunks are missing from what it shows now. */
+  get missing() { return this.lacks.size; }
+
+  /** The number of the last chunk that it has, or that it is known to lack. */
+  get last() { return this.#last; }
 
   /** Starts, with a pause of gap ms between read and subscription. */
   async start(gap) {
@@ -57,7 +63,7 @@ export class Naive {
   }
 
   async #read(body) {
-    this.missing = 0;
+    this.lacks.clear();
     this.#on.clear();
     let text = '';
     for (const reader = body.pipeThrough(new TextDecoderStream()).getReader(); ;) {
@@ -81,8 +87,10 @@ export class Naive {
     if (chunk.type === 'subscribed') return this.#enter('live');
     // A larger jump means a later epoch: the numbers between do not exist.
     if (this.#last >= 0 && chunk.seq > this.#last + 1 && chunk.seq - this.#last < epochs) {
-      for (let seq = this.#last + 1; seq < chunk.seq; seq++) this.everLost.add(seq);
-      this.missing += chunk.seq - this.#last - 1;
+      for (let seq = this.#last + 1; seq < chunk.seq; seq++) {
+        this.lacks.add(seq);
+        this.everLost.add(seq);
+      }
       this.#on.lost(this.#last + 1, chunk.seq - 1);
     }
     if (onlyHole) this.#last = chunk.seq - 1;

@@ -110,7 +110,13 @@ func startOver(t testing.TB, secure *http.Client, args ...string) *node {
 		t.Fatalf("start the program: %v", err)
 	}
 	t.Cleanup(n.stop)
-	eventually(t, "a node is ready", func() bool {
+	n.waitReady()
+	return n
+}
+
+func (n *node) waitReady() {
+	n.t.Helper()
+	eventually(n.t, "a node is ready", func() bool {
 		r, err := n.http.Get(n.url("/readyz"))
 		if err != nil {
 			return false
@@ -118,7 +124,6 @@ func startOver(t testing.TB, secure *http.Client, args ...string) *node {
 		_ = r.Body.Close()
 		return r.StatusCode == http.StatusOK
 	})
-	return n
 }
 
 // stop sends SIGTERM: the node drains.

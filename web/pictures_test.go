@@ -21,13 +21,6 @@ var pictures = []struct {
 	look
 	begun, told func(*tab) // called when some of the answer is there, and when all of it is
 }{
-	{"beside-the-naive-viewer", look{1280, 800, "light", true}, func(p *tab) {
-		p.press("#compare")
-		p.until(`gapless.naive.state === 'live' && gapless.naive.missing > 0`)
-		p.press("#cut")
-	}, func(p *tab) {
-		p.until(`gapless.reconnects === 1 && gapless.state === 'live' && gapless.naive.state === 'live' && gapless.naive.missing > 0`)
-	}},
 	{"on-a-phone", look{390, 844, "dark", true}, func(*tab) {}, func(*tab) {}},
 }
 

@@ -22,7 +22,7 @@ func TestTypes_areSoundAndTheDeclarationsFollowFromThem(t *testing.T) {
 	// This is a separate folder, because the results are written next to the module that other
 	// tests use.
 	to := t.TempDir()
-	for _, name := range []string{"gapless.js", "consumer.ts", "package.json", "tsconfig.json"} {
+	for _, name := range []string{"gapless.js", "react.js", "consumer.ts", "package.json", "tsconfig.json"} {
 		text, err := os.ReadFile(filepath.Join(from, name))
 		if err == nil {
 			err = os.WriteFile(filepath.Join(to, name), text, 0o600)
@@ -39,19 +39,24 @@ func TestTypes_areSoundAndTheDeclarationsFollowFromThem(t *testing.T) {
 			t.Fatalf("tsc: %v\n%s", err, out)
 		}
 	}
-	tsc("-p", ".")
-	made, err := os.ReadFile(filepath.Join(to, "types", "gapless.d.ts"))
-	if err != nil {
+	if err := os.Symlink(filepath.Join(from, "node_modules"), filepath.Join(to, "node_modules")); err != nil { // for React's types
 		t.Fatal(err)
 	}
-	if *update {
-		if err := os.WriteFile("gapless.d.ts", made, 0o644); err != nil {
+	tsc("-p", ".")
+	for _, name := range []string{"gapless", "react"} {
+		made, err := os.ReadFile(filepath.Join(to, "types", name+".d.ts"))
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	kept, err := os.ReadFile("gapless.d.ts")
-	if err != nil || !bytes.Equal(kept, made) {
-		t.Fatalf("gapless.d.ts is not what follows from gapless.js (%v): go test ./web -run TestTypes -update", err)
+		if *update {
+			if err := os.WriteFile(name+".d.ts", made, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		kept, err := os.ReadFile(name + ".d.ts")
+		if err != nil || !bytes.Equal(kept, made) {
+			t.Fatalf("%s.d.ts is not what follows from %[1]s.js (%v): go test ./web -run TestTypes -update", name, err)
+		}
 	}
 
 	// A consumer reads what is served: the declarations, without the module.

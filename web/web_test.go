@@ -9,7 +9,7 @@ import (
 
 func TestFiles_holdWhatThePageNames(t *testing.T) {
 	named := regexp.MustCompile(`(?:href|src)="/([^"]+)"|from '/([^']+)'`)
-	for _, file := range []string{"index.html", "app.js", "gapless.js"} {
+	for _, file := range []string{"index.html", "404.html", "app.js", "gapless.js"} {
 		text, err := fs.ReadFile(Files, file)
 		if err != nil {
 			t.Fatal(err)
@@ -24,13 +24,15 @@ func TestFiles_holdWhatThePageNames(t *testing.T) {
 
 // The page's Content-Security-Policy would block these without a visible error.
 func TestPage_hasNothingInline(t *testing.T) {
-	page, err := fs.ReadFile(Files, "index.html")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, inline := range []string{"<script>", "<style", " style=", " onclick=", "javascript:"} {
-		if strings.Contains(string(page), inline) {
-			t.Errorf("index.html has an inline %q", inline)
+	for _, name := range []string{"index.html", "404.html"} {
+		page, err := fs.ReadFile(Files, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, inline := range []string{"<script>", "<style", " style=", " onclick=", "javascript:"} {
+			if strings.Contains(string(page), inline) {
+				t.Errorf("%s has an inline %q", name, inline)
+			}
 		}
 	}
 }

@@ -1,4 +1,4 @@
-// Package apitest holds traffic against openapi.yaml, for the tests of several packages.
+// Package apitest checks traffic against openapi.yaml, for the tests of several packages.
 package apitest
 
 import (
@@ -34,29 +34,29 @@ import (
 	"gapless/web"
 )
 
-// Contract is openapi.yaml, and what of it the tests have seen happen. Whatever goes
-// between the tests and the server is held against it (Transport).
+// Contract is openapi.yaml, with a record of what the tests have seen of it. Everything that the tests and
+// the server exchange is checked against it (Transport).
 type Contract struct {
 	Text      []byte
 	Model     *v3.Document
 	validator validator.Validator
 	schemas   schema_validation.SchemaValidator
-	checks    *sync.Mutex // the validators compile a schema when it is first used, and change the model meanwhile
+	checks    *sync.Mutex // a validator compiles a schema when it first uses it, and changes the model meanwhile
 
 	mu    sync.Mutex
 	seen  map[Outcome]bool
 	forms map[form]bool
 }
 
-// Outcome is an answer that the document lists: an operation, a status, and for a
-// problem its code.
+// Outcome is a response that the document lists: an operation, a status, and, for a
+// problem, its code.
 type Outcome struct{ Operation, Status, Code string }
 
 func (o Outcome) String() string {
 	return strings.TrimSpace(o.Operation + " " + o.Status + " " + o.Code)
 }
 
-// New reads a contract, which must be a document that can be worked with.
+// New parses a contract. It panics if the text is not a valid document.
 func New(text []byte) *Contract {
 	doc, err := libopenapi.NewDocument(text)
 	if err != nil {
@@ -77,12 +77,12 @@ func New(text []byte) *Contract {
 	}
 }
 
-// Fresh is the same contract, of which nothing has been seen.
+// Fresh returns the same contract, with nothing seen.
 func (c *Contract) Fresh() *Contract {
 	return &Contract{Text: c.Text, Model: c.Model, validator: c.validator, schemas: c.schemas, checks: c.checks, seen: map[Outcome]bool{}, forms: map[form]bool{}}
 }
 
-// Valid says what is wrong with the document itself.
+// Valid returns what is wrong with the document itself, or nil.
 func (c *Contract) Valid() error {
 	c.checks.Lock()
 	defer c.checks.Unlock()
@@ -92,7 +92,7 @@ func (c *Contract) Valid() error {
 	return nil
 }
 
-// Route finds what the document has for an escaped path: its template and its operations.
+// Route returns the template and the operations that the document has for an escaped path.
 func (c *Contract) Route(path string) (template string, operations map[string]*v3.Operation) {
 	parts := strings.Split(path, "/")
 	for found, item := range c.Model.Paths.PathItems.FromOldest() {
@@ -108,7 +108,7 @@ func (c *Contract) Route(path string) (template string, operations map[string]*v
 	return template, operations
 }
 
-// codes are the problems that an operation lists under a status: it has an example of each.
+// codes returns the codes of the problems that an operation lists under a status. It has an example of each.
 func codes(op *v3.Operation, status string) []string {
 	res := op.Responses.Codes.GetOrZero(status)
 	if res == nil || res.Content == nil {
@@ -121,7 +121,7 @@ func codes(op *v3.Operation, status string) []string {
 	return slices.Collect(media.Examples.KeysFromOldest())
 }
 
-// Listed is every Outcome that the document knows.
+// Listed returns every Outcome in the document.
 func (c *Contract) Listed() (all []Outcome) {
 	for _, item := range c.Model.Paths.PathItems.FromOldest() {
 		for _, op := range item.GetOperations().FromOldest() {
@@ -139,8 +139,8 @@ func (c *Contract) Listed() (all []Outcome) {
 	return all
 }
 
-// Unseen is what the document lists and no test has brought about: an outcome, or an
-// example of an answer that no answer had the form of. excused says which need not be.
+// Unseen returns what the document lists and no test has caused: an outcome, or an
+// example whose form no response had. excused reports whether an outcome may be missing.
 func (c *Contract) Unseen(excused func(Outcome) bool) (missing []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -156,7 +156,7 @@ func (c *Contract) Unseen(excused func(Outcome) bool) (missing []string) {
 	return missing
 }
 
-// Schema is the component of this name.
+// Schema returns the component schema with a name.
 func (c *Contract) Schema(name string) *base.Schema {
 	proxy := c.Model.Components.Schemas.GetOrZero(name)
 	if proxy == nil {
@@ -192,8 +192,8 @@ func explain(errs []*validation.ValidationError) string {
 	return b.String()
 }
 
-// Transport is a transport that fails the test on whatever the contract does not list: a
-// route, a status, a code, a header, a member of a wrong type, a header that is missing.
+// Transport returns a transport that fails the test on everything that the contract does not list: a
+// route, a status, a code or a header. It also fails on a member of a wrong type and on a missing header.
 func (c *Contract) Transport(t testing.TB, base http.RoundTripper) http.RoundTripper {
 	return &checked{c, t, base}
 }
@@ -206,7 +206,7 @@ type checked struct {
 
 type badKey struct{}
 
-// Bad is the context of a request that is meant to be bad: only what it is answered is checked.
+// Bad returns the context of an intentionally bad request: only its response is checked.
 func Bad(ctx context.Context) context.Context { return context.WithValue(ctx, badKey{}, true) }
 
 // RoundTrip implements http.RoundTripper.
@@ -229,8 +229,8 @@ func (c *checked) RoundTrip(r *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// Whole reads an answer's body, and leaves it to be read again, its error included. Of a stream
-// it reads nothing.
+// Whole reads the body of a response, and leaves it to be read again, including its error. It reads
+// nothing of a stream.
 func Whole(res *http.Response) ([]byte, error) {
 	if kind, _, _ := mime.ParseMediaType(res.Header.Get("Content-Type")); kind == "text/event-stream" {
 		return nil, nil
@@ -246,8 +246,8 @@ func Whole(res *http.Response) ([]byte, error) {
 	return body, err
 }
 
-// whole is a request's body, of which not all need have gone when the answer came. Of one that
-// cannot be had again it is what was sent.
+// whole returns the body of a request. Not all of it may have been sent when the response came. If the body
+// cannot be had again, whole returns the part that was sent.
 func whole(r *http.Request, sent *recorder) []byte {
 	if r.GetBody != nil {
 		if again, err := r.GetBody(); err == nil {
@@ -258,13 +258,14 @@ func whole(r *http.Request, sent *recorder) []byte {
 	return sent.bytes()
 }
 
-// recorder keeps what was sent of a body. It is read from the transport's goroutine.
+// recorder records what was sent of a body. The transport reads it in its own goroutine.
 type recorder struct {
 	from io.ReadCloser
 	mu   sync.Mutex
 	sent []byte
 }
 
+// Read implements io.Reader.
 func (r *recorder) Read(p []byte) (int, error) {
 	n, err := r.from.Read(p)
 	r.mu.Lock()
@@ -273,6 +274,7 @@ func (r *recorder) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Close implements io.Closer.
 func (r *recorder) Close() error { return r.from.Close() }
 
 func (r *recorder) bytes() []byte {
@@ -281,12 +283,12 @@ func (r *recorder) bytes() []byte {
 	return bytes.Clone(r.sent)
 }
 
-// Judge holds one request and its answer against the document.
+// Judge checks a request and its response against the document.
 func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.Response, body []byte) {
 	t.Helper()
 	what := fmt.Sprintf("%s %s -> %d", r.Method, r.URL.RequestURI(), res.StatusCode)
 	template, operations := c.Route(r.URL.EscapedPath())
-	if operations["GET"] != nil { // the document says it once, of all of them
+	if operations["GET"] != nil { // the document lists HEAD once, for all of them
 		operations["HEAD"] = operations["GET"]
 	}
 	op := operations[r.Method]
@@ -301,7 +303,7 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 			got = "application/problem+json"
 		}
 		if res.StatusCode == http.StatusRequestHeaderFieldsTooLarge && strings.HasPrefix(got, "text/plain") {
-			return // net/http's own, as the contract says
+			return // net/http sends this one itself, as the contract says
 		}
 		if got != "application/problem+json" {
 			t.Errorf("%s: Content-Type %q: %.200s", what, got, body)
@@ -316,7 +318,7 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 				}
 				_ = json.Unmarshal(body, &e)
 				if p.Detail = e.Error.Message; op == nil {
-					p.Code = e.Error.Code // of an operation the contract lists the statuses
+					p.Code = e.Error.Code // for an operation the contract lists only the statuses
 				}
 			} else {
 				c.Holds(t, "Problem", body)
@@ -332,7 +334,7 @@ func (c *Contract) Judge(t testing.TB, r *http.Request, sent []byte, res *http.R
 	}
 	c.headers(t, what, op, status, res.Header)
 
-	// What belongs to no operation.
+	// Responses that belong to no operation.
 	switch {
 	case p.Code == "host_not_allowed" && op == nil:
 		return
@@ -402,8 +404,8 @@ func (c *Contract) see(o Outcome, body []byte) {
 	c.forms[f] = true
 }
 
-// form is what an example has to have in common with a real answer: the names of its members,
-// and of a problem what it says, but for names and numbers. Operations share the examples of
+// form is what an example and a real response must have in common: the names of the members,
+// and the detail of a problem without its names and numbers. Operations share the examples of
 // problems.
 type form struct {
 	Outcome
@@ -414,7 +416,7 @@ var names = regexp.MustCompile(`"[^"]*"|'.'|[0-9][0-9A-Za-z:.-]*`)
 
 func formOf(o Outcome, body []byte) form {
 	var members map[string]any
-	_ = json.Unmarshal(body, &members) // what is no object has none
+	_ = json.Unmarshal(body, &members) // a body that is not an object has no members
 	detail, _ := members["detail"].(string)
 	if o.Code != "" {
 		o.Operation = ""
@@ -422,7 +424,7 @@ func formOf(o Outcome, body []byte) form {
 	return form{o, strings.Join(slices.Sorted(maps.Keys(members)), " "), names.ReplaceAllString(detail, "_")}
 }
 
-// unreal names the examples of an outcome that are like nothing that the server has said.
+// unreal returns the examples of an outcome that resemble no real response.
 func (c *Contract) unreal(o Outcome) (missing []string) {
 	for _, e := range c.examples(o) {
 		if f := formOf(o, e.text); !c.forms[f] {
@@ -442,7 +444,7 @@ type example struct {
 	text []byte // JSON
 }
 
-// examples are those that the document has of an outcome, if it is JSON.
+// examples returns the document's examples of an outcome that are JSON.
 func (c *Contract) examples(o Outcome) (all []example) {
 	for _, item := range c.Model.Paths.PathItems.FromOldest() {
 		for _, op := range item.GetOperations().FromOldest() {
@@ -462,13 +464,13 @@ func (c *Contract) examples(o Outcome) (all []example) {
 	return all
 }
 
-// Listing is what the document has under one status of an operation, of problems.
+// Listing is what the document lists of problems under one status of an operation.
 type Listing struct {
 	Name            string
-	Codes, Examples []string // in its schema, and in its examples
+	Codes, Examples []string // from its schema, and from its examples
 }
 
-// Responses is every answer of the document that is a problem.
+// Responses returns all responses in the document that are problems.
 func (c *Contract) Responses() (all []Listing) {
 	for _, item := range c.Model.Paths.PathItems.FromOldest() {
 		for _, op := range item.GetOperations().FromOldest() {
@@ -489,7 +491,7 @@ func (c *Contract) Responses() (all []Listing) {
 	return all
 }
 
-// codeOf is what a schema says of the member code, beside what it refers to.
+// codeOf returns the schema of the member code that stands next to a schema's $ref, or nil.
 func codeOf(proxy *base.SchemaProxy) *base.Schema {
 	code := proxy.Schema().Properties.GetOrZero("code")
 	if code == nil {
@@ -498,14 +500,14 @@ func codeOf(proxy *base.SchemaProxy) *base.Schema {
 	return code.Schema()
 }
 
-// Example is one of the document's, of a body in JSON or of a parameter.
+// Example is an example in the document, of a JSON body or of a parameter.
 type Example struct {
 	Where  string
 	Schema *base.Schema
 	JSON   []byte
 }
 
-// Examples are all of them.
+// Examples returns all of them.
 func (c *Contract) Examples() (all []Example) {
 	body := func(where string, bodies *orderedmap.Map[string, *v3.MediaType]) {
 		for kind, media := range bodies.FromOldest() {
@@ -541,7 +543,7 @@ func (c *Contract) Examples() (all []Example) {
 	return all
 }
 
-// JSON is what a node of the document says.
+// JSON returns a node of the document as JSON.
 func JSON(node *yaml.Node) []byte {
 	var value any
 	if err := node.Decode(&value); err != nil {
@@ -554,8 +556,8 @@ func JSON(node *yaml.Node) []byte {
 	return text
 }
 
-// headers holds an answer's header against what its status lists, and the table of those that
-// belong to all.
+// headers checks a response's headers against those that its status lists, and against the table of headers
+// that every response may have.
 func (c *Contract) headers(t testing.TB, what string, op *v3.Operation, status string, h http.Header) {
 	t.Helper()
 	for _, name := range []string{"X-Content-Type-Options", "Cross-Origin-Resource-Policy"} {
@@ -580,7 +582,7 @@ func (c *Contract) headers(t testing.TB, what string, op *v3.Operation, status s
 
 var headerRow = regexp.MustCompile("(?m)^\\| (`[A-Za-z-]+`(?:, `[A-Za-z-]+`)*) \\|")
 
-// everywhere is what the section on headers names.
+// everywhere returns the headers that the document's section on headers names.
 func (c *Contract) everywhere() map[string]bool {
 	_, section, _ := strings.Cut(c.Model.Info.Description, "### Headers\n")
 	section, _, _ = strings.Cut(section, "\n### ")
@@ -593,8 +595,8 @@ func (c *Contract) everywhere() map[string]bool {
 	return all
 }
 
-// partOfThePage says whether a path is a script or a style of the page or of the API
-// reference: their names are their own business.
+// partOfThePage reports whether a path is a script or a style of the page or of the API
+// reference. The contract does not list their names.
 func partOfThePage(path string) bool {
 	for _, name := range []string{path[1:], path[1:] + ".gz"} {
 		if stat, err := fs.Stat(web.Files, name); err == nil && !stat.IsDir() {
@@ -604,7 +606,7 @@ func partOfThePage(path string) bool {
 	return false
 }
 
-// problem is what every problem says.
+// problem holds the members of every problem.
 type problem struct {
 	Title  string `json:"title"`
 	Status int    `json:"status"`

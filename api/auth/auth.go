@@ -87,7 +87,7 @@ func (c Config) Validate() error {
 	if c.Claim == "" {
 		errs = append(errs, errors.New("-auth-claim: must not be empty; leave it out for gapless"))
 	}
-	if c.Cookie != "" && (&http.Cookie{Name: c.Cookie, Value: "v"}).Valid() != nil { // #nosec G124 -- none is set: its name is looked at
+	if c.Cookie != "" && (&http.Cookie{Name: c.Cookie, Value: "v"}).Valid() != nil { // #nosec G124 -- no cookie is set: only its name is checked
 		errs = append(errs, fmt.Errorf("-auth-cookie: %q is no name of a cookie", c.Cookie))
 	}
 	return errors.Join(errs...)

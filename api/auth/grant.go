@@ -10,7 +10,7 @@ import (
 // Action is something that can be done to a session.
 type Action int
 
-// The actions. The zero Action is none, and is never allowed.
+// The actions. The zero Action is not an action, and is never allowed.
 const (
 	Read   Action = iota + 1 // the session, its chunks, its stream; tickets for that
 	Write                    // make it, append to it, end it

@@ -196,6 +196,7 @@ type lookup struct {
 	jwks *jwks
 }
 
+// KeyRead implements jwkset.Storage.
 func (l lookup) KeyRead(ctx context.Context, kid string) (jwkset.JWK, error) {
 	key, err := l.held.KeyRead(ctx, kid)
 	if err != nil {
@@ -207,6 +208,7 @@ func (l lookup) KeyRead(ctx context.Context, kid string) (jwkset.JWK, error) {
 	return key, err
 }
 
+// KeyReadAll implements jwkset.Storage.
 func (l lookup) KeyReadAll(ctx context.Context) ([]jwkset.JWK, error) {
 	if !l.fetched.Load() {
 		l.jwks.fetch()

@@ -36,8 +36,8 @@ func TestHeader_linesAreCountedInWhateverPiecesTheyArrive(t *testing.T) {
 	})
 }
 
-// TLS and HTTP/2 are not counted, in whatever pieces they begin. What only looks like them at first
-// is.
+// TLS and HTTP/2 are not counted, in whatever pieces they begin. Bytes that only look like them at first
+// are counted.
 func TestHeader_isNoneOfTLSAndHTTP2(t *testing.T) {
 	many := strings.Repeat("a:\n", 2*MostLines)
 	for begin, counted := range map[string]bool{
@@ -117,7 +117,7 @@ func TestListener_boundsConnectionsWithoutAToken(t *testing.T) {
 	eventually(t, "all places are free", func() bool { return l.connections.Taken() == 0 && l.strangers.Taken() == 0 })
 }
 
-// What strangers of an address send is read at a pace. Who shows a token is read at once, and so is another address.
+// Input from strangers at one address is read slowly. A caller that shows a token is read at once, and so is another address.
 func TestListener_readsStrangersAtAPace(t *testing.T) {
 	var now atomic.Int64
 	l := with(func(c *Config) {
@@ -161,10 +161,10 @@ func TestListener_readsStrangersAtAPace(t *testing.T) {
 	}
 }
 
-// What comes while its address has had too much for long is not heard.
+// If an address has sent too much for long, its connections are reset.
 func TestListener_doesNotWaitForEverToHearStrangers(t *testing.T) {
 	l := with(func(c *Config) {
-		c.StrangerBytes, c.Tokens = 100, true // it takes 40 s until a connection may be heard
+		c.StrangerBytes, c.Tokens = 100, true // a connection would wait 40 s for its turn
 	})
 	address := serve(t, l)
 	if ask(t, address, "/") == nil {

@@ -87,7 +87,7 @@ type Config struct {
 	// Addresses means that addresses distinguish callers. They do not if all callers share one, as
 	// on loopback or with a proxy that is not trusted.
 	Addresses bool
-	// WriteTimeout is how long a client may accept nothing of a response; 0: for ever. Some time
+	// WriteTimeout is how long a client may accept nothing of a response; 0: no limit. Some time
 	// later, the kernel ends a connection on which no handler enforces that.
 	WriteTimeout time.Duration
 	// Tokens means that callers must show a token.
@@ -198,7 +198,7 @@ type Limits struct {
 
 	connections, strangers                              *Places
 	Viewers, Uploads, Answers, Bodies, Responses, Naive *Places
-	// StrangerResponses are those of the responses that are for callers without a token: a half.
+	// StrangerResponses are the half of Responses that callers without a token may use.
 	StrangerResponses                 *Places
 	Calls, Appends, Sessions, Tickets *Rates
 	Stored, heard                     *Rates // bytes

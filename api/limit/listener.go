@@ -27,7 +27,7 @@ type listener struct {
 // ms.
 const sendBuffer = 64 << 10
 
-// receiveBuffer is the same of what clients send: a body that is not read would wait there by megabytes.
+// receiveBuffer is the size of the receive buffer. By default, megabytes of an unread body would wait there.
 const receiveBuffer = 128 << 10
 
 // Accept implements net.Listener.
@@ -83,7 +83,7 @@ type conn struct {
 
 	mu       sync.Mutex
 	stranger bool // it holds a place among the connections without a token
-	owes     int  // bytes that the next read counts as well
+	owes     int  // bytes that are added to the next read's
 	header   header
 	answered time.Time // since when the last handler that returned had waited only for its client
 }
@@ -107,15 +107,15 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// A connection without a token counts as helloCost bytes when it is new, and a request on it that is refused for want of memory as
-// refusedCost: so much more than reading does that cost.
+// A new connection without a token counts as helloCost bytes. A request on it that is refused for lack of memory counts as
+// refusedCost bytes. Both cost the node more than it costs to read a few bytes.
 const (
 	helloCost   = 4 << 10
 	refusedCost = 4 << 10
-	heedMost    = 5 * time.Second // how long it waits for its turn to be read
+	heedMost    = 5 * time.Second // the longest wait for a turn
 )
 
-// heed waits until n bytes more may be heard of a connection on which no token was shown, and reports whether they may.
+// heed waits until n more bytes may be read from a connection without a token, and reports whether they may.
 func (c *conn) heed(n int) bool {
 	const step = 100 * time.Millisecond
 	c.mu.Lock()
@@ -140,14 +140,14 @@ func (c *conn) heed(n int) bool {
 	}
 }
 
-// Overdone says that a request was refused for want of memory. On a connection without a token that slows down what comes next.
+// Overdone notes that a request was refused for lack of memory. On a connection without a token, this slows down later reads.
 func Overdone(c net.Conn) {
 	if c := of(c); c != nil && c.isStranger() {
 		c.limits.heard.penalize(c.caller, refusedCost, heedMost)
 	}
 }
 
-// IsStranger reports whether a token is wanted on a connection and was not shown yet.
+// IsStranger reports whether a connection needs a token and has not shown one yet.
 func IsStranger(c net.Conn) bool {
 	of := of(c)
 	return of != nil && of.isStranger()

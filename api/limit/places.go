@@ -12,7 +12,7 @@ type Places struct {
 	what, flag   string // the caller's flag is caller-<flag>
 	node, caller int    // 0: no limit
 
-	full  atomic.Bool // none are left for anybody: thousands that are refused need not wait for one another
+	full  atomic.Bool // none are left for any caller: thousands of refused calls need not wait for one another
 	mu    sync.Mutex
 	taken int
 	of    map[Caller]int // by callers that hold some

@@ -28,7 +28,7 @@ type Rates struct {
 	sweep int // how many buckets there may be until the next sweep
 }
 
-// manyBuckets limits the buckets, of some 200 bytes each. Further callers share one: so many within
+// manyBuckets limits the number of buckets, of some 200 bytes each. Further callers share one: that many within
 // ten seconds are not people.
 var manyBuckets = 1 << 18
 
@@ -66,7 +66,7 @@ func (r *Rates) Owe(c Caller, n int) time.Duration {
 	return b.ReserveN(now, min(n, b.Burst())).DelayFrom(now)
 }
 
-// after uses n up, or says how long it takes until they are there. It is no refusal.
+// after uses up n if they are available, or returns how long it takes until they are. It counts no refusal.
 func (r *Rates) after(c Caller, n int) time.Duration {
 	b := r.bucket(c)
 	if b == nil {
@@ -81,7 +81,7 @@ func (r *Rates) after(c Caller, n int) time.Duration {
 	return after
 }
 
-// penalize uses n up also if they are not there yet, unless more than most is to be waited for already.
+// penalize uses up n even if they are not available yet, unless the wait would exceed most.
 func (r *Rates) penalize(c Caller, n int, most time.Duration) {
 	b := r.bucket(c)
 	if b == nil {

@@ -86,8 +86,8 @@ const (
 
 type moreKey struct{}
 
-// With is a context in which a model's service is asked with these members of the request, in place of its own. A model that
-// has no service takes no notice of them.
+// With returns a context whose members replace those of the request to a model's service. A model without a
+// service ignores them.
 func With(ctx context.Context, members map[string]json.RawMessage) context.Context {
 	return context.WithValue(ctx, moreKey{}, members)
 }

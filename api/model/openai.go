@@ -175,7 +175,7 @@ func (o *OpenAI) request(conversation []Turn, more map[string]json.RawMessage) [
 	return body
 }
 
-// Pass sends a request to the service as it came. The response is as it comes, whatever it says.
+// Pass sends a request to the service unchanged, and returns its response, whatever its status.
 func (o *OpenAI) Pass(ctx context.Context, request []byte) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	watch := time.AfterFunc(o.cfg.Timeout, func() { cancel(errSilent) })
@@ -185,11 +185,11 @@ func (o *OpenAI) Pass(ctx context.Context, request []byte) (*http.Response, erro
 		return nil, &Error{Reason: Rejected, Detail: "the request cannot be sent"}
 	}
 	r.Header.Set("Content-Type", "application/json")
-	r.Header.Set("Accept-Encoding", "identity") // its bytes are passed on
+	r.Header.Set("Accept-Encoding", "identity") // the bytes of the response are passed on
 	if o.cfg.Key != "" {
 		r.Header.Set("Authorization", "Bearer "+o.cfg.Key)
 	}
-	res, err := o.http.Do(r) // #nosec G704 -- where to is the operator's choice, -model-url, and redirects are not followed
+	res, err := o.http.Do(r) // #nosec G704 -- the operator chooses the destination (-model-url), and redirects are not followed
 	if err != nil {
 		silent := context.Cause(ctx) == errSilent
 		cancel(nil)
@@ -202,7 +202,7 @@ func (o *OpenAI) Pass(ctx context.Context, request []byte) (*http.Response, erro
 	return res, nil
 }
 
-// watched is a response that is given up when nothing of it has come for too long.
+// watched is the body of a response that is given up when nothing has arrived for too long.
 type watched struct {
 	io.ReadCloser
 	watch   *time.Timer
@@ -210,11 +210,13 @@ type watched struct {
 	cancel  context.CancelCauseFunc
 }
 
+// Read implements io.Reader. It restarts the timeout.
 func (w *watched) Read(p []byte) (int, error) {
 	w.watch.Reset(w.timeout)
 	return w.ReadCloser.Read(p)
 }
 
+// Close implements io.Closer.
 func (w *watched) Close() error {
 	w.watch.Stop()
 	w.cancel(nil)
@@ -232,7 +234,7 @@ func (o *OpenAI) send(ctx context.Context, request []byte) (*http.Response, erro
 	if o.cfg.Key != "" {
 		r.Header.Set("Authorization", "Bearer "+o.cfg.Key)
 	}
-	res, err := o.http.Do(r) // #nosec G704 -- where to is the operator's choice, -model-url, and redirects are not followed
+	res, err := o.http.Do(r) // #nosec G704 -- the operator chooses the destination (-model-url), and redirects are not followed
 	if err != nil {
 		return nil, err
 	}

@@ -638,7 +638,7 @@ func (b bodies) RoundTrip(r *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// A comment is a sign of life, but not for ever.
+// A comment is a sign of life, but only for a limited time.
 func TestAnswer_commentsAreSignsOfLifeWithinBounds(t *testing.T) {
 	t.Parallel()
 	word, stop := `data: {"choices":[{"delta":{"content":"Green"}}]}`+"\n\n", `data: {"choices":[{"delta":{},"finish_reason":"stop"}]}`+"\n\n"

@@ -38,8 +38,8 @@ const (
 //	done      -          -                 -          -             -          complete at once
 //
 // "Said" means text, reasoning, a refusal or a tool call. What is said after a finish revokes it.
-// The event [DONE] leads from every stage to done. An error is a failure in every stage: a member
-// error, also of a choice or of its delta, a finish that means failure, an event named error, or an
+// The event [DONE] leads from every stage to done. An error is a failure in every stage. It is a member
+// error (also of a choice or of its delta), a finish that means failure, an event named error, or an
 // event that cannot be read. A complete answer with only reasoning is empty, which is a failure,
 // too.
 //

@@ -15,20 +15,20 @@ import (
 	"gapless/store"
 )
 
-// mostText bounds what a fold keeps of a response, in bytes. A model's answer is bounded by -model-answer-max; others may
-// append to the message.
+// mostText limits what a fold keeps of a response, in bytes. -model-answer-max limits a model's answer, but others may
+// append to the message, too.
 const mostText = 4 << 20
 
-// Up to freeText bytes a fold takes no memory, and then in pieces.
+// freeText is how many bytes a fold keeps without reserving memory. After that it reserves growth bytes at a time.
 const freeText, growth = 16 << 10, 64 << 10
 
-// Fold makes a response, and its events, of the chunks of a log from the one on that the response begins with.
+// Fold makes a response, and its events, from the chunks of a log. It starts at the response's first chunk.
 type Fold struct {
 	session, message string
 	seq              int64
-	// After leaves out the events up to this number. Known: up to this chunk the log has made all those events.
+	// After leaves out the events up to this number. The chunks up to Known contain all those events.
 	After, Known int64
-	// Grow, if not nil, takes memory for text. When there is none the fold stops, and is not Over.
+	// Grow, if not nil, reserves memory for text. If it returns false, the fold stops, and is not Over.
 	Grow func(bytes int) bool
 
 	number int64 // of the next event
@@ -40,23 +40,23 @@ type Fold struct {
 	why    map[string]any // incomplete_details
 	usage  any
 	items  []*item
-	open   *item // the one that text is added to
-	size   int   // of what it keeps,
-	taken  int   // and of the memory that was taken for it
+	open   *item // the item to which text is added
+	size   int   // of the text it keeps, in bytes
+	taken  int   // the memory reserved for it, in bytes
 }
 
-// NewFold begins a fold of the response that ID names so. Without more it makes every event.
+// NewFold returns a fold of the response that ID names with the same arguments. By default it makes every event.
 func NewFold(session, message string, seq int64) *Fold {
 	return &Fold{session: session, message: message, seq: seq, After: -1, status: "in_progress"}
 }
 
-// Quiet has the fold make no events, for Response.
+// Quiet makes the fold produce no events, for use with Response only. It returns f.
 func (f *Fold) Quiet() *Fold { f.After = math.MaxInt64; return f }
 
-// Begun says whether the response is there, and how it began.
+// Begun returns how the response began, and reports whether it has.
 func (f *Fold) Begun() (Begin, bool) { return f.begin, f.begun }
 
-// Over says whether the response has ended.
+// Over reports whether the response has ended.
 func (f *Fold) Over() bool { return f.status != "in_progress" }
 
 // item is an item of output.
@@ -68,7 +68,7 @@ type item struct {
 	over                      bool
 }
 
-// object is the item as it is now.
+// object returns the item in its current state.
 func (i *item) object(status string, empty bool) map[string]any {
 	text := string(i.text)
 	if i.over {
@@ -87,7 +87,7 @@ func (i *item) object(status string, empty bool) map[string]any {
 	return map[string]any{"type": "message", "id": i.id, "role": "assistant", "content": content, "status": status}
 }
 
-// part is the item's content.
+// part returns the item's content.
 func (i *item) part(text string) map[string]any {
 	switch i.kind {
 	case "refusal":
@@ -98,7 +98,7 @@ func (i *item) part(text string) map[string]any {
 	return map[string]any{"type": "output_text", "text": text, "annotations": []any{}, "logprobs": []any{}}
 }
 
-// names are of the events of an item's text.
+// names are the prefixes of the names of the events for an item's text.
 var names = map[string]string{"text": "response.output_text", "refusal": "response.refusal", "reasoning": "response.reasoning_text", "call": "response.function_call_arguments"}
 
 // Events is an sse.Ask.Fold.
@@ -114,7 +114,7 @@ func (f *Fold) Events(b, events []byte, ended bool) (out []byte, over bool) {
 	return b, false
 }
 
-// Chunk appends the events that come of a chunk. Over: nothing more comes.
+// Chunk appends the events that a chunk causes. over means that nothing more follows.
 func (f *Fold) Chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) {
 	if f.Known > 0 && seq > f.Known && f.After >= f.number && f.After != math.MaxInt64 {
 		return f.lost(b), true
@@ -159,7 +159,7 @@ func (f *Fold) Chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) 
 		return f.fail(b, cmp.Or(s.Detail, s.Reason, "the answer failed")), true
 	case s.Type == store.TypeCancelled:
 		f.status = "cancelled"
-		return f.end(b, "response.incomplete"), true // no event says cancelled
+		return f.end(b, "response.incomplete"), true // there is no event for cancelled
 	case s.Type == store.TypeDone || s.Complete:
 		for _, i := range f.items {
 			b = f.close(b, i)
@@ -174,7 +174,7 @@ func (f *Fold) Chunk(b []byte, seq int64, chunk []byte) (out []byte, over bool) 
 	return b, false
 }
 
-// say adds text to the item of this kind that is open.
+// say adds text to the open item of this kind, or to a new one.
 func (f *Fold) say(b []byte, kind, text string) []byte {
 	if f.open == nil || f.open.kind != kind {
 		b = f.add(f.close(b, f.open), &item{kind: kind})
@@ -183,7 +183,7 @@ func (f *Fold) say(b []byte, kind, text string) []byte {
 	return f.delta(b, f.open, text)
 }
 
-// calls adds pieces of calls of tools. They are joined by index, and the id that comes first.
+// calls adds pieces of tool calls. Pieces are joined by index, and by the id that comes first.
 func (f *Fold) calls(b []byte, data jsontext.Value) []byte {
 	pieces := model.Calls(json.RawMessage(data))
 	if len(pieces) == 0 {
@@ -238,7 +238,7 @@ func (f *Fold) delta(b []byte, i *item, text string) []byte {
 	return f.of(b, names[i.kind]+".delta", i, m)
 }
 
-// close says that an item is whole.
+// close emits the events that say that an item is complete.
 func (f *Fold) close(b []byte, i *item) []byte {
 	if i == nil || i.over {
 		return b
@@ -262,7 +262,7 @@ func (f *Fold) close(b []byte, i *item) []byte {
 	return f.emit(b, "response.output_item.done", map[string]any{"output_index": i.index, "item": i.object("completed", false)})
 }
 
-// of is an event of an item.
+// of emits an event of an item.
 func (f *Fold) of(b []byte, name string, i *item, m map[string]any) []byte {
 	m["item_id"], m["output_index"] = i.id, i.index
 	if i.kind != "call" {
@@ -278,7 +278,7 @@ func (f *Fold) emit(b []byte, name string, m map[string]any) []byte {
 	}
 	m["type"], m["sequence_number"] = name, number
 	text, err := json.Marshal(m)
-	if err != nil { // what a foreign producer takes for JSON, and this library does not
+	if err != nil { // a foreign producer may accept JSON that this library refuses
 		text, _ = json.Marshal(map[string]any{"type": "error", "sequence_number": number, "code": "server_error", "message": "the response cannot be read", "param": nil})
 	}
 	return append(append(append(append(append(b, "event: "...), name...), "\ndata: "...), text...), "\n\n"...)
@@ -297,7 +297,7 @@ func (f *Fold) end(b []byte, name string) []byte {
 	return b
 }
 
-// lost tells a client that it has events which Redis has lost, or that the response is not there any more.
+// lost tells a client that it has events which Redis has lost, or that the response no longer exists.
 func (f *Fold) lost(b []byte) []byte {
 	f.status = cmp.Or(map[string]string{"in_progress": "failed"}[f.status], f.status)
 	f.number = max(f.number, f.After+1)
@@ -307,7 +307,7 @@ func (f *Fold) lost(b []byte) []byte {
 	return f.emit(b, "error", map[string]any{"code": "server_error", "param": nil, "message": "a part of the response was lost: retrieve it again from its start"})
 }
 
-// Response is the response object as the chunks so far have it.
+// Response returns the response object as of the chunks so far.
 func (f *Fold) Response() map[string]any {
 	output := []any{}
 	for _, i := range f.items {
@@ -337,7 +337,7 @@ func (f *Fold) Response() map[string]any {
 	return r
 }
 
-// usage is what an answer cost, as the Responses API says it.
+// usage converts what an answer cost to the form of the Responses API.
 func usage(value jsontext.Value) any {
 	var u struct {
 		Prompt     int `json:"prompt_tokens"`
@@ -357,7 +357,7 @@ func usage(value jsontext.Value) any {
 		"output_tokens_details": map[string]any{"reasoning_tokens": u.Out.Reasoning}, "total_tokens": u.Total}
 }
 
-// InputItem is the item of input that a chunk is; nil: it is none.
+// InputItem returns the item of input that a chunk contains, or nil if it contains none.
 func InputItem(chunk []byte) map[string]any {
 	var c struct {
 		Type, Role, Content string

@@ -1,7 +1,7 @@
-// Package openai translates between the OpenAI Responses API and chunks. A response is a message of a log, a conversation is a
-// session, and an event's sequence_number follows from the chunks alone, so that every node says the same. It keeps nothing.
+// Package openai translates between the OpenAI Responses API and chunks. A response is a message of a log, and a conversation is a
+// session. An event's sequence_number depends on the chunks alone, so that every node sends the same. The package keeps no state.
 //
-// What is not supported is refused by name (Error); nothing that a request says is ignored.
+// It refuses what it does not support by name (Error), and ignores nothing in a request.
 package openai
 
 import (
@@ -18,23 +18,23 @@ import (
 	"gapless/store"
 )
 
-// TypeResponse is the type of the chunk that a response begins with. Its data is a Begin.
+// TypeResponse is the type of the first chunk of a response. Its data is a Begin.
 const TypeResponse = "response"
 
-// Begin is what the first chunk of a response says.
+// Begin is the data of a response's first chunk.
 type Begin struct {
 	Inputs int                        `json:"inputs"` // how many chunks before it are its input
-	Alone  bool                       `json:"alone"`  // its session was made for it
-	Echo   map[string]json.RawMessage `json:"echo"`   // what the response repeats of the request
+	Alone  bool                       `json:"alone"`  // the session was made for this response
+	Echo   map[string]json.RawMessage `json:"echo"`   // what the response repeats from the request
 }
 
-// Error says what of a request is not supported, or wrong.
+// Error says what in a request is wrong or not supported.
 type Error struct{ Param, Code, Message string }
 
 func (e *Error) Error() string { return e.Message }
 
 func unsupported(param, detail string) *Error {
-	name, _, _ := strings.Cut(param, ":") // param may say its value
+	name, _, _ := strings.Cut(param, ":") // param may contain the value
 	return &Error{name, "unsupported_parameter", fmt.Sprintf("%s is not supported here%s", param, detail)}
 }
 
@@ -42,12 +42,12 @@ func wrong(param, what string) *Error {
 	return &Error{param, "invalid_value", fmt.Sprintf("%s must be %s", param, what)}
 }
 
-// ID names the response that is message and begins with chunk number seq of a session.
+// ID returns the id of the response that is a session's message and begins with chunk number seq.
 func ID(session, message string, seq int64) string {
 	return "resp_" + strings.ReplaceAll(message, "-", "") + "_" + strconv.FormatInt(seq, 10) + "_" + session
 }
 
-// ParseID reads what ID made.
+// ParseID parses an id that ID made.
 func ParseID(id string) (session, message string, seq int64, ok bool) {
 	parts := strings.SplitN(id, "_", 4)
 	if len(parts) != 4 || parts[0] != "resp" || len(parts[1]) != 32 {
@@ -59,24 +59,24 @@ func ParseID(id string) (session, message string, seq int64, ok bool) {
 	return session, message, seq, err == nil && bad == nil && seq > 0 && ID(session, message, seq) == id
 }
 
-// Request is what POST /responses asks.
+// Request is the body of POST /responses.
 type Request struct {
 	Stream, Background bool
 	Conversation       string // a session; empty: none
 	Previous           string // a response; empty: none
 	Instructions       string
 	Input              []Item
-	Service            map[string]json.RawMessage // what the model's service is sent next to the messages
+	Service            map[string]json.RawMessage // members that the model's service receives next to the messages
 	Echo               map[string]json.RawMessage
 }
 
 // Item is an item of input.
 type Item struct {
-	Type, Role, Content     string // message, with its text; function_call_output has its output in Content
+	Type, Role, Content     string // Content is a message's text, or the output of a function_call_output
 	CallID, Name, Arguments string // function_call, and CallID of function_call_output
 }
 
-// passed are the members that the model's service is given: what it calls them, and what they must be.
+// passed are the members that the model's service receives: the service's name for each, and what its value must be.
 var passed = map[string]struct{ as, kind string }{
 	"model": {"model", "text"}, "temperature": {"temperature", "a number"}, "top_p": {"top_p", "a number"},
 	"max_output_tokens": {"max_completion_tokens", "a whole number above 0"}, "parallel_tool_calls": {"parallel_tool_calls", "true or false"},
@@ -97,10 +97,10 @@ func is(kind string, value jsontext.Value) bool {
 	return value.Kind() == 't' || value.Kind() == 'f'
 }
 
-// Parse reads a request. Errors: *Error.
+// Parse parses a request. Its errors are of type *Error.
 func Parse(body []byte) (*Request, error) {
 	var members map[string]json.RawMessage
-	// The standard library would take duplicate members, and replace what is not UTF-8.
+	// The standard library would accept duplicate members, and replace invalid UTF-8.
 	if !jsontext.Value(body).IsValid() || json.Unmarshal(body, &members) != nil || members == nil {
 		return nil, &Error{"", "invalid_json", "the body must be one JSON object in UTF-8 without duplicate members"}
 	}
@@ -309,7 +309,7 @@ func (r *Request) input(value json.RawMessage) error {
 		if err != nil {
 			return err
 		}
-		if item.Type != "reasoning" { // what a model thought is not sent along
+		if item.Type != "reasoning" { // a model's reasoning is not sent along
 			r.Input = append(r.Input, item)
 		}
 	}
@@ -372,7 +372,7 @@ func readText(param string, value json.RawMessage) (text string, err error) {
 	return text, nil
 }
 
-// Chunks are what is appended for a request: its input, and the beginning of the response.
+// Chunks returns the chunks that a request appends: its input, and the beginning of the response.
 func (r *Request) Chunks(reply string, alone bool) (all []store.Chunk, err error) {
 	for _, item := range r.Input {
 		id, err := uuid.NewV7()

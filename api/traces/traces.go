@@ -139,6 +139,7 @@ func Open(ctx context.Context, cfg Config) (*Traces, error) {
 // what it makes, and may contain the headers that the collector requires.
 type mistakes struct{ slog.Handler }
 
+// Enabled implements slog.Handler.
 func (m mistakes) Enabled(ctx context.Context, level slog.Level) bool {
 	return level >= slog.LevelError && m.Handler.Enabled(ctx, level)
 }
@@ -280,6 +281,7 @@ type ids struct{}
 
 type idsKey struct{}
 
+// NewIDs implements sdk.IDGenerator.
 func (ids) NewIDs(ctx context.Context) (t trace.TraceID, s trace.SpanID) {
 	if n, ok := ctx.Value(idsKey{}).([sha256.Size]byte); ok {
 		return trace.TraceID(n[:16]), trace.SpanID(n[16:24])
@@ -291,6 +293,7 @@ func (ids) NewIDs(ctx context.Context) (t trace.TraceID, s trace.SpanID) {
 	return t, ids{}.NewSpanID(ctx, t)
 }
 
+// NewSpanID implements sdk.IDGenerator.
 func (ids) NewSpanID(context.Context, trace.TraceID) (s trace.SpanID) {
 	for !s.IsValid() {
 		binary.BigEndian.PutUint64(s[:], rand.Uint64())

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// How long a start takes, and how much memory chunks of 100 bytes need.
+// BenchmarkOpen measures how long a start takes, and how much memory chunks of 100 bytes need.
 func BenchmarkOpen(b *testing.B) {
 	for _, chunks := range []int{100_000, 1_000_000} {
 		b.Run(fmt.Sprint(chunks, " chunks in 1000 sessions"), func(b *testing.B) {

@@ -13,19 +13,19 @@ import (
 	lua "github.com/yuin/gopher-lua"
 )
 
-// A reply is the Lua value that a script sees: a number, a text, false for nothing, a table; a table with ok is a status,
-// one with err an error.
+// A reply is the Lua value that a script sees: a number, a string, false for nil, or a table. A table with the field ok is a status,
+// and one with err is an error.
 
 // command is a command of Redis. args[0] is its name.
 type command struct {
 	run   func(r *Redis, args []string) lua.LValue
-	least int  // arguments, with the name
-	space bool // it may take space, and is refused when there is none
+	least int  // the minimum number of arguments, including the name
+	space bool // may take space, and is refused if none is left
 }
 
 var commands map[string]command
 
-func init() { // commands run scripts, which run commands
+func init() { // at run time, to break the cycle: commands run scripts, which run commands
 	commands = map[string]command{
 		"PING": {ping, 1, false}, "TIME": {timeNow, 1, false}, "EVAL": {eval, 3, false}, "EVALSHA": {evalSHA, 3, false}, "PUBLISH": {publish, 3, false},
 
@@ -61,7 +61,7 @@ func (r *Redis) run(args []string, inScript bool) lua.LValue {
 	return c.run(r, args)
 }
 
-// known reports whether there is such a command that a transaction may have.
+// known reports whether a command exists, so that a transaction may contain it.
 func known(name string) bool {
 	_, ok := commands[strings.ToUpper(name)]
 	return ok
@@ -90,7 +90,7 @@ var (
 
 func integer(n int) lua.LValue { return lua.LNumber(n) }
 
-// texts is a reply of several texts.
+// texts returns a reply of several strings.
 func (r *Redis) texts(all []string) *lua.LTable {
 	t := r.lua.CreateTable(len(all), 0)
 	for _, text := range all {
@@ -99,7 +99,7 @@ func (r *Redis) texts(all []string) *lua.LTable {
 	return t
 }
 
-// valueOf returns what is under a name, which is to be a T. The error is a reply.
+// valueOf returns the value of a name, which must be a T. The error is a reply.
 func valueOf[T any](r *Redis, name string) (k *key, value T, err lua.LValue) {
 	if k = r.find(name); k == nil {
 		return nil, value, nil
@@ -168,7 +168,7 @@ func typeOf(r *Redis, args []string) lua.LValue {
 
 func keysLike(r *Redis, args []string) lua.LValue { return r.namesLike(args[1]) }
 
-// scanKeys answers all names at once: that takes a hundredth of a second for a hundred thousand.
+// scanKeys returns all names at once. That takes a hundredth of a second per hundred thousand names.
 func scanKeys(r *Redis, args []string) lua.LValue {
 	pattern := "*"
 	for i := 2; i+1 < len(args); i += 2 {
@@ -186,7 +186,7 @@ func scanKeys(r *Redis, args []string) lua.LValue {
 	return t
 }
 
-// namesLike answers the names that begin with what a pattern has before its star: nobody asks for others.
+// namesLike returns the names that match a pattern. It supports only patterns with a single star, at the end.
 func (r *Redis) namesLike(pattern string) *lua.LTable {
 	prefix, ok := strings.CutSuffix(pattern, "*")
 	if !ok || strings.ContainsAny(prefix, `*?[]\`) {
@@ -256,7 +256,7 @@ func ttl(r *Redis, args []string) lua.LValue {
 	}
 }
 
-// Texts.
+// Strings.
 
 func get(r *Redis, args []string) lua.LValue {
 	k, text, err := valueOf[string](r, args[1])
@@ -313,7 +313,7 @@ func llen(r *Redis, args []string) lua.LValue {
 	return integer(l.length)
 }
 
-// bounds makes positions of two arguments, of which negative ones count from the end: from i to before j.
+// bounds converts two position arguments, of which negative ones count from the end, to the range from i to before j.
 func bounds(from, to string, length int) (i, j int, err lua.LValue) {
 	i, failed := strconv.Atoi(from)
 	j, also := strconv.Atoi(to)
@@ -488,8 +488,8 @@ func hdel(r *Redis, args []string) lua.LValue {
 	return integer(n)
 }
 
-// scan answers a slice of names, in the order of their hashes: the cursor is the hash at which it goes on. So a scan misses
-// no name that is there all the while. count is how many, or some more.
+// scan returns some names of a map, in the order of their hashes. The cursor is the hash at which to continue, so a scan misses
+// no name that exists throughout. It returns about count names.
 func scan[V any](r *Redis, all map[string]V, args []string, text func(V) string) lua.LValue {
 	cursor, err := strconv.ParseUint(args[2], 10, 64)
 	if err != nil {
@@ -512,7 +512,7 @@ func scan[V any](r *Redis, all map[string]V, args []string, text func(V) string)
 	for name := range all {
 		h := fnv.New32a()
 		_, _ = h.Write([]byte(name))
-		if hash := uint64(h.Sum32()) + 1; hash >= cursor { // 0 is the beginning, and the end
+		if hash := uint64(h.Sum32()) + 1; hash >= cursor { // 0 is both the beginning and the end
 			found = append(found, hashed{hash, name})
 		}
 	}
@@ -668,7 +668,7 @@ func zrange(r *Redis, args []string) lua.LValue {
 	return t
 }
 
-// limit reads LIMIT offset count at the end of the arguments, if it is there.
+// limit parses LIMIT offset count at the end of the arguments, if present.
 func limit(args []string) (offset, count int, err lua.LValue) {
 	if len(args) == 4 {
 		return 0, math.MaxInt, nil
@@ -718,14 +718,15 @@ func zrangeByScore(r *Redis, args []string) lua.LValue {
 	return t
 }
 
-// scoreBound reads a bound of scores, and whether it is within.
+// scoreBound parses a bound of scores, and returns whether it is inclusive.
 func scoreBound(text string) (score float64, within, ok bool) {
 	text, without := strings.CutPrefix(text, "(")
 	score, ok = parseScore(text)
 	return score, !without, ok
 }
 
-// lexBound reads a bound of members that have one score: whether a member comes after it, or is it where that is within.
+// lexBound parses a bound of members with equal scores. after reports whether a member is after the bound. A member that
+// equals the bound counts as after an inclusive lower bound, and as after an exclusive upper one.
 func lexBound(text string, lowest bool) (after func(member) bool, ok bool) {
 	switch {
 	case text == "-":
@@ -740,7 +741,7 @@ func lexBound(text string, lowest bool) (after func(member) bool, ok bool) {
 	return nil, false
 }
 
-// lexRange is the places from the first member that is not below a bound to before the first that is above the other.
+// lexRange returns the range of places from the first member not below least to before the first member above most.
 func (z *zset) lexRange(least, most string) (from, to place, err lua.LValue) {
 	after, ok := lexBound(least, true)
 	above, also := lexBound(most, false)
@@ -818,7 +819,7 @@ func zrandMember(r *Redis, args []string) lua.LValue {
 	}
 	n = min(n, all)
 	chosen := map[int]struct{}{}
-	for len(chosen) < n { // there are few among many, or all of few
+	for len(chosen) < n { // n is small, or includes everything in a small set
 		chosen[rand.IntN(all)] = struct{}{}
 	}
 	places := make([]int, 0, n)

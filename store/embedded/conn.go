@@ -13,15 +13,15 @@ import (
 	lua "github.com/yuin/gopher-lua"
 )
 
-// conn is the server's end of a connection. Writing to it never waits for the client: a pipe has no buffer, and a client that
-// writes a command while a reply is on its way would wait for ever, and everybody else with it.
+// conn is the server's end of a connection. Writing to it never waits for the client. A pipe has no buffer, so a client that
+// writes a command while a reply is on its way would otherwise wait forever, and everybody else with it.
 type conn struct {
 	net.Conn
 	redis    *Redis
-	channels map[string]struct{} // that it listens to; under redis.mu
-	queued   [][]string          // since MULTI
+	channels map[string]struct{} // the channels it subscribed to; guarded by redis.mu
+	queued   [][]string          // commands since MULTI
 	multi    bool
-	broken   bool // a command of the transaction is unknown: none of it is executed
+	broken   bool // the transaction contains an unknown command: none of it is executed
 
 	wake chan struct{}
 	done chan struct{}
@@ -29,20 +29,20 @@ type conn struct {
 
 	mu      sync.Mutex
 	pending []byte
-	spare   []byte // used again by flush
+	spare   []byte // reused by flush
 }
 
 func newConn(r *Redis, end net.Conn) *conn {
 	return &conn{Conn: end, redis: r, channels: map[string]struct{}{}, wake: make(chan struct{}, 1), done: make(chan struct{})}
 }
 
-// Close may be called more than once.
+// Close closes the connection. It may be called more than once.
 func (c *conn) Close() error {
 	c.once.Do(func() { close(c.done) })
 	return c.Conn.Close()
 }
 
-// send leaves something for flush.
+// send adds to the output that flush writes.
 func (c *conn) send(write func(to []byte) []byte) {
 	c.mu.Lock()
 	c.pending = write(c.pending)
@@ -53,7 +53,7 @@ func (c *conn) send(write func(to []byte) []byte) {
 	}
 }
 
-// push sends texts that nobody has asked for.
+// push sends texts that are not a reply.
 func (c *conn) push(texts ...string) {
 	c.send(func(to []byte) []byte {
 		to = header(to, '*', len(texts))
@@ -86,7 +86,7 @@ func (c *conn) flush() {
 	}
 }
 
-// serve executes what comes, one command after the other, until the connection ends.
+// serve executes the commands that arrive, one after another, until the connection ends.
 func (c *conn) serve() {
 	defer func() {
 		_ = c.Close()
@@ -107,7 +107,7 @@ func (c *conn) serve() {
 			return
 		}
 		if err := c.execute(args); err != nil {
-			return // its outcome is not known
+			return // the outcome is unknown
 		}
 	}
 }
@@ -143,7 +143,7 @@ func (c *conn) execute(args []string) error {
 		c.subscribe(name == "SUBSCRIBE", args[1:])
 		return nil
 	case "PING":
-		if len(c.channels) > 0 { // a listener has it in another form
+		if len(c.channels) > 0 { // a subscriber gets it in another form
 			c.push("pong", strings.Join(args[1:], ""))
 			return nil
 		}
@@ -168,7 +168,7 @@ func (c *conn) answer(v lua.LValue) error {
 	return nil
 }
 
-// subscribe begins or ends to listen.
+// subscribe subscribes to channels, or unsubscribes from them.
 func (c *conn) subscribe(begin bool, channels []string) {
 	r := c.redis
 	r.mu.Lock()
@@ -192,7 +192,7 @@ func (c *conn) subscribe(begin bool, channels []string) {
 	}
 }
 
-// leave ends to listen to a channel. redis.mu is held.
+// leave unsubscribes from a channel. redis.mu is held.
 func (c *conn) leave(channel string) {
 	delete(c.channels, channel)
 	if all := c.redis.heard[channel]; all != nil {
@@ -266,7 +266,7 @@ func bulk(to []byte, text string) []byte {
 	return append(append(header(to, '$', len(text)), text...), "\r\n"...)
 }
 
-// reply writes a reply as Redis would make it of a Lua value.
+// reply appends the reply that Redis would make from a Lua value.
 func reply(to []byte, v lua.LValue) []byte {
 	switch v := v.(type) {
 	case lua.LString:

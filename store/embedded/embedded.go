@@ -1,12 +1,12 @@
-// Package embedded is a Redis inside this process: as much of one as the scripts of package store, and its client, use.
+// Package embedded is a Redis inside this process. It implements what the scripts and the client of package store use.
 //
-// The scripts are compiled once and run in one Lua state that is kept. Their commands work directly on the dataset, under its
-// lock, so that a script is one instant, as it is in Redis. Each command does what Redis does, and answers what Redis answers:
-// the tests of package store play random steps to both. Connections are pipes in memory that speak the protocol of Redis; nothing
-// listens anywhere.
+// The scripts are compiled once and run in one Lua state. Their commands work directly on the dataset, under its
+// lock, so a script is one instant, as in Redis. Each command does what Redis does, and returns what Redis returns:
+// the tests of package store send random steps to both. Connections are in-memory pipes that speak the protocol of Redis; nothing
+// listens on a network.
 //
-// With a directory, the dataset survives (journal.go). What a command or a script changed is written to a file as one unit, and
-// is on disk before its reply leaves, before what it published is heard, and before anybody reads it.
+// With a directory, the dataset survives (journal.go). What a command or a script changed is written to a file as one unit. The unit
+// is on disk before its reply is sent, before its messages are delivered, and before anybody can read the change.
 package embedded
 
 import (
@@ -20,41 +20,41 @@ import (
 	lua "github.com/yuin/gopher-lua"
 )
 
-// Redis is one dataset. Its methods may be called from many goroutines.
+// Redis is one dataset. Its methods are safe for concurrent use.
 type Redis struct {
 	journal *journal // nil: nothing is kept on disk
 	log     *slog.Logger
 	quit    context.CancelFunc
 	wg      sync.WaitGroup // the goroutines of connections, and the one that expires keys
 
-	mu      sync.Mutex // guards what follows. Whoever holds it does not wait for a disk or for a client
-	now     int64      // ms: when the command, or the script, that runs now began
+	mu      sync.Mutex // guards the fields below. Its holder never waits for a disk or a client
+	now     int64      // in ms: when the current command or script began
 	keys    map[string]*key
-	expiry  map[int64][]string // which keys to look at in which second
-	changes changes            // of what runs now
-	refusal lua.LValue         // what commands that take space are told; nil: they may
-	news    []message          // that it published
+	expiry  map[int64][]string // by second, the names of the keys to check then
+	changes changes            // of the current command or script
+	refusal lua.LValue         // the reply to commands that take space; nil: they are allowed
+	news    []message          // published by the current command or script
 	heard   map[string]map[*conn]struct{}
 	lua     *lua.LState
-	scripts map[string]script // by their names
-	args    []string          // of a command of a script; used again
+	scripts map[string]script // by SHA-1
+	args    []string          // arguments of a script's command; reused
 	conns   map[*conn]struct{}
 	closed  bool
 }
 
-// key is what the dataset has under a name.
+// key is the value and the deadline of a name in the dataset.
 type key struct {
 	value    any    // *list, map[string]string, *zset or string
-	deadline int64  // ms: when it expires; 0: never
-	recorded int64  // the deadline that is in the journal
-	second   int64  // when expire looks at it; 0: never
-	since    uint64 // while the journal is read: a snapshot has what was done to it up to this unit
+	deadline int64  // in ms: when the key expires; 0: never
+	recorded int64  // the deadline in the journal
+	second   int64  // when expire checks the key; 0: never
+	since    uint64 // used while the journal is read: the snapshot contains the key's changes up to this unit
 }
 
-// message is something that was published.
+// message is a published message.
 type message struct{ channel, text string }
 
-// Open makes a Redis that is empty, or has what is kept in a directory. An empty dir is none: it keeps everything in memory only.
+// Open opens the Redis that a directory holds, or an empty one. If dir is empty, everything is kept in memory only.
 func Open(dir string, log *slog.Logger) (*Redis, error) {
 	r := &Redis{
 		log: log, keys: map[string]*key{}, expiry: map[int64][]string{}, heard: map[string]map[*conn]struct{}{},
@@ -69,7 +69,7 @@ func Open(dir string, log *slog.Logger) (*Redis, error) {
 		}
 		r.mu.Lock()
 		r.begin()
-		for name := range r.keys { // some have expired meanwhile
+		for name := range r.keys { // some have expired since
 			r.find(name)
 		}
 		r.end()
@@ -81,7 +81,7 @@ func Open(dir string, log *slog.Logger) (*Redis, error) {
 	return r, nil
 }
 
-// Close ends all connections. What was acknowledged is on disk before that.
+// Close ends all connections. Everything that was acknowledged is on disk when it returns.
 func (r *Redis) Close() error {
 	r.quit()
 	r.mu.Lock()
@@ -97,7 +97,7 @@ func (r *Redis) Close() error {
 	return r.journal.close()
 }
 
-// Dial makes a connection.
+// Dial makes a connection. It ignores the network and the address.
 func (r *Redis) Dial(context.Context, string, string) (net.Conn, error) {
 	client, server := net.Pipe()
 	r.mu.Lock()
@@ -107,13 +107,12 @@ func (r *Redis) Dial(context.Context, string, string) (net.Conn, error) {
 	}
 	c := newConn(r, server)
 	r.conns[c] = struct{}{}
-	r.wg.Go(c.serve) // ended by Close of either end
-	r.wg.Go(c.flush) // as well
+	r.wg.Go(c.serve) // ends when either end is closed
+	r.wg.Go(c.flush) // ends when either end is closed
 	return client, nil
 }
 
-// execute runs commands as one instant, and calls done with their replies when they may be known. It returns what is to be
-// waited for before that.
+// execute runs commands as one instant. It returns their replies and the batch to wait for before sending them; nil: none.
 func (r *Redis) execute(commands [][]string) (replies []lua.LValue, kept *batch) {
 	if r.journal != nil {
 		r.makeRoom(commands)
@@ -137,14 +136,14 @@ func (r *Redis) execute(commands [][]string) (replies []lua.LValue, kept *batch)
 	return replies, r.end()
 }
 
-// begin begins what is one instant. r.mu is held.
+// begin begins an instant. r.mu is held.
 func (r *Redis) begin() {
 	r.now = time.Now().UnixMilli()
 	r.changes.reset()
 }
 
-// end hands what was changed to the journal, and what was published to those who listen, once it may be known. It returns
-// what the replies have to wait for; nil is nothing. r.mu is held.
+// end ends an instant. It hands the changes to the journal, and delivers what was published as soon as that is allowed. It returns
+// the batch that the replies must wait for; nil: none. r.mu is held.
 func (r *Redis) end() *batch {
 	news := r.news
 	r.news = nil
@@ -155,7 +154,7 @@ func (r *Redis) end() *batch {
 	return r.journal.add(r.now, &r.changes, news)
 }
 
-// deliver hands messages to those who listen. r.mu is held.
+// deliver sends messages to their subscribers. r.mu is held.
 func (r *Redis) deliver(news []message) {
 	for _, m := range news {
 		for c := range r.heard[m.channel] {
@@ -164,39 +163,39 @@ func (r *Redis) deliver(news []message) {
 	}
 }
 
-// find returns what is under a name, if it has not expired. r.mu is held.
+// find returns the key with a name, or nil if it does not exist or has expired. r.mu is held.
 func (r *Redis) find(name string) *key {
 	k := r.keys[name]
 	if k != nil && k.deadline != 0 && k.deadline <= r.now {
 		delete(r.keys, name)
-		r.changes.addLazily("DEL", name) // so that a journal says when that was
+		r.changes.addLazily("DEL", name) // so that the journal records when it expired
 		return nil
 	}
 	return k
 }
 
-// remove takes away what is under a name.
+// remove deletes the key with a name.
 func (r *Redis) remove(name string) {
 	delete(r.keys, name)
 	r.changes.add("DEL", name)
 }
 
-// make puts something new under a name.
+// make adds a key with a name, or replaces it.
 func (r *Redis) make(name string, value any) *key {
 	k := &key{value: value}
 	r.keys[name] = k
 	return k
 }
 
-// expireAt gives what is under a name a deadline.
+// expireAt sets the deadline of a key.
 func (r *Redis) expireAt(name string, k *key, deadline int64) {
 	k.deadline = deadline
 	if second := deadline/1000 + 1; k.second == 0 || second < k.second {
 		k.second = second
 		r.expiry[second] = append(r.expiry[second], name)
 	}
-	// Each read and each append moves the deadline. A journal is told when that makes a difference: after a restart a key
-	// may expire a hundredth of its life too early.
+	// Each read and each append moves the deadline. The journal records a move only if it makes a difference: after a restart, a key
+	// may expire too early by a hundredth of its life.
 	life := deadline - r.now
 	if r.journal == nil {
 		k.recorded = deadline
@@ -206,7 +205,7 @@ func (r *Redis) expireAt(name string, k *key, deadline int64) {
 	}
 }
 
-// expire takes away what has expired and nobody asks for.
+// expire deletes expired keys that no command asks for.
 func (r *Redis) expire(ctx context.Context) {
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()
@@ -230,7 +229,7 @@ func (r *Redis) expire(ctx context.Context) {
 	}
 }
 
-// expireSome looks at some keys of a second, or of one before it, and reports whether there are more.
+// expireSome checks some keys that are due in a second, and reports whether more are due then.
 func (r *Redis) expireSome(second int64) (more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -12,61 +12,61 @@ import (
 	"time"
 )
 
-// The journal keeps a dataset in a directory:
+// journal keeps a dataset in a directory:
 //
-//	journal-<n>          what was changed, in order
-//	snapshot-<n>         the dataset, as it was when journal-<n> began, or later (snapshot.go)
+//	journal-<n>          the changes, in order
+//	snapshot-<n>         the dataset when journal-<n> began, or later (snapshot.go)
 //	*.new                files that are not complete yet
 //
-// The unit is what one command, one transaction or one run of a script changed: its changing commands, each with its arguments.
-// Units are numbered. All units that wait go to the file together, as one frame, and are on disk before the next frame is
-// written: so only the last frame can be torn. A file begins with a line of text, and has zeros after its last frame: this space is
-// taken in advance, so that a disk that is full refuses a command before it has changed anything.
+// A unit is what one command, one transaction or one run of a script changed: its changing commands, each with its arguments.
+// Units are numbered. All waiting units are written to the file together, as one frame, which is on disk before the next frame is
+// written. So only the last frame can be torn. A file begins with a line of text, and has zeros after its last frame. This space is
+// allocated in advance, so that a full disk refuses a command before the command has changed anything.
 //
-// Commands are kept, not calls of scripts: so what is read at the next start does not depend on the version of a script, on its
-// random choices or on the clock, and is read fast. Nothing expires while a journal is read: it says what has expired.
+// The journal contains commands, not calls of scripts. So the result of reading it does not depend on the version of a script, on
+// random choices or on the clock, and reading is fast. Nothing expires while a journal is read, because it records what expired.
 type journal struct {
 	redis  *Redis
 	dir    string
 	lock   *os.File
-	wake   chan struct{} // for write: something waits
-	hungry chan struct{} // for keepRoom: there is little room left
+	wake   chan struct{} // for write: units are waiting
+	hungry chan struct{} // for keepRoom: little room is left
 	quit   chan struct{}
 	wg     sync.WaitGroup
 
-	growing sync.Mutex // held while files are made longer, or change
+	growing sync.Mutex // held while a file is extended or replaced
 
-	// Under redis.mu:
+	// Guarded by redis.mu:
 	file      *os.File
 	number    uint64 // n of the file
 	began     uint64 // the number of its first unit
 	size      int64  // where the next frame goes
-	allocated int64  // how long the file is
+	allocated int64  // the length of the file
 	next      uint64 // the number of the next unit
-	pending   *batch // units that wait to be written
+	pending   *batch // units waiting to be written
 	flying    *batch // units that are being written
-	failure   error  // nothing can be written any more
+	failure   error  // why nothing can be written any more
 	fullSince time.Time
 	successor *successor
 	former    int64 // bytes of earlier journals that the last snapshot does not cover
 	base      int64 // bytes of the last snapshot
 	rewriting bool
-	retry     time.Time // when a snapshot is tried again
+	retry     time.Time // when to retry a snapshot
 }
 
-// batch is units that go to disk together.
+// batch is a group of units that are written to disk together.
 type batch struct {
 	first uint64
 	time  int64
 	units []byte
 	count uint32
-	eager bool      // somebody waits for it
-	news  []message // to be delivered after it
+	eager bool      // a reply waits for it
+	news  []message // to be delivered once it is on disk
 	done  chan struct{}
 	err   error // set before done is closed
 }
 
-// wait waits until the batch is on disk.
+// wait waits until the batch is on disk. A nil batch is on disk already.
 func (b *batch) wait() error {
 	if b == nil {
 		return nil
@@ -75,10 +75,10 @@ func (b *batch) wait() error {
 	return b.err
 }
 
-// changes is what a unit changes.
+// changes collects the commands of a unit.
 type changes struct {
-	wanted bool // there is a journal
-	eager  bool // it is to be on disk before anybody is told
+	wanted bool // a journal exists
+	eager  bool // must be on disk before any reply or message
 	data   []byte
 }
 
@@ -98,7 +98,7 @@ func (c *changes) addMany(name, key string, rest []string) {
 	}
 }
 
-// addLazily adds a command that nobody has to wait for.
+// addLazily adds a command that no reply has to wait for.
 func (c *changes) addLazily(name string, args ...string) {
 	if c.wanted {
 		c.write(name, args)
@@ -117,14 +117,14 @@ func appendText(to []byte, text string) []byte {
 	return append(binary.AppendUvarint(to, uint64(len(text))), text...)
 }
 
-// A frame is a header and units, each after its length. All numbers are little endian.
+// A frame is a header and units, each preceded by its length. All numbers are little-endian.
 //
-//	0  mark         4   what a frame begins with
+//	0  mark         4   frameMark
 //	4  check        4   CRC-32C of the rest of the header
 //	8  first        8   the number of its first unit
-//	16 time         8   ms: when that was added
-//	24 count        4   of units
-//	28 length       4   of all units, in bytes
+//	16 time         8   ms: when that unit was added
+//	24 count        4   number of units
+//	28 length       4   size of all units, in bytes
 //	32 check        4   CRC-32C of the units
 const (
 	frameMark  = 0x1e5a71a9
@@ -150,7 +150,7 @@ func (b *batch) add(unit []byte) {
 	b.count++
 }
 
-// The first line of a file says what it is. It is filled up with spaces.
+// The first line of a file says what the file is. It is padded with spaces.
 const (
 	format   = 1
 	lineSize = 80
@@ -160,24 +160,24 @@ func firstLine(kind string, number, from uint64) []byte {
 	return fmt.Appendf(nil, "%-*s\n", lineSize-1, fmt.Sprintf("gapless %s, format %d, number %d, from %d", kind, format, number, from))
 }
 
-// How much room there is in a file, taken in advance.
+// Sizes of the room that is allocated in a file in advance, in bytes.
 const (
-	roomStep    = 4 << 20 // a file is made longer by so much,
-	roomLeast   = 2 << 20 // when there is less than this
-	roomOfRun   = 1 << 20 // what a run needs, and twice its arguments
+	roomStep    = 4 << 20 // a file is extended by this
+	roomLeast   = 2 << 20 // when less than this is left
+	roomOfRun   = 1 << 20 // what a run needs, in addition to twice its arguments
 	roomSparing = 64 << 10
-	roomLazily  = 256 << 10 // with less, what nobody waits for is not written
-	roomScarce  = 256 << 10 // what a file begins with on a disk that is nearly full
+	roomLazily  = 256 << 10 // with less, changes that no reply waits for are not written
+	roomScarce  = 256 << 10 // what a file begins with on a nearly full disk
 )
 
 const (
-	// fullEvery bounds how often a disk that is full is tried.
+	// fullEvery is how long to wait before trying a full disk again.
 	fullEvery = time.Second
-	// fullFor is how long the disk counts as full after it was.
+	// fullFor is how long a disk counts as full after it was.
 	fullFor = time.Minute
 )
 
-// room returns how much is left. redis.mu is held.
+// room returns how many bytes of room are left. redis.mu is held.
 func (j *journal) room() int64 {
 	room := j.allocated - j.size
 	if j.pending != nil {
@@ -186,7 +186,7 @@ func (j *journal) room() int64 {
 	return room
 }
 
-// roomFor is how much room there has to be for commands: then what they change can surely be written. redis.mu is held.
+// roomFor returns how much room commands need, so that their changes can certainly be written. redis.mu is held.
 func (j *journal) roomFor(commands [][]string) (need int64) {
 	for _, args := range commands {
 		for _, arg := range args {
@@ -226,7 +226,7 @@ func (j *journal) grow(need int64) {
 		return
 	}
 	steps := []int64{max(missing, roomStep)}
-	if missing <= roomScarce { // what frees space needs little
+	if missing <= roomScarce { // commands that free space need little
 		steps = append(steps, roomScarce)
 	}
 	var err error
@@ -247,7 +247,7 @@ func (j *journal) grow(need int64) {
 	j.fullSince = time.Now()
 }
 
-// fill makes a file longer, in a way that takes the space. (A test has its own.)
+// fill extends a file so that the space is really allocated. (Tests replace it.)
 var fill = func(file *os.File, from, to int64) error {
 	zeros := make([]byte, 1<<20)
 	for at := from; at < to; at += int64(len(zeros)) {
@@ -258,7 +258,7 @@ var fill = func(file *os.File, from, to int64) error {
 	return file.Sync()
 }
 
-// keepRoom makes files longer before that is needed.
+// keepRoom extends files before the room is needed.
 func (j *journal) keepRoom() {
 	for {
 		select {
@@ -277,8 +277,8 @@ func signal(c chan struct{}) {
 	}
 }
 
-// add hands over what was changed, and what was published with it. It returns what is to be waited for before the replies,
-// and so before anybody knows of a change that is not on disk. redis.mu is held.
+// add takes over the changes, and the messages published with them. It returns the batch to wait for before the replies, so that
+// nobody learns of a change that is not on disk. redis.mu is held.
 func (j *journal) add(now int64, c *changes, news []message) *batch {
 	if j.failure != nil {
 		return nil
@@ -311,17 +311,17 @@ func (j *journal) add(now int64, c *changes, news []message) *batch {
 	return last
 }
 
-// flush has everything written that waits, also if nobody waits for it.
+// flush makes write write all waiting units, even if no reply waits for them.
 func (j *journal) flush() { signal(j.wake) }
 
-// write writes what waits, until the end.
+// write writes waiting units until the journal is closed.
 func (j *journal) write() {
 	r := j.redis
 	for open := true; open; {
 		select {
 		case <-j.wake:
 		case <-j.quit:
-			open = false // this is the last time
+			open = false // write one last time
 		}
 		r.mu.Lock()
 		successor := j.successor
@@ -337,7 +337,7 @@ func (j *journal) write() {
 	}
 }
 
-// writeBatch writes what waits, and reports whether there was something.
+// writeBatch writes the waiting units, and reports whether there were any.
 func (j *journal) writeBatch() bool {
 	r := j.redis
 	r.mu.Lock()
@@ -358,7 +358,7 @@ func (j *journal) writeBatch() bool {
 
 	r.mu.Lock()
 	if j.flying = nil; err != nil {
-		// The dataset is ahead of the disk, and nobody knows what the disk has. So nothing more is written, acknowledged or read.
+		// The dataset is ahead of the disk, and the disk's contents are unknown. So nothing more is written, acknowledged or read.
 		j.failure = fmt.Errorf("write %s: %w", file.Name(), err)
 		r.log.Error("the embedded redis cannot write its journal: it serves no more", slog.Any("err", j.failure), slog.String("remedy", "mend the disk, then start again"))
 		b.err = j.failure
@@ -370,7 +370,7 @@ func (j *journal) writeBatch() bool {
 	return true
 }
 
-// writeAll writes a frame. Should the disk be full it tries again for a while: there is room for nearly all, taken in advance.
+// writeAll writes a frame. If the disk is full, it retries for a while; usually the room was allocated in advance.
 func writeAll(file *os.File, frame []byte, at int64) (err error) {
 	for range 20 {
 		if _, err = file.WriteAt(frame, at); !isFull(err) {
@@ -381,7 +381,7 @@ func writeAll(file *os.File, frame []byte, at int64) (err error) {
 	return err
 }
 
-// close writes what waits, and leaves the directory to others.
+// close writes the waiting units, closes the files and unlocks the directory.
 func (j *journal) close() error {
 	close(j.quit)
 	j.wg.Wait()

@@ -20,7 +20,7 @@ import (
 	lua "github.com/yuin/gopher-lua"
 )
 
-// said is what a Redis has logged.
+// said is the log output of a Redis.
 type said struct {
 	mu sync.Mutex
 	bytes.Buffer
@@ -55,7 +55,7 @@ func mustClose(t testing.TB, r *Redis) {
 	}
 }
 
-// do executes a command, and waits until it is kept.
+// do executes a command, and waits until its changes are on disk.
 func do(t testing.TB, r *Redis, line string) string {
 	t.Helper()
 	text, err := try(r, strings.Fields(line)...)
@@ -70,7 +70,7 @@ func try(r *Redis, args ...string) (string, error) {
 	return string(reply(nil, replies[0])), kept.wait()
 }
 
-// dataset is all that there is.
+// dataset returns all contents of a Redis.
 func dataset(r *Redis) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -105,7 +105,7 @@ func dataset(r *Redis) string {
 	return b.String()
 }
 
-// randomly does something to one of a few keys.
+// randomly changes one of a few keys.
 func randomly(t testing.TB, r *Redis, i int) {
 	k, text := rand.IntN(8), strings.Repeat("x", rand.IntN(300))
 	lines := []string{
@@ -124,7 +124,7 @@ func randomly(t testing.TB, r *Redis, i int) {
 	do(t, r, line)
 }
 
-// without is the lines of a that are not in b.
+// without returns the lines of a that are not in b.
 func without(a, b string) string {
 	lines := strings.Split(b, "\n")
 	return strings.Join(slices.DeleteFunc(strings.Split(a, "\n"), func(line string) bool { return slices.Contains(lines, line) }), "\n")
@@ -136,7 +136,7 @@ func lower(t *testing.T, least int64) {
 	t.Cleanup(func() { rewriteLeast = former })
 }
 
-// What was acknowledged is there again, whatever happened and however often the journal was rewritten meanwhile.
+// Everything acknowledged exists after a restart, whatever happened and however often the journal was rewritten.
 func TestJournal_whatWasAcknowledgedIsThereAgain(t *testing.T) {
 	lower(t, 2<<10)
 	dir := t.TempDir()
@@ -166,14 +166,14 @@ func TestJournal_whatWasAcknowledgedIsThereAgain(t *testing.T) {
 	}
 }
 
-// A copy that is made while a Redis works is what there was at some moment after the copy began, or it is refused.
+// A copy made while a Redis works is the dataset of some moment after the copy began, or it is refused.
 func TestJournal_aCopyIsUsableOrRefused(t *testing.T) {
 	lower(t, 16<<10)
 	dir := t.TempDir()
 	r, _ := mustOpen(t, dir)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
-	wg.Go(func() { // two lists grow together, and are cut together
+	wg.Go(func() { // two lists grow together and are cut together
 		for i := 0; ; i++ {
 			select {
 			case <-stop:
@@ -227,7 +227,7 @@ func TestJournal_aCopyIsUsableOrRefused(t *testing.T) {
 	}
 }
 
-// journalOf makes a directory whose journal has frames of one command each, and returns where each begins.
+// journalOf makes a directory whose journal has frames of one command each, and returns where each frame ends.
 func journalOf(t *testing.T, n int) (dir, path string, ends []int64) {
 	dir = filepath.Join(t.TempDir(), "data")
 	r, _ := mustOpen(t, dir)
@@ -239,7 +239,7 @@ func journalOf(t *testing.T, n int) (dir, path string, ends []int64) {
 	return dir, filepath.Join(dir, "journal-00000001"), ends
 }
 
-// A last record that is torn is dropped, and the log says so: whether the file ends in it, or a part of it never reached the disk.
+// A torn last record is dropped and logged, whether the file ends in it or a part of it never reached the disk.
 func TestJournal_aTornRecordIsDropped(t *testing.T) {
 	dir, path, ends := journalOf(t, 3)
 	whole, err := os.ReadFile(path)
@@ -276,7 +276,7 @@ func TestJournal_aTornRecordIsDropped(t *testing.T) {
 	}
 }
 
-// Other damage is an error that names the place: nothing is dropped silently, and the file stays as it is.
+// Other damage is an error that names the place. Nothing is dropped silently, and the file is not changed.
 func TestJournal_damageIsAnError(t *testing.T) {
 	dir, path, ends := journalOf(t, 4)
 	whole, err := os.ReadFile(path)
@@ -306,7 +306,7 @@ func TestJournal_damageIsAnError(t *testing.T) {
 		p := slices.Clone(whole)
 		at := rand.Int64N(ends[3])
 		if p[at] ^= 1 << rand.IntN(8); at < lineSize && string(p[:len("gapless journal, format 1, number 1, from 1")]) == string(whole[:len("gapless journal, format 1, number 1, from 1")]) {
-			continue // a space after the line
+			continue // a space that pads the line
 		}
 		refused(fmt.Sprint("a bit of byte ", at), p)
 	}
@@ -325,7 +325,7 @@ func TestJournal_damageIsAnError(t *testing.T) {
 	}
 }
 
-// Two never share a directory, and nobody else can read it.
+// Two processes never share a directory, and no other user can read it.
 func TestJournal_aDirectoryIsOnesOwn(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a", "data")
 	r, _ := mustOpen(t, dir)
@@ -347,7 +347,7 @@ func TestJournal_aDirectoryIsOnesOwn(t *testing.T) {
 	}
 }
 
-// What expires does so also across a restart; and what has begun anew since is not mistaken for it.
+// Keys also expire across a restart, and a key that was created since then does not expire with the old one.
 func TestJournal_expiryGoesOn(t *testing.T) {
 	dir := t.TempDir()
 	r, _ := mustOpen(t, dir)
@@ -377,7 +377,7 @@ func TestJournal_expiryGoesOn(t *testing.T) {
 	}
 }
 
-// Nothing leaves before it is on disk: no reply, no announcement, and no answer to somebody else who reads.
+// Nothing is sent before it is on disk: no reply, no announcement, and no reply to another reader.
 func TestJournal_nothingLeavesBeforeItIsOnDisk(t *testing.T) {
 	r, _ := mustOpen(t, t.TempDir())
 	defer mustClose(t, r)
@@ -393,7 +393,7 @@ func TestJournal_nothingLeavesBeforeItIsOnDisk(t *testing.T) {
 	if _, err := conn.Read(buf); err != nil {
 		t.Fatal(err)
 	}
-	r.mu.Lock() // the batch waits for it
+	r.mu.Lock() // holds the batch back
 	r.begin()
 	for _, args := range [][]string{{"SET", "a", "b"}, {"PUBLISH", "c", "news"}} {
 		r.run(args, false)
@@ -423,7 +423,7 @@ func TestJournal_nothingLeavesBeforeItIsOnDisk(t *testing.T) {
 	}
 }
 
-// A machine that stops keeps of what was not yet synced any part of the file's end. What was acknowledged is there all the same.
+// A machine that stops may keep any part of what was not yet synced. Everything acknowledged is still there.
 func TestJournal_cutWithinWhatWasNotSynced(t *testing.T) {
 	lower(t, 256<<10)
 	dir := t.TempDir()
@@ -510,7 +510,7 @@ func TestJournal_cutWithinWhatWasNotSynced(t *testing.T) {
 	}
 }
 
-// A disk that fails ends it: what was not written is neither acknowledged nor read, and a start reads what was.
+// After a disk error the Redis stops serving: what was not written is neither acknowledged nor read. A restart reads what was written.
 func TestJournal_aDiskThatFails(t *testing.T) {
 	dir := t.TempDir()
 	r, s := mustOpen(t, dir)

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// A disk that is full refuses what takes space, before it has changed anything; reading and deleting go on. It is over when there
-// is space again.
+// A full disk refuses commands that take space, before they change anything. Reading and deleting continue to work. Commands are
+// accepted again once there is space.
 func TestJournal_aFullDiskRefuses(t *testing.T) {
 	dir := t.TempDir()
 	r, s := mustOpen(t, dir)
@@ -24,7 +24,7 @@ func TestJournal_aFullDiskRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	limited = before
-	limited.Cur = uint64(r.journal.allocated) + 1<<20 // no file becomes longer: Go ignores SIGXFSZ, and writing fails
+	limited.Cur = uint64(r.journal.allocated) + 1<<20 // no file can grow: Go ignores SIGXFSZ, and the write fails
 	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &limited); err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func TestJournal_aFullDiskRefuses(t *testing.T) {
 	mustClose(t, r)
 }
 
-// A full disk empties itself: when what fills it was deleted, a snapshot takes its place, although there is hardly any space for one.
+// A full disk empties itself: when its contents were deleted, a snapshot replaces them, although hardly any space is left for one.
 func TestJournal_aFullDiskOfWhatWasDeletedEmptiesItself(t *testing.T) {
 	dir := t.TempDir()
 	const disk = 9 << 20
@@ -117,7 +117,7 @@ func TestJournal_aFullDiskOfWhatWasDeletedEmptiesItself(t *testing.T) {
 	mustClose(t, r)
 }
 
-// Whatever is removed from a directory, no second process is let in; and what cannot be written says so.
+// No second process may open a directory, whatever is removed from it. An unwritable directory is reported as such.
 func TestOpen_saysWhyNot(t *testing.T) {
 	dir := t.TempDir()
 	r, _ := mustOpen(t, dir)
@@ -147,7 +147,7 @@ func TestOpen_saysWhyNot(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
-	// Names that are not ours are left alone.
+	// Files with other names are not touched.
 	strange := t.TempDir()
 	for _, name := range []string{"journal-2", "snapshot-9", "journal-000000001", "snapshot-2.new", "notes"} {
 		if err := os.WriteFile(filepath.Join(strange, name), []byte("mine"), 0o600); err != nil {

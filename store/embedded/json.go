@@ -10,9 +10,9 @@ import (
 	lua "github.com/yuin/gopher-lua"
 )
 
-// What lua-cjson does, which Redis gives to scripts: it does not look at whether texts are UTF-8, and takes the last of equal names.
+// This file does what lua-cjson does in Redis's scripts: it does not check for UTF-8, and the last of equal names wins.
 
-// quote is a text as JSON.
+// quote returns a text as JSON.
 func quote(text string) string {
 	const hex = "0123456789abcdef"
 	out := append(make([]byte, 0, len(text)+2), '"')
@@ -34,7 +34,7 @@ func quote(text string) string {
 
 var errJSON = errors.New("not JSON")
 
-// decoder reads JSON into Lua values. null is a value that is neither nil nor false.
+// decoder decodes JSON into Lua values. JSON's null becomes the value null, which is neither nil nor false.
 type decoder struct {
 	l    *lua.LState
 	text string
@@ -60,7 +60,7 @@ func (d *decoder) space() {
 	}
 }
 
-// take takes a character, if it comes next.
+// take consumes a character if it comes next, and reports whether it did.
 func (d *decoder) take(c byte) bool {
 	d.space()
 	if d.at < len(d.text) && d.text[d.at] == c {
@@ -129,7 +129,7 @@ func (d *decoder) value(depth int) (lua.LValue, error) {
 	return lua.LNumber(n), nil
 }
 
-// string reads the rest of a text, after its quote.
+// string decodes the rest of a string, after its opening quote.
 func (d *decoder) string() (string, error) {
 	var out []byte
 	for d.at < len(d.text) {

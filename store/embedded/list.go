@@ -6,21 +6,21 @@ import (
 	"sort"
 )
 
-// list is a list of texts. It grows at both ends and is cut at both ends; nothing in its middle ever changes. The texts stand
-// one after the other in blocks without pointers, so that a million of them cost little more memory than their bytes, and
-// the garbage collector nothing.
+// list is a list of texts. It grows and is cut at both ends; nothing in the middle ever changes. The texts stand
+// one after another in blocks without pointers, so a million texts need little more memory than their bytes, and
+// cost the garbage collector nothing.
 type list struct {
-	blocks []*block // the leftmost first
+	blocks []*block // from left to right
 	length int
 }
 
-// block is up to blockBytes of texts, each after its length. Texts are added at the end of data. In a block that grows to the
-// left, that is its left end: data begins with the rightmost text.
+// block is up to blockBytes of texts, each preceded by its length. Texts are added at the end of data. If the block grows to the
+// left, the end of data is its left end: data begins with the rightmost text.
 type block struct {
-	first int64 // the place of its leftmost text; places only mean something next to each other
+	first int64 // the place of its leftmost text; places have meaning only relative to each other
 	n     int
 	left  bool
-	off   int // of data: what was cut off at the end that it does not grow at
+	off   int // offset in data: what was cut from the end that does not grow
 	data  []byte
 }
 
@@ -55,7 +55,7 @@ func (l *list) pushLeft(text string) {
 	if b == nil || !b.left || !b.fits(text) {
 		b = newBlock(b, text)
 		b.first, b.left = place, true
-		if cap(l.blocks) == len(l.blocks) { // leave free room at the front, too: one copy serves many blocks
+		if cap(l.blocks) == len(l.blocks) { // keep free capacity for the front as well: one copy serves many blocks
 			grown := make([]*block, len(l.blocks), 2*len(l.blocks)+1)
 			copy(grown, l.blocks)
 			l.blocks = grown
@@ -67,7 +67,7 @@ func (l *list) pushLeft(text string) {
 	l.length++
 }
 
-// newBlock makes a block after or before another one: a list that has filled one fills the next one, too.
+// newBlock makes a block next to another one. A list that has filled one block probably fills the next one, too.
 func newBlock(former *block, text string) *block {
 	need := len(text) + binary.MaxVarintLen32
 	size := min(max(4*need, 64), blockBytes)
@@ -91,7 +91,7 @@ func (b *block) add(text string) {
 	b.n++
 }
 
-// skip returns where the text after the next n texts begins.
+// skip returns the offset after the first n texts of data.
 func skip(data []byte, n int) int {
 	at := 0
 	for range n {
@@ -101,7 +101,7 @@ func skip(data []byte, n int) int {
 	return at
 }
 
-// each calls f with the texts i to j-1 of the block, counted from the left, from left to right.
+// each calls f for the texts i to j-1 of the block, from left to right.
 func (b *block) each(i, j int, f func(text []byte)) {
 	from, to := i, j
 	if b.left {
@@ -125,7 +125,7 @@ func (b *block) each(i, j int, f func(text []byte)) {
 	}
 }
 
-// each calls f with the texts at positions i to j-1 (0 is the leftmost), from left to right.
+// each calls f for the texts at positions i to j-1 (0 is the leftmost), from left to right.
 func (l *list) each(i, j int, f func(text []byte)) {
 	if i >= j {
 		return
@@ -174,7 +174,7 @@ func (l *list) trim(i, j int) {
 	}
 }
 
-// cut takes n texts away, at the end at which the block grows or at the other one.
+// cut removes n texts, either at the growing end or at the other one.
 func (b *block) cut(n int, growing bool) {
 	data := b.data[b.off:]
 	if growing {

@@ -21,10 +21,10 @@ import (
 	lua "github.com/yuin/gopher-lua"
 )
 
-// DamageError says that a directory does not have what it should have.
+// DamageError says that a file in a directory is damaged or missing.
 type DamageError struct {
 	File   string
-	At     int64 // where in the file, in bytes
+	At     int64 // offset in the file, in bytes
 	What   string
 	Remedy string
 }
@@ -38,7 +38,7 @@ const (
 	remedyCopy    = "copy the directory again, all of it, or while gapless does not run"
 )
 
-// openJournal reads what a directory has into r, and has r go on there.
+// openJournal reads the data of a directory into r, and opens the journal there for writing.
 func openJournal(dir string, r *Redis) (*journal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, remedied(err)
@@ -62,7 +62,7 @@ func openJournal(dir string, r *Redis) (*journal, error) {
 
 var errInUse = errors.New("in use by another process")
 
-// remedied adds to an error of the file system what an operator can do.
+// remedied adds to an error of the file system what an operator can do about it.
 func remedied(err error) error {
 	if _, ok := errors.AsType[*fs.PathError](err); !ok {
 		return err
@@ -73,16 +73,16 @@ func remedied(err error) error {
 	return fmt.Errorf("%w: this user must be able to write to the directory and to its files", err)
 }
 
-// fileName names a file of the journal.
+// fileName returns the name of a file of the journal.
 func fileName(kind string, number uint64) string { return fmt.Sprintf("%s-%08d", kind, number) }
 
-// parseName reads what fileName made.
+// parseName parses a name that fileName made.
 func parseName(name, kind string) (number uint64, ok bool) {
 	number, err := strconv.ParseUint(strings.TrimPrefix(name, kind+"-"), 10, 64)
 	return number, err == nil && name == fileName(kind, number)
 }
 
-// numbersOf returns which numbers a kind of file has in the directory, the lowest first.
+// numbersOf returns the numbers of the files of a kind in the directory, in ascending order.
 func numbersOf(dir, kind string) (numbers []uint64, err error) {
 	all, err := os.ReadDir(dir)
 	if err != nil {
@@ -97,7 +97,7 @@ func numbersOf(dir, kind string) (numbers []uint64, err error) {
 	return numbers, nil
 }
 
-// removeBefore removes the files that a snapshot has made superfluous, and those that were not completed.
+// removeBefore removes the files that a snapshot has made superfluous, and incomplete files.
 func removeBefore(dir string, number uint64) error {
 	all, err := os.ReadDir(dir)
 	if err != nil {
@@ -166,7 +166,7 @@ func (j *journal) missing(number uint64) error {
 	return &DamageError{j.path("journal", number), 0, "the file is missing", remedyCopy}
 }
 
-// create makes the first file.
+// create creates the first file.
 func (j *journal) create() error {
 	path := j.path("journal", 1)
 	file, room, err := newJournalFile(path + ".new")
@@ -174,7 +174,7 @@ func (j *journal) create() error {
 		return err
 	}
 	if file, err = settle(file, path, firstLine("journal", 1, 1)); err == nil {
-		err = syncDir(filepath.Dir(filepath.Clean(j.dir))) // which may be new as well
+		err = syncDir(filepath.Dir(filepath.Clean(j.dir))) // the directory may be new as well
 	}
 	j.file, j.number, j.began, j.size, j.allocated = file, 1, 1, lineSize, room
 	return err
@@ -185,7 +185,7 @@ type reader struct {
 	file *os.File
 	in   *bufio.Reader
 	at   int64
-	next uint64 // the number that the next unit has to have
+	next uint64 // the expected number of the next unit
 }
 
 // open opens a file and reads its first line.
@@ -214,10 +214,10 @@ func (j *journal) open(kind string, number uint64) (*reader, error) {
 	return f, nil
 }
 
-// errNoFrame says that there is no whole frame at this place.
+// errNoFrame says that no complete frame is at this position.
 var errNoFrame = errors.New("no frame")
 
-// frame reads a frame. io.EOF says that the file ends here.
+// frame reads a frame. It returns io.EOF at the end of the file.
 func (f *reader) frame() (units []byte, err error) {
 	head, err := f.in.Peek(headerSize)
 	if len(head) == 0 && errors.Is(err, io.EOF) {
@@ -230,7 +230,7 @@ func (f *reader) frame() (units []byte, err error) {
 	check := binary.LittleEndian.Uint32(head[32:])
 	count := binary.LittleEndian.Uint32(head[24:])
 	_, _ = f.in.Discard(headerSize)
-	var buf bytes.Buffer // grows with what is there, whatever the header says
+	var buf bytes.Buffer // grows with the data that exists, whatever the header says
 	if _, err := io.CopyN(&buf, f.in, length); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
@@ -242,7 +242,7 @@ func (f *reader) frame() (units []byte, err error) {
 	return buf.Bytes(), nil
 }
 
-// parseHeader reads a header, if it is whole.
+// parseHeader parses a header, if it is complete and valid.
 func parseHeader(head []byte) (first uint64, length int64, ok bool) {
 	if len(head) < headerSize || binary.LittleEndian.Uint32(head) != frameMark ||
 		crc32.Checksum(head[8:headerSize], castagnoli) != binary.LittleEndian.Uint32(head[4:]) {
@@ -251,7 +251,7 @@ func parseHeader(head []byte) (first uint64, length int64, ok bool) {
 	return binary.LittleEndian.Uint64(head[8:]), int64(binary.LittleEndian.Uint32(head[28:])), true
 }
 
-// each calls f with the commands of units.
+// each calls f for each command of units.
 func each(units []byte, f func(unit int, args []string) error) error {
 	for unit := 0; len(units) > 0; unit++ {
 		length, w := binary.Uvarint(units)
@@ -274,7 +274,7 @@ func each(units []byte, f func(unit int, args []string) error) error {
 	return nil
 }
 
-// loadSnapshot reads a snapshot, and returns up to which unit the journal is needed with it.
+// loadSnapshot reads a snapshot, and returns the number of the last unit that the journals must contain.
 func (j *journal) loadSnapshot(number uint64) (until uint64, err error) {
 	f, err := j.open("snapshot", number)
 	if err != nil {
@@ -320,7 +320,7 @@ func (j *journal) loadSnapshot(number uint64) (until uint64, err error) {
 	return until, nil
 }
 
-// replay does what a command of a journal did.
+// replay executes a command of a journal again.
 func (r *Redis) replay(args []string) error {
 	if c, ok := commands[args[0]]; !ok || len(args) < c.least {
 		return fmt.Errorf("%.20q is not a command of a journal", args[0])
@@ -333,7 +333,7 @@ func (r *Redis) replay(args []string) error {
 	return nil
 }
 
-// loadJournal reads a journal. Only of the last one may the last frame be torn: then it is dropped.
+// loadJournal reads a journal. Only the last journal may end with a torn frame, which is dropped.
 func (j *journal) loadJournal(number uint64, last, first bool) error {
 	f, err := j.open("journal", number)
 	if err != nil {
@@ -385,19 +385,19 @@ func (j *journal) loadJournal(number uint64, last, first bool) error {
 	}
 }
 
-// mostTorn is how much of a file is looked at after its last frame: a frame that is torn, and room, are less.
+// mostTorn is how many bytes after the last frame of a file are checked: a torn frame and the room are smaller.
 const mostTorn = 1 << 30
 
-// ends looks at what comes after the last whole frame of a journal: zeros, or a frame that was being written when the
-// machine stopped. Such a frame ends with the file, or a sector of it is still zero; and nothing comes after it. It was not
-// acknowledged, and is dropped. Everything else is damage.
+// ends checks what follows the last complete frame of a journal: zeros, or a frame that was being written when the
+// machine stopped. Such a frame is cut off by the end of the file, or one of its sectors is still zero, and nothing follows it. It was
+// not acknowledged, and is dropped. Anything else is damage.
 func (j *journal) ends(f *reader, at int64, next uint64, last bool) error {
 	rest, err := io.ReadAll(io.NewSectionReader(f.file, at, mostTorn))
 	if err != nil {
 		return err
 	}
 	if used := len(bytes.TrimRight(rest, "\x00")); used == 0 {
-		if last && len(rest) == 0 { // there is room after the last record, unless there was none to be had
+		if last && len(rest) == 0 { // normally room follows the last record, unless the disk was full
 			j.redis.log.Warn("the journal ends without room after its last record: if the file was cut, what came after that is missing", slog.String("file", f.file.Name()), slog.Int64("at", at))
 		}
 		return nil
@@ -412,7 +412,7 @@ func (j *journal) ends(f *reader, at int64, next uint64, last bool) error {
 	if err := f.file.Truncate(at); err != nil {
 		return err
 	}
-	if fill(f.file, at, at+roomStep) != nil { // it comes later, if there is no room now
+	if fill(f.file, at, at+roomStep) != nil { // it is allocated later if the disk has no space now
 		_ = f.file.Truncate(at)
 	}
 	return f.file.Sync()
@@ -420,9 +420,9 @@ func (j *journal) ends(f *reader, at int64, next uint64, last bool) error {
 
 const sectorSize = 512
 
-// damage says what is wrong with the rest of a file, if it is not a torn frame.
+// damage says what is wrong with the rest of a file, or returns "" if it is a torn frame.
 func damage(rest []byte, at int64, next uint64) string {
-	for i := 0; ; i++ { // is there a whole frame?
+	for i := 0; ; i++ { // search for a complete frame
 		k := bytes.Index(rest[i:], binary.LittleEndian.AppendUint32(nil, frameMark))
 		if k < 0 {
 			break
@@ -442,7 +442,7 @@ func damage(rest []byte, at int64, next uint64) string {
 	if end > len(rest) {
 		return ""
 	}
-	for i := 0; i < end; { // sectors, as they lie in the file
+	for i := 0; i < end; { // aligned as in the file
 		n := min(sectorSize-int((at+int64(i))%sectorSize), end-i)
 		if len(bytes.TrimRight(rest[i:i+n], "\x00")) == 0 {
 			return ""

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockDir locks a directory until the file that it returns is closed, or the process ends. There is no file for it in the
-// directory, which somebody might remove. The error is errInUse if another process has locked it.
+// lockDir locks a directory until the returned file is closed, or the process ends. It locks the directory itself, not a file in
+// it, which somebody might remove. The error is errInUse if another process holds the lock.
 func lockDir(dir string) (*os.File, error) {
 	file, err := os.Open(dir)
 	if err != nil {
@@ -26,7 +26,7 @@ func lockDir(dir string) (*os.File, error) {
 	return nil, errors.Join(err, file.Close())
 }
 
-// syncDir has the names in a directory reach the disk.
+// syncDir writes the names in a directory to disk.
 func syncDir(path string) error {
 	dir, err := os.Open(path)
 	if err != nil {
@@ -35,7 +35,7 @@ func syncDir(path string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// isFull reports whether a file cannot become longer: the disk has no space, or the user no right to more.
+// isFull reports whether a file cannot be extended: the disk is full, or the user is at a limit.
 func isFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
 }

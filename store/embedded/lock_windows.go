@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/windows"
 )
 
-// lockDir locks a directory until the file that it returns is closed, or the process ends: Windows removes no file that is open. The
-// error is errInUse if another process has locked it.
+// lockDir locks a directory until the returned file is closed, or the process ends. Windows does not remove open files. The
+// error is errInUse if another process holds the lock.
 func lockDir(dir string) (*os.File, error) {
 	file, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -25,10 +25,10 @@ func lockDir(dir string) (*os.File, error) {
 	return file, nil
 }
 
-// syncDir does nothing: Windows writes names down by itself.
+// syncDir does nothing: Windows writes names to disk itself.
 func syncDir(string) error { return nil }
 
-// isFull reports whether a file cannot become longer.
+// isFull reports whether a file cannot be extended.
 func isFull(err error) bool {
 	return errors.Is(err, windows.ERROR_DISK_FULL) || errors.Is(err, windows.ERROR_HANDLE_DISK_FULL)
 }

@@ -12,13 +12,13 @@ import (
 	"github.com/yuin/gopher-lua/parse"
 )
 
-// script is a Lua program, compiled.
+// script is a compiled Lua program.
 type script struct {
 	*lua.FunctionProto
-	sparing bool // it frees space, or takes little: it runs also when there is hardly any
+	sparing bool // frees space, or takes little: it also runs when hardly any is left
 }
 
-// compiled are scripts by their texts: all Redises of this process share them.
+// compiled holds scripts by their texts, shared by all Redises of this process.
 var compiled sync.Map
 
 func compile(text string) (script, error) {
@@ -57,7 +57,7 @@ func evalSHA(r *Redis, args []string) lua.LValue {
 	return r.runScript(s, args[2:])
 }
 
-// sparing reports whether commands are scripts that run also when there is hardly any space.
+// sparing reports whether all commands are scripts that also run when hardly any space is left.
 func (r *Redis) sparing(commands [][]string) bool {
 	for _, args := range commands {
 		if len(args) < 2 {
@@ -74,7 +74,7 @@ func (r *Redis) sparing(commands [][]string) bool {
 	return true
 }
 
-// runScript runs a script with the number of its keys, the keys and the other arguments.
+// runScript runs a script. args are the number of keys, the keys, and the other arguments.
 func (r *Redis) runScript(s script, args []string) lua.LValue {
 	n, err := strconv.Atoi(args[0])
 	if err != nil || n < 0 || n > len(args)-1 {
@@ -104,7 +104,7 @@ func sha1Hex(text string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// newState makes the state that all scripts run in: it has what Redis gives to scripts, as far as ours use it.
+// newState makes the state in which all scripts run. It provides those functions of Redis's that our scripts use.
 func (r *Redis) newState() *lua.LState {
 	l := lua.NewState(lua.Options{SkipOpenLibs: true, RegistrySize: 16 << 10, RegistryMaxSize: 1 << 20, CallStackSize: 200})
 	for _, lib := range []struct {
@@ -115,7 +115,7 @@ func (r *Redis) newState() *lua.LState {
 		l.Push(lua.LString(lib.name))
 		l.Call(1, 0)
 	}
-	// Half of what the scripts format is whole numbers.
+	// Half of what the scripts format is whole numbers, so they take a fast path.
 	library := l.GetGlobal("string").(*lua.LTable)
 	formatAll := library.RawGetString("format").(*lua.LFunction).GFunction
 	library.RawSetString("format", l.NewFunction(func(l *lua.LState) int {
@@ -180,7 +180,7 @@ func (r *Redis) newState() *lua.LState {
 
 const wholeNumber = lua.LString("%.0f")
 
-// number is how Redis passes a Lua number to a command.
+// number formats a Lua number as Redis passes it to a command.
 func number(n lua.LNumber) string {
 	if i := int64(n); lua.LNumber(i) == n {
 		return strconv.FormatInt(i, 10)

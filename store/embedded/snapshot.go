@@ -11,25 +11,25 @@ import (
 	"time"
 )
 
-// A journal grows with all that ever happened. When most of that is history, the dataset is written down as a snapshot, and
+// A journal grows with every change. When most of it is history, the dataset is written to a snapshot, and
 // the journals before it are removed.
 //
-// Commands go on meanwhile. First the journal goes on in a new file. Then the keys are written down, a few at a time, each
-// as it is at that moment, with the number of the last unit. Who reads that again skips what the new journal says of a key up to
-// this number. At the end stands the number of the last unit at that time: the snapshot is of no use with a journal
-// that does not go so far, such as a copy of it that was made earlier.
+// Commands continue meanwhile. First the journal continues in a new file. Then the keys are written, a few at a time, each
+// in its current state, together with the number of the last unit. On loading, the new journal's changes to a key are skipped up to
+// that number. The snapshot ends with the number of the last unit at that time. It is useless with a journal
+// that does not reach that unit, such as a copy that was made earlier.
 
-// rewriteLeast is how much longer than the snapshot the journals become.
+// rewriteLeast is the least number of bytes by which the journals outgrow the snapshot before a rewrite.
 var rewriteLeast int64 = 32 << 20
 
-// successor is a file that a journal is to go on in.
+// successor is the file in which a journal will continue.
 type successor struct {
 	file *os.File
-	room int64 // how long it is
+	room int64 // the length of the file
 	done chan error
 }
 
-// rewriteIfDue begins a snapshot when it is time for one.
+// rewriteIfDue starts a snapshot if it is time for one.
 func (j *journal) rewriteIfDue() {
 	j.redis.mu.Lock()
 	defer j.redis.mu.Unlock()
@@ -38,10 +38,10 @@ func (j *journal) rewriteIfDue() {
 	}
 }
 
-// full reports whether the disk was full a moment ago. redis.mu is held.
+// full reports whether the disk was recently full. redis.mu is held.
 func (j *journal) full() bool { return !j.fullSince.IsZero() && time.Since(j.fullSince) < fullFor }
 
-// due reports whether it is time for a snapshot, and says that one begins. redis.mu is held.
+// due reports whether it is time for a snapshot, and marks one as begun if so. redis.mu is held.
 func (j *journal) due() bool {
 	grown := j.former + j.size - j.base
 	if j.rewriting || j.failure != nil || time.Now().Before(j.retry) {
@@ -60,9 +60,9 @@ func (j *journal) due() bool {
 }
 
 const (
-	// retryRewrite is how long after a failure a snapshot is tried again.
+	// retryRewrite is the pause before another snapshot after a failure.
 	retryRewrite = 30 * time.Second
-	// retryFull is how often a full disk is checked for whether a snapshot would free space.
+	// retryFull is the pause before another check whether a snapshot would free space on a full disk.
 	retryFull = 5 * time.Second
 )
 
@@ -71,8 +71,8 @@ var (
 	errNotWorth = errors.New("most of the journal is still needed")
 )
 
-// squeeze makes space on a full disk for a snapshot, if one is worth it and fits: it gives back the room of the journal, but for what
-// commands need that free space.
+// squeeze makes space on a full disk for a snapshot, if one is worth it and fits. It gives back the journal's room, except for what
+// commands that free space need.
 func (j *journal) squeeze(snapshot string) error {
 	size, err := j.writeDataset(io.Discard, 0, nil)
 	if err != nil {
@@ -94,7 +94,7 @@ func (j *journal) squeeze(snapshot string) error {
 	if err = errors.Join(err, failed); err != nil {
 		return err
 	}
-	return errors.Join(fill(file, 0, size+size/8+roomScarce+lineSize), file.Close(), os.Remove(snapshot)) // and room for the new journal
+	return errors.Join(fill(file, 0, size+size/8+roomScarce+lineSize), file.Close(), os.Remove(snapshot)) // including room for the new journal
 }
 
 func (j *journal) rewrite() {
@@ -106,7 +106,7 @@ func (j *journal) rewrite() {
 	if errors.Is(err, errStopped) {
 		return
 	}
-	if errors.Is(err, errNotWorth) || isFull(err) { // that the disk is full has been said
+	if errors.Is(err, errNotWorth) || isFull(err) { // that the disk is full has been logged
 		j.retry = time.Now().Add(retryFull)
 		return
 	}
@@ -119,7 +119,7 @@ func (j *journal) rewrite() {
 }
 
 func (j *journal) tryRewrite() (size int64, err error) {
-	number := j.number + 1 // only rewrite changes it
+	number := j.number + 1 // only tryRewrite changes it
 	path := j.path("snapshot", number)
 	j.redis.mu.Lock()
 	full := j.full()
@@ -173,7 +173,7 @@ func (j *journal) tryRewrite() (size int64, err error) {
 	return size, removeBefore(j.dir, number)
 }
 
-// newJournalFile makes a file that has no line yet, but room. It returns how long the file is.
+// newJournalFile creates a file with room, but without its first line. It returns the length of the file.
 func newJournalFile(path string) (file *os.File, room int64, err error) {
 	if file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
 		return nil, 0, err
@@ -187,7 +187,7 @@ func newJournalFile(path string) (file *os.File, room int64, err error) {
 	return nil, 0, errors.Join(err, file.Close(), os.Remove(path))
 }
 
-// settle gives a new file its first line and its name. The file is closed meanwhile: Windows renames no file that is open.
+// settle gives a new file its first line and its name. It closes the file meanwhile, because Windows cannot rename an open file.
 func settle(file *os.File, path string, line []byte) (*os.File, error) {
 	_, err := file.WriteAt(line, 0)
 	if err == nil {
@@ -203,13 +203,13 @@ func settle(file *os.File, path string, line []byte) (*os.File, error) {
 	if err == nil {
 		file, err = os.OpenFile(path, os.O_RDWR, 0)
 	}
-	if err != nil { // the journal does not go on there
+	if err != nil { // the journal does not continue there
 		return nil, errors.Join(err, os.Remove(path))
 	}
 	return file, nil
 }
 
-// change has the journal go on in another file. Only write calls it: so no frame is under way.
+// change makes the journal continue in another file. Only write calls it, so no frame is being written.
 func (j *journal) change(s *successor) error {
 	j.growing.Lock()
 	defer j.growing.Unlock()
@@ -233,10 +233,10 @@ func (j *journal) change(s *successor) error {
 	return nil
 }
 
-// snapshotSlice is how many keys are looked at under the lock.
+// snapshotSlice is how many keys are copied in one hold of the lock.
 const snapshotSlice = 64
 
-// writeSnapshot writes the dataset to a file, while it changes.
+// writeSnapshot writes the dataset to a file while the dataset changes.
 func (j *journal) writeSnapshot(path string, number uint64) (size int64, err error) {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -249,12 +249,12 @@ func (j *journal) writeSnapshot(path string, number uint64) (size int64, err err
 		err = file.Sync()
 	}
 	if err == nil {
-		err = last.wait() // the journal goes as far as the snapshot says
+		err = last.wait() // the journal must reach as far as the snapshot says
 	}
 	return size, err
 }
 
-// writeDataset writes the dataset, as snapshot number. If last is not nil, it is set to what has to be on disk for the snapshot to be of use.
+// writeDataset writes the dataset as snapshot number. If last is not nil, it is set to the batch that must be on disk for the snapshot to be usable.
 func (j *journal) writeDataset(to io.Writer, number uint64, last **batch) (size int64, err error) {
 	w := &snapshotWriter{to: bufio.NewWriterSize(to, 1<<20), next: 1}
 	r := j.redis
@@ -308,18 +308,18 @@ func (j *journal) writeDataset(to io.Writer, number uint64, last **batch) (size 
 	return w.size, w.err
 }
 
-// frozen is a key as it was at one moment.
+// frozen is a copy of a key at one moment.
 type frozen struct {
 	name     string
 	since    uint64
 	deadline int64
-	blocks   []block  // of a list: what is in a block stays, whatever comes after it
-	fields   []string // of a hash: names and values in turn
-	members  []string // of a sorted set: scores and names in turn
+	blocks   []block  // of a list: the texts in a block never change, even if more are added
+	fields   []string // of a hash: names and values alternate
+	members  []string // of a sorted set: scores and names alternate
 	text     *string
 }
 
-// freeze is fast: it is called under the lock.
+// freeze copies a key. It is fast, because the lock is held.
 func freeze(name string, k *key, since uint64) frozen {
 	f := frozen{name: name, since: since, deadline: k.deadline}
 	switch v := k.value.(type) {
@@ -372,7 +372,7 @@ func (f frozen) write(w *snapshotWriter) {
 // snapshotWriter writes commands in frames.
 type snapshotWriter struct {
 	to   *bufio.Writer
-	next uint64 // the number of the next unit: a snapshot's begin at 1
+	next uint64 // the number of the next unit; a snapshot's units begin at 1
 	b    *batch
 	size int64
 	err  error

@@ -6,7 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// syncData has what was written to a file reach the disk. Its length and its place are known there already.
+// syncData writes the data of a file to disk. Its length and its blocks are on disk already.
 func syncData(file *os.File) error {
 	for {
 		if err := unix.Fdatasync(int(file.Fd())); err != unix.EINTR {

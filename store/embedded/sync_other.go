@@ -4,5 +4,5 @@ package embedded
 
 import "os"
 
-// syncData has what was written to a file reach the disk.
+// syncData writes a file to disk.
 func syncData(file *os.File) error { return file.Sync() }

@@ -9,7 +9,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// A list is what a slice would be, wherever it grows and is cut.
+// A list behaves like a slice, wherever it grows and is cut.
 func TestList_isAList(t *testing.T) {
 	rapid.Check(t, func(r *rapid.T) {
 		var l list
@@ -43,7 +43,7 @@ func TestList_isAList(t *testing.T) {
 	})
 }
 
-// A sorted set is what a sorted slice would be.
+// A sorted set behaves like a sorted slice.
 func TestZset_isSorted(t *testing.T) {
 	rapid.Check(t, func(r *rapid.T) {
 		z := zset{scores: map[string]float64{}}

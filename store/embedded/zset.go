@@ -6,8 +6,8 @@ import (
 	"sort"
 )
 
-// zset is a sorted set: members by score, and those of one score by their bytes. They stand in short slices, so that one in
-// a hundred thousand is added without moving all of the others.
+// zset is a sorted set: members by score, and those with equal scores by their bytes. They are stored in short slices, so that one of
+// a hundred thousand members can be added without moving all the others.
 type zset struct {
 	scores map[string]float64
 	parts  [][]member // none is empty
@@ -24,10 +24,10 @@ func compareMembers(a, b member) int {
 	return cmp.Or(cmp.Compare(a.score, b.score), cmp.Compare(a.name, b.name))
 }
 
-// place is where a member stands, or would stand: in which part, and where in it.
+// place is the position of a member, or where it would be: the index of its part, and the index in it.
 type place struct{ part, i int }
 
-// search returns the place of the first member of which after is true. after is false of members before it.
+// search returns the place of the first member for which after is true. after must be false for all members before it.
 func (z *zset) search(after func(member) bool) place {
 	part := sort.Search(len(z.parts), func(k int) bool { return after(z.parts[k][len(z.parts[k])-1]) })
 	if part == len(z.parts) {
@@ -40,7 +40,7 @@ func (z *zset) placeOf(m member) place {
 	return z.search(func(other member) bool { return compareMembers(other, m) >= 0 })
 }
 
-// at returns the member at a place, and whether there is one.
+// at returns the member at a place, and reports whether one is there.
 func (z *zset) at(p place) (member, bool) {
 	if p.part < 0 || p.part >= len(z.parts) {
 		return member{}, false
@@ -65,7 +65,7 @@ func (z *zset) previous(p place) place {
 	return place{p.part, len(z.parts[p.part]) - 1}
 }
 
-// index returns the place of the member that has n members before it.
+// index returns the place of the member that n members precede.
 func (z *zset) index(n int) place {
 	for part, all := range z.parts {
 		if n < len(all) {
@@ -76,7 +76,7 @@ func (z *zset) index(n int) place {
 	return place{len(z.parts), 0}
 }
 
-// set adds a member, or gives it another score. It reports whether that changed something, and whether it was added.
+// set adds a member, or changes its score. It reports whether anything changed, and whether the member was added.
 func (z *zset) set(name string, score float64) (changed, added bool) {
 	former, has := z.scores[name]
 	if has && former == score {
@@ -90,7 +90,7 @@ func (z *zset) set(name string, score float64) (changed, added bool) {
 	switch p := z.placeOf(m); {
 	case len(z.parts) == 0:
 		z.parts = [][]member{{m}}
-	case p.part == len(z.parts): // after all others
+	case p.part == len(z.parts): // after all other members
 		p.part--
 		z.insert(p.part, len(z.parts[p.part]), m)
 	default:
@@ -104,7 +104,7 @@ func (z *zset) insert(part, i int, m member) {
 	z.parts[part] = all
 	if len(all) > partMost {
 		half := len(all) / 2
-		if i == len(all)-1 { // members that come in order leave full parts
+		if i == len(all)-1 { // members that arrive in order leave full parts
 			half = len(all) - 1
 		}
 		z.parts[part] = slices.Clip(all[:half])

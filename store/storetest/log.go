@@ -289,7 +289,7 @@ func (l *Log) Renew(_ context.Context, _, epoch string, last int64) error {
 	return nil
 }
 
-// NextBase returns the number after which an epoch begins if numbers up to top were in use before: the first multiple
+// NextBase returns the number after which an epoch begins if numbers up to top were in use. It is the first multiple
 // of a million that is at least half a million higher (log.lua: next_base).
 func NextBase(top int64) int64 { return (top + 500_000 + 999_999) / 1_000_000 * 1_000_000 }
 
@@ -299,8 +299,8 @@ func (l *Log) Given(string, string, int64) {}
 // Witness implements the method of store.Store.
 func (l *Log) Witness(string, int64) {}
 
-// LostAt implements the method of store.Store. The log in memory has no connections.
-func (l *Log) LostAt() int64 { return 0 }
+// ReplacedAt implements the method of store.Store. The log in memory has no server.
+func (l *Log) ReplacedAt() int64 { return 0 }
 
 // Listen implements the method of store.Store.
 func (l *Log) Listen(_ string, listener store.Listener) func() {

@@ -16,22 +16,22 @@ import (
 // with the scripts step by step, so what a test shows on the model is true of the scripts.
 //
 // A Node is one node's handle on the session. It has its own announcements, which a test delivers, doubles or loses.
-// The model's other methods are events of a Redis: another program pushes, a replica that lacks the newest changes
-// takes over, one of the two keys is lost, or both are.
+// The model's other methods are events of a Redis. Another program pushes, a replica that lacks the newest changes
+// takes over, or one or both of the keys are lost.
 type Model struct {
 	// Max is how many chunks are kept; 0 keeps all.
 	Max int
 	// Forgetful makes nodes tell the scripts nothing of what they remember: then losses must be detected otherwise.
 	Forgetful bool
 
-	mu     sync.Mutex
-	keys   keys
-	past   []keys // before each change, the newest last: what a replica may still have
-	nodes  []*Node
-	epochs int
-	after  map[int64]string // epochs in which lost ones continue, by the number after which they begin
-	clock  int64
-	lostAt int64 // when connections were last lost, in milliseconds since 1970
+	mu         sync.Mutex
+	keys       keys
+	past       []keys // before each change, the newest last: what a replica may still have
+	nodes      []*Node
+	epochs     int
+	after      map[int64]string // epochs in which lost ones continue, by the number after which they begin
+	clock      int64
+	replacedAt int64 // when a server that lags took over, in milliseconds since 1970
 }
 
 // Replicas is the maximum number of changes that a replica may lag.
@@ -42,8 +42,8 @@ type keys struct {
 	list []string // oldest first
 	hash *hash    // nil: it does not exist
 
-	// No script knows these, but the checks need them: what has expired or was trimmed in this epoch, from number
-	// start+1 on (empty: unknown), and the list as the last script left it.
+	// No script knows these, but the checks need them. gone has what has expired or was trimmed in this epoch, from number
+	// start+1 on (empty: unknown). seen is the list as the last script left it.
 	start      int64
 	gone, seen []string
 }
@@ -90,7 +90,7 @@ type lost struct {
 	base  int64
 }
 
-// open reads the log's bounds, and checks whether the list is still the one that was seen last and has what the node
+// open reads the log's bounds, and checks whether the list is still the last one seen and contains what the node
 // remembers. It returns false if neither hash nor list exists.
 func (s *script) open() bool {
 	s.keys = s.m.keys
@@ -179,8 +179,8 @@ func (s *script) top() int64 { return max(s.h.lastSeen, s.last, s.memory.last) }
 // markMost is the maximum number of elements that a mark covers if other programs pushed them.
 const markMost = 8
 
-// mark identifies the elements at the log's end: the last element if it is ours (no two of ours are equal), or else up
-// to eight elements, from the last one backwards. (The scripts store their hashes.)
+// mark identifies the elements at the log's end. If the last element is ours, it is that element, because no two of ours
+// are equal. Otherwise it is up to eight elements, from the last one backwards. (The scripts store their hashes.)
 func (s *script) mark() string {
 	n := len(s.list)
 	if n == 0 {
@@ -279,7 +279,7 @@ func (s *script) told() memory {
 	return memory{s.h.epoch, s.last, s.h.mark}
 }
 
-// resumed returns the epoch in which a log continues after base when Redis has lost all of it, which is the same for all nodes. mu must be
+// resumed returns the epoch in which a log continues after base when Redis has lost all of it. It is the same for all nodes. mu must be
 // held.
 func (m *Model) resumed(base int64) string {
 	if m.after[base] == "" {
@@ -328,7 +328,7 @@ func (m *Model) Fail(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.keys, m.past = m.past[len(m.past)-n], m.past[:len(m.past)-n]
-	m.lostAt = time.Now().UnixMilli()
+	m.replacedAt = time.Now().UnixMilli()
 	for _, n := range m.nodes {
 		n.waiting, n.down = nil, true
 	}
@@ -676,9 +676,9 @@ func (n *Node) Witness(_ string, last int64) {
 	n.memory.note(memory{epoch: n.m.resumed(to), last: to, mark: nothingYet})
 }
 
-// LostAt implements the method of store.Store.
-func (n *Node) LostAt() int64 {
+// ReplacedAt implements the method of store.Store.
+func (n *Node) ReplacedAt() int64 {
 	n.m.mu.Lock()
 	defer n.m.mu.Unlock()
-	return n.m.lostAt
+	return n.m.replacedAt
 }

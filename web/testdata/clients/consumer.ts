@@ -21,6 +21,7 @@ const options: Options = {
     const leading: boolean = f.leading;
     console.log(state === 'live', numbers, texts, leading);
   },
+  onProgress(f: Follower) { console.log(f.seq, f.state === 'live'); },
   onEnd(reason: EndReason) { console.log(reason === 'deleted'); },
   ticket: async () => 'ticket',
   headers: async () => ({ Authorization: 'Bearer token' }),

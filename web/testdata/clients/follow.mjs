@@ -8,6 +8,7 @@ import { follow } from './gapless.js';
 const number = (_, value) => (value === 'NaN' || value === 'Infinity' ? Number(value) : value);
 let { url, by, again, resets, throws, snapshot, tickets, worker, ...options } = JSON.parse(process.argv[2], number);
 const say = (...what) => process.stdout.write(JSON.stringify(what) + '\n');
+const entered = []; // what onState was called with
 let count = 0;
 if (worker) globalThis.location = new URL(worker); // a worker has this, and no document
 
@@ -30,8 +31,9 @@ const handlers = {
     if (resets) f[resets]();
   },
   onHole: (from, to) => say('hole', from, to),
-  onState: (state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }) =>
-    say('state', state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }),
+  onState: (state) => entered.push(state),
+  onProgress: ({ state, seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading }) =>
+    say('state', state, { seq, epoch, node, connection, gaps, doubles, resets, reconnects, leading, entered }),
   onEnd: (reason) => say('end', reason),
 };
 
