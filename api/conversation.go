@@ -2,13 +2,18 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json/jsontext"
+
 	"gapless/api/model"
+	"gapless/api/openai"
 	"gapless/sse"
 	"gapless/store"
 )
@@ -17,6 +22,8 @@ const (
 	// contextChunks is how many of the log's newest chunks are read for a conversation. 20,000 words, one chunk each,
 	// are about 3 MB, and take 20 ms of Redis for each question.
 	contextChunks = 20_000
+	// contextMargin is how many chunks before those are also read, because they show which messages began earlier.
+	contextMargin = 1000
 	contextPage   = 1 << 20 // bytes of one read
 	// contextRead is the maximum size of the chunks that are read, in bytes. Their texts may be a small part of that.
 	contextRead = 16 << 20
@@ -26,116 +33,276 @@ const (
 	instructionsMost = 1 << 20
 )
 
-// conversation returns what was said in a log before chunk number before, followed by the question. The result suits
-// strict services: many of them, and the templates of some models, refuse turns that do not alternate.
+// question is what a model is asked: chunks of a log, which were appended together.
+type question struct {
+	session      string
+	first, last  int64  // the numbers of the chunks
+	instructions string // they precede those in the log
+	tools        bool   // whether calls of tools and their results are sent along
+}
+
+// said is a message of a conversation.
+type said struct {
+	model.Turn
+	asked bool // it belongs to the question
+}
+
+// conversation returns what was said in a log, up to and including the question. The result suits strict services: many
+// of them, and the templates of some models, refuse turns that do not alternate.
 //
 //   - Instructions come first, in one turn. They are never left out.
-//   - Then user and assistant alternate, from a user's turn to the question. Neighbours of one role become one turn. An
+//   - Then user and assistant alternate, beginning with a user's turn. Neighbours of one role become one turn. An
 //     answer that was stopped before its first word leaves such neighbours.
 //   - No turn is blank.
-//   - Messages are in the order in which they began, each as far as it got. The newest messages are included, each
-//     whole, as many as fit into Config.ContextMax bytes.
-func (a *API) conversation(ctx context.Context, session string, before int64, question string) ([]model.Turn, error) {
-	said, torn, err := a.saidBefore(ctx, session, before, false)
+//   - A call of a tool is included with its result, which follows it at once, or neither is included.
+//   - Messages are in the order in which they began, each whole, as far as it got. The newest are included, as many as
+//     fit into Config.ContextMax bytes. The question is always included, from a user's message on.
+func (a *API) conversation(ctx context.Context, q question) (turns []model.Turn, err error) {
+	m, isWhole, err := a.readSaid(ctx, q.session, q.last+1)
 	if err != nil {
 		return nil, err
 	}
-	m := sse.NewMessages(sse.MessagesAsk{Only: func(id string) bool { return id == "" || id != torn }})
-	for _, one := range said {
-		m.Add(one.seq, one.element)
-	}
-	var instructions, others []model.Turn
-	instructed, size := 0, 0
+	instructions := join(nil, said{Turn: model.Turn{Role: model.RoleSystem, Content: q.instructions}}, model.RoleSystem)
+	var others []said
 	for i, head := range m.Heads() {
-		t := model.Turn{Role: roleOf(head.Role), Content: m.Content(i)}
-		if t.Role == model.RoleSystem {
-			instructions, instructed = append(instructions, t), instructed+len(t.Content)
-		} else {
-			others, size = append(others, t), size+len(t.Content)
-		}
-	}
-	if instructed > instructionsMost {
-		return nil, &model.Error{Reason: contextTooLarge, Detail: fmt.Sprintf("the instructions (roles system and developer) in the log are larger than %d bytes: shorten them, or continue in another session", instructionsMost)}
-	}
-	for size > a.cfg.ContextMax {
-		size -= len(others[0].Content)
-		others = others[1:]
-	}
-	return inTurn(slices.Concat(instructions, others, []model.Turn{{Role: model.RoleUser, Content: question}})), nil
-}
-
-// saying is an element with text for the conversation.
-type saying struct {
-	seq     int64
-	element string
-}
-
-// saidBefore reads a log backwards from a chunk. It returns the texts of the newest chunks until they fill the context,
-// and only instructions from the chunks before. torn is a message that may have begun before the newest chunks.
-//
-// With tools, it also returns calls of tools and their results.
-func (a *API) saidBefore(ctx context.Context, session string, before int64, tools bool) (all []saying, torn string, err error) {
-	var parts [][]saying
-	lowest := max(before-contextChunks, 1)
-	from, size, read := before, 0, 0
-	for step := int64(64); from > lowest && read < contextRead; {
-		p, err := a.readRange(ctx, session, max(from-step, lowest), from)
-		if err != nil {
-			return nil, "", err
-		}
-		full := size >= a.cfg.ContextMax
-		part, said, bytes := sayings(p, full, tools)
-		parts, size, read = append(parts, part), size+said, read+bytes
-		if !full {
-			if torn = ""; p.From-1 > p.Former && len(p.Elements) > 0 { // the first numbers of an epoch follow those of the former one
-				torn = begunBefore(p.Elements[0])
+		one := said{Turn: model.Turn{Role: roleOf(head.Role), Content: m.Content(i)}, asked: head.First >= q.first}
+		switch {
+		case !isWhole(head), one.Role == model.RoleTool && !q.tools:
+		case one.Role == model.RoleSystem:
+			instructions = join(instructions, one, model.RoleSystem)
+		default:
+			if q.tools {
+				one.ToolCalls, one.ToolCallID = toolCalls(head.ID, m.More(i))
 			}
+			others = join(others, one, model.RoleAssistant)
 		}
-		if asked := max(from-step, lowest); p.From > asked || len(p.Elements) == 0 {
-			from = 1
-			break // the log begins there, or was replaced
-		}
-		step = min(2*step, 4096, max(int64(contextRead-read)*step/int64(bytes+1), 16)) // as many as are likely to fit
-		from = p.From
 	}
-	if from > 1 {
-		p, err := a.readRange(ctx, session, 1, min(from, 1+contextFirst))
-		if err != nil {
-			return nil, "", err
-		}
-		part, _, _ := sayings(p, true, tools)
-		parts = append(parts, part)
+	if len(instructions) > 0 && len(instructions[0].Content) > instructionsMost {
+		return nil, &model.Error{Reason: contextTooLarge, Detail: fmt.Sprintf("the instructions (roles system and developer) are larger than %d bytes: shorten them, or continue in another session", instructionsMost)}
 	}
-	slices.Reverse(parts)
-	return slices.Concat(parts...), torn, nil
+	for _, one := range fitting(withResults(others), a.cfg.ContextMax) {
+		instructions = join(instructions, one, model.RoleUser, model.RoleAssistant)
+	}
+	for _, one := range instructions {
+		turns = append(turns, one.Turn)
+	}
+	return turns, nil
 }
 
-// sayings returns the sayings of a page, their size in the conversation, and the size of the page, both in bytes.
-func sayings(p store.Page, onlyInstructions, tools bool) (all []saying, said, bytes int) {
-	for i, element := range p.Elements {
-		s := store.ParseSaid([]byte(element))
-		bytes += len(element)
-		role := roleOf(s.Role)
-		tool := tools && (s.Role == "tool" || s.Data != nil && (s.Type == typeToolCalls || s.Type == store.TypeMessage))
-		if !tool && (role == "" || s.Content == "" || s.Type == store.TypeReasoning) {
+// join appends a message, unless it is blank. If it has one of these roles, and the last message too, they become one.
+func join(all []said, one said, roles ...string) []said {
+	switch n := len(all); {
+	case strings.TrimSpace(one.Content) == "" && one.ToolCalls == nil && one.Role != model.RoleTool:
+		return all
+	case n > 0 && all[n-1].Role == one.Role && slices.Contains(roles, one.Role):
+		last := &all[n-1]
+		if last.Content != "" && one.Content != "" {
+			last.Content += joint
+		}
+		last.Content += one.Content
+		last.ToolCalls = append(last.ToolCalls, one.ToolCalls...)
+		last.asked = last.asked || one.asked
+		return all
+	}
+	return append(all, one)
+}
+
+const joint = "\n\n"
+
+// toolCalls returns the calls of tools in chunks of a message, or the call whose result the message is.
+func toolCalls(message string, chunks iter.Seq[jsontext.Value]) (all []model.ToolCall, resultOf string) {
+	var pieces []model.Call
+	for chunk := range chunks {
+		s := store.ParseSaid(chunk)
+		resultOf += s.ToolCallID
+		if s.Type != typeToolCalls && s.Type != store.TypeMessage {
 			continue
 		}
-		if role != model.RoleSystem {
-			said += len(s.Content)
-		}
-		if role == model.RoleSystem || !onlyInstructions {
-			all = append(all, saying{p.From + int64(i), element})
+		for _, piece := range model.Calls(json.RawMessage(s.Data)) {
+			at := slices.IndexFunc(pieces, func(c model.Call) bool {
+				return string(c.Index) == string(piece.Index) && (piece.ID == "" || piece.ID == c.ID)
+			})
+			if at < 0 {
+				pieces = append(pieces, piece)
+			} else {
+				pieces[at].Arguments += piece.Arguments
+			}
 		}
 	}
-	return all, said, bytes
+	for _, p := range pieces {
+		call := model.ToolCall{ID: p.ID, Type: "function"}
+		if call.ID == "" {
+			call.ID = openai.CallPrefix(message) // withResults completes it
+		}
+		call.Function.Name, call.Function.Arguments = p.Name, p.Arguments
+		switch {
+		case p.Arguments == "":
+			call.Function.Arguments = "{}"
+		case !json.Valid([]byte(p.Arguments)): // models do that, and services refuse it
+			wrapped, _ := json.Marshal(map[string]string{"invalid": p.Arguments})
+			call.Function.Arguments = string(wrapped)
+		}
+		all = append(all, call)
+	}
+	return all, resultOf
 }
 
-// begunBefore returns the message of a chunk if the chunk may not be its first, or else an empty string.
-func begunBefore(element string) string {
-	if s := store.ParseSaid([]byte(element)); s.Type != store.TypeMessage {
-		return s.MessageID
+// withResults leaves out calls of tools without a result, and results without a call before them. It puts the results
+// right after their calls.
+func withResults(all []said) (kept []said) {
+	open := map[string][]*model.ToolCall{}
+	results := map[*model.ToolCall]said{}
+	for _, one := range all {
+		for i := range one.ToolCalls {
+			switch call := &one.ToolCalls[i]; {
+			case strings.HasSuffix(call.ID, "_"): // the service gave it no id: its results come in order
+				open[call.ID] = append(open[call.ID], call)
+			default: // ids may be used again
+				open[call.ID] = []*model.ToolCall{call}
+			}
+		}
+		if one.Role != model.RoleTool {
+			continue
+		}
+		id := one.ToolCallID
+		if open[id] == nil {
+			id = id[:strings.LastIndex(id, "_")+1]
+		}
+		if calls := open[id]; len(calls) > 0 {
+			calls[0].ID, results[calls[0]], open[id] = one.ToolCallID, one, calls[1:]
+		}
 	}
-	return ""
+	for _, one := range all {
+		if one.Role == model.RoleTool {
+			continue
+		}
+		calls := one.ToolCalls
+		one.ToolCalls = nil
+		var after []said
+		for i := range calls {
+			if result, ok := results[&calls[i]]; ok {
+				one.ToolCalls, after = append(one.ToolCalls, calls[i]), append(after, result)
+			}
+		}
+		kept = append(join(kept, one, model.RoleAssistant), after...)
+	}
+	return kept
+}
+
+// fitting returns the newest messages that fit into a number of bytes when neighbours are joined, beginning with a
+// user's. The question is always among them.
+func fitting(all []said, most int) []said {
+	asked := slices.IndexFunc(all, func(one said) bool { return one.asked })
+	first, size := len(all), 0
+	for i, one := range slices.Backward(all) {
+		if size += len(one.Content); i+1 < len(all) && all[i+1].Role == one.Role && one.Role == model.RoleUser {
+			size += len(joint)
+		}
+		for _, call := range one.ToolCalls {
+			size += len(call.Function.Name) + len(call.Function.Arguments)
+		}
+		if size > most && first <= asked {
+			break
+		}
+		if one.Role == model.RoleUser {
+			first = i
+		}
+	}
+	return all[first:]
+}
+
+// readSaid reads and folds what a conversation needs of a log before a number: the newest chunks, and of a longer log
+// also the first ones, until the instructions that begin there are whole. isWhole reports whether a message is complete,
+// and wanted.
+func (a *API) readSaid(ctx context.Context, session string, before int64) (m *sse.Messages, isWhole func(sse.MessageHead) bool, err error) {
+	p, err := a.readBack(ctx, session, before)
+	if err != nil {
+		return nil, nil, err
+	}
+	m = sse.NewMessages(sse.MessagesAsk{})
+	begin := p.Former + 1 // the first numbers of an epoch follow those of the former one
+	trimmed := p.First > begin
+	next, unread := begin, p.From
+	for read := 0; !trimmed && next < p.From; {
+		part, err := a.readRange(ctx, session, next, min(next+contextFirst, p.From))
+		if err != nil {
+			return nil, nil, err
+		}
+		if part.From != next || len(part.Elements) == 0 {
+			break // it was trimmed, or the log was replaced
+		}
+		fold(m, part)
+		read += bytesOf(part)
+		next = part.Next()
+		if !slices.ContainsFunc(m.Heads(), func(h sse.MessageHead) bool {
+			return roleOf(h.Role) == model.RoleSystem && h.Streaming && h.Last >= part.From
+		}) {
+			break
+		}
+		if read > contextRead {
+			unread = part.From
+			break
+		}
+	}
+	fold(m, p)
+	if next >= p.From { // nothing is missing
+		return m, func(sse.MessageHead) bool { return true }, nil
+	}
+	edge := p.From + min(contextMargin, int64(len(p.Elements))/8+1)
+	return m, func(h sse.MessageHead) bool {
+		instructions := roleOf(h.Role) == model.RoleSystem
+		switch {
+		case h.First < p.From:
+			return instructions && h.First < begin+contextFirst && (!h.Streaming || h.Last < unread || h.Last >= p.From)
+		case h.First >= edge, h.First > p.From && (h.ID == "" || instructions && trimmed):
+			return true
+		}
+		kind := store.ParseSaid([]byte(p.Elements[h.First-p.From])).Type
+		return kind == store.TypeMessage || kind == openai.TypeResponse // a message begins with these
+	}, nil
+}
+
+// fold folds a page in, except elements that are no chunks, which other programs have pushed.
+func fold(m *sse.Messages, p store.Page) {
+	for i, element := range p.Elements {
+		if jsontext.Value(element).Kind() == '{' {
+			m.Add(p.From+int64(i), element)
+		}
+	}
+}
+
+func bytesOf(p store.Page) (bytes int) {
+	for _, element := range p.Elements {
+		bytes += len(element)
+	}
+	return bytes
+}
+
+// readBack returns the chunks in a row before a number, as many as a conversation may need.
+func (a *API) readBack(ctx context.Context, session string, before int64) (all store.Page, err error) {
+	all.From = before
+	var parts [][]string
+	lowest := max(before-contextChunks-contextMargin, 1)
+	for step, read := int64(64), 0; all.From > lowest && read < contextRead; {
+		asked := max(all.From-step, lowest)
+		p, err := a.readRange(ctx, session, asked, all.From)
+		if err != nil {
+			return all, err
+		}
+		if p.Next() != all.From || len(p.Elements) == 0 {
+			break // the log was replaced
+		}
+		parts, all.Bounds, all.From = append(parts, p.Elements), p.Bounds, p.From
+		if p.From > asked {
+			break // the log begins there
+		}
+		bytes := bytesOf(p)
+		read += bytes
+		step = min(2*step, 4096, max(int64(contextRead-read)*step/int64(bytes+1), 16)) // as many as are likely to fit
+	}
+	slices.Reverse(parts)
+	all.Elements = slices.Concat(parts...)
+	return all, nil
 }
 
 // readRange returns the chunks of a log from number from up to, but not including, before, as far as they are kept.
@@ -173,34 +340,13 @@ func (a *API) readPatiently(ctx context.Context, session string, from int64, cou
 	}
 }
 
-// roleOf maps the role of a message to the role of a turn. It is empty if the message is not sent, such as the result
-// of a tool.
+// roleOf maps the role of a message to the role of a turn.
 func roleOf(role string) string {
 	switch role {
-	case "tool":
-		return ""
+	case model.RoleTool, model.RoleUser:
+		return role
 	case model.RoleSystem, "developer":
 		return model.RoleSystem
-	case model.RoleUser:
-		return model.RoleUser
 	}
 	return model.RoleAssistant
-}
-
-// inTurn makes the roles alternate. It leaves out blank turns, and an answer whose question is missing.
-func inTurn(all []model.Turn) (turns []model.Turn) {
-	for _, t := range all {
-		last := model.RoleSystem
-		if len(turns) > 0 {
-			last = turns[len(turns)-1].Role
-		}
-		switch {
-		case strings.TrimSpace(t.Content) == "", t.Role == model.RoleAssistant && last == model.RoleSystem:
-		case len(turns) > 0 && last == t.Role:
-			turns[len(turns)-1].Content += "\n\n" + t.Content
-		default:
-			turns = append(turns, t)
-		}
-	}
-	return turns
 }

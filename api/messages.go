@@ -94,13 +94,13 @@ func (a *API) begin(c echo.Context, content, member string) (x exchange, err err
 		*id = made.String()
 	}
 	id := session(c)
-	question := x.question
-	x, err = a.put(c, asking{id, x.reply, []store.Chunk{store.NewChunk(store.TypeMessage, question, roleUser, content)}, member,
+	asked := x.question
+	x, err = a.put(c, asking{id, x.reply, []store.Chunk{store.NewChunk(store.TypeMessage, asked, roleUser, content)}, member,
 		func(ctx context.Context, seq int64) (context.Context, []model.Turn, error) {
-			turns, err := a.conversation(ctx, id, seq, content)
+			turns, err := a.conversation(ctx, question{session: id, first: seq, last: seq})
 			return ctx, turns, err
 		}})
-	x.question = question
+	x.question = asked
 	return x, err
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -359,7 +360,7 @@ func TestMessages_conversationIsSentAlongAsFarAsItGot(t *testing.T) {
 	n.ask("s", "and now?")
 	want := []model.Turn{{Role: "system", Content: "be brief"}, {Role: "user", Content: "sesame?"},
 		{Role: "assistant", Content: "sesame opens\n\nhalf of it\n\nnobody\n\nforeign"}, {Role: "user", Content: "and now?"}}
-	if got := m.last(t, 2); !slices.Equal(got, want) {
+	if got := m.last(t, 2); !reflect.DeepEqual(got, want) {
 		t.Errorf("the model was told\n%q\nand not\n%q", got, want)
 	}
 }
@@ -375,7 +376,7 @@ func TestMessages_conversationBeginsWithItsEpoch(t *testing.T) {
 	}
 	n.append("s", `[{"message_id":"q","role":"user","content":"remember 42"},{"message_id":"q","type":"done"}]`)
 	n.ask("s", "sesame?")
-	if got, want := m.last(t, 1), []model.Turn{{Role: "user", Content: "remember 42\n\nsesame?"}}; !slices.Equal(got, want) {
+	if got, want := m.last(t, 1), []model.Turn{{Role: "user", Content: "remember 42\n\nsesame?"}}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%q", got)
 	}
 }
@@ -388,7 +389,7 @@ func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 	n.append("s", `[{"message_id":"1","role":"user","content":"`+text+`"},{"message_id":"2","role":"user","content":"`+text+`"},{"message_id":"3","content":"`+text+`"},{"message_id":"1","content":"late"}]`)
 	n.ask("s", "sesame?")
 	want := []model.Turn{{Role: "user", Content: text}, {Role: "assistant", Content: text}, {Role: "user", Content: "sesame?"}}
-	if got := m.last(t, 1); !slices.Equal(got, want) {
+	if got := m.last(t, 1); !reflect.DeepEqual(got, want) {
 		t.Errorf("%q", got)
 	}
 	// A message whose beginning was trimmed is left out, and so is one that is too long by itself.
@@ -404,7 +405,7 @@ func TestMessages_conversationIsBoundedAndItsMessagesAreWhole(t *testing.T) {
 		before := n.page("s", "").Last
 		n.ask("s", "sesame?")
 		want = []model.Turn{{Role: "user", Content: "short"}, {Role: "assistant", Content: "of it"}, {Role: "user", Content: "sesame?"}}
-		if got := m.last(t, 2+i); !slices.Equal(got, want) {
+		if got := m.last(t, 2+i); !reflect.DeepEqual(got, want) {
 			t.Errorf("%q", got)
 		}
 		eventually(t, "an answer", func() bool { return n.page("s", "").Last == before+4 })
@@ -470,7 +471,7 @@ func TestMessages_instructionsAreNeverLeftOut(t *testing.T) {
 	}
 	n.append("s", `{"role":"developer","content":"and kind"}`)
 	n.ask("s", "sesame?")
-	if got, want := m.last(t, 1), []model.Turn{{Role: "system", Content: "be brief\n\nand kind"}, {Role: "user", Content: "sesame?"}}; !slices.Equal(got, want) {
+	if got, want := m.last(t, 1), []model.Turn{{Role: "system", Content: "be brief\n\nand kind"}, {Role: "user", Content: "sesame?"}}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%.200q", got)
 	}
 	for range instructionsMost/60_000 + 1 {

@@ -224,8 +224,7 @@ func (a *API) createResponse(c echo.Context) error {
 		defer a.limits.Viewers.Give(caller, 1)
 	}
 	x, err := a.put(c, asking{id, reply.String(), chunks, "input", func(ctx context.Context, seq int64) (context.Context, []model.Turn, error) {
-		turns, messages, err := a.responseTurns(ctx, id, seq, q.Instructions)
-		q.Service["messages"] = messages
+		turns, err := a.conversation(ctx, question{id, seq - int64(len(chunks)) + 1, seq, q.Instructions, true})
 		return model.With(ctx, q.Service), turns, err
 	}})
 	if err != nil {
@@ -449,82 +448,6 @@ func (a *API) inputItems(c echo.Context) error {
 		list["first_id"], list["last_id"] = all[0]["id"], all[len(all)-1]["id"]
 	}
 	return c.JSON(http.StatusOK, list)
-}
-
-// responseTurns returns what was said in a log before chunk number seq, including calls of tools and their results. messages has the
-// form that the service takes; turns are for a model without a service.
-func (a *API) responseTurns(ctx context.Context, session string, seq int64, instructions string) (turns []model.Turn, messages json.RawMessage, err error) {
-	type message struct {
-		Role    string `json:"role"`
-		Content string `json:"content"`
-		Calls   []any  `json:"tool_calls,omitempty"`
-		Call    string `json:"tool_call_id,omitempty"`
-		pieces  []model.Call
-	}
-	elements, torn, err := a.saidBefore(ctx, session, seq, true)
-	if err != nil {
-		return nil, nil, err
-	}
-	var all []*message
-	of := map[string]*message{}
-	for _, one := range elements {
-		s := store.ParseSaid([]byte(one.element))
-		if torn != "" && s.MessageID == torn {
-			continue
-		}
-		m := of[s.MessageID]
-		if m == nil || s.MessageID == "" {
-			m = &message{Role: roleOf(s.Role), Call: s.ToolCallID}
-			if s.Role == "tool" {
-				m.Role = s.Role
-			}
-			of[s.MessageID] = m
-			all = append(all, m)
-		}
-		m.Content += s.Content
-		for _, piece := range model.Calls(json.RawMessage(s.Data)) {
-			at := slices.IndexFunc(m.pieces, func(c model.Call) bool {
-				return string(c.Index) == string(piece.Index) && (piece.ID == "" || piece.ID == c.ID)
-			})
-			if at < 0 {
-				m.pieces = append(m.pieces, piece)
-			} else {
-				m.pieces[at].Arguments += piece.Arguments
-			}
-		}
-	}
-	size := 0
-	for i, m := range slices.Backward(all) {
-		if size += len(m.Content); size > a.cfg.ContextMax && i < len(all)-1 {
-			all = all[i+1:]
-			for len(all) > 1 && all[0].Role == "tool" { // the calls that these answer are not sent along
-				all = all[1:]
-			}
-			break
-		}
-	}
-	sent := []*message{}
-	if instructions != "" {
-		sent = append(sent, &message{Role: model.RoleSystem, Content: instructions})
-	}
-	for _, m := range all {
-		for _, p := range m.pieces {
-			m.Calls = append(m.Calls, map[string]any{"id": p.ID, "type": "function", "function": map[string]any{"name": p.Name, "arguments": p.Arguments}})
-		}
-		if strings.TrimSpace(m.Content) == "" && m.Calls == nil && m.Role != "tool" {
-			continue
-		}
-		if n := len(sent); n > 0 && m.Calls != nil && sent[n-1].Calls != nil && m.Content == "" { // items of one answer
-			sent[n-1].Calls = append(sent[n-1].Calls, m.Calls...)
-			continue
-		}
-		sent = append(sent, m)
-	}
-	for _, m := range sent {
-		turns = append(turns, model.Turn{Role: m.Role, Content: m.Content})
-	}
-	messages, err = json.Marshal(sent)
-	return turns, messages, err
 }
 
 // passer is a model with a service.

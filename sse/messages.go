@@ -137,6 +137,9 @@ func (m *Messages) Heads() (all []MessageHead) {
 // Content returns the text of message i.
 func (m *Messages) Content(i int) string { return plain(m.fold.messages[i].content) }
 
+// More yields the chunks of message i that say more than text.
+func (m *Messages) More(i int) iter.Seq[jsontext.Value] { return m.fold.messages[i].more() }
+
 // AppendJSON appends message i in the form of a snapshot.
 func (m *Messages) AppendJSON(b []byte, i int) []byte {
 	one := m.fold.messages[i]

@@ -9,8 +9,20 @@ import (
 
 // Turn is one message of a conversation.
 type Turn struct {
-	Role    string `json:"role"`
-	Content string `json:"content"`
+	Role       string     `json:"role"`
+	Content    string     `json:"content"`
+	ToolCalls  []ToolCall `json:"tool_calls,omitempty"`   // of an assistant; their results follow
+	ToolCallID string     `json:"tool_call_id,omitempty"` // of role tool: the call whose result this is
+}
+
+// ToolCall is a whole call of a tool, in the form of the chat-completions API.
+type ToolCall struct {
+	ID       string `json:"id"`
+	Type     string `json:"type"` // function
+	Function struct {
+		Name      string `json:"name"`
+		Arguments string `json:"arguments"` // valid JSON
+	} `json:"function"`
 }
 
 // The roles of turns.
@@ -18,6 +30,7 @@ const (
 	RoleUser      = "user"
 	RoleAssistant = "assistant"
 	RoleSystem    = "system"
+	RoleTool      = "tool"
 )
 
 // Piece is a piece of an answer. Usually only one of its members is set.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"strconv"
 	"strings"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -200,7 +201,7 @@ func (f *Fold) calls(b []byte, data jsontext.Value) []byte {
 		if of == nil {
 			of = &item{kind: "call", callID: p.ID, name: p.Name, callKey: string(p.Index)}
 			if of.callID == "" {
-				of.callID = fmt.Sprintf("call_%s_%d", f.hex(), len(f.items))
+				of.callID = CallPrefix(f.message) + strconv.Itoa(len(f.items))
 			}
 			b = f.add(b, of)
 		}
@@ -210,6 +211,9 @@ func (f *Fold) calls(b []byte, data jsontext.Value) []byte {
 	}
 	return b
 }
+
+// CallPrefix is what the ids of a message's calls begin with that the service gave no id.
+func CallPrefix(message string) string { return "call_" + strings.ReplaceAll(message, "-", "") + "_" }
 
 func (f *Fold) hex() string { return strings.ReplaceAll(f.message, "-", "") }
 
