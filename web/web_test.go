@@ -15,6 +15,9 @@ func TestFiles_holdWhatThePageNames(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+			if m[1] == "docs/guide" { // the API makes it, of docs/
+				continue
+			}
 			if _, err := fs.Stat(Files, m[1]+m[2]); err != nil {
 				t.Errorf("%s names a file that is not there: %v", file, err)
 			}

@@ -603,7 +603,7 @@ func partOfThePage(path string) bool {
 			return true
 		}
 	}
-	return false
+	return path == "/docs/guide" || strings.HasPrefix(path, "/docs/guide/")
 }
 
 // problem holds the members of every problem.

@@ -37,12 +37,12 @@ func TestDemo_answersTheSamplesOfThePage(t *testing.T) {
 	}
 	seen := map[string]bool{}
 	for i, subject := range subjects {
-		text, words := answer(Turn{RoleUser, asked[i][1]})
+		text, words := answer(Turn{Role: RoleUser, Content: asked[i][1]})
 		if seen[text] || !strings.Contains(text, subject) || strings.Contains(text, "no model") || words < 150 {
 			t.Errorf("%q is answered in %d words: %s", asked[i][1], words, text)
 		}
 		seen[text] = true
-		if after, _ := answer(Turn{RoleUser, asked[(i+1)%3][1] + "\n\n" + asked[i][1]}); after != text {
+		if after, _ := answer(Turn{Role: RoleUser, Content: asked[(i+1)%3][1] + "\n\n" + asked[i][1]}); after != text {
 			t.Errorf("after a question that was left open, %q is answered: %.80s", asked[i][1], after)
 		}
 		if !strings.Contains(nothing, asked[i][1]) {
