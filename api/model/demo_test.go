@@ -50,7 +50,7 @@ func TestDemo_answersTheSamplesOfThePage(t *testing.T) {
 		}
 	}
 	for _, other := range []string{"", "Why is there a tide?"} {
-		if text, words := answer(Turn{RoleUser, other}); !strings.Contains(text, "-model-url") || words < 100 {
+		if text, words := answer(Turn{Role: RoleUser, Content: other}); !strings.Contains(text, "-model-url") || words < 100 {
 			t.Errorf("%q is answered in %d words: %s", other, words, text)
 		}
 	}

@@ -116,7 +116,7 @@ func (s *service) ask(t *testing.T, ctx context.Context, change func(*Config)) (
 		t.Fatal(err)
 	}
 	o := NewOpenAI(cfg)
-	for p, failed := range o.Answer(ctx, []Turn{{RoleSystem, "be brief"}, {RoleUser, "a"}, {RoleAssistant, "b"}, {RoleUser, "sesame?"}}) {
+	for p, failed := range o.Answer(ctx, []Turn{{Role: RoleSystem, Content: "be brief"}, {Role: RoleUser, Content: "a"}, {Role: RoleAssistant, Content: "b"}, {Role: RoleUser, Content: "sesame?"}}) {
 		if failed != nil {
 			err = failed
 			break
