@@ -179,11 +179,12 @@ func TestConversation_ofAResponseIsInOrder(t *testing.T) {
 		n.created(t, `{`+instructions+`"conversation":"`+session+`","input":`+c.input+`}`)
 		var got []string
 		for _, m := range <-asked {
-			one := fmt.Sprintf("%s(%s)%s", m.Role, strings.ReplaceAll(m.Content, "\n\n", "|"), m.Call)
+			var one strings.Builder
+			fmt.Fprintf(&one, "%s(%s)%s", m.Role, strings.ReplaceAll(m.Content, "\n\n", "|"), m.Call)
 			for _, c := range m.Calls {
-				one += c.ID + c.Function.Arguments
+				one.WriteString(c.ID + c.Function.Arguments)
 			}
-			got = append(got, one)
+			got = append(got, one.String())
 		}
 		if strings.Join(got, " ") != c.want {
 			t.Errorf("%.300s\nis told as %.300q\nand not  %.300q", c.input, strings.Join(got, " "), c.want)

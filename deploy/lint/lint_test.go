@@ -131,15 +131,23 @@ func TestKubernetes_isWhatTheAPITakesAndFitsTogether(t *testing.T) {
 	}
 }
 
-// flags are those that main.go has.
+// flags are those that main.go and the packages declare.
 var flags = func() map[string]bool {
 	all := map[string]bool{}
-	text, err := os.ReadFile(filepath.Join(root, "main.go"))
-	if err != nil {
-		panic(err)
-	}
-	for _, m := range regexp.MustCompile(`fs\.\w+\([^"\n]*"([a-z0-9-]+)"|bytesVar\(fs, [^"\n]*"([a-z-]+)"`).FindAllStringSubmatch(string(text), -1) {
-		all[m[1]+m[2]] = true
+	for _, pattern := range []string{"main.go", "*/flags.go", "*/*/flags.go"} {
+		files, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil || len(files) == 0 {
+			panic(fmt.Sprint(pattern, err))
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				panic(err)
+			}
+			for _, m := range regexp.MustCompile(`(?:fs\.\w+\(|size\.Var\(fs, )[^"\n]*"([a-z0-9-]+)"`).FindAllStringSubmatch(string(text), -1) {
+				all[m[1]] = true
+			}
+		}
 	}
 	return all
 }()
