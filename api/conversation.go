@@ -54,7 +54,8 @@ type said struct {
 //   - Then user and assistant alternate, beginning with a user's turn. Neighbours of one role become one turn. An
 //     answer that was stopped before its first word leaves such neighbours.
 //   - No turn is blank.
-//   - A call of a tool is included with its result, which follows it at once, or neither is included.
+//   - A call of a tool is included with its result, which follows it at once, or neither is included. An assistant's turn follows the result, or
+//     nothing does.
 //   - Messages are in the order in which they began, each whole, as far as it got. The newest are included, as many as
 //     fit into Config.ContextMax bytes. The question is always included, from a user's message on.
 func (a *API) conversation(ctx context.Context, q question) (turns []model.Turn, err error) {
@@ -85,6 +86,9 @@ func (a *API) conversation(ctx context.Context, q question) (turns []model.Turn,
 	}
 	for _, one := range instructions {
 		turns = append(turns, one.Turn)
+	}
+	if n := len(instructions); n == 0 || !slices.ContainsFunc(instructions, func(one said) bool { return one.asked }) || instructions[n-1].Role == model.RoleSystem {
+		return nil, &model.Error{Reason: nothingAsked, Detail: "the question has nothing that can be sent: it needs a user's message, or the result of a call that the conversation has"}
 	}
 	return turns, nil
 }
@@ -148,13 +152,60 @@ func toolCalls(message string, chunks iter.Seq[jsontext.Value]) (all []model.Too
 }
 
 // withResults leaves out calls of tools without a result, and results without a call before them. It puts the results
-// right after their calls.
+// right after their calls. If the question has the result of an earlier call, the call moves to the end, where services expect it.
 func withResults(all []said) (kept []said) {
+	results := matchResults(all)
+	var late []said
+	for _, one := range all {
+		if one.Role == model.RoleTool {
+			continue
+		}
+		if one.asked {
+			kept, late = joinAll(kept, late), nil
+		}
+		calls := one.ToolCalls
+		one.ToolCalls = nil
+		var after []said
+		now := one.asked
+		for i := range calls {
+			if result, ok := results[&calls[i]]; ok {
+				one.ToolCalls, after = append(one.ToolCalls, calls[i]), append(after, result)
+				now = now || result.asked
+			}
+		}
+		if now && !one.asked {
+			late = append(append(late, said{Turn: model.Turn{Role: one.Role, ToolCalls: one.ToolCalls}, asked: true}), after...)
+			after, one.ToolCalls = nil, nil
+		}
+		kept = append(join(kept, one, model.RoleAssistant), after...)
+	}
+	kept = joinAll(kept, late)
+	for i := 1; i < len(kept); i++ {
+		at := i // some services accept no user's message after the result of a tool: it goes before the calls
+		for kept[i].Role == model.RoleUser && at > 0 && (kept[at-1].Role == model.RoleTool || at < i && kept[at].Role == model.RoleTool) {
+			at--
+		}
+		one := kept[i]
+		kept = slices.Insert(slices.Delete(kept, i, i+1), at, one)
+	}
+	return kept
+}
+
+func joinAll(all, more []said) []said {
+	for _, one := range more {
+		all = join(all, one, model.RoleAssistant)
+	}
+	return all
+}
+
+// matchResults returns the result of each call that has one. If there are several, the first counts, unless the question has a newer one.
+func matchResults(all []said) map[*model.ToolCall]said {
 	open := map[string][]*model.ToolCall{}
 	results := map[*model.ToolCall]said{}
 	for _, one := range all {
 		for i := range one.ToolCalls {
 			switch call := &one.ToolCalls[i]; {
+			case call.Function.Name == "": // no service accepts it
 			case strings.HasSuffix(call.ID, "_"): // the service gave it no id: its results come in order
 				open[call.ID] = append(open[call.ID], call)
 			default: // ids may be used again
@@ -168,25 +219,15 @@ func withResults(all []said) (kept []said) {
 		if open[id] == nil {
 			id = id[:strings.LastIndex(id, "_")+1]
 		}
-		if calls := open[id]; len(calls) > 0 {
-			calls[0].ID, results[calls[0]], open[id] = one.ToolCallID, one, calls[1:]
+		calls := open[id]
+		for len(calls) > 1 && results[calls[0]].ToolCallID != "" && results[calls[0]].ToolCallID != one.ToolCallID {
+			calls = calls[1:]
+		}
+		if len(calls) > 0 && (results[calls[0]].ToolCallID == "" || one.asked && !results[calls[0]].asked) {
+			calls[0].ID, results[calls[0]] = one.ToolCallID, one
 		}
 	}
-	for _, one := range all {
-		if one.Role == model.RoleTool {
-			continue
-		}
-		calls := one.ToolCalls
-		one.ToolCalls = nil
-		var after []said
-		for i := range calls {
-			if result, ok := results[&calls[i]]; ok {
-				one.ToolCalls, after = append(one.ToolCalls, calls[i]), append(after, result)
-			}
-		}
-		kept = append(join(kept, one, model.RoleAssistant), after...)
-	}
-	return kept
+	return results
 }
 
 // fitting returns the newest messages that fit into a number of bytes when neighbours are joined, beginning with a

@@ -152,22 +152,29 @@ func TestConversation_ofAResponseIsInOrder(t *testing.T) {
 	user, assistant := func(text string) string { return `{"role":"user","content":"` + text + `"}` }, func(text string) string { return `{"role":"assistant","content":"` + text + `"}` }
 	list := func(items ...string) string { return "[" + strings.Join(items, ",") + "]" }
 	large := strings.Repeat("z", 1990)
+	called := `[{"type":"message","role":"user","content":"q"},{"message_id":"x","type":"tool_calls","data":[{"index":0,"id":"k1","function":{"name":"f","arguments":"{}"}},{"index":1,"id":"k2","function":{"name":"f"}}]},{"message_id":"x","type":"done"},
+		{"type":"message","role":"tool","tool_call_id":"k1","content":"R"}`
 
 	for i, c := range []struct{ before, input, want string }{
 		{"", list(user("a"), user("b"), assistant("c"), `{"role":"developer","content":"brief"}`, user("d")), "system(be kind|brief) user(a|b) assistant(c) user(d)"},
 		{"", list(user("a"), assistant("let me see"), call("1", `{"x":1}`), call("2", ""), result("2", "R2"), result("1", "")), `user(a) assistant(let me see)1{"x":1}2{} tool()1 tool(R2)2`},
-		{"", list(user("a"), call("1", "{}"), user("b"), result("1", "R")), `user(a) assistant()1{} tool(R)1 user(b)`},
-		{"", list(result("1", "too early"), user("a"), call("1", "{}"), result("1", "R"), result("1", "again"), result("9", "unknown"), user("b")), `user(a) assistant()1{} tool(R)1 user(b)`},
-		{"", list(user("a"), call("1", "{}"), result("1", "R"), call("1", `{"y":2}`), result("1", "S"), call("3", "{}"), user("b")), `user(a) assistant()1{} tool(R)1 assistant()1{"y":2} tool(S)1 user(b)`},
-		{"", list(user("a"), call("1", `{"x`), result("1", "no JSON"), user("b")), `user(a) assistant()1{"invalid":"{\"x"} tool(no JSON)1 user(b)`},
+		{"", list(user("a"), call("1", "{}"), user("b"), result("1", "R")), `user(a|b) assistant()1{} tool(R)1`},
+		{"", list(result("1", "too early"), user("a"), call("1", "{}"), result("1", "R"), result("1", "again"), result("9", "unknown"), user("b")), `user(a|b) assistant()1{} tool(R)1`},
+		{"", list(user("a"), call("1", "{}"), result("1", "R"), call("1", `{"y":2}`), result("1", "S"), call("3", "{}"), user("b")), `user(a|b) assistant()1{} tool(R)1 assistant()1{"y":2} tool(S)1`},
+		{"", list(user("a"), call("1", `{"x`), result("1", "no JSON"), user("b")), `user(a|b) assistant()1{"invalid":"{\"x"} tool(no JSON)1`},
 		// What was asked last is sent whole, with the call that it has the result of.
 		{`[{"type":"message","role":"user","content":"old"},{"message_id":"x","content":"reply"},{"type":"message","role":"user","content":"q"},{"message_id":"01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10","type":"tool_calls","data":[{"index":0,"id":"c","function":{"name":"f","arguments":"{}"}}]}]`,
-			list(result("c", large), user("b")), "user(q) assistant()c{} tool(" + large + ")c user(b)"},
+			list(result("c", large), user("b")), "user(q|b) assistant()c{} tool(" + large + ")c"},
 		{`[{"type":"message","role":"user","content":"q"},{"message_id":"01990b6c-7d1e-7c3a-8a51-5d0f6e2b9a10","type":"tool_calls","data":[{"index":0,"function":{"name":"f","arguments":"{}"}}]}]`,
 			list(result("call_01990b6c7d1e7c3a8a515d0f6e2b9a10_0", "R")), "user(q) assistant()call_01990b6c7d1e7c3a8a515d0f6e2b9a10_0{} tool(R)call_01990b6c7d1e7c3a8a515d0f6e2b9a10_0"},
 		{`[{"type":"message","role":"user","content":"quite old"},{"message_id":"x","content":"` + large + `"},{"type":"message","role":"user","content":"r"},{"message_id":"y","content":"reply"}]`, list(user("b")), "user(r) assistant(reply) user(b)"},
 		{`[{"type":"message","role":"user","content":"q"},{"message_id":"x","content":"I call"},{"message_id":"x","type":"tool_calls","data":[{"index":0,"id":"c","function":{"name":"f","arguments":"{\"a"}}]},{"message_id":"x","type":"failed"}]`, list(user("b")), "user(q) assistant(I call) user(b)"},
 		{`[{"type":"message","role":"user","content":"q"},{"message_id":"x","type":"failed"}]`, list(user("b")), "user(q|b)"},
+		// The result of an earlier call is the end, whatever followed the call: the answer to its first result failed, or did not begin; or it had two calls.
+		{called + `,{"message_id":"y","content":"half"},{"message_id":"y","type":"failed"}]`, list(result("k1", "again")), "user(q) assistant(half)k1{} tool(again)k1"},
+		{called + `,{"message_id":"y","type":"cancelled"}]`, list(user("b")), "user(q|b) assistant()k1{} tool(R)k1"},
+		{called + `,{"message_id":"y","content":"ok"}]`, list(result("k2", "S")), "user(q) assistant(ok)k1{}k2{} tool(R)k1 tool(S)k2"},
+		{called + `,{"message_id":"y","content":"` + large + `"},{"type":"message","role":"user","content":"r"},{"message_id":"z","content":"` + large + `"}]`, list(result("k2", "S")), "user(r) assistant(" + large + ")k1{}k2{} tool(R)k1 tool(S)k2"},
 	} {
 		session, instructions := fmt.Sprint("s", i), ""
 		if c.before != "" {

@@ -31,6 +31,7 @@ const (
 	modelFailed     = "model_failed" // the model does not give a reason
 	answerTooLarge  = "answer_too_large"
 	contextTooLarge = "context_too_large"
+	nothingAsked    = "nothing_asked"
 	failedShutdown  = "shutdown"
 	failedRedis     = "redis_away"
 )

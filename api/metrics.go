@@ -55,7 +55,7 @@ func newMetrics(a *API) *metrics {
 // failures are the reasons why answers of the model fail.
 var failures = []string{
 	model.Unauthorized, model.NotFound, model.Rejected, model.RateLimited, model.Unavailable, model.Timeout, model.Broken, model.Empty,
-	modelFailed, answerTooLarge, contextTooLarge, failedShutdown, failedRedis,
+	modelFailed, answerTooLarge, contextTooLarge, nothingAsked, failedShutdown, failedRedis,
 }
 
 // failed counts an answer that failed.

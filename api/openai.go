@@ -551,7 +551,10 @@ func (a *API) record(c echo.Context, u *upload, from io.Reader) error {
 			break
 		}
 		if err != nil { // what cannot be recorded is still passed on
-			u.leave(store.HoldBroken)
+			a.log.Warn("a response of the model's service cannot be recorded", "session", u.session, "err", err)
+			if u.append([]store.Chunk{store.NewFailed(u.session, roleAssistant, model.Broken)}, store.HoldClosed) != nil {
+				u.leave(store.HoldBroken)
+			}
 			if _, bad := io.Copy(c.Response(), from); broken || bad != nil || errors.Is(err, errBroken) {
 				panic(http.ErrAbortHandler)
 			}

@@ -416,11 +416,15 @@ func TestResponse_textOfAStreamIsBounded(t *testing.T) {
 func TestCompletions_areTheServicesOwnToTheByte(t *testing.T) {
 	t.Parallel()
 	const events = ": hello\n\nid: 1\nevent: x\ndata: {\"choices\":[{\"delta\":{\"content\":\"🍞\"}}]}\n\ndata:{\"choices\":[]}\r\n\r\ndata: [DONE]\n\n"
+	const notText = "data: a\n\ndata: \xff\n\ndata: [DONE]\n\n"
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		switch {
 		case r.Header.Get("Authorization") != "Bearer ours":
 			t.Errorf("%v", r.Header)
+		case strings.Contains(string(body), "not text"):
+			w.Header().Set("Content-Type", typeEvents)
+			_, _ = io.WriteString(w, notText)
 		case strings.Contains(string(body), "stream"):
 			w.Header().Set("Content-Type", typeEvents)
 			for i := range len(events) {
@@ -464,6 +468,15 @@ func TestCompletions_areTheServicesOwnToTheByte(t *testing.T) {
 		all := n.chunks(id)
 		if len(all) != 4 || all[3].Type != "done" {
 			t.Errorf("%+v", all)
+		}
+		// What cannot be recorded comes to the byte, too, and its message fails.
+		if res, err = n.client.Do(n.new(request{method: "POST", path: "/openai/v1/chat/completions", kind: typeJSON, body: `{"not text":true}`})); err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		body, err = io.ReadAll(res.Body)
+		if all := n.chunks(res.Header.Get("Gapless-Session")); err != nil || string(body) != notText || len(all) != 2 || all[1].Type != "failed" {
+			t.Errorf("%v %q %+v", err, body, all)
 		}
 	}
 	service.Close()

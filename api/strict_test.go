@@ -35,6 +35,8 @@ func strict(turns []sentTurn) error {
 			return fmt.Errorf("turn %d is the result of no call", i)
 		case t.Role != model.RoleTool && len(open) > 0:
 			return fmt.Errorf("turn %d follows calls without results", i)
+		case t.Role == model.RoleUser && last == model.RoleTool:
+			return fmt.Errorf("turn %d is a user's after the result of a tool", i)
 		case t.Role == last, t.Role == model.RoleSystem, last == model.RoleSystem && t.Role != model.RoleUser:
 			if t.Role != model.RoleTool {
 				return fmt.Errorf("turn %d is %s after %s", i, t.Role, last)

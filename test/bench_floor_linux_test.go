@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -67,25 +66,22 @@ type floorAppend struct {
 
 // floorRole is the process. It takes -listen and -redis like the server.
 func floorRole(args []string) {
-	fs := flag.NewFlagSet("floor", flag.ExitOnError)
-	listen, address := fs.String("listen", "", ""), fs.String("redis", "", "")
-	for _, name := range []string{"drain", "log-level"} { // start passes them to every program
-		fs.String(name, "", "")
+	value := func(flag string) string { // it takes the server's flags, and heeds two of them
+		return args[slices.Index(args, flag)+1]
 	}
-	_ = fs.Parse(args)
-	*address = strings.TrimPrefix(*address, "redis://")
-	rdb := redis.NewClient(&redis.Options{Addr: *address})
+	listen, address := value("-listen"), strings.TrimPrefix(value("-redis"), "redis://")
+	rdb := redis.NewClient(&redis.Options{Addr: address})
 	sha, err := redis.NewScript(floorScript).Load(context.Background(), rdb).Result()
 	if err != nil {
 		fatal("floor: load the script", err)
 	}
 	_ = rdb.Close()
 	f := &floor{sha: sha, appends: make(chan floorAppend, 8192), sessions: map[string]*floorSession{}}
-	pipe, err := net.Dial("tcp", *address)
+	pipe, err := net.Dial("tcp", address)
 	if err != nil {
 		fatal("floor", err)
 	}
-	if f.ear, err = net.Dial("tcp", *address); err != nil {
+	if f.ear, err = net.Dial("tcp", address); err != nil {
 		fatal("floor", err)
 	}
 	sent := make(chan []floorAppend, 64)
@@ -93,7 +89,7 @@ func floorRole(args []string) {
 	go f.acknowledge(bufio.NewReaderSize(pipe, 64<<10), sent)
 	go f.receive(bufio.NewReaderSize(f.ear, 64<<10))
 
-	listener, err := net.Listen("tcp", *listen)
+	listener, err := net.Listen("tcp", listen)
 	if err != nil {
 		fatal("floor", err)
 	}

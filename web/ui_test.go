@@ -169,6 +169,9 @@ func testAsksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T, sdk string) {
 			return
 		}
 		w.Header().Set("Content-Type", "text/event-stream")
+		for _, word := range []string{"Hm. ", "Black or green?"} {
+			fmt.Fprintf(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":%q}}]}\n\n", word)
+		}
 		for _, word := range []string{"Four ", "minutes 🍵."} {
 			fmt.Fprintf(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":%q}}]}\n\n", word)
 		}
@@ -179,10 +182,13 @@ func testAsksAndShowsTheAnswerOrWhyThereIsNone(t *testing.T, sdk string) {
 	c := startChat(t, sdk, "http://"+n.addr, "ui", "ask", "How long does tea steep?")
 	c.ends(t, "ready", "", "")
 	all := n.history(t, "ui")
-	if len(all) != 4 || all[0].Content != "How long does tea steep?" || all[3].Type != "done" {
+	if len(all) != 6 || all[0].Content != "How long does tea steep?" || all[1].Type != "reasoning" || all[5].Type != "done" {
 		t.Fatalf("%+v", all)
 	}
 	c.ends(t, "ready", all[1].MessageID, "Four minutes 🍵.")
+	if got := c.lines["reasoning"]; !slices.Equal(got, []string{"done: Hm. Black or green?"}) {
+		t.Errorf("it shows as thoughts %q", got)
+	}
 	if got := c.lines["finish"]; !slices.Equal(got, []string{"false false length"}) {
 		t.Errorf("it finished %q", got)
 	}

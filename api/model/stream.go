@@ -69,7 +69,8 @@ const (
 )
 
 // failing holds the finishes that mean failure.
-var failing = map[string]bool{"error": true, "abort": true, "aborted": true, "cancelled": true, "insufficient_system_resource": true}
+var failing = map[string]bool{"error": true, "server_error": true, "network_error": true, "timeout": true, "failed": true, "abort": true, "aborted": true,
+	"cancelled": true, "canceled": true, "insufficient_system_resource": true}
 
 // answer is the answer so far.
 type answer struct {
@@ -143,19 +144,25 @@ func (a *answer) read(event members) (all []Piece, err error) {
 }
 
 // bare reports whether an event without choices is an error: some gateways send what they caught as
-// the whole event, {"message":"Internal error","code":500} or {"detail":"…"}. A code that is 0, or a
-// status that means success, is no error, whatever its message says.
+// the whole event, {"message":"Internal error","code":500}, {"detail":[…]} or {"success":false}. A code that is 0, or
+// that means success, is no error, whatever its message says.
 func bare(event members) bool {
-	code := strings.Trim(string(event["code"]), `"`)
-	if n, err := strconv.Atoi(code); err == nil {
-		return n != 0 && (n < 200 || n > 299)
-	}
-	for _, name := range []string{"code", "message", "detail"} {
-		if strings.TrimSpace(text(event[name])) != "" {
-			return true
+	fails, succeeds, says := false, false, false
+	for name, value := range event {
+		switch name = strings.ToLower(name); name {
+		case "code", "status", "status_code", "error_code":
+			n, err := strconv.ParseFloat(strings.TrimSpace(strings.Trim(string(value), `"`)), 64)
+			success := n == 0 || n >= 200 && n < 300
+			fails = fails || err == nil && !success
+			succeeds = succeeds || err == nil && success
+			says = says || err != nil && name != "status" && means(value)
+		case "message", "detail", "errors", "error", "fault":
+			says = says || means(value)
+		case "success":
+			fails = fails || string(value) == "false"
 		}
 	}
-	return means(event["errors"])
+	return fails || says && !succeeds
 }
 
 // move updates the stage for a choice of an event, which has content and a finish.

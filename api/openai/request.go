@@ -125,6 +125,10 @@ func Parse(body []byte) (*Request, error) {
 	if len(r.Input) == 0 {
 		return nil, &Error{"input", "missing_required_parameter", "input is missing: text, or an array of items"}
 	}
+	continues := r.Conversation != "" || r.Previous != ""
+	if !slices.ContainsFunc(r.Input, func(i Item) bool { return i.Role == "user" || i.Type == "function_call_output" && continues }) {
+		return nil, wrong("input", "a user's message, or in a conversation the output of a function_call")
+	}
 	return r, nil
 }
 

@@ -46,5 +46,6 @@ for (let i = 0; how === 'resume' && chat.status === 'error' && i < 20; i++) awai
 chunk('roles', chat.messages.map((m) => m.role).join(' '));
 const last = chat.messages.at(-1);
 if (last) chunk(last.id, text(last));
+for (const p of last?.parts ?? []) if (p.type === 'reasoning') chunk('reasoning', `${p.state}: ${p.text}`);
 if (stop) chunk('stop', String((await stop).status));
 over(chat.status);
