@@ -117,7 +117,7 @@ func TestAccess_everyRouteOfV1IsGuarded(t *testing.T) {
 	if found != 27 {
 		t.Errorf("%d routes: calls() and needs() have to know all of them", found)
 	}
-	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml", "/gapless.js", "/gapless.d.ts", "/docs", "/"} {
+	for _, path := range []string{"/healthz", "/readyz", "/openapi.yaml", "/gapless.js", "/gapless.d.ts", "/docs", "/admin", "/"} {
 		if a := n.get(path); a.status != 200 {
 			t.Errorf("%s: %d", path, a.status)
 		}

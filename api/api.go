@@ -391,15 +391,23 @@ func (a *API) ready(c echo.Context) error {
 const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
 	"img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 
-// notFoundPage is the file that tells people that a path does not exist.
-const notFoundPage = "404.html"
+const (
+	notFoundPage = "404.html"   // tells people that a path does not exist
+	adminPage    = "admin.html" // is at /admin
+)
 
-// page serves the page and its parts.
+// page serves the page, the page for administrators, and their parts. What the latter shows needs a right
+// (listSessions, serveMetrics); the page itself is open, and asks for a token.
 func (a *API) page(files fs.FS) {
 	var err error
 	if a.notFound, err = fs.ReadFile(files, notFoundPage); err != nil {
 		panic(err) // it is in the binary
 	}
+	admin, err := fs.ReadFile(files, adminPage)
+	if err != nil {
+		panic(err) // it is in the binary
+	}
+	a.get("/admin", doc(adminPage, pagePolicy, admin))
 	server := http.FileServerFS(files)
 	h := func(c echo.Context) error {
 		forPeople(c.Response().Header(), pagePolicy)
@@ -419,7 +427,7 @@ func (a *API) page(files fs.FS) {
 			panic(err) // the patterns are constants
 		}
 		for _, name := range names {
-			if name != notFoundPage {
+			if name != notFoundPage && name != adminPage {
 				a.get("/"+name, h)
 			}
 		}

@@ -33,7 +33,7 @@ func (a *API) docs(files fs.FS) {
 		}
 		switch {
 		case name == "docs/index.html":
-			a.get("/docs", doc(name, text))
+			a.get("/docs", doc(name, docsPolicy, text))
 			continue
 		case name == "docs/guide.html":
 			if a.cfg.Guide != nil {
@@ -41,19 +41,19 @@ func (a *API) docs(files fs.FS) {
 			}
 			continue
 		}
-		a.get("/"+strings.TrimSuffix(name, ".gz"), doc(name, text))
+		a.get("/"+strings.TrimSuffix(name, ".gz"), doc(name, docsPolicy, text))
 	}
 }
 
-// doc serves one file. A large file is stored compressed (.gz), and sent compressed to clients that accept it, as
+// doc serves one file under a policy. A large file is stored compressed (.gz), and sent compressed to clients that accept it, as
 // browsers do.
-func doc(name string, text []byte) echo.HandlerFunc {
+func doc(name, policy string, text []byte) echo.HandlerFunc {
 	name, packed := strings.CutSuffix(path.Base(name), ".gz")
 	tag := fmt.Sprintf("%x", sha256.Sum256(text))[:16]
 	plain := sync.OnceValue(func() []byte { return unpack(text) })
 	return func(c echo.Context) error {
 		h := c.Response().Header()
-		forPeople(h, docsPolicy)
+		forPeople(h, policy)
 		body, etag := text, tag
 		switch {
 		case !packed:

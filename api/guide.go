@@ -45,6 +45,6 @@ func (a *API) guide(pages fs.FS, frame string) {
 		if name == "README.md" {
 			at = "/docs/guide"
 		}
-		a.get(at, doc("guide.html", []byte(page)))
+		a.get(at, doc("guide.html", docsPolicy, []byte(page)))
 	}
 }

@@ -61,6 +61,28 @@ func TestPage_isServedUnderAPolicyThatAllowsOnlyItsOwnParts(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 }
 
+func TestPage_ofAdministratorsIsServedAsThePageIs(t *testing.T) {
+	t.Parallel()
+	n, _ := locked(t, nil) // the page is open: it asks for a token
+	page, admin := n.get("/").header, n.get("/admin")
+	if want, _ := fs.ReadFile(web.Files, "admin.html"); admin.status != 200 || !bytes.Equal(admin.body, want) {
+		t.Errorf("%d %.100s", admin.status, admin.body)
+	}
+	for _, name := range []string{"Content-Type", "Content-Security-Policy", "Cross-Origin-Opener-Policy", "Permissions-Policy", "Referrer-Policy", "Cache-Control", "X-Content-Type-Options"} {
+		if got, want := admin.header.Get(name), page.Get(name); got != want || got == "" {
+			t.Errorf("%s: %q, not %q", name, got, want)
+		}
+	}
+	head := n.do(request{method: "HEAD", path: "/admin"})
+	if etag := admin.header.Get("ETag"); head.status != 200 || len(head.body) > 0 || etag == "" || head.header.Get("ETag") != etag {
+		t.Errorf("HEAD: %d %v", head.status, head.header)
+	}
+	if a := n.do(request{method: "POST", path: "/admin"}); a.status != 405 {
+		t.Errorf("POST: %d", a.status)
+	}
+	n.get("/admin.html").refused(t, 404, "not_found")
+}
+
 // The contract includes the client, unlike the page's own parts.
 func TestClient_isServedToPagesOfAnyOrigin(t *testing.T) {
 	t.Parallel()

@@ -41,7 +41,7 @@ func calls() []request {
 		{method: "POST", path: "/openai/v1/responses", kind: typeJSON, body: `{"conversation":"s","input":"sesame","background":true}`},
 		{method: "GET", path: oneResponse}, {method: "GET", path: oneResponse + "/input_items"}, {method: "POST", path: oneResponse + "/cancel"}, {method: "DELETE", path: oneResponse},
 		{method: "POST", path: "/openai/v1/chat/completions", kind: typeJSON, body: `{"messages":[]}`},
-		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/docs"},
+		{method: "GET", path: "/healthz"}, {method: "GET", path: "/readyz"}, {method: "GET", path: "/openapi.yaml"}, {method: "GET", path: "/gapless.js"}, {method: "GET", path: "/gapless.d.ts"}, {method: "GET", path: "/metrics"}, {method: "GET", path: "/"}, {method: "GET", path: "/admin"}, {method: "GET", path: "/docs"},
 	}
 }
 

@@ -489,7 +489,7 @@ local function compare_memory()
     if not has_memory() then begin(next_base(top())) end
   elseif log.former < memory.last then
     local base = block_of(memory.last)
-    if memory.epoch == derived(base) or memory.epoch == resumed(base) then -- it was begun and could not be recorded, or was lost
+    if memory.epoch == derived(base) or log.recorded and memory.epoch == resumed(base) then -- it was begun and could not be recorded, or was lost
       begin(base, memory.epoch)
       if not has_memory() then begin(next_base(top())) end
     elseif memory.mark == '-' then -- no number of it was ever used

@@ -9,9 +9,9 @@ package web
 import "embed"
 
 // Files contains the page: index.html, for "/", and the files next to it that it names ("/app.js",
-// "/style.css", ...), and 404.html, for every path that does not exist. docs contains the API reference, for "/docs": Swagger UI as published (npm
+// "/style.css", ...), admin.html, for "/admin", and 404.html, for every path that does not exist. docs contains the API reference, for "/docs": Swagger UI as published (npm
 // swagger-ui-dist), with its large files compressed, and a script that starts it; and the frame, style and script of the guide, for "/docs/guide". vendor contains
 // third-party code of the page, as published (npm marked, dompurify).
 //
-//go:embed index.html 404.html app.js bounded.js gapless.js gapless.d.ts markdown.js naive.js plot.js style.css favicon.svg vendor/*.js docs
+//go:embed index.html admin.html 404.html app.js admin.js bounded.js gapless.js gapless.d.ts markdown.js naive.js plot.js style.css favicon.svg vendor/*.js docs
 var Files embed.FS

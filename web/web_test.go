@@ -9,13 +9,13 @@ import (
 
 func TestFiles_holdWhatThePageNames(t *testing.T) {
 	named := regexp.MustCompile(`(?:href|src)="/([^"]+)"|from '/([^']+)'`)
-	for _, file := range []string{"index.html", "404.html", "app.js", "gapless.js"} {
+	for _, file := range []string{"index.html", "admin.html", "404.html", "app.js", "gapless.js"} {
 		text, err := fs.ReadFile(Files, file)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, m := range named.FindAllStringSubmatch(string(text), -1) {
-			if m[1] == "docs/guide" { // the API makes it, of docs/
+			if m[1] == "docs/guide" || m[1] == "admin" { // the API makes the one of docs/, and serves admin.html as the other
 				continue
 			}
 			if _, err := fs.Stat(Files, m[1]+m[2]); err != nil {
@@ -27,7 +27,7 @@ func TestFiles_holdWhatThePageNames(t *testing.T) {
 
 // The page's Content-Security-Policy would block these without a visible error.
 func TestPage_hasNothingInline(t *testing.T) {
-	for _, name := range []string{"index.html", "404.html"} {
+	for _, name := range []string{"index.html", "admin.html", "404.html"} {
 		page, err := fs.ReadFile(Files, name)
 		if err != nil {
 			t.Fatal(err)
