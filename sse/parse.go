@@ -16,14 +16,16 @@ type Event struct {
 // (https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream). It
 // handles a byte order mark at the start, lines that end with CR, LF or CRLF, and data of several
 // lines. It skips comments and unknown fields, does not dispatch an event without data unless
-// NameAlone is set, and discards an event that is torn by the stream's end. It ignores id and retry.
-// The standard replaces invalid UTF-8; Parser returns an error for it, unless AnyBytes is set.
+// NameAlone is set, and discards an event that is torn by the stream's end. It ignores retry, and id
+// unless IDs is set. The standard replaces invalid UTF-8; Parser returns an error for it, unless AnyBytes is set.
 //
 // The zero Parser is ready for a stream's first byte.
 type Parser struct {
 	AnyBytes  bool // names and data may be invalid UTF-8, and are returned as they are
 	NameAlone bool // an event that has a name and no data is returned, too
+	IDs       bool // ID returns ids
 
+	id      []byte
 	name    []byte
 	data    []byte // each line with LF after it
 	begun   bool   // the stream's beginning was checked for a byte order mark
@@ -75,6 +77,9 @@ func (p *Parser) Next(arrived []byte, limit int) (e Event, rest []byte, ok bool,
 	return e, rest, false, nil
 }
 
+// ID returns the id of the event that Next returned last, or of an earlier event if that one has none.
+func (p *Parser) ID() string { return string(p.id) }
+
 // Torn reports whether the stream would end inside an event if it ended now, with rest left of it.
 // Such an event was not dispatched, and never will be.
 func (p *Parser) Torn(rest []byte) bool {
@@ -93,6 +98,10 @@ func (p *Parser) field(line []byte) {
 		p.name = append(p.name[:0], value...)
 	case "data":
 		p.data = append(append(p.data, value...), '\n')
+	case "id":
+		if p.IDs && bytes.IndexByte(value, 0) < 0 {
+			p.id = append(p.id[:0], value...)
+		}
 	}
 }
 

@@ -102,6 +102,17 @@ func TestParser_dispatchesAsSoonAsTheEmptyLineIsThere(t *testing.T) {
 	}
 }
 
+func TestParser_returnsTheIDThatAClientWouldResumeWith(t *testing.T) {
+	p := Parser{IDs: true}
+	rest := []byte("data: a\nid: 7\n\ndata: b\n\ndata: c\nid: 8\x00\n\ndata: d\nid\n\n")
+	for _, want := range []string{"7", "7", "7", ""} {
+		var ok bool
+		if _, rest, ok, _ = p.Next(rest, 10); !ok || p.ID() != want {
+			t.Errorf("%t: the id is %q, not %q", ok, p.ID(), want)
+		}
+	}
+}
+
 func TestParser_saysWhatIsTorn(t *testing.T) {
 	for s, want := range map[string]bool{
 		"": false, "data: a\n\n": false, "data: a\n\n\n": false, "data: a\r\n\r\n": false, "data: a\n\n:": false, "data: a\n\n: beat\n": false,

@@ -22,6 +22,8 @@ func TestCommandLine_understandsWordsAndSaysWhatWasMeant(t *testing.T) {
 		{"token -help", 0, []string{"usage: gapless token", "-check"}},
 		{"secret x", 2, []string{"usage: gapless secret"}},
 		{"doctor", 2, []string{"URL"}},
+		{"verify", 2, []string{"URL"}},
+		{"verify -help", 0, []string{"usage: gapless verify", "-until-end"}},
 		{"docter http://127.0.0.1", 2, []string{`"docter"`, "did you mean gapless doctor?"}},
 		{"serv", 2, []string{"did you mean gapless serve?"}},
 		{"run", 2, []string{`"run"`, "gapless help"}},

@@ -17,12 +17,14 @@ import (
 
 	"gapless/api/auth"
 	"gapless/api/doctor"
+	"gapless/api/verify"
 )
 
 // Commands returns the subcommands other than serve, by name. Each returns its exit status.
 func Commands() map[string]func(ctx context.Context, args []string, env func(string) (string, bool)) int {
 	all := maps.Clone(doctor.Commands)
 	maps.Copy(all, auth.Commands)
+	maps.Copy(all, verify.Commands)
 	return all
 }
 
@@ -32,6 +34,7 @@ const usage = `Gapless streams AI answers by Server-Sent Events and never loses,
 usage:
   gapless [serve] [flags]      serve
   gapless doctor [flags] URL   find out why a server does not stream
+  gapless verify [flags] URL   follow a stream through cuts, and check that all of it came
   gapless secret               print a new secret for -auth secret:FILE
   gapless token [flags]        make a token, or check one
   gapless live URL             exit with 0 if the server is alive

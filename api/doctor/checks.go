@@ -192,8 +192,8 @@ func (d *doctor) begin(ctx context.Context) *uploading {
 	up := &uploading{in: in, done: make(chan struct{})}
 	r := d.request(ctx, "POST", d.path("/chunks"), body)
 	r.Header.Set("Content-Type", "application/x-ndjson")
-	client := d.newClient() // a separate connection
-	go func() {             // ends with the request, which close ends; close waits for it
+	client := d.HTTP() // a separate connection
+	go func() {        // ends with the request, which close ends; close waits for it
 		defer close(up.done)
 		defer client.CloseIdleConnections()
 		response, err := client.Do(r)
@@ -295,7 +295,7 @@ func (d *doctor) resume(ctx context.Context) {
 	}
 	seen := map[string]bool{}
 	for range times {
-		client := d.newClient()
+		client := d.HTTP()
 		s := d.view(ctx, client, d.last-1)
 		s.came(ctx, d.last, d.Patience)
 		s.close()

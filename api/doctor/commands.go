@@ -3,7 +3,6 @@ package doctor
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -15,6 +14,8 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"gapless/api/client"
 )
 
 // Commands are the subcommands that check a server. Each returns its exit code: 0 if all is well, 1
@@ -31,8 +32,7 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 	fs := flag.NewFlagSet("gapless doctor", flag.ContinueOnError)
 	fs.StringVar(&cfg.Origin, "origin", "", "an `origin` whose pages use the server, such as https://chat.example: examines CORS")
 	fs.DurationVar(&cfg.Idle, "idle", cfg.Idle, "how long to listen in silence: longer than -heartbeat; two minutes find most idle time-outs")
-	tokenFile := fs.String("token-file", "", "`file` of a bearer token that may read and write any session, and admin them, to delete its own; or GAPLESS_TOKEN holds it")
-	ca := fs.String("ca", "", "`file` of the certificates that vouch for the server, instead of the system's")
+	access := client.Flags(fs, "read and write any session, and admin them, to delete its own")
 	asJSON := fs.Bool("json", false, "print one JSON object: {\"ok\": …, \"findings\": […]}")
 	fs.SetOutput(os.Stderr)
 	fs.Usage = func() {
@@ -54,26 +54,9 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 		cfg.URL = u
 		errs = append(errs, cfg.Validate())
 	}
-	cfg.Token, _ = env("GAPLESS_TOKEN")
-	if *tokenFile != "" {
-		b, err := os.ReadFile(*tokenFile)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("-token-file: %w", err))
-		}
-		cfg.Token = string(b)
-	}
-	if cfg.Token = strings.TrimSpace(cfg.Token); strings.ContainsAny(cfg.Token, "\r\n \t") {
-		errs = append(errs, errors.New("-token-file, GAPLESS_TOKEN: a token is one word"))
-	}
-	if *ca != "" {
-		b, err := os.ReadFile(*ca)
-		if cfg.Roots = x509.NewCertPool(); err == nil && !cfg.Roots.AppendCertsFromPEM(b) {
-			err = fmt.Errorf("%s holds no certificate in PEM", *ca)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("-ca: %w", err))
-		}
-	}
+	let, err := access(env)
+	cfg.Access = let
+	errs = append(errs, err)
 	if err := errors.Join(errs...); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 2

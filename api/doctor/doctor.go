@@ -21,20 +21,19 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"gapless/api/client"
 )
 
 // Config describes what to examine, and how patiently.
 type Config struct {
 	// URL is the server's address for its users; the API is at /v1 below it.
 	URL *url.URL
-	// Token is sent as a bearer token, unless it is empty.
-	Token string
+	client.Access
 	// Origin is another origin whose pages use the server. Empty: CORS is not examined.
 	Origin string
 	// Idle is how long to listen in silence. It must be longer than a heartbeat, 15 s by default.
 	Idle time.Duration
-	// Roots are the trusted certificates; nil: the system's.
-	Roots *x509.CertPool
 	// Late is when an event counts as late. A second is ten times what distance explains.
 	Late time.Duration
 	// Patience is how long to wait for a late event.
@@ -79,7 +78,7 @@ func Examine(ctx context.Context, cfg Config, found func(Finding)) {
 			found(f)
 		}
 	}}
-	d.client = d.newClient()
+	d.client = d.HTTP()
 	defer d.client.CloseIdleConnections()
 	if !d.reach(ctx) {
 		return
@@ -114,19 +113,6 @@ func (d *doctor) ok(check, format string, args ...any) {
 
 func (d *doctor) problem(check, found, remedy string) { d.found(Finding{check, false, found, remedy}) }
 
-// newClient returns a client with separate connections.
-func (d *doctor) newClient() *http.Client {
-	return &http.Client{
-		Transport: &http.Transport{
-			Proxy:              http.ProxyFromEnvironment,
-			TLSClientConfig:    &tls.Config{RootCAs: d.Roots, MinVersion: tls.VersionTLS12},
-			ForceAttemptHTTP2:  true,
-			DisableCompression: true, // the response is examined as it comes
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-}
-
 func (d *doctor) request(ctx context.Context, method, path string, body io.Reader) *http.Request {
 	path, query, _ := strings.Cut(path, "?")
 	at := d.URL.JoinPath(path) // #nosec G125 -- the path is ours
@@ -135,9 +121,7 @@ func (d *doctor) request(ctx context.Context, method, path string, body io.Reade
 	if err != nil {
 		panic(err) // method and path are constants, and the URL was parsed
 	}
-	if d.Token != "" {
-		r.Header.Set("Authorization", "Bearer "+d.Token)
-	}
+	d.Authorize(r)
 	return r
 }
 
