@@ -29,6 +29,8 @@ const (
 	contextRead = 16 << 20
 	// contextFirst is how many of a longer log's first chunks are searched for instructions.
 	contextFirst = 100
+	// contextPause is how many chunks may lie between two chunks of instructions that begin there.
+	contextPause = 2000
 	// instructionsMost limits the size of instructions in bytes, because they are never left out.
 	instructionsMost = 1 << 20
 )
@@ -276,7 +278,7 @@ func (a *API) readSaid(ctx context.Context, session string, before int64) (m *ss
 		read += bytesOf(part)
 		next = part.Next()
 		if !slices.ContainsFunc(m.Heads(), func(h sse.MessageHead) bool {
-			return roleOf(h.Role) == model.RoleSystem && h.Streaming && h.Last >= part.From
+			return roleOf(h.Role) == model.RoleSystem && h.Streaming && h.Last >= part.Next()-contextPause
 		}) {
 			break
 		}

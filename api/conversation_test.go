@@ -72,6 +72,12 @@ func TestConversation_noMessageIsCutByABoundaryOfReading(t *testing.T) {
 			n.append("s", "["+strings.Join(rules, ",")+"]")
 			n.fill("s", contextChunks+1500, filler)
 		}, func(c []model.Turn) bool { return c[0].Role == "system" && isWhole(c[0].Content, "rule%d. ", 120) }},
+		"instructions between whose chunks others are": {1000, func(n *node) {
+			n.append("s", "["+strings.Join(rules[:1], ",")+"]")
+			n.fill("s", 1900, filler)
+			n.append("s", "["+strings.Join(rules[1:], ",")+"]")
+			n.fill("s", contextChunks+1500, filler)
+		}, func(c []model.Turn) bool { return c[0].Role == "system" && isWhole(c[0].Content, "rule%d. ", 120) }},
 		"instructions at the beginning of a later epoch": {1000, func(n *node) {
 			n.append("s", `{"content":"former"}`)
 			n.do(request{method: "DELETE", path: "/v1/sessions/s"})
