@@ -2,6 +2,7 @@ package api
 
 import (
 	"flag"
+	"strings"
 
 	"gapless/api/size"
 )
@@ -9,6 +10,16 @@ import (
 // Flags declares the flags of the API, and of its limits. Their defaults are what c contains.
 func (c *Config) Flags(fs *flag.FlagSet) {
 	c.Limits.Flags(fs)
+	names := func(text string) []string { return strings.FieldsFunc(text, func(r rune) bool { return r == ',' }) }
+	fs.Func("hosts", "comma-separated `names` under which browsers may call a server on loopback, besides localhost and IP addresses", func(text string) error {
+		c.Hosts = names(strings.ToLower(text))
+		return nil
+	})
+	fs.Func("cors-origins", "comma-separated `origins` whose pages may call the API with credentials, such as https://chat.example", func(text string) error {
+		c.Origins = names(text)
+		return nil
+	})
+	fs.BoolVar(&c.Demo, "demo", c.Demo, "with -model demo, serve the calls by which the page cuts connections and shows a viewer that loses chunks; by default only on loopback without -auth")
 	size.Var(fs, &c.ChunkMax, "chunk-max", "largest event that a chunk may become, in `bytes`")
 	size.Var(fs, &c.BodyMax, "body-max", "largest JSON body in `bytes`")
 	fs.IntVar(&c.BatchMax, "batch-max", c.BatchMax, "largest number of chunks in an array; half as many with producer numbers")

@@ -22,7 +22,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
-	"gapless/api"
+	"gapless/api/server"
 	"gapless/store/storetest"
 )
 
@@ -109,7 +109,7 @@ func TestTLS_aNewCertificateThatIsBadChangesNothing(t *testing.T) {
 	s := secret{t: t, dir: t.TempDir()}
 	cert, key := authority.Issue("one.example")
 	s.put(cert, key)
-	c, err := api.OpenCertificate(s.file("tls.crt"), s.file("tls.key"), slog.New(slog.NewTextHandler(&log, nil)))
+	c, err := server.OpenCertificate(s.file("tls.crt"), s.file("tls.key"), slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,12 @@ import (
 
 // Flags declares the flags of the limits. Their defaults are what c contains.
 func (c *Config) Flags(fs *flag.FlagSet) {
+	fs.Func("trusted-proxies", "comma-separated `addresses` and ranges of proxies whose X-Forwarded-For is believed, such as 10.0.0.0/8", func(text string) (err error) {
+		if c.TrustedProxies = nil; text != "" {
+			c.TrustedProxies, err = ParseProxies(text)
+		}
+		return err
+	})
 	fs.IntVar(&c.Connections, "connections", c.Connections, "limit of connections of this node; 0: as many as its file descriptors allow")
 	fs.IntVar(&c.CallerConnections, "caller-connections", c.CallerConnections, "limit of connections per client address (IPv6: per /64), trusted proxies excepted; 0: no limit, here and below")
 	fs.IntVar(&c.Strangers, "strangers", c.Strangers, "limit of connections that have not presented a token yet, with -auth")

@@ -145,9 +145,9 @@ func ParseProxies(text string) (all []netip.Prefix, err error) {
 		}
 		switch {
 		case err != nil:
-			errs = append(errs, fmt.Errorf("-trusted-proxies: %q is not an address, or a range such as 10.0.0.0/8", one))
+			errs = append(errs, fmt.Errorf("%q is not an address, or a range such as 10.0.0.0/8", one))
 		case p.Bits() == 0:
-			errs = append(errs, fmt.Errorf("-trusted-proxies: %s would trust everybody: list the addresses of your proxies", one))
+			errs = append(errs, fmt.Errorf("%s would trust everybody: list the addresses of your proxies", one))
 		default:
 			all = append(all, p.Masked())
 		}

@@ -25,6 +25,8 @@ import (
 
 // Config describes the model that answers, at a service with the chat-completions API.
 type Config struct {
+	// Kind is what answers: demo, or openai, a service with the chat-completions API.
+	Kind string
 	// URL is the base URL of the API, without /chat/completions: https://api.openai.com/v1.
 	URL string
 	// Name is the service's name for the model.
@@ -44,11 +46,27 @@ type Config struct {
 
 // DefaultConfig returns the defaults of the flags.
 func DefaultConfig() Config {
-	return Config{Timeout: 2 * time.Minute, Stall: 30 * time.Second, Logger: slog.New(slog.DiscardHandler)}
+	return Config{Kind: "demo", Timeout: 2 * time.Minute, Stall: 30 * time.Second, Logger: slog.New(slog.DiscardHandler)}
+}
+
+// Open returns what c describes.
+func Open(c Config) Model {
+	if c.Kind == "demo" {
+		return NewDemo()
+	}
+	return NewOpenAI(c)
 }
 
 // Validate reports every mistake at once.
 func (c Config) Validate() error {
+	switch {
+	case c.Kind == "demo" && c.URL == "":
+		return nil
+	case c.Kind == "demo":
+		return errors.New("-model-url: cannot be combined with -model demo")
+	case c.Kind != "openai":
+		return fmt.Errorf("-model: must be demo or openai (%q)", c.Kind)
+	}
 	var errs []error
 	u, err := url.Parse(c.URL)
 	switch {
