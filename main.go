@@ -45,6 +45,9 @@ func main() {
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	args := os.Args[1:]
+	if len(args) > 1 && args[0] == "help" { // help COMMAND is COMMAND -help
+		args = []string{args[1], "-help"}
+	}
 	if len(args) > 0 {
 		if run := cli.Commands()[args[0]]; run != nil {
 			code := run(ctx, args[1:], os.LookupEnv)

@@ -3,15 +3,20 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/agext/levenshtein"
 
@@ -120,21 +125,14 @@ func Parse(fs *flag.FlagSet, args []string, env func(string) (string, bool), exp
 			fs.Usage()
 			return nil, nil
 		}
-		mistake := err.Error()
-		explained := explain(append([]string{mistake}, args...))
-		if explained != nil {
-			err = explained
-		}
-		hint := "gapless help shows all flags"
-		if _, name, ok := strings.Cut(mistake, "provided but not defined: -"); ok && explained == nil {
-			if near := Nearest(name, Names(fs)); near != "" {
-				hint = "did you mean -" + near + "?"
-			}
-		}
-		errs = append(errs, fmt.Errorf("%w (%s)", err, hint))
-		if strings.Contains(mistake, "not defined") && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		err, unknown := mistake(fs, err)
+		if unknown && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 			args = args[1:] // its value
 		}
+		if explained := explain(append([]string{err.Error()}, fs.Args()...)); explained != nil {
+			err = explained
+		}
+		errs = append(errs, err)
 	}
 	given = map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
@@ -146,11 +144,65 @@ func Parse(fs *flag.FlagSet, args []string, env func(string) (string, bool), exp
 		if value, ok := env(name); ok && !given[f.Name] {
 			given[f.Name] = true
 			if err := f.Value.Set(value); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %q: %w", name, value, err))
+				errs = append(errs, wrongValue(f, name, value, err))
 			}
 		}
 	})
 	return given, errs
+}
+
+// mistake returns err, which is flag.FlagSet.Parse's, in words that say what to do. unknown means that there is no such flag.
+func mistake(fs *flag.FlagSet, err error) (said error, unknown bool) {
+	text := err.Error()
+	if _, name, ok := strings.Cut(text, "provided but not defined: -"); ok {
+		hint := "gapless help shows all flags"
+		if near := cmp.Or(others[name], Nearest(name, Names(fs))); near != "" {
+			hint = "did you mean -" + near + "?"
+		}
+		return fmt.Errorf("there is no flag -%s (%s)", name, hint), true
+	}
+	if m := invalid.FindStringSubmatch(text); m != nil {
+		if f := fs.Lookup(m[2]); f != nil {
+			if value, quoted := strconv.Unquote(m[1]); quoted == nil {
+				return wrongValue(f, "-"+f.Name, value, errors.New(m[3])), false
+			}
+		}
+	}
+	return fmt.Errorf("%w (gapless help shows all flags)", err), false
+}
+
+var invalid = regexp.MustCompile(`(?s)^invalid (?:boolean )?value (".*") for (?:flag )?-([\w-]+): (.*)$`)
+
+// others are flags of other servers, and what they are called here.
+var others = map[string]string{
+	"port": "listen", "p": "listen", "addr": "listen", "address": "listen", "bind": "listen", "host": "listen", "http": "listen",
+	"dir": "redis", "data": "redis", "data-dir": "redis", "redis-url": "redis", "redis-addr": "redis", "db": "redis", "url": "redis",
+	"cert": "tls-cert", "key": "tls-key", "cors": "cors-origins", "origin": "cors-origins", "secret": "auth", "token": "auth", "jwks": "auth",
+	"v": "version", "verbose": "log-level", "debug": "log-level", "ttl": "history-ttl", "timeout": "write-timeout", "api-key": "model-url", "openai": "model-url",
+}
+
+// wrongValue returns what is wrong with the value of f, which is given as name: -flag or VARIABLE. f has its default again, so that nothing else is said of it.
+func wrongValue(f *flag.Flag, name, value string, err error) error {
+	_ = f.Value.Set(f.DefValue)
+	var get any
+	if g, ok := f.Value.(flag.Getter); ok {
+		get = g.Get()
+	}
+	switch get.(type) {
+	case time.Duration:
+		example := "15s"
+		if _, number := strconv.ParseFloat(value, 64); number == nil {
+			example = value + "s"
+		}
+		return fmt.Errorf("%s: %q is not a duration, such as %s, 2m or 500ms", name, value, example)
+	case int:
+		return fmt.Errorf("%s: %q is not a whole number", name, value)
+	case *slog.Level:
+		return fmt.Errorf("%s: %q is not debug, info, warn or error", name, value)
+	case bool:
+		return fmt.Errorf("%s: %q is neither true nor false", name, value)
+	}
+	return fmt.Errorf("%s: %q: %w", name, value, err)
 }
 
 // unexpected returns the error for arguments that are no flags.

@@ -47,7 +47,7 @@ func examine(ctx context.Context, args []string, env func(string) (string, bool)
 	}
 	var errs []error
 	if fs.NArg() != 1 {
-		errs = append(errs, fmt.Errorf("URL: give one, behind all flags; there are %d", fs.NArg()))
+		errs = append(errs, errors.New("give one URL, after all flags"))
 	} else if u, err := url.Parse(fs.Arg(0)); err != nil {
 		errs = append(errs, fmt.Errorf("URL: %w", err))
 	} else {

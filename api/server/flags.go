@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strconv"
 	"time"
 )
 
@@ -71,7 +72,7 @@ func (c Config) Validate(auth bool) error {
 	}
 	_, _, err := net.SplitHostPort(c.Listen)
 	if err != nil {
-		errs = append(errs, fmt.Errorf("-listen: %w", err))
+		errs = append(errs, notAnAddress("-listen", c.Listen, "127.0.0.1:8080"))
 	}
 	switch {
 	case auth && c.Open:
@@ -80,12 +81,19 @@ func (c Config) Validate(auth bool) error {
 		errs = append(errs, fmt.Errorf("-listen: anyone who can reach %s could read, write and delete everything: set -auth, or listen on 127.0.0.1 behind a proxy that authenticates (-insecure-open allows it anyway)", c.Listen))
 	}
 	if _, _, err := net.SplitHostPort(cmp.Or(c.Metrics, ":0")); err != nil {
-		errs = append(errs, fmt.Errorf("-metrics: %w", err))
+		errs = append(errs, notAnAddress("-metrics", c.Metrics, "127.0.0.1:9090"))
 	}
 	if c.Profiles != "" && !loopback(c.Profiles) {
 		errs = append(errs, fmt.Errorf("-pprof: %q is not an address and port on loopback: profiles reveal too much for other machines", c.Profiles))
 	}
 	return errors.Join(errs...)
+}
+
+func notAnAddress(flag, value, example string) error {
+	if _, err := strconv.ParseUint(value, 10, 16); err == nil { // only a port
+		example = "127.0.0.1:" + value
+	}
+	return fmt.Errorf("%s: %q is not an address and port, such as %s", flag, value, example)
 }
 
 // Loopback reports whether only this machine can connect.

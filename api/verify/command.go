@@ -46,7 +46,7 @@ func run(ctx context.Context, args []string, env func(string) (string, bool)) in
 	}
 	var errs []error
 	if fs.NArg() != 1 {
-		errs = append(errs, fmt.Errorf("URL: give one, after all flags; there are %d", fs.NArg()))
+		errs = append(errs, errors.New("give one URL, after all flags"))
 	} else if u, err := url.Parse(fs.Arg(0)); err != nil {
 		errs = append(errs, fmt.Errorf("URL: %w", err))
 	} else {
