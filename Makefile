@@ -50,7 +50,7 @@ lint:
 # detector lets it go in a reasonable time. A test gives up when nothing has happened
 # for a while (store/storetest/patience.go); the hour is for what never stands still.
 unit:
-	go test -race -count=1 -timeout 1h -skip TestRelease ./test
+	go test -race -count=1 -timeout 1h -parallel 6 -skip TestRelease ./test
 	go test -race -count=1 -timeout 0 -run TestRelease ./test
 	go test -race -count=1 -timeout 1h $$(go list ./... | grep -v '^gapless/test$$')
 	go test -count=1 -timeout 1h -run 'TestExplorer_everyOrder$$' ./sse

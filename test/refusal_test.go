@@ -173,6 +173,7 @@ func TestRefusal_theLogOfALoadedNodeSaysItInAFewLines(t *testing.T) {
 			func(_ context.Context, r *storetest.Server) error { r.Start(); return nil }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			redis, n, _, _ := rotated(t, "-log-level", "info", "-heartbeat", "50ms", "-reconcile", "200ms")
 			ctx, cancel := context.WithCancel(deadline(t))
 			var wg sync.WaitGroup
@@ -196,6 +197,7 @@ func TestRefusal_theLogOfALoadedNodeSaysItInAFewLines(t *testing.T) {
 			for _, v := range viewers {
 				eventually(t, "the viewer is live", func() bool { return v.seen.Load() > 3 })
 			}
+			eventually(t, "the log has their beginnings", func() bool { return strings.Count(n.log.String(), `msg="viewer begins"`) == len(viewers) })
 			before := strings.Count(n.log.String(), "\n")
 			if err := c.refuse(ctx, redis); err != nil {
 				t.Fatal(err)

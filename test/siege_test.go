@@ -372,6 +372,7 @@ func TestSiege_short(t *testing.T) {
 			continue
 		}
 		t.Run(strings.ReplaceAll(a.name, " ", "-"), func(t *testing.T) {
+			t.Parallel()
 			begun := time.Now()
 			found := besiege(t, a, time.Second, true).assault(a)
 			for _, wrong := range found.judge() {
