@@ -192,6 +192,9 @@ func TestExplorer_everyOrder(t *testing.T) {
 		t.Run(scope.name, func(t *testing.T) {
 			begun := time.Now()
 			depth := scope.depth + *explorerDeeper
+			if testing.Short() {
+				depth -= 2
+			}
 			faults, states, played := everyOrder(t, scope.moves, depth, false, *explorerFaults)
 			for _, f := range faults {
 				t.Error(f)

@@ -3,6 +3,7 @@ package sse
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -214,13 +215,18 @@ func TestSeat_rowDoesNotGrowByComingAndGoing(t *testing.T) {
 		seated(t, h, Ask{})
 	}
 	hear(log)
-	over, stop := context.WithTimeout(t.Context(), time.Second)
+	r := &h.feeds["s"].row
+	over, stop := context.WithCancel(t.Context())
 	defer stop()
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		for over.Err() == nil {
+		defer stop()
+		for range 500 { // one walk after another: what nobody waited for would be kept a thousand times
 			log.Append("b")
 			log.Deliver(0)
+			for r.busy.Load() {
+				runtime.Gosched()
+			}
 		}
 	})
 	for range 4 {
@@ -233,7 +239,6 @@ func TestSeat_rowDoesNotGrowByComingAndGoing(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	r := &h.feeds["s"].row
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.seats) > 2*1000+200 {

@@ -233,9 +233,13 @@ func TestPage_leadsToTheReference(t *testing.T) {
 	p.until(`location.pathname === '/docs'`)
 	for _, l := range looks[1:3] {
 		p = l.open(t, w, w.node.url("/?session=reference"))
-		p.until(`document.querySelector('#empty .more a')?.checkVisibility()`)
-		p.press("#empty .more a")
-		p.until(`location.pathname === '/docs'`)
+		for _, page := range []string{"/docs", "/docs/guide"} {
+			link := `#empty .more a[href="` + page + `"]`
+			p.do("open the page", chromedp.Navigate(w.node.url("/?session=reference")))
+			p.until("document.querySelector('" + link + "')?.checkVisibility()")
+			p.press(link)
+			p.until(`location.pathname === '` + page + `'`)
+		}
 		p.do("open an unknown address", chromedp.Navigate(w.node.url("/nothing")))
 		p.until(`document.querySelector('#lost h2')?.innerText === 'There is no page at this address' && getComputedStyle(document.querySelector('#lost .button')).borderStyle === 'solid'`)
 		p.press("#lost .button")

@@ -100,6 +100,7 @@ func says(w http.ResponseWriter, pieces ...string) {
 
 func (s *service) config() Config {
 	cfg := DefaultConfig()
+	cfg.Kind = "openai"
 	cfg.URL, cfg.Name, cfg.Key = s.URL+"/v1?secret="+key, "davinci", key // a name that the library knows
 	cfg.Logger = slog.New(slog.NewTextHandler(&s.log, nil))
 	return cfg
@@ -475,14 +476,14 @@ func TestOpenAI_slowReaderIsNoStall(t *testing.T) {
 
 func TestConfig_reportsEveryMistakeAndNoSecret(t *testing.T) {
 	t.Parallel()
-	err := Config{URL: "https://u:" + key + "@h/v1", Key: key + "\n", Options: `["` + key + `"]`, Timeout: -1}.Validate()
+	err := Config{Kind: "openai", URL: "https://u:" + key + "@h/v1", Key: key + "\n", Options: `["` + key + `"]`, Timeout: -1}.Validate()
 	for _, want := range []string{"-model-url", KeyVariable, "-model-name", "-model-options", "-model-timeout", "-model-stall"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s is not reported: %v", want, err)
 		}
 	}
 	for _, bad := range []string{"", "ftp://h", "https:// " + key, "h:80", "https://", "https://h/v1#" + key} {
-		c := Config{URL: bad, Name: "m", Timeout: time.Second, Stall: time.Second, Options: "null"}
+		c := Config{Kind: "openai", URL: bad, Name: "m", Timeout: time.Second, Stall: time.Second, Options: "null"}
 		if got := c.Validate(); got == nil || strings.Contains(got.Error(), key) || !strings.Contains(got.Error(), "-model-url") {
 			t.Errorf("%q: %v", bad, got)
 		}
@@ -491,8 +492,17 @@ func TestConfig_reportsEveryMistakeAndNoSecret(t *testing.T) {
 		t.Errorf("the key is told: %v", err)
 	}
 	good := DefaultConfig()
-	good.URL, good.Name = "http://127.0.0.1:11434/v1", "llama"
+	good.Kind, good.URL, good.Name = "openai", "http://127.0.0.1:11434/v1", "llama"
 	if err := good.Validate(); err != nil {
+		t.Error(err)
+	}
+	if good.Kind = "demo"; good.Validate() == nil {
+		t.Error("the demo has no URL")
+	}
+	if good.Kind = "oracle"; good.Validate() == nil {
+		t.Error("there is no such model")
+	}
+	if err := DefaultConfig().Validate(); err != nil {
 		t.Error(err)
 	}
 }

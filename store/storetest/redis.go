@@ -47,6 +47,9 @@ func Redis(t testing.TB, args ...string) *Server {
 // redisAt starts a redis-server on a port. security is the client's configuration for a server over TLS.
 func redisAt(t testing.TB, port int, security *tls.Config, args ...string) *Server {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("it needs a redis-server: -short starts no programs")
+	}
 	addr := fmt.Sprintf("127.0.0.1:%d", port)
 	own := []string{"--port", strconv.Itoa(port)}
 	if security != nil {
