@@ -6,7 +6,7 @@ GOSEC       := github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 REDOCLY     := @redocly/cli@1.34.5
 SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
-.PHONY: run build release reproducible test setup lint unit torture soak bench siege fuzz picture
+.PHONY: run build release reproducible test setup lint unit twice deep check torture soak bench siege fuzz picture
 
 run: ## the server, with its data in gapless-data
 	go run .
@@ -46,14 +46,25 @@ lint:
 	npx --yes $(REDOCLY) lint --extends recommended-strict openapi.yaml
 	npx --yes --ignore-scripts $(SPECTRAL) lint --fail-severity hint --ruleset .spectral.yaml openapi.yaml
 
-# First what starts programs, alone; then the packages; then the explorer once more, deeper than the race
-# detector lets it go in a reasonable time. A test gives up when nothing has happened
-# for a while (store/storetest/patience.go); the hour is for what never stands still.
+# What starts programs comes first, alone: it mostly waits, so six tests run at a time. Then the packages, with the longest one
+# beside the others. Then a build without a cache, and the explorer, deeper than the race detector lets it go in a reasonable
+# time. A test gives up when nothing has happened for a while (store/storetest/patience.go); the hour is for what never stands still.
 unit:
 	go test -race -count=1 -timeout 1h -parallel 6 -skip TestRelease ./test
-	go test -race -count=1 -timeout 0 -run TestRelease ./test
-	go test -race -count=1 -timeout 1h $$(go list ./... | grep -v '^gapless/test$$')
+	go test -race -count=1 -timeout 1h -p 3 ./web $$(go list ./... | grep -v -e '/test$$' -e '/web$$')
+	$(MAKE) -j 2 -O twice deep
+
+twice:
+	go test -count=1 -timeout 0 -run TestRelease ./test
+
+deep:
 	go test -count=1 -timeout 1h -run 'TestExplorer_everyOrder$$' ./sse
+
+# A minute, while you work: make check.
+check: ## format, vet, and the tests that start no programs
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "gofmt -w these files"; exit 1; }
+	go vet ./...
+	go test -short -count=1 -timeout 10m -parallel 16 $$(go list ./... | grep -v -e '/test$$' -e '/web$$')
 
 # Three nodes, a Redis, producers and viewers, and whatever can happen to them, from a seed:
 # make torture FOR=10m SEED=7; ARGS=-torture.tls has all of it over TLS and HTTP/2, ARGS=-torture.embedded one node on disk

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"gapless/store"
 	"gapless/store/storetest"
 )
 
@@ -220,13 +221,13 @@ func TestSession_isMadeByItsPathToo(t *testing.T) {
 // The pages of all sessions contain each session once, in order, without deleted ones.
 func TestSessions_areListedInPages(t *testing.T) {
 	t.Parallel()
-	for name, configure := range map[string]func(*setup){
-		"embedded": nil,
-		"redis":    func(s *setup) { s.store.Redis = storetest.Redis(t).URL() },
-		"cluster":  func(s *setup) { s.store.Redis = storetest.Cluster(t).URL() },
+	for name, at := range map[string]func(*testing.T) string{
+		"embedded": func(*testing.T) string { return store.Embedded },
+		"redis":    func(t *testing.T) string { return storetest.Redis(t).URL() },
+		"cluster":  func(t *testing.T) string { return storetest.Cluster(t).URL() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := serve(t, configure)
+			n := serve(t, func(s *setup) { s.store.Redis = at(t) })
 			var want []string
 			for i := range 45 {
 				id := fmt.Sprintf("tea-%02d", i)
