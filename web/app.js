@@ -67,6 +67,7 @@ const dirty = new Set(); // messages that must be drawn again
 let current = null;      // the message of the last chunk
 let holes = 0;           // how many chunks the stream left out for good
 let awaited = '';        // the id of an answer that we asked for and that has not begun
+let asked = '';          // the id of the answer that we asked for last: it is verified when it has ended
 const wordless = new Set(); // ids of messages that ended without text: they never begin
 
 const endings = ['done', 'failed', 'cancelled'];
@@ -100,9 +101,9 @@ function over() {
 
 // The existing chunks come as whole messages.
 function restore(snapshot) {
-  const asked = awaited; // it may come after what is restored
+  const due = awaited; // it may come after what is restored
   clear('');
-  awaited = asked;
+  awaited = due;
   plot.mark('snapshot', snapshot.last_seq, snapshot.first_seq);
   if (showing) for (let seq = snapshot.first_seq; seq <= snapshot.last_seq; seq++) showing.had.add(seq);
   set($('snapshot'), `${snapshot.last_seq - snapshot.first_seq + 1} chunks in one event`);
@@ -332,6 +333,11 @@ function flush() {
   $('waiting').hidden = !waiting;
   set($('waiting').firstChild, lost ? 'The connection is lost. The answer comes when it is back' : 'The answer is on its way');
 
+  // What has come can be compared with the server's log when nothing is under way.
+  const whole = !silent && !waiting && (state === 'live' || ended) && messages.every((m) => m.status !== 'streaming' || m.anonymous);
+  if (whole && byId.get(asked)?.ended) verify();
+  check.draw(whole);
+
   // What can be done about a refusal.
   const nowhere = closed && refusal === 400;
   $('why').hidden = $('reconnect').hidden = !closed || nowhere || refusal === 403;
@@ -365,6 +371,51 @@ function set(element, text) {
 function element(name, properties) {
   return Object.assign(document.createElement(name), properties);
 }
+
+// ---- is this the server's log, chunk by chunk?
+
+const check = {
+  at: '', // the log and the chunk up to which text is true
+  text: '',
+  wrong: false,
+  digest: '–',
+
+  draw(whole) {
+    const said = this.at === `${follower.epoch} ${follower.seq}`;
+    $('whole').hidden = !whole || !isSecureContext; // only there is crypto.subtle
+    $('whole').dataset.wrong = said && this.wrong;
+    $('verify').hidden = said;
+    set($('verified'), said ? this.text : '');
+    set($('digest'), said ? this.digest : '–');
+  },
+};
+
+async function verify() {
+  asked = '';
+  const chunks = (n) => (n === 1 ? '1 chunk' : `${n} chunks`);
+  const { epoch, seq } = follower;
+  Object.assign(check, { at: `${epoch} ${seq}`, text: 'Verifying…', wrong: false, digest: '–' });
+  draw();
+  let said;
+  try {
+    const { ok, first_seq: first, last_seq: last, count, difference, parts } = await follower.verify();
+    said = {
+      at: `${epoch} ${last}`,
+      wrong: !ok,
+      text: !ok ? `Not what the server has: ${difference.detail}. Reload the page`
+        : count === 0 ? `Complete: ${chunks(last)}, all of them in one snapshot`
+          : count === last ? `Complete: ${chunks(last)}, verified`
+            : `Complete: ${chunks(last)}, verified from ${first} on`,
+      digest: parts.length === 1 ? parts[0].sha256 : '–',
+    };
+  } catch (err) {
+    said = { text: `Not verified: ${err.message}` };
+  }
+  if (check.at === `${epoch} ${seq}`) Object.assign(check, said);
+  draw();
+}
+
+$('verify').addEventListener('click', verify);
 
 // ---- scrolling: follow the text, but only for a reader who is at its end
 
@@ -723,6 +774,7 @@ const follower = follow(`${api}/stream`, {
   },
   ticket,
   fetch: call,
+  verify: true,
 });
 lookForDemo();
 lookForMemory();
@@ -810,7 +862,7 @@ async function question(content) {
   complain('');
   try {
     const { reply_message_id: reply } = await follower.ask(content);
-    awaited = reply ?? '';
+    awaited = asked = reply ?? '';
     toEnd();
     if (follower.state === 'disconnected') follower.restart();
     return awaited || content;
@@ -830,8 +882,8 @@ log.addEventListener('click', (e) => {
   if (button.matches('.copy-code')) copy(button, button.closest('.code').querySelector('code').textContent);
   if (button.matches('.copy-message')) copy(button, m.text);
   if (button.matches('.again')) {
-    const asked = messages.slice(0, messages.indexOf(m)).findLast((q) => q.role === 'user');
-    if (asked) question(asked.text);
+    const before = messages.slice(0, messages.indexOf(m)).findLast((q) => q.role === 'user');
+    if (before) question(before.text);
     else complain('The question is not there any more.');
   }
 });

@@ -18,6 +18,14 @@
  * @typedef {{ type: 'snapshot', epoch: string, first_seq: number, last_seq: number, ended: boolean, messages: Message[] }} Snapshot
  *   the whole log up to `last_seq`, as messages
  * @typedef {{
+ *   ok: boolean, complete: boolean, epoch: string, first_seq: number, last_seq: number, count: number,
+ *   parts: { first_seq: number, last_seq: number, sha256: string }[],
+ *   difference?: { first_seq: number, last_seq: number, detail: string },
+ * }} Verified
+ *   ok: the `count` chunks `first_seq` to `last_seq` are the server's, byte by byte; complete: and the log has ended with
+ *   them. Chunks that came as a snapshot, or that are no longer kept, are not among them. difference: the first part that is not
+ *   the server's
+ * @typedef {{
  *   type?: string, title?: string, status?: number, detail?: string, code?: string, [member: string]: unknown,
  * }} Problem (RFC 9457)
  */
@@ -41,6 +49,7 @@
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
  *   for each request; requests are then made by fetch. Only tabs with equal headers share a connection
  * @property {number} [after] the number of the chunk to start after; 0 is the start
+ * @property {boolean} [verify] keep what `verify()` needs: up to 256 KiB of text, and 100 bytes for each 256 KiB before it
  * @property {boolean} [shared] false: this tab has its own connection
  * @property {number} [silence] how long nothing may arrive, in ms, before the connection is checked; by default
  *   two and a half of the server's heartbeats; Infinity: it is never checked
@@ -118,6 +127,15 @@ export class Follower {
      * @throws {ProblemError} if it is refused; 404 and 409: nothing was left to stop
      */
     stop(messageId?: string): Promise<Record<string, unknown>>;
+    /**
+     * Compares what the handlers were given, number by number, with the server's log (GET …/digest). Chunks that a faulty
+     * server or proxy left out, repeated, swapped or changed are a difference.
+     *
+     * @returns {Promise<Verified>}
+     * @throws {TypeError} without the option `verify`, or where there is no `crypto.subtle`: browsers have it only on https and localhost
+     * @throws {ProblemError} if the server refuses to say
+     */
+    verify(): Promise<Verified>;
     #private;
 }
 /** The error of a call that was refused. Its message is for people. */
@@ -180,6 +198,29 @@ export type Snapshot = {
     messages: Message[];
 };
 /**
+ * ok: the `count` chunks `first_seq` to `last_seq` are the server's, byte by byte; complete: and the log has ended with
+ * them. Chunks that came as a snapshot, or that are no longer kept, are not among them. difference: the first part that is not
+ * the server's
+ */
+export type Verified = {
+    ok: boolean;
+    complete: boolean;
+    epoch: string;
+    first_seq: number;
+    last_seq: number;
+    count: number;
+    parts: {
+        first_seq: number;
+        last_seq: number;
+        sha256: string;
+    }[];
+    difference?: {
+        first_seq: number;
+        last_seq: number;
+        detail: string;
+    };
+};
+/**
  * (RFC 9457)
  */
 export type Problem = {
@@ -239,6 +280,10 @@ export type Options = {
      * the number of the chunk to start after; 0 is the start
      */
     after?: number | undefined;
+    /**
+     * keep what `verify()` needs: up to 256 KiB of text, and 100 bytes for each 256 KiB before it
+     */
+    verify?: boolean | undefined;
     /**
      * false: this tab has its own connection
      */

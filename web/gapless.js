@@ -41,6 +41,14 @@
  * @typedef {{ type: 'snapshot', epoch: string, first_seq: number, last_seq: number, ended: boolean, messages: Message[] }} Snapshot
  *   the whole log up to `last_seq`, as messages
  * @typedef {{
+ *   ok: boolean, complete: boolean, epoch: string, first_seq: number, last_seq: number, count: number,
+ *   parts: { first_seq: number, last_seq: number, sha256: string }[],
+ *   difference?: { first_seq: number, last_seq: number, detail: string },
+ * }} Verified
+ *   ok: the `count` chunks `first_seq` to `last_seq` are the server's, byte by byte; complete: and the log has ended with
+ *   them. Chunks that came as a snapshot, or that are no longer kept, are not among them. difference: the first part that is not
+ *   the server's
+ * @typedef {{
  *   type?: string, title?: string, status?: number, detail?: string, code?: string, [member: string]: unknown,
  * }} Problem (RFC 9457)
  */
@@ -65,6 +73,7 @@
  * @property {Record<string, string> | (() => Promise<Record<string, string>> | Record<string, string>)} [headers]
  *   for each request; requests are then made by fetch. Only tabs with equal headers share a connection
  * @property {number} [after] the number of the chunk to start after; 0 is the start
+ * @property {boolean} [verify] keep what `verify()` needs: up to 256 KiB of text, and 100 bytes for each 256 KiB before it
  * @property {boolean} [shared] false: this tab has its own connection
  * @property {number} [silence] how long nothing may arrive, in ms, before the connection is checked; by default
  *   two and a half of the server's heartbeats; Infinity: it is never checked
@@ -163,6 +172,8 @@ export class Follower {
   #tried = '';         // the leading tab's connection that made us try again
   /** @type {State | ''} */
   #told = '';          // the state that onState was called with
+  /** @type {Receipt | undefined} */
+  #receipt;            // what the handlers were given
 
   /**
    * @param {string | URL} url
@@ -182,6 +193,7 @@ export class Follower {
       throw new TypeError(`after is ${options.after ?? query.get('after')}, and not a chunk's number: make it a whole number, 0 for the start, or leave it out`);
     }
     for (const name of ['after', 'snapshot', 'ticket']) query.delete(name);
+    if (options.verify) this.#receipt = new Receipt(this.seq);
     queueMicrotask(() => { if (this.#life) this.#begin(this.#life); }); // a handler may use what follow() returns
   }
 
@@ -224,6 +236,37 @@ export class Follower {
    */
   stop(messageId) {
     return this.#call('/cancel', messageId === undefined ? {} : { message_id: messageId });
+  }
+
+  /**
+   * Compares what the handlers were given, number by number, with the server's log (GET …/digest). Chunks that a faulty
+   * server or proxy left out, repeated, swapped or changed are a difference.
+   *
+   * @returns {Promise<Verified>}
+   * @throws {TypeError} without the option `verify`, or where there is no `crypto.subtle`: browsers have it only on https and localhost
+   * @throws {ProblemError} if the server refuses to say
+   */
+  async verify() {
+    if (!this.#receipt) throw new TypeError('there is nothing to compare: follow with the option verify');
+    if (!globalThis.crypto?.subtle) throw new TypeError('crypto.subtle is missing: browsers have it only on https and localhost');
+    const { epoch, seq } = this;
+    const parts = await this.#receipt.parts();
+    /** @type {Verified} */
+    const found = { ok: true, complete: false, epoch, first_seq: seq + 1, last_seq: seq, count: 0, parts };
+    for (const part of parts) {
+      const { first_seq: first, last_seq: last } = part;
+      const theirs = await this.#get(`/digest?first=${first}&last=${last}`);
+      if (epoch && theirs.epoch !== epoch) return { ...found, ok: false, difference: { first_seq: first, last_seq: last, detail: `the server has another log, of epoch ${theirs.epoch}` } };
+      if (theirs.first_seq > first) continue; // it was trimmed since
+      if (theirs.last_seq !== last || theirs.sha256 !== part.sha256) {
+        return { ...found, ok: false, difference: { first_seq: first, last_seq: last, detail: `the server's chunks ${first} to ${theirs.last_seq} are others` } };
+      }
+      found.first_seq = Math.min(found.first_seq, first);
+      found.count = last - found.first_seq + 1;
+    }
+    const session = await this.#get('');
+    found.complete = session.ended && session.last_seq === seq && session.epoch === epoch;
+    return found;
   }
 
   // ---- a life: from the beginning to the end, paused while the page is in the back/forward cache
@@ -639,7 +682,7 @@ export class Follower {
     const opening = this.#opening;
     // A client that has already started again has nothing to discard: it only moves its cursor to
     // the log's start.
-    if (this.seq === 0 && this.resets > 0 && reset.epoch && reset.epoch === this.epoch) this.seq = id;
+    if (this.seq === 0 && this.resets > 0 && reset.epoch && reset.epoch === this.epoch) this.#receipt?.begin(this.seq = id);
     // The reset's data has our old cursor. Without an epoch, the next welcome gives it.
     else this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
     if (opening !== this.#opening) return;
@@ -665,6 +708,7 @@ export class Follower {
     const opening = this.#opening;
     this.seq = this.#given = id;
     this.epoch = snapshot.epoch;
+    this.#receipt?.begin(id);
     this.#repaired = -1;
     this.#unsure = snapshot.ended;
     this.#tell('onSnapshot', snapshot);
@@ -695,6 +739,7 @@ export class Follower {
       this.state = this.#progress();
       this.#post({ data, source });
     }
+    this.#receipt?.add(seq, data);
     const chunk = parse(data);
     this.#unsure = chunk.type === 'end';
     this.#tell('onChunk', chunk, seq, { source });
@@ -744,6 +789,7 @@ export class Follower {
   #forget(reason, epoch = '', seq = 0) {
     this.seq = seq;
     this.epoch = epoch;
+    this.#receipt?.begin(seq);
     this.#last = this.#known = 0;
     this.#fresh = true;
     this.#unsure = false;
@@ -797,6 +843,13 @@ export class Follower {
     return typeof headers === 'function' ? headers() : headers;
   }
 
+  /** @param {string} path */
+  async #get(path) {
+    const response = await this.#fetch(this.#session + path, { headers: await this.#headers(), cache: 'no-store' });
+    if (response.ok) return response.json();
+    throw new ProblemError(response.status, await response.json().catch(() => ({})));
+  }
+
   /**
    * @param {string} path
    * @param {object} body
@@ -806,6 +859,55 @@ export class Follower {
     const response = await this.#fetch(this.#session + path, { method: 'POST', headers, body: JSON.stringify(body) });
     if (response.ok) return response.json();
     throw new ProblemError(response.status, await response.json().catch(() => ({})));
+  }
+}
+
+/**
+ * What a follower's handlers were given: a SHA-256 of each part of the log, as the server's digest makes it (the data of each
+ * chunk and a line feed), and the text of the newest part. Web Crypto cannot continue a hash.
+ */
+class Receipt {
+  static #most = 256 << 10; // of a part, in UTF-16 units
+  /** @type {Promise<{ first_seq: number, last_seq: number, sha256: string }>[]} */
+  #whole = [];
+  #text = '';          // of the newest part,
+  #first = 1;          // which begins with this chunk
+  #last = 0;           // and ends with this one
+
+  /** @param {number} seq the chunk after which it begins */
+  constructor(seq) {
+    this.begin(seq);
+  }
+
+  /** @param {number} seq */
+  begin(seq) {
+    this.#whole = [];
+    this.#text = '';
+    this.#first = seq + 1;
+    this.#last = seq;
+  }
+
+  /**
+   * @param {number} seq
+   * @param {string} data
+   */
+  add(seq, data) {
+    this.#text += `${data}\n`;
+    this.#last = seq;
+    if (this.#text.length < Receipt.#most) return;
+    if (globalThis.crypto?.subtle) this.#whole.push(this.#part());
+    this.#text = '';
+    this.#first = seq + 1;
+  }
+
+  async #part() {
+    const part = { first_seq: this.#first, last_seq: this.#last };
+    const hash = await crypto.subtle.digest('SHA-256', new TextEncoder().encode(this.#text));
+    return { ...part, sha256: Array.from(new Uint8Array(hash), (b) => b.toString(16).padStart(2, '0')).join('') };
+  }
+
+  parts() {
+    return Promise.all(this.#last < this.#first ? this.#whole : [...this.#whole, this.#part()]);
   }
 }
 
