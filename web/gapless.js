@@ -682,9 +682,12 @@ export class Follower {
     const opening = this.#opening;
     // A client that has already started again has nothing to discard: it only moves its cursor to
     // the log's start.
-    if (this.seq === 0 && this.resets > 0 && reset.epoch && reset.epoch === this.epoch) this.#receipt?.begin(this.seq = id);
-    // The reset's data has our old cursor. Without an epoch, the next welcome gives it.
-    else this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
+    if (this.seq === 0 && this.resets > 0 && reset.epoch && reset.epoch === this.epoch) {
+      this.seq = id;
+      this.#receipt?.begin(id);
+    } else { // the reset's data has our old cursor; without an epoch, the next welcome gives it
+      this.#forget(reset.reason, reset.epoch ?? (reset.reason === 'trimmed' ? this.epoch : ''), id);
+    }
     if (opening !== this.#opening) return;
     this.#given = id;
     this.#last = reset.last_seq;

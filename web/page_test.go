@@ -1111,7 +1111,7 @@ func testCopiedEnd(t *testing.T, w world) {
 	p := open(t, w.browser, w.a.url("/?session="+session), chromedp.WithNewBrowserContext())
 	goesOn := func(want string) {
 		t.Helper()
-		p.until(fmt.Sprintf(`gapless.text('m') === %q && gapless.state === 'live'`, want))
+		p.until(fmt.Sprintf(`document.querySelector('[data-id=m] .text')?.innerText.trim() === %q && gapless.state === 'live'`, strings.TrimSpace(want))) // it is drawn
 		if !eval[bool](p, `document.getElementById('ended').hidden && !document.getElementById('ask').disabled && document.querySelector('[data-id=m]').dataset.status === 'streaming'`) {
 			t.Errorf("the page says that it has ended, after %q", want)
 		}
