@@ -66,6 +66,7 @@ const byId = new Map();
 const dirty = new Set(); // messages that must be drawn again
 let current = null;      // the message of the last chunk
 let holes = 0;           // how many chunks the stream left out for good
+let restored = 0;        // how many chunks came as a snapshot
 let awaited = '';        // the id of an answer that we asked for and that has not begun
 let asked = '';          // the id of the answer that we asked for last: it is verified when it has ended
 const wordless = new Set(); // ids of messages that ended without text: they never begin
@@ -104,9 +105,10 @@ function restore(snapshot) {
   const due = awaited; // it may come after what is restored
   clear('');
   awaited = due;
+  restored = snapshot.last_seq - snapshot.first_seq + 1;
   plot.mark('snapshot', snapshot.last_seq, snapshot.first_seq);
   if (showing) for (let seq = snapshot.first_seq; seq <= snapshot.last_seq; seq++) showing.had.add(seq);
-  set($('snapshot'), `${snapshot.last_seq - snapshot.first_seq + 1} chunks in one event`);
+  set($('snapshot'), `${restored} chunks in one event`);
   for (const { message_id: id, role, content, reasoning, reasoning_ms: ms, status, reason, chunks = [], first_seq: first, last_seq: last } of snapshot.messages) {
     if (!content && !reasoning && status === 'done') {
       if (id) wordless.add(id);
@@ -217,6 +219,7 @@ function clear(reason) {
   dirty.clear();
   current = null;
   awaited = '';
+  restored = 0;
   holes = 0;
   showing?.had.clear();
   plot.clear();
@@ -403,9 +406,9 @@ async function verify() {
       at: `${epoch} ${last}`,
       wrong: !ok,
       text: !ok ? `Not what the server has: ${difference.detail}. Reload the page`
-        : count === 0 ? `Complete: ${chunks(last)}, all of them in one snapshot`
-          : count === last ? `Complete: ${chunks(last)}, verified`
-            : `Complete: ${chunks(last)}, verified from ${first} on`,
+        : count === 0 ? `Complete: ${chunks(restored)}, all of them in one snapshot`
+          : restored === 0 ? `Complete: ${chunks(count)}, verified`
+            : `Complete: ${chunks(restored + count)}, verified from ${first} on`,
       digest: parts.length === 1 ? parts[0].sha256 : '–',
     };
   } catch (err) {
