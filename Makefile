@@ -47,7 +47,7 @@ lint:
 	npx --yes --ignore-scripts $(SPECTRAL) lint --fail-severity hint --ruleset .spectral.yaml openapi.yaml
 
 # What starts programs comes first, alone: it mostly waits, so six tests run at a time. Then the packages, with the longest one
-# beside the others. Then a build without a cache, and the explorer, deeper than the race detector lets it go in a reasonable
+# next to the others. Then a build without a cache, and the explorer, deeper than the race detector lets it go in a reasonable
 # time. A test gives up when nothing has happened for a while (store/storetest/patience.go); the hour is for what never stands still.
 unit:
 	go test -race -count=1 -timeout 1h -parallel 6 -skip TestRelease ./test
@@ -55,7 +55,7 @@ unit:
 	$(MAKE) -j 2 -O twice deep
 
 twice:
-	go test -count=1 -timeout 0 -run TestRelease ./test
+	go test -race -count=1 -timeout 0 -run TestRelease ./test
 
 deep:
 	go test -count=1 -timeout 1h -run 'TestExplorer_everyOrder$$' ./sse

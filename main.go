@@ -149,8 +149,8 @@ func parse(args []string, env func(string) (string, bool)) (config, error) {
 	if !local && len(cfg.api.Hosts) == 0 {
 		cfg.api.Hosts = nil // reachable by more names than can be known here
 	}
-	// Addresses on loopback are this machine's own, and mostly a proxy's, which all its clients share. But whoever sets a limit
-	// of callers means it.
+	// On loopback, the address is usually a proxy's, which all its clients share. But a limit of callers that somebody has set is
+	// meant.
 	limits.Addresses = !local || len(limits.TrustedProxies) > 0
 	for name := range given {
 		limits.Addresses = limits.Addresses || strings.HasPrefix(name, "caller-")

@@ -10,9 +10,14 @@ import (
 // Flags declares the flags of the API, and of its limits. Their defaults are what c contains.
 func (c *Config) Flags(fs *flag.FlagSet) {
 	c.Limits.Flags(fs)
-	names := func(text string) []string { return strings.FieldsFunc(text, func(r rune) bool { return r == ',' }) }
+	names := func(text string) []string {
+		if text == "" {
+			return nil
+		}
+		return strings.Split(text, ",")
+	}
 	fs.Func("hosts", "comma-separated `names` under which browsers may call a server on loopback, besides localhost and IP addresses", func(text string) error {
-		c.Hosts = names(strings.ToLower(text))
+		c.Hosts = append([]string{}, names(strings.ToLower(text))...) // not nil, which is any name
 		return nil
 	})
 	fs.Func("cors-origins", "comma-separated `origins` whose pages may call the API with credentials, such as https://chat.example", func(text string) error {

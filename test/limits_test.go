@@ -459,7 +459,7 @@ func TestLimits_mistakesAreReportedAtTheStart(t *testing.T) {
 	reported(t, []string{"GAPLESS_CALLER_CALLS=-1"}, []string{
 		"-connections", "-1", "-caller-viewers", "-2", "-trusted-proxies", "10.0.0.0/8,0.0.0.0/0,proxy", "-url-max", "1B", "-header-max", "1B", "-body-max", "1B", "-batch-max", "0",
 		"-batch-bytes", "1B", "-history-bytes", "1B", "-caller-stored", "-1B", "-header-timeout", "0s", "-body-timeout", "0s", "-idle-timeout", "-1s", "-feeds", "-1", "-session-names", "0",
-	}, []string{"-connections", "-caller-viewers", "-caller-calls", "0.0.0.0/0 would trust everybody", `"proxy"`, "-url-max", "-header-max", "-body-max", "-batch-max",
+	}, []string{"-connections", "-caller-viewers", "-caller-calls", "-trusted-proxies", "0.0.0.0/0 would trust everybody", `"proxy" is not an address`, "-url-max", "-header-max", "-body-max", "-batch-max",
 		"-header-timeout", "-body-timeout", "-idle-timeout", "-feeds", "-session-names", "-batch-bytes", "-history-bytes", "-caller-stored"})
 	reported(t, nil, []string{"-bodies", "1MiB", "-caller-bodies", "2MiB"}, []string{"-bodies: 1048576 bytes are less than one body may need, three times 8388608 (-body-max)", "-caller-bodies"})
 }

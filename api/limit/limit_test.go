@@ -235,7 +235,7 @@ func TestClient_isWhoATrustedProxySaysAndNobodyElse(t *testing.T) {
 		t.Error("addresses tell nobody apart here")
 	}
 	for _, bad := range []string{"", "10.0.0.0/8,", "10.0.0.0/33", "proxy.example", "0.0.0.0/0", "::/0", "fe80::1%eth0"} {
-		if _, err := ParseProxies(bad); err == nil {
+		if _, err := ParseProxies(bad); err == nil || !strings.Contains(err.Error(), "is not an address, or a range") && !strings.Contains(err.Error(), "would trust everybody") {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}

@@ -230,7 +230,7 @@ func (s *Server) http(n Node) *http.Server {
 	return server
 }
 
-// aside serves what is not for users on a listener of its own, if there is one, until stop is called.
+// aside serves handler, which is not for users, on l, until stop is called. If l is nil, it does nothing.
 func (s *Server) aside(flag string, l net.Listener, handler http.Handler) (stop func()) {
 	if l == nil {
 		return func() {}
